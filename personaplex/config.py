@@ -1,0 +1,235 @@
+"""Constants of the model and the frozen configurations built from them.
+
+Knows no tensors. Sizes follow NVIDIA's PersonaPlex 7B (`PRESET_7B`); a checkpoint of the same architecture
+with other sizes brings its own `config.json`, read by `ModelConfig.from_json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from personaplex.errors import ConfigError
+
+SAMPLE_RATE = 24_000
+FRAME_SIZE = 1_920  # samples in one frame
+FRAME_RATE = 12.5  # frames per second
+FRAME_SECONDS = 0.08
+
+CODEBOOKS = 8  # Mimi levels used, per speaker
+STREAMS = 17  # text, 8 agent codebooks, 8 user codebooks
+AGENT = slice(1, 9)
+USER = slice(9, 17)
+DELAYS = (0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1)
+RING_COLUMNS = 4  # token ring: max delay + 3
+
+TEXT_EPAD, TEXT_BOS, TEXT_EOS, TEXT_PAD = 0, 1, 2, 3
+ZERO_TOKEN = -1  # embeds as zeros
+UNGENERATED = -2  # marks a token-ring cell nothing was written to
+
+SILENCE_CODES = (948, 243, 1178, 546, 1736, 1030, 1978, 2008)  # agent stream during prompts
+SINE_CODES = (430, 1268, 381, 1611, 1095, 1495, 56, 472)  # user stream during prompts
+SILENCE_FRAMES = 6  # before and after the text prompt
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of one streaming transformer."""
+
+    dim: int
+    layers: int
+    heads: int
+    hidden: int  # feed-forward width (of each half, when gated)
+    context: int  # ring capacity in positions
+    max_period: float = 10_000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """The 17-stream language model: temporal transformer and depth transformer."""
+
+    temporal: TransformerConfig
+    depth: TransformerConfig  # its context is `depth_steps`
+    card: int = 2_048
+    text_card: int = 32_000
+    depth_steps: int = 16
+
+    @property
+    def audio_start(self) -> int:
+        return self.card
+
+    @property
+    def text_start(self) -> int:
+        return self.text_card
+
+
+@dataclass(frozen=True)
+class MimiConfig:
+    """The audio codec. `ratios` are in decoder order."""
+
+    filters: int
+    dim: int
+    transformer: TransformerConfig
+    codebook_dim: int
+    bins: int = 2_048
+    codebooks: int = 32  # stored; CODEBOOKS of them are used
+    ratios: tuple[int, ...] = (8, 6, 5, 4)
+    kernel: int = 7
+    residual_kernel: int = 3
+    last_kernel: int = 3
+    compress: int = 2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything that fixes the shapes of a checkpoint."""
+
+    lm: LMConfig
+    mimi: MimiConfig
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """Reads the `lm` and `mimi` keys of a checkpoint's config.json.
+
+        Raises ConfigError for a missing key or an architecture this project does not implement.
+        """
+        try:
+            return cls(lm=_lm_from_json(data["lm"]), mimi=_mimi_from_json(data["mimi"]))
+        except KeyError as error:
+            raise ConfigError(f"config.json: missing key {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config.json: {error}") from error
+
+
+def gated_hidden(dim: int, feed_forward: int) -> int:
+    """Width of one half of a gated feed-forward whose nominal width is `feed_forward`."""
+    return 21 * dim // 8 if feed_forward == 4 * dim else 2 * feed_forward // 3
+
+
+def _lm_from_json(lm: Mapping[str, Any]) -> LMConfig:
+    expected = {"n_q": 2 * CODEBOOKS, "norm": "rms_norm_f32", "gating": "silu", "positional_embedding": "rope"}
+    for key, value in expected.items():
+        if lm.get(key, value) != value:
+            raise ConfigError(f"config.json: lm.{key} is {lm[key]!r}, only {value!r} is implemented")
+    if tuple(lm.get("delays", DELAYS)) != DELAYS:
+        raise ConfigError(f"config.json: lm.delays must be {list(DELAYS)}")
+    dim, scale = int(lm["dim"]), float(lm["hidden_scale"])
+    depth_dim = int(lm["depformer_dim"])
+    depth_ff = int(lm.get("depformer_dim_feedforward") or scale * depth_dim)
+    period = float(lm.get("max_period", 10_000))
+    return LMConfig(
+        temporal=TransformerConfig(
+            dim=dim,
+            layers=int(lm["num_layers"]),
+            heads=int(lm["num_heads"]),
+            hidden=gated_hidden(dim, int(scale * dim)),
+            context=int(lm["context"]),
+            max_period=period,
+        ),
+        depth=TransformerConfig(
+            dim=depth_dim,
+            layers=int(lm["depformer_num_layers"]),
+            heads=int(lm["depformer_num_heads"]),
+            hidden=gated_hidden(depth_dim, depth_ff),
+            context=2 * CODEBOOKS,
+        ),
+        card=int(lm["card"]),
+        text_card=int(lm["text_card"]),
+    )
+
+
+def _mimi_from_json(mimi: Mapping[str, Any]) -> MimiConfig:
+    seanet, transformer, quantizer = mimi["seanet"], mimi["transformer"], mimi["quantizer"]
+    if int(mimi.get("num_codebooks", CODEBOOKS)) != CODEBOOKS:
+        raise ConfigError(f"config.json: mimi.num_codebooks must be {CODEBOOKS}")
+    if int(seanet.get("n_residual_layers", 1)) != 1:
+        raise ConfigError("config.json: mimi.seanet.n_residual_layers must be 1")
+    return MimiConfig(
+        filters=int(seanet["n_filters"]),
+        dim=int(seanet["dimension"]),
+        transformer=TransformerConfig(
+            dim=int(transformer["d_model"]),
+            layers=int(transformer["num_layers"]),
+            heads=int(transformer["num_heads"]),
+            hidden=int(transformer["dim_feedforward"]),
+            context=int(transformer["context"]),
+            max_period=float(transformer.get("max_period", 10_000)),
+        ),
+        codebook_dim=int(quantizer["dimension"]),
+        bins=int(quantizer["bins"]),
+        codebooks=int(quantizer["n_q"]),
+        ratios=tuple(int(r) for r in seanet["ratios"]),
+        kernel=int(seanet.get("kernel_size", 7)),
+        residual_kernel=int(seanet.get("residual_kernel_size", 3)),
+        last_kernel=int(seanet.get("last_kernel_size", 3)),
+        compress=int(seanet.get("compress", 2)),
+    )
+
+
+PRESET_7B = ModelConfig(
+    lm=LMConfig(
+        temporal=TransformerConfig(dim=4096, layers=32, heads=32, hidden=11_264, context=3_000),
+        depth=TransformerConfig(dim=1024, layers=6, heads=16, hidden=2_816, context=16),
+    ),
+    mimi=MimiConfig(
+        filters=64,
+        dim=512,
+        transformer=TransformerConfig(dim=512, layers=8, heads=8, hidden=2_048, context=250),
+        codebook_dim=256,
+    ),
+)
+
+PRESET_TINY = ModelConfig(
+    lm=LMConfig(
+        temporal=TransformerConfig(dim=64, layers=2, heads=4, hidden=176, context=3_000),
+        depth=TransformerConfig(dim=32, layers=2, heads=2, hidden=88, context=16),
+        text_card=512,
+    ),
+    mimi=MimiConfig(
+        filters=4,
+        dim=32,
+        transformer=TransformerConfig(dim=32, layers=2, heads=2, hidden=64, context=250),
+        codebook_dim=8,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one session draws its tokens.
+
+    A temperature <= 0 is greedy; top-k 0 draws from the whole vocabulary. A seed is any integer in
+    [0, 2**63); the same seed gives the same conversation. Defaults are the reference's.
+    """
+
+    text_temperature: float = 0.7
+    text_topk: int = 25
+    audio_temperature: float = 0.8
+    audio_topk: int = 250
+    text_seed: int = 0
+    audio_seed: int = 0
+
+    def greedy(self) -> Sampling:
+        return dataclasses.replace(self, text_temperature=0.0, audio_temperature=0.0)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes and limits of one engine."""
+
+    slots: int = 1
+    prefill_chunk: int = 256  # prompt positions run between two ticks
+    prompt_tokens: int = 1_000  # longest text prompt, in tokens
+    voice_cache: int = 32  # voices whose KV prefix is kept
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise ConfigError(f"slots must be at least 1, got {self.slots}")

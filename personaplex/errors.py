@@ -1,0 +1,102 @@
+"""Every error this project raises on purpose.
+
+    PersonaplexError
+    ├── ConfigError          a setting is wrong; the process does not start
+    ├── CheckpointError      weights, tokenizer or voices cannot be loaded; the process does not start
+    ├── ClientError          the client can mend it; close code 1008 unless a class says otherwise
+    │   ├── ProtocolError    bytes or messages outside the wire protocol (1002)
+    │   ├── BadAudio         audio that cannot be used: unreadable, silent, too short (1007)
+    │   ├── BadParameter     a sampling value, seed or option outside its range
+    │   ├── UnknownVoice     no such voice in the library
+    │   ├── PromptTooLong    the role text has more tokens than the service accepts
+    │   └── Unauthorized     missing or wrong key, origin not allowed, too many sessions
+    ├── NoCapacity           no slot is free (1013); `retry_after_s` says when to come back
+    ├── SessionLost          the session ended through no fault of the client (1012)
+    ├── SessionExpired       the session reached its longest duration (1000)
+    └── EngineFault          the engine cannot go on; its replica reports itself unhealthy (1011)
+
+The message of every error is fit to be read by a client: it holds no path, no key and nothing of another
+session. `close_code` is the WebSocket close code, `retryable` whether the same request may succeed later.
+"""
+
+from __future__ import annotations
+
+
+class PersonaplexError(Exception):
+    """Root of the tree; `str(error)` is safe to show to a client."""
+
+    close_code = 1011
+    retryable = False
+
+
+class ConfigError(PersonaplexError):
+    """A setting or option is wrong."""
+
+
+class CheckpointError(PersonaplexError):
+    """Weights, tokenizer or voices are missing, damaged or of another shape."""
+
+
+class ClientError(PersonaplexError):
+    """The request cannot be served as it stands; the client can mend it."""
+
+    close_code = 1008
+
+
+class ProtocolError(ClientError):
+    """Bytes or messages outside the wire protocol."""
+
+    close_code = 1002
+
+
+class BadAudio(ClientError):
+    """Audio that cannot be used."""
+
+    close_code = 1007
+
+
+class BadParameter(ClientError):
+    """A value outside its range."""
+
+
+class UnknownVoice(ClientError):
+    """No such voice in the library."""
+
+
+class PromptTooLong(ClientError):
+    """The role text has more tokens than the service accepts."""
+
+
+class Unauthorized(ClientError):
+    """The client may not open this session."""
+
+
+class NoCapacity(PersonaplexError):
+    """No slot is free; try again after `retry_after_s` seconds."""
+
+    close_code = 1013
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class SessionLost(PersonaplexError):
+    """The session ended through no fault of the client."""
+
+    close_code = 1012
+    retryable = True
+
+
+class SessionExpired(PersonaplexError):
+    """The session reached its longest duration."""
+
+    close_code = 1000
+
+
+class EngineFault(PersonaplexError):
+    """The engine cannot go on."""
