@@ -1,0 +1,54 @@
+# Two commands matter: `make serve` and `make test`. Everything they need is made in .venv on first use.
+PYTHON ?= python3
+PORT ?= 8998
+MODEL ?= tiny
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install serve test check format clean
+
+install: $(STAMP)
+
+# A second call finds the stamp newer than pyproject.toml and does nothing.
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))' \
+	  || { echo "This project needs Python 3.10 to 3.13; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import ctypes.util, sys; sys.exit(ctypes.util.find_library("opus") is None)' \
+	  || $(MAKE) --no-print-directory libopus
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[all]'
+	@touch $@
+
+# The one thing outside .venv: the Opus codec, a system library.
+.PHONY: libopus
+libopus:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get install -y -q libopus0 || { apt-get update -q && apt-get install -y -q libopus0; }; \
+	else \
+	  echo "The Opus library is missing. Install it, then run make again:"; \
+	  echo "  Debian, Ubuntu:  sudo apt-get install libopus0"; \
+	  echo "  Fedora:          sudo dnf install opus"; \
+	  echo "  macOS:           brew install opus"; \
+	  exit 1; \
+	fi
+
+serve: install
+	$(BIN)/python -m personaplex.server --model $(MODEL) --port $(PORT)
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
