@@ -1,0 +1,283 @@
+"""Every setting of the service, and the only file that reads environment variables.
+
+Contract: one flat, frozen model. A value comes from, first to last: an argument (`serve run deployments:build
+slots=8`, `args:` in a Serve config, a flag of `python -m personaplex.server`), a `PERSONAPLEX_<NAME>`
+environment variable, the default here. Unknown keys and unknown `PERSONAPLEX_*` variables are refused. Units
+are part of the names: `_s` seconds, `_ms` milliseconds. Lists and maps are JSON in the environment; the lists
+of keys and origins may also be comma-separated. Knows no Ray and no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from personaplex.errors import ConfigError
+
+ENV_PREFIX = "PERSONAPLEX_"
+
+# Kubernetes adds these to every pod when a Service is called "personaplex" (or "personaplex-..."); no field
+# may have such a name.
+_SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?)")
+
+Resources = dict[str, float]
+WordList = Annotated[tuple[str, ...], NoDecode]
+SecretList = Annotated[tuple[SecretStr, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """Settings of one application; raises pydantic's ValidationError, or ConfigError through `load`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        validate_default=True,
+    )
+
+    # Model
+    model: str = Field(
+        "auto",
+        description="auto (7b when CUDA and weights are there, else tiny), 7b, tiny, echo (no model: returns "
+        "the caller's audio), or a directory that holds a checkpoint.",
+    )
+    hf_repo: str = Field("nvidia/personaplex-7b-v1", description="Hugging Face repository of the weights.")
+    hf_revision: str = Field("main", description="Revision of hf_repo: branch, tag or commit.")
+    moshi_weight: Path | None = Field(None, description="Language model weights; replaces the repository's.")
+    mimi_weight: Path | None = Field(None, description="Codec weights; replaces the repository's.")
+    tokenizer: Path | None = Field(None, description="Text tokenizer model; replaces the repository's.")
+    voice_prompt_dir: Path | None = Field(None, description="Directory of voices; replaces the repository's.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where replicas compute.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Number type of weights and caches; auto is bfloat16 on CUDA, float32 on the CPU."
+    )
+    cpu_offload: bool = Field(False, description="Keep part of the weights in host memory; slower, smaller.")
+
+    # Sessions
+    slots: int = Field(4, ge=1, le=512, description="Sessions one replica holds at once.")
+    prompt_tokens: int = Field(1_000, ge=0, le=2_500, description="Longest role text, in tokens.")
+    session_limit_s: float = Field(
+        1_800.0, gt=0, description="Longest session; it ends with close code 1000."
+    )
+    queue_limit: int = Field(
+        64, ge=0, description="Sessions one gateway lets wait for a slot; 0 refuses at once."
+    )
+    queue_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a slot, then close code 1013.")
+    handshake_delay_ms: int = Field(
+        1_100,
+        ge=0,
+        description="Earliest handshake after the upgrade, for clients that have sent nothing: stock web "
+        "clients lose audio sent before their decoder is ready.",
+    )
+    low_latency: bool = Field(
+        False,
+        description="Trade efficiency for delay: step each frame on arrival instead of gathering a batch, "
+        "and send speech as soon as it is made instead of holding one frame against jitter.",
+    )
+
+    # Replicas
+    replicas_min: int = Field(1, ge=0, description="Fewest model replicas.")
+    replicas_max: int = Field(1, ge=1, description="Most model replicas.")
+    replicas_initial: int | None = Field(None, ge=0, description="Replicas at start; unset is replicas_min.")
+    replica_num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of a replica.")
+    replica_num_gpus: float | None = Field(
+        None, ge=0, description="Ray GPUs of a replica; unset is 1 where device and cluster have one, else 0."
+    )
+    replica_resources: Resources = Field(
+        default_factory=dict, description='Custom Ray resources of a replica, as {"name": amount}.'
+    )
+    placement: Literal["pack", "spread"] = Field(
+        "pack",
+        description="pack fills the busiest replica first (frees others to scale down); spread the idlest.",
+    )
+    load_timeout_s: float = Field(
+        1_800.0, gt=0, description="Longest time a replica may take to load its weights and warm up."
+    )
+    stall_limit_s: float = Field(
+        10.0, gt=0, description="A tick longer than this makes the replica report itself unhealthy."
+    )
+    inbox_frames: int = Field(
+        25,
+        ge=2,
+        description="Frames (80 ms each) a slot lets wait; beyond it the oldest is dropped and counted.",
+    )
+    gather_ms: float = Field(
+        4.0, ge=0, le=40, description="How long a tick waits for frames of other slots; 0 in low_latency."
+    )
+
+    # Autoscaling on sessions
+    spare_slots: int = Field(0, ge=0, description="Free slots the autoscaler keeps ready across replicas.")
+    target_utilisation: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="Share of slots in use the autoscaler aims at, replicas and gateways alike.",
+    )
+    upscale_delay_s: float = Field(
+        3.0, ge=0, description="Demand must last this long before replicas are added."
+    )
+    downscale_delay_s: float = Field(
+        300.0, ge=0, description="Slack must last this long before a replica goes."
+    )
+    autoscaling_interval_s: float = Field(
+        1.0, gt=0, description="How often load is reported to the autoscaler; it looks back three of these."
+    )
+
+    # Media link between gateways and replicas
+    media_host: str = Field(
+        "",
+        description="Address replicas listen on for media; empty is the node's own address in the cluster.",
+    )
+    media_port_min: int = Field(0, ge=0, le=65_535, description="First media port; 0 lets the system choose.")
+    media_port_max: int = Field(
+        0, ge=0, le=65_535, description="Last media port; unset with media_port_min 0."
+    )
+    lease_timeout_s: float = Field(
+        5.0, gt=0, description="A slot whose gateway does not connect within this time is freed."
+    )
+
+    # Gateways
+    gateways_min: int = Field(1, ge=1, description="Fewest gateways.")
+    gateways_max: int = Field(1, ge=1, description="Most gateways.")
+    sessions_per_gateway: int = Field(
+        128, ge=1, description="Sessions one gateway holds, waiting ones included."
+    )
+    gateway_num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of a gateway.")
+    gateway_resources: Resources = Field(
+        default_factory=dict, description='Custom Ray resources of a gateway, as {"name": amount}.'
+    )
+    route_prefix: str = Field("/", pattern=r"^/", description="URL prefix the application is served under.")
+    static: str = Field(
+        "", description="Directory of the web page; empty is the built-in page, none serves no page at all."
+    )
+    token_log_dir: Path | None = Field(
+        None, description="Directory where each session's tokens are saved, on gateways; unset saves nothing."
+    )
+
+    # Doors
+    api_keys: SecretList = Field(
+        (), description="Keys that open a session; none at all leaves the door open."
+    )
+    api_keys_file: Path | None = Field(
+        None, description="File of further keys, one a line; # starts a comment."
+    )
+    allowed_origins: WordList = Field(
+        (),
+        description="Browser origins that may connect, such as https://example.org; unset allows all.",
+    )
+    sessions_per_key: int = Field(
+        0, ge=0, description="Sessions one key may hold per gateway; 0 is no limit."
+    )
+    sessions_per_address: int = Field(
+        0, ge=0, description="Sessions one client address may hold per gateway; 0 is no limit."
+    )
+    trusted_proxies: int = Field(
+        0, ge=0, le=8, description="Proxies in front that append to X-Forwarded-For; 0 ignores that header."
+    )
+    message_limit_bytes: int = Field(65_536, ge=1_024, description="Largest WebSocket message from a client.")
+    query_limit_bytes: int = Field(16_384, ge=1_024, description="Longest query string from a client.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+
+    @field_validator("api_keys", "allowed_origins", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        """Accepts `a,b` and JSON arrays, as environment variables and `serve run` arguments are text."""
+        if not isinstance(value, str):
+            return value
+        if value.lstrip().startswith("["):
+            return _json_list(value)
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_variables(cls, data: Any) -> Any:
+        known = {f"{ENV_PREFIX}{name.upper()}" for name in cls.model_fields}
+        unknown = sorted(
+            name
+            for name in (key.upper() for key in os.environ)
+            if name.startswith(ENV_PREFIX)
+            and name not in known
+            and not _SERVICE_LINK.fullmatch(name.removeprefix(ENV_PREFIX))
+        )
+        if unknown:
+            raise ValueError(f"unknown environment variables: {', '.join(unknown)}")
+        return data
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Settings:
+        if self.replicas_max < self.replicas_min:
+            raise ValueError("replicas_max is less than replicas_min")
+        if (
+            self.replicas_initial is not None
+            and not self.replicas_min <= self.replicas_initial <= self.replicas_max
+        ):
+            raise ValueError("replicas_initial is not between replicas_min and replicas_max")
+        if self.gateways_max < self.gateways_min:
+            raise ValueError("gateways_max is less than gateways_min")
+        if self.media_port_max < self.media_port_min:
+            raise ValueError("media_port_max is less than media_port_min")
+        if self.media_port_min == 0 and self.media_port_max != 0:
+            raise ValueError("media_port_max needs media_port_min")
+        return self
+
+    @property
+    def drain_timeout_s(self) -> float:
+        """How long a replica or gateway that is being removed waits for its sessions: the longest session,
+        its wait for a slot and a margin for its close."""
+        return self.session_limit_s + self.queue_timeout_s + 5.0
+
+    @property
+    def gather_s(self) -> float:
+        return 0.0 if self.low_latency else self.gather_ms / 1_000
+
+    @property
+    def guarded(self) -> bool:
+        """Whether sessions need a key."""
+        return bool(self.api_keys) or self.api_keys_file is not None
+
+    def public(self) -> dict[str, Any]:
+        """All settings as plain JSON values, with the keys masked: fit for logs."""
+        values: dict[str, Any] = self.model_dump(mode="json")
+        values["api_keys"] = f"{len(self.api_keys)} hidden"
+        return values
+
+    def keys(self) -> tuple[str, ...]:
+        """All keys that open a session. Raises ConfigError when api_keys_file is unreadable or empty."""
+        keys = [key.get_secret_value() for key in self.api_keys]
+        if self.api_keys_file is not None:
+            try:
+                lines = self.api_keys_file.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError("api_keys_file cannot be read") from error
+            found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+            if not found:
+                raise ConfigError("api_keys_file holds no key")
+            keys += found
+        return tuple(keys)
+
+    @classmethod
+    def load(cls, values: Mapping[str, Any] | None = None) -> Settings:
+        """Settings from `values` over the environment. Raises ConfigError, which never shows a value."""
+        try:
+            return cls(**(values or {}))
+        except ValidationError as error:
+            problems = (
+                f"{'.'.join(map(str, problem['loc'])) or 'settings'}: {problem['msg']}"
+                for problem in error.errors(include_input=False, include_url=False)
+            )
+            raise ConfigError("; ".join(problems)) from error
+
+
+def _json_list(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError("not a JSON array") from error
