@@ -1,0 +1,150 @@
+"""Ogg/Opus bytes of one session to frames and back.
+
+Receiving is tolerant: damaged pages are dropped, lost or corrupt packets are concealed for as long as the last
+good packet lasted, a head that appears mid-stream starts a new stream. It is also bounded: by the law of real
+time (`clock`), and by CONCEAL_LIMIT_S, since a page of a few bytes can claim minutes of audio.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from personaplex.audio.framer import Framer
+from personaplex.audio.ogg import Head, OggDemuxer, OggMuxer
+from personaplex.audio.opus import PACKET_SAMPLES, OpusDecoder, OpusEncoder, packet_samples
+from personaplex.config import FRAME_SIZE, SAMPLE_RATE
+from personaplex.errors import BadAudio, ProtocolError
+
+Pcm = npt.NDArray[np.float32]
+
+LEAD_LIMIT_S = 10.0  # audio a peer may be ahead of the clock: a device's start-up backlog, not a file
+CONCEAL_LIMIT_S = 2.0  # concealed audio in a row before the stream counts as unreadable
+_GRANULES = 48_000 // SAMPLE_RATE  # Ogg counts Opus at 48 kHz whatever the codec's rate
+
+
+@dataclass
+class Counters:
+    """What one transcoder has seen."""
+
+    packets: int = 0  # received
+    concealed: int = 0  # received packets that were empty or corrupt
+    streams: int = 0  # heads received
+    frames_in: int = 0
+    frames_out: int = 0
+
+
+class Transcoder:
+    """Both directions of one session. `counters`, `dropped_pages` and `resyncs` tell how it went."""
+
+    def __init__(
+        self,
+        *,
+        low_latency: bool = False,
+        clock: Callable[[], float] | None = None,
+        serial: int | None = None,
+    ) -> None:
+        """`low_latency` trades 4 ms of encoder look-ahead for some quality. `clock` (seconds, monotonic) turns
+        on the law of real time; leave it out for files. `serial` of our own stream is random unless given.
+        """
+        self.counters = Counters()
+        self._demuxer = OggDemuxer()
+        self._muxer = OggMuxer(secrets.randbits(32) if serial is None else serial)
+        self._decoder = OpusDecoder()
+        self._encoder = OpusEncoder(low_delay=low_latency)
+        self._framer = Framer()
+        self._clock = clock
+        self._started = clock() if clock else 0.0
+        self._skip = 0  # samples of the pre-skip still to discard
+        self._last_samples = PACKET_SAMPLES  # duration of the last packet that had one
+        self._received = 0  # samples, before the pre-skip
+        self._concealed = 0  # samples in a row
+
+    @property
+    def dropped_pages(self) -> int:
+        return self._demuxer.dropped_pages
+
+    @property
+    def resyncs(self) -> int:
+        return self._demuxer.resyncs
+
+    def headers(self) -> list[bytes]:
+        """The two header pages of our own stream; send each as a message of its own, before any page."""
+        return self._muxer.headers(pre_skip=self._encoder.lookahead * _GRANULES)
+
+    def send(self, frame: Pcm) -> bytes:
+        """One whole Ogg page of four 20 ms packets from one frame, float32 [1920]."""
+        assert frame.shape == (FRAME_SIZE,), frame.shape
+        packets = [
+            self._encoder.encode(frame[start : start + PACKET_SAMPLES])
+            for start in range(0, FRAME_SIZE, PACKET_SAMPLES)
+        ]
+        self.counters.frames_out += 1
+        return self._muxer.page(packets, self.counters.frames_out * FRAME_SIZE * _GRANULES)
+
+    def receive(self, data: bytes) -> list[Pcm]:
+        """The frames, float32 [1920] each, that `data` completes. `data` may end anywhere in the stream.
+
+        Raises ProtocolError for bytes that are no Ogg stream and for audio faster than real time, BadAudio for
+        a stream that is not Opus or cannot be decoded for longer than CONCEAL_LIMIT_S.
+        """
+        for item in self._demuxer.feed(data):
+            if isinstance(item, Head):
+                self._start_stream(item)
+            else:
+                self._decode(item)
+        frames: list[Pcm] = []
+        while (frame := self._framer.pop()) is not None:
+            frames.append(frame)
+        self.counters.frames_in += len(frames)
+        return frames
+
+    def flush(self) -> Pcm | None:
+        """The frame begun by the last packets, padded with zeros, or None: for the end of a file."""
+        frame = self._framer.flush()
+        self.counters.frames_in += frame is not None
+        return frame
+
+    def _start_stream(self, head: Head) -> None:
+        if self.counters.streams:
+            self._decoder = OpusDecoder()
+        self.counters.streams += 1
+        self._skip = head.pre_skip // _GRANULES
+
+    def _decode(self, packet: bytes) -> None:
+        self.counters.packets += 1
+        try:
+            samples = packet_samples(packet)
+            self._account(samples)
+            pcm = self._decoder.decode(packet)
+        except BadAudio:
+            pcm = self._conceal()
+        else:
+            self._last_samples, self._concealed = samples, 0
+        if self._skip:
+            skipped = min(self._skip, len(pcm))
+            self._skip -= skipped
+            pcm = pcm[skipped:]
+        self._framer.push(pcm)
+
+    def _conceal(self) -> Pcm:
+        # libopus conceals as much as the buffer holds unless it is told how much was lost.
+        samples = self._last_samples
+        self.counters.concealed += 1
+        self._concealed += samples
+        if self._concealed > CONCEAL_LIMIT_S * SAMPLE_RATE:
+            raise BadAudio(f"nothing could be decoded for {CONCEAL_LIMIT_S:g} s of audio")
+        self._account(samples)
+        return self._decoder.conceal(samples)
+
+    def _account(self, samples: int) -> None:
+        """Law of real time: audio received <= time since the start + LEAD_LIMIT_S."""
+        self._received += samples
+        if self._clock is None:
+            return
+        if self._received > (self._clock() - self._started + LEAD_LIMIT_S) * SAMPLE_RATE:
+            raise ProtocolError(f"audio came faster than real time by more than {LEAD_LIMIT_S:g} s")

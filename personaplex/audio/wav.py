@@ -1,0 +1,55 @@
+"""Sound files in and out, and resampling."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+
+from personaplex.errors import BadAudio
+
+Pcm = npt.NDArray[np.float32]
+
+
+def read_wav(path: str | os.PathLike[str]) -> tuple[Pcm, int]:
+    """Samples float32 [channels, samples] within [-1, 1] and the rate in Hz, of any format libsndfile reads.
+
+    Raises BadAudio when the file cannot be read as sound or holds none; FileNotFoundError and PermissionError
+    are left to the caller, who alone may show a path.
+    """
+    try:
+        with open(path, "rb") as file:
+            pcm, rate = soundfile.read(file, dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        raise BadAudio("the file cannot be read as audio") from error
+    if not pcm.size:
+        raise BadAudio("the file holds no audio")
+    if not np.isfinite(pcm).all():
+        raise BadAudio("the file holds samples that are not numbers")
+    return np.ascontiguousarray(pcm.T), int(rate)
+
+
+def write_wav(path: str | os.PathLike[str], pcm: Pcm, rate: int) -> None:
+    """Writes [samples] or [channels, samples] as 16-bit PCM, clipped to [-1, 1], all of it or nothing."""
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(part, "xb") as file:
+            soundfile.write(file, np.clip(pcm.T, -1.0, 1.0), rate, format="WAV", subtype="PCM_16")
+        os.replace(part, target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def resample(pcm: Pcm, rate: int, target: int) -> Pcm:
+    """float32 [..., samples] at `rate` Hz to `target` Hz (soxr, high quality); the same array when equal."""
+    if rate == target:
+        return pcm
+    # soxr wants [samples] or [samples, channels].
+    return np.ascontiguousarray(soxr.resample(pcm.T, rate, target, quality="HQ").T, dtype=np.float32)
