@@ -1,0 +1,99 @@
+"""Streaming convolutions: each call takes whole frames and a tail of the last call's columns.
+
+Modules keep the checkpoint's names. A convolution of kernel K and stride S keeps its last K - S input columns;
+a transposed one (K = 2 S throughout this model) keeps the right half of its last output, without bias.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from personaplex.model.layers import linear
+
+
+def commit(target: Tensor, new: Tensor, active: Tensor | None) -> None:
+    """target = new for the active slots; active [N] bool, None for all."""
+    if active is not None:
+        new = torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, target)
+    target.copy_(new)
+
+
+class Conv(nn.Module):
+    """Causal convolution; weight [out, in, K] under `conv.conv`."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = True) -> None:
+        super().__init__()
+        self.inputs, self.stride, self.tail = inputs, stride, kernel - stride
+        self.conv = nn.Module()
+        self.conv.conv = nn.Conv1d(inputs, outputs, kernel, stride, bias=bias)
+
+    def forward(self, x: Tensor, tail: Tensor | None, active: Tensor | None) -> Tensor:
+        """x [N, in, T] -> [N, out, T / stride]; tail [N, in, K - S] is read and renewed."""
+        if tail is not None:
+            x = torch.cat([tail, x], dim=-1)
+            commit(tail, x[..., -self.tail :], active)
+        inner = self.conv.conv
+        return F.conv1d(x, inner.weight, inner.bias, self.stride)
+
+
+class ConvTranspose(nn.Module):
+    """Causal transposed convolution with kernel = 2 x stride; weight [in, out, K] under `convtr.convtr`."""
+
+    matrix: Tensor
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.outputs, self.stride = outputs, stride
+        self.convtr = nn.Module()
+        self.convtr.convtr = nn.ConvTranspose1d(inputs, outputs, 2 * stride, stride)
+
+    def prepare(self) -> None:
+        """A transposed convolution with K = 2 S is one matrix product whose halves overlap by one step."""
+        inner = self.convtr.convtr
+        weight = inner.weight.detach()  # [in, out, 2 S]
+        self.register_buffer("matrix", weight.reshape(weight.shape[0], -1).t(), persistent=False)
+        self.bias = nn.Parameter(inner.bias.detach(), requires_grad=False)
+        del self.convtr
+
+    def forward(self, x: Tensor, tail: Tensor, active: Tensor | None) -> Tensor:
+        """x [N, in, T] -> [N, out, T * stride]; tail [N, out, stride] is read and renewed."""
+        n, _, steps = x.shape
+        product = linear(x.transpose(1, 2), self.matrix).view(n, steps, self.outputs, 2, self.stride)
+        now, later = product.permute(3, 0, 2, 1, 4)  # each [N, out, T, stride]
+        carried = torch.cat([tail[:, :, None], later[:, :, :-1]], dim=2)
+        commit(tail, later[:, :, -1], active)
+        return (now + carried).reshape(n, self.outputs, steps * self.stride) + self.bias[:, None]
+
+
+class Downsample(nn.Module):
+    """25 Hz -> 12.5 Hz; the two columns before a stream repeat its first column."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = Conv(dim, dim, kernel=4, stride=2, bias=False)
+
+    def forward(self, x: Tensor, tail: Tensor, first: Tensor, active: Tensor | None) -> Tensor:
+        """x [N, dim, 2] -> [N, dim, 1]; first [N] bool: the slot's stream starts here."""
+        padded = torch.where(first[:, None, None], x[..., :1], tail)
+        joined = torch.cat([padded, x], dim=-1)
+        commit(tail, joined[..., -2:], active)
+        return F.conv1d(joined, self.conv.conv.conv.weight, None, 2)
+
+
+class Upsample(nn.Module):
+    """12.5 Hz -> 25 Hz, channel by channel: out[2n + j] = w[j] x[n] + w[2 + j] x[n - 1]."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.convtr = nn.Module()
+        self.convtr.convtr = nn.Module()
+        self.convtr.convtr.convtr = nn.ConvTranspose1d(dim, dim, 4, 2, groups=dim, bias=False)
+
+    def forward(self, x: Tensor, tail: Tensor, active: Tensor | None) -> Tensor:
+        """x [N, dim, 1] -> [N, dim, 2]; tail [N, dim, 1] = the column before."""
+        weight = self.convtr.convtr.convtr.weight[:, 0]  # [dim, 4]
+        out = weight[:, :2] * x + weight[:, 2:] * tail
+        commit(tail, x, active)
+        return out

@@ -1,0 +1,167 @@
+"""The pieces both transformers and the codec are made of: linear maps, norms, rotary positions, feed-forward.
+
+Modules hold weights under the checkpoint's own names; `prepare()` turns freshly loaded weights into the layout
+the steps read. Rows of a batch never influence each other, not even by rounding (see `linear`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from personaplex.config import TransformerConfig
+
+RMS_EPS = 1e-8
+LAYER_NORM_EPS = 1e-5
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` for x [..., in], weight [out, in].
+
+    On a CPU one row alone would take a matrix-vector kernel, which sums in another order than the matrix
+    kernel that serves several rows. A lone row is therefore doubled, so that a session's numbers are the same
+    to the last bit whoever shares its batch.
+    """
+    if x.device.type == "cpu" and x.numel() == x.shape[-1]:
+        row = x.reshape(1, -1).expand(2, -1)
+        return F.linear(row, weight)[:1].reshape(*x.shape[:-1], weight.shape[0])
+    return F.linear(x, weight)
+
+
+def column_major(weight: Tensor) -> Tensor:
+    """The same [out, in] matrix with `in` as the slow axis: what a CPU reads fastest for few rows."""
+    return weight.t().contiguous().t()
+
+
+def prepare_linear(module: nn.Module, name: str = "weight") -> None:
+    """Lays out one matrix for its device and drops its gradient."""
+    weight = getattr(module, name).detach()
+    if weight.device.type == "cpu":
+        weight = column_major(weight)
+    setattr(module, name, nn.Parameter(weight, requires_grad=False))
+
+
+class Linear(nn.Module):
+    """A bias-free linear map; `weight` is [out, in]."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs), requires_grad=False)
+
+    def prepare(self) -> None:
+        prepare_linear(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class Table(nn.Module):
+    """An embedding table; `prepare()` appends the row of zeros that token -1 reads."""
+
+    def __init__(self, rows: int, dim: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.weight = nn.Parameter(torch.empty(rows, dim), requires_grad=False)
+
+    def prepare(self) -> None:
+        weight = self.weight.detach()
+        self.weight = nn.Parameter(torch.cat([weight, weight.new_zeros(1, weight.shape[1])]), requires_grad=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens [...] int64 -> [..., dim]; -1 gives zeros, anything lower reads row 0."""
+        return F.embedding(table_rows(tokens, self.rows), self.weight)
+
+
+def table_rows(tokens: Tensor, rows: int) -> Tensor:
+    """Row of a prepared table of `rows` real rows for each token."""
+    return torch.where(tokens == -1, rows, tokens.clamp(min=0))
+
+
+def rms_norm(x: Tensor, alpha: Tensor) -> Tensor:
+    """x * alpha / rms(x), computed in float32; alpha broadcasts over the last axis."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS)
+    return (wide * (alpha.reshape(-1).float() * scale)).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(1, 1, dim), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.alpha)
+
+
+class Attention(nn.Module):
+    """Projections of multi-head attention, for `steps` sets of weights stacked along the first axis."""
+
+    def __init__(self, config: TransformerConfig, steps: int = 1) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.dim = config.heads, config.head_dim, config.dim
+        self.in_proj_weight = nn.Parameter(torch.empty(steps * 3 * config.dim, config.dim), requires_grad=False)
+        self.out_proj = Linear(config.dim, steps * config.dim)
+        self.steps = steps
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+    def prepare(self) -> None:
+        """Splits the stacked weights into one matrix a step, laid out for the device."""
+        stacked_in, stacked_out = self.in_proj_weight.detach(), self.out_proj.weight.detach()
+        on_cpu = stacked_in.device.type == "cpu"
+        layout = column_major if on_cpu else torch.Tensor.contiguous
+        self.inputs = [layout(w) for w in stacked_in.chunk(self.steps)]
+        self.outputs = [layout(w) for w in stacked_out.chunk(self.steps)]
+        del self.in_proj_weight, self.out_proj
+
+    def project(self, x: Tensor, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, T, dim] -> q, k, v, each [N, T, heads, head_dim]."""
+        qkv = linear(x, self.inputs[step])
+        q, k, v = qkv.view(*x.shape[:-1], 3, self.heads, self.head_dim).unbind(-3)
+        return q, k, v
+
+    def project_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, T, dim] -> k, v only, for a layer whose output nobody reads."""
+        kv = linear(x, self.inputs[0][self.dim :])
+        k, v = kv.view(*x.shape[:-1], 2, self.heads, self.head_dim).unbind(-3)
+        return k, v
+
+    def merge(self, heads: Tensor, step: int = 0) -> Tensor:
+        """heads [N, H, T, head_dim] -> [N, T, dim]."""
+        n, _, t, _ = heads.shape
+        return linear(heads.transpose(1, 2).reshape(n, t, self.dim), self.outputs[step])
+
+
+class GatedFeedForward(nn.Module):
+    """linear_out(silu(a) * b) with a, b the halves of linear_in(x)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.linear_in = Linear(dim, 2 * hidden)
+        self.linear_out = Linear(hidden, dim)
+
+    def prepare(self) -> None:
+        self.linear_in.prepare()
+        self.linear_out.prepare()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.linear_in(x).chunk(2, dim=-1)
+        return self.linear_out(F.silu(a) * b)
+
+
+def angles(config: TransformerConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary angles in float32: positions [N, T] int64 -> cos, sin, each [N, T, 1, head_dim / 2]."""
+    half = config.head_dim // 2
+    index = torch.arange(half, device=positions.device, dtype=torch.float32)
+    frequencies = torch.exp(index * (-math.log(config.max_period) / half))
+    angle = positions.float()[..., None, None] * frequencies
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [N, T, H, head_dim] with its interleaved pairs rotated by `angles`, in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)

@@ -1,0 +1,205 @@
+"""The language model over 17 token streams, and its step.
+
+A session's tokens live in a ring of 4 columns [17, 4]; column n % 4 is being generated in the step whose offset
+is n, its input is column n - 1. Delayed streams (DELAYS) stand one column to the right of their frame. Cells
+that were given, not drawn, are marked `provided`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from personaplex.config import CODEBOOKS, DELAYS, RING_COLUMNS, STREAMS, UNGENERATED, LMConfig
+from personaplex.model.depth import Depth, DepthPass
+from personaplex.model.layers import Linear, RMSNorm, Table, table_rows
+from personaplex.model.ring import Ring
+from personaplex.model.sampling import Caps, SamplingState, draw, draw_keys
+from personaplex.model.temporal import Temporal
+
+MAX_DELAY = max(DELAYS)
+
+
+@dataclass
+class LMState:
+    """Everything a step changes, for N slots."""
+
+    tokens: Tensor  # [N, 17, 4] int64, the token ring
+    provided: Tensor  # [N, 17, 4] bool
+    offset: Tensor  # [N] int64: steps since the reset, n
+    ring: Ring  # the temporal transformer's; its offset is max(n - 1, 0)
+
+    def rows(self, start: int, stop: int) -> LMState:
+        """The same memory, slots start..stop-1 only."""
+        return LMState(
+            self.tokens[start:stop], self.provided[start:stop], self.offset[start:stop], self.ring.rows(start, stop)
+        )
+
+    def reset(self, slot: int) -> None:
+        self.tokens[slot] = UNGENERATED
+        self.provided[slot] = False
+        self.offset[slot] = 0
+        self.ring.reset(slot)
+
+
+@dataclass(frozen=True)
+class LMInputs:
+    """Tokens given to a step: tokens [N, 17] int64 of the frame, given [N, 17] bool which of them count."""
+
+    tokens: Tensor
+    given: Tensor
+
+
+@dataclass(frozen=True)
+class LMOutput:
+    """tokens [N, 17] of frame n - 1; `valid` [N] is False for inactive slots and the first two steps.
+
+    The rest is what the draws were made from: hidden [N, dim], text_logits [N, text_card], audio_logits: one
+    [N, card] a depth step.
+    """
+
+    tokens: Tensor
+    valid: Tensor
+    hidden: Tensor
+    text_logits: Tensor
+    audio_logits: list[Tensor]
+
+
+class LM(nn.Module):
+    """The weights, under the checkpoint's names until `prepare()`."""
+
+    audio_table: Tensor
+    delays: Tensor
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.config = config
+        temporal, depth = config.temporal, config.depth
+        self.emb = nn.ModuleList(Table(config.card + 1, temporal.dim) for _ in range(2 * CODEBOOKS))
+        self.text_emb = Table(config.text_card + 1, temporal.dim)
+        self.transformer = Temporal(temporal)
+        self.out_norm = RMSNorm(temporal.dim)
+        self.text_linear = Linear(temporal.dim, config.text_card)
+        self.depformer_in = nn.ModuleList(Linear(temporal.dim, depth.dim) for _ in range(config.depth_steps))
+        self.depformer_text_emb = Table(config.text_card + 1, depth.dim)
+        self.depformer_emb = nn.ModuleList(Table(config.card + 1, depth.dim) for _ in range(config.depth_steps - 1))
+        self.depformer = Depth(depth)
+        self.linears = nn.ModuleList(Linear(depth.dim, config.card) for _ in range(config.depth_steps))
+
+    def prepare(self) -> None:
+        """Derives what the steps read; call once, after the weights are loaded."""
+        for table in (*self.emb, self.text_emb, self.depformer_text_emb, *self.depformer_emb):
+            table.prepare()
+        stacked = torch.cat([table.weight.detach() for table in self.emb])
+        self.register_buffer("audio_table", stacked, persistent=False)
+        self.register_buffer("delays", torch.tensor(DELAYS, device=self.device), persistent=False)
+        del self.emb
+        self.transformer.prepare()
+        self.depformer.prepare()
+        for matrix in (self.text_linear, *self.depformer_in, *self.linears):
+            matrix.prepare()
+        self.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.out_norm.alpha.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.out_norm.alpha.dtype
+
+    def allocate(self, slots: int) -> LMState:
+        """State of `slots` sessions before their first step; keys and values in the weights' dtype."""
+        shape = (slots, STREAMS, RING_COLUMNS)
+        return LMState(
+            tokens=torch.full(shape, UNGENERATED, dtype=torch.int64, device=self.device),
+            provided=torch.zeros(shape, dtype=torch.bool, device=self.device),
+            offset=torch.zeros(slots, dtype=torch.int64, device=self.device),
+            ring=Ring.allocate(self.config.temporal, slots, self.device, self.dtype),
+        )
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens [..., 17] int64 -> [..., dim]: audio streams summed in order, then text."""
+        rows = self.config.card + 1
+        base = torch.arange(2 * CODEBOOKS, device=tokens.device) * (rows + 1)
+        audio = F.embedding(table_rows(tokens[..., 1:], rows) + base, self.audio_table)
+        total = audio[..., 0, :]
+        for stream in range(1, 2 * CODEBOOKS):
+            total = total + audio[..., stream, :]
+        return total + self.text_emb(tokens[..., 0])
+
+    def depth_input(self, step: int, hidden: Tensor, token: Tensor) -> Tensor:
+        """Input of depth step `step`: hidden [N, dim], token [N] drawn before it -> [N, 1, depth dim]."""
+        table = self.depformer_emb[step - 1] if step else self.depformer_text_emb
+        return (self.depformer_in[step](hidden) + table(token))[:, None]
+
+
+def step(
+    lm: LM,
+    state: LMState,
+    inputs: LMInputs,
+    sampling: SamplingState,
+    active: Tensor,
+    caps: Caps,
+    depth_steps: int,
+) -> LMOutput:
+    """One frame for every active slot (active [N] bool); `depth_steps` 8 when all user codes are given, else 16.
+
+    With offset n: the given tokens enter column n (+ delay), the network reads column n - 1, draws column n, and
+    frame n - 1 comes out whole. The step at n = 0 runs nothing and the frame given to it is lost.
+    """
+    n = state.offset
+    frame_columns = (n[:, None] + lm.delays) % RING_COLUMNS
+    _write(state, frame_columns, inputs.tokens, inputs.given & active[:, None])
+    target = (n % RING_COLUMNS)[:, None].expand(-1, STREAMS)
+    starting = n[:, None] <= lm.delays
+    start = torch.full_like(inputs.tokens, lm.config.audio_start)
+    start[:, 0] = lm.config.text_start
+    _write(state, target, start, starting & active[:, None])
+
+    runs = active & (n > 0)
+    source = (n - 1).clamp(min=0) % RING_COLUMNS
+    previous = source[:, None].expand(-1, STREAMS)
+    x = lm.embed(_read(state.tokens, previous))
+    hidden = lm.out_norm(lm.transformer.step(x[:, None], state.ring, runs))[:, 0]
+
+    target_tokens, target_provided = _read(state.tokens, target), _read(state.provided, target)
+    text_logits = lm.text_linear(hidden)
+    keys = draw_keys(sampling.text_seed, n, 0)
+    token = draw(text_logits, sampling.text_temperature, sampling.text_topk, keys, caps.text)
+    drawn = [torch.where(target_provided[:, 0], target_tokens[:, 0], token)]
+    audio_logits = []
+    depth = DepthPass(lm.depformer)
+    for index in range(depth_steps):
+        logits = lm.linears[index](depth.step(lm.depth_input(index, hidden, drawn[-1])))[:, 0]
+        keys = draw_keys(sampling.audio_seed, n, index + 1)
+        token = draw(logits, sampling.audio_temperature, sampling.audio_topk, keys, caps.audio)
+        drawn.append(torch.where(target_provided[:, index + 1], target_tokens[:, index + 1], token))
+        audio_logits.append(logits)
+
+    written = torch.cat([torch.stack(drawn, dim=1), target_tokens[:, len(drawn) :]], dim=1)
+    state.tokens.scatter_(2, target[..., None], torch.where(runs[:, None], written, target_tokens)[..., None])
+    provided = _read(state.provided, previous) & ~runs[:, None]
+    state.provided.scatter_(2, previous[..., None], provided[..., None])
+
+    whole = (n[:, None] - MAX_DELAY + lm.delays) % RING_COLUMNS
+    valid = active & (n > MAX_DELAY)
+    tokens = _read(state.tokens, whole)
+    state.offset += active
+    return LMOutput(tokens, valid, hidden, text_logits, audio_logits)
+
+
+def _read(ring: Tensor, columns: Tensor) -> Tensor:
+    """ring [N, 17, 4] at columns [N, 17] -> [N, 17]."""
+    return ring.gather(2, columns[..., None])[..., 0]
+
+
+def _write(state: LMState, columns: Tensor, tokens: Tensor, where: Tensor) -> None:
+    """Puts tokens [N, 17] at columns [N, 17] of the token ring and marks them provided, where `where` [N, 17]."""
+    index = columns[..., None]
+    kept = torch.where(where, tokens, _read(state.tokens, columns))
+    state.tokens.scatter_(2, index, kept[..., None])
+    state.provided.scatter_(2, index, (where | _read(state.provided, columns))[..., None])

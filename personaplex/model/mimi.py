@@ -1,0 +1,182 @@
+"""Mimi, the streaming audio codec: 1920 samples <-> 8 codes, one frame a call, float32 throughout.
+
+`encode` and `decode` are independent of each other; each reads and renews its half of a `MimiState`. On a CPU
+the slots that take part run one by one (convolutions gain nothing from a batch there, and a session's codes
+cannot depend on its neighbours); elsewhere all slots run as one batch of fixed shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from personaplex.config import CODEBOOKS, FRAME_SIZE, MimiConfig, TransformerConfig
+from personaplex.model import ring as rings
+from personaplex.model import seanet
+from personaplex.model.conv import Downsample, Upsample
+from personaplex.model.layers import LAYER_NORM_EPS, Attention, Linear, angles, rotate
+from personaplex.model.ring import Ring, Window
+from personaplex.model.rvq import SplitQuantizer
+
+STEPS = 2  # 25 Hz steps in one frame
+
+
+@dataclass
+class CodecState:
+    """One direction of the codec for N slots: columns kept by each convolution, and the transformer's ring."""
+
+    tails: list[Tensor]  # [N, channels, columns] each
+    resample: Tensor  # [N, dim, 2] before downsampling, [N, dim, 1] before upsampling
+    ring: Ring
+
+    def rows(self, start: int, stop: int) -> CodecState:
+        """The same memory, slots start..stop-1 only."""
+        return CodecState([t[start:stop] for t in self.tails], self.resample[start:stop], self.ring.rows(start, stop))
+
+    def reset(self, slot: int) -> None:
+        for tail in self.tails:
+            tail[slot].zero_()
+        self.resample[slot].zero_()
+        self.ring.reset(slot)
+
+
+@dataclass
+class MimiState:
+    encoder: CodecState
+    decoder: CodecState
+
+    def rows(self, start: int, stop: int) -> MimiState:
+        return MimiState(self.encoder.rows(start, stop), self.decoder.rows(start, stop))
+
+    def reset(self, slot: int) -> None:
+        """Back to the start of a stream, both directions."""
+        self.encoder.reset(slot)
+        self.decoder.reset(slot)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(dim), requires_grad=False)
+
+
+class MimiLayer(nn.Module):
+    """Pre-norm layer: x + s1 * attention(norm1 x), then x + s2 * linear2(gelu(linear1(norm2 x)))."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.norm1 = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPS)
+        self.linear1 = Linear(config.dim, config.hidden)
+        self.linear2 = Linear(config.hidden, config.dim)
+        self.layer_scale_1 = LayerScale(config.dim)
+        self.layer_scale_2 = LayerScale(config.dim)
+
+    def prepare(self) -> None:
+        self.self_attn.prepare()
+        self.linear1.prepare()
+        self.linear2.prepare()
+
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], ring: Ring, layer: int, view: Window) -> Tensor:
+        q, k, v = self.self_attn.project(self.norm1(x))
+        heads = rings.attend(ring, layer, rotate(q, *turn), rotate(k, *turn), v, view)
+        x = x + self.layer_scale_1.scale * self.self_attn.merge(heads)
+        return x + self.layer_scale_2.scale * self.linear2(F.gelu(self.linear1(self.norm2(x))))
+
+
+class MimiTransformer(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.transformer = nn.Module()
+        self.transformer.layers = nn.ModuleList(MimiLayer(config) for _ in range(config.layers))
+        self.config = config
+
+    def prepare(self) -> None:
+        for layer in self.transformer.layers:
+            layer.prepare()
+
+    def forward(self, x: Tensor, ring: Ring, active: Tensor) -> Tensor:
+        """x [N, dim, 2] -> [N, dim, 2]; the ring moves on by two positions for active slots."""
+        view = rings.window(ring, STEPS, active)
+        turn = angles(self.config, ring.offset[:, None] + torch.arange(STEPS, device=x.device))
+        x = x.transpose(1, 2)
+        for index, layer in enumerate(self.transformer.layers):
+            x = layer(x, turn, ring, index, view)
+        ring.offset += STEPS * active
+        return x.transpose(1, 2)
+
+
+class Mimi(nn.Module):
+    """The codec's weights, under the checkpoint's names until `prepare()`."""
+
+    def __init__(self, config: MimiConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = seanet.encoder(config)
+        self.decoder = seanet.decoder(config)
+        self.encoder_transformer = MimiTransformer(config.transformer)
+        self.decoder_transformer = MimiTransformer(config.transformer)
+        self.downsample = Downsample(config.dim)
+        self.upsample = Upsample(config.dim)
+        self.quantizer = SplitQuantizer(config)
+
+    def prepare(self) -> None:
+        """Derives what the steps read; call once, after the weights are loaded."""
+        self.encoder.prepare()
+        self.decoder.prepare()
+        self.encoder_transformer.prepare()
+        self.decoder_transformer.prepare()
+        self.quantizer.prepare()
+        self.requires_grad_(False)
+
+    def allocate(self, slots: int, device: torch.device) -> MimiState:
+        """State of `slots` streams at their start."""
+        return MimiState(
+            encoder=self._codec_state(self.encoder, 2, slots, device),
+            decoder=self._codec_state(self.decoder, 1, slots, device),
+        )
+
+    def _codec_state(self, net: seanet.Seanet, columns: int, slots: int, device: torch.device) -> CodecState:
+        return CodecState(
+            tails=[torch.zeros(slots, *shape, device=device) for shape in net.tail_shapes()],
+            resample=torch.zeros(slots, self.config.dim, columns, device=device),
+            ring=Ring.allocate(self.config.transformer, slots, device, torch.float32),
+        )
+
+
+def encode(mimi: Mimi, state: CodecState, pcm: Tensor, active: Tensor) -> Tensor:
+    """pcm [N, 1920] float32, active [N] bool -> codes [N, 8] int64 (anything for slots that are not active)."""
+    if pcm.device.type != "cpu":
+        return _encode(mimi, state, pcm, active)
+    codes = torch.zeros(pcm.shape[0], CODEBOOKS, dtype=torch.int64)
+    for row in active.nonzero()[:, 0].tolist():
+        codes[row] = _encode(mimi, state.rows(row, row + 1), pcm[row : row + 1], active[row : row + 1])[0]
+    return codes
+
+
+def decode(mimi: Mimi, state: CodecState, codes: Tensor, active: Tensor) -> Tensor:
+    """codes [N, 8] int64, active [N] bool -> pcm [N, 1920] float32 (zeros for slots that are not active)."""
+    if codes.device.type != "cpu":
+        return _decode(mimi, state, codes, active) * active[:, None]
+    pcm = torch.zeros(codes.shape[0], FRAME_SIZE)
+    for row in active.nonzero()[:, 0].tolist():
+        pcm[row] = _decode(mimi, state.rows(row, row + 1), codes[row : row + 1], active[row : row + 1])[0]
+    return pcm
+
+
+def _encode(mimi: Mimi, state: CodecState, pcm: Tensor, active: Tensor) -> Tensor:
+    first = state.ring.offset == 0
+    x = mimi.encoder(pcm[:, None], state.tails, active)
+    x = mimi.encoder_transformer(x, state.ring, active)
+    latent = mimi.downsample(x, state.resample, first, active)
+    return mimi.quantizer.encode(latent[..., 0])
+
+
+def _decode(mimi: Mimi, state: CodecState, codes: Tensor, active: Tensor) -> Tensor:
+    x = mimi.upsample(mimi.quantizer.decode(codes)[..., None], state.resample, active)
+    x = mimi.decoder_transformer(x, state.ring, active)
+    return mimi.decoder(x, state.tails, active)[:, 0]

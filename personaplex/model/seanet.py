@@ -1,0 +1,89 @@
+"""SEANet: the convolutional encoder and decoder around Mimi's transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from personaplex.config import MimiConfig
+from personaplex.model.conv import Conv, ConvTranspose
+
+Tails = list[Tensor]
+
+
+class Residual(nn.Module):
+    """x + conv1(ELU(conv3(ELU(x))))."""
+
+    def __init__(self, dim: int, config: MimiConfig) -> None:
+        super().__init__()
+        hidden = dim // config.compress
+        self.block = nn.ModuleDict(
+            {"1": Conv(dim, hidden, config.residual_kernel), "3": Conv(hidden, dim, kernel=1)}
+        )
+
+    def forward(self, x: Tensor, tail: Tensor, active: Tensor | None) -> Tensor:
+        inner = self.block["1"](F.elu(x), tail, active)
+        return x + self.block["3"](F.elu(inner), None, active)
+
+
+class Seanet(nn.Module):
+    """A chain of layers under the checkpoint's indices (ELUs have an index but no weights).
+
+    `tails` holds one tensor for each layer that keeps columns between frames, in order.
+    """
+
+    def __init__(self, layers: dict[int, nn.Module]) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({str(index): layer for index, layer in layers.items()})
+
+    def prepare(self) -> None:
+        for layer in self.model.values():
+            if isinstance(layer, ConvTranspose):
+                layer.prepare()
+
+    def tail_shapes(self) -> Iterator[tuple[int, int]]:
+        """(channels, columns) of each tail."""
+        for layer in self.model.values():
+            if isinstance(layer, Residual):
+                layer = layer.block["1"]
+            if isinstance(layer, ConvTranspose):
+                yield layer.outputs, layer.stride
+            else:
+                assert isinstance(layer, Conv)
+                yield layer.inputs, layer.tail
+
+    def forward(self, x: Tensor, tails: Tails, active: Tensor | None) -> Tensor:
+        """x [N, channels, T] through all layers; an ELU stands before every plain layer but the first."""
+        for index, (layer, tail) in enumerate(zip(self.model.values(), tails, strict=True)):
+            if index and not isinstance(layer, Residual):
+                x = F.elu(x)
+            x = layer(x, tail, active)
+        return x
+
+
+def encoder(config: MimiConfig) -> Seanet:
+    """1 channel at 24 kHz -> `dim` channels at 25 Hz."""
+    width = config.filters
+    layers: dict[int, nn.Module] = {0: Conv(1, width, config.kernel)}
+    index = 1
+    for ratio in reversed(config.ratios):
+        layers[index] = Residual(width, config)
+        layers[index + 2] = Conv(width, 2 * width, 2 * ratio, ratio)
+        width, index = 2 * width, index + 3
+    layers[index + 1] = Conv(width, config.dim, config.last_kernel)
+    return Seanet(layers)
+
+
+def decoder(config: MimiConfig) -> Seanet:
+    """`dim` channels at 25 Hz -> 1 channel at 24 kHz."""
+    width = config.filters * 2 ** len(config.ratios)
+    layers: dict[int, nn.Module] = {0: Conv(config.dim, width, config.kernel)}
+    index = 1
+    for ratio in config.ratios:
+        layers[index + 1] = ConvTranspose(width, width // 2, ratio)
+        layers[index + 2] = Residual(width // 2, config)
+        width, index = width // 2, index + 3
+    layers[index + 1] = Conv(width, 1, config.last_kernel)
+    return Seanet(layers)

@@ -1,0 +1,78 @@
+"""The temporal transformer: one position a frame, all 17 streams summed into it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from personaplex.config import TransformerConfig
+from personaplex.model import ring as rings
+from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm, angles, rotate
+from personaplex.model.ring import Ring
+
+
+class TemporalLayer(nn.Module):
+    """Pre-norm layer without biases: x + attention(norm1 x), then x + gating(norm2 x)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.norm1 = RMSNorm(config.dim)
+        self.norm2 = RMSNorm(config.dim)
+        self.gating = GatedFeedForward(config.dim, config.hidden)
+
+    def prepare(self) -> None:
+        self.self_attn.prepare()
+        self.gating.prepare()
+
+    def finish(self, x: Tensor, heads: Tensor) -> Tensor:
+        """The rest of the layer, once its heads [N, H, T, head_dim] have read the ring."""
+        x = x + self.self_attn.merge(heads)
+        return x + self.gating(self.norm2(x))
+
+
+class Temporal(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(TemporalLayer(config) for _ in range(config.layers))
+
+    def prepare(self) -> None:
+        for layer in self.layers:
+            layer.prepare()
+
+    def step(self, x: Tensor, ring: Ring, active: Tensor) -> Tensor:
+        """x [N, 1, dim], one position a slot -> [N, 1, dim] before the last norm; offsets move for active slots."""
+        view = rings.window(ring, 1, active)
+        turn = angles(self.config, ring.offset[:, None])
+        for index, layer in enumerate(self.layers):
+            q, k, v = layer.self_attn.project(layer.norm1(x))
+            heads = rings.attend(ring, index, rotate(q, *turn), rotate(k, *turn), v, view)
+            x = layer.finish(x, heads)
+        ring.offset += active
+        return x
+
+    def prefill(self, x: Tensor, ring: Ring, slot: int, start: int) -> None:
+        """x [1, T, dim] = positions start.. of one slot, all at once; only keys and values are kept.
+
+        Each query sees what it would have seen stepping alone. The last layer stops at its keys and values.
+        """
+        steps = x.shape[1]
+        turn = angles(self.config, torch.arange(start, start + steps, device=x.device)[None])
+        mask = rings.prefill_mask(start, steps, ring.capacity, x.device)
+        for index, layer in enumerate(self.layers):
+            normed = layer.norm1(x)
+            if index == len(self.layers) - 1:
+                k, v = layer.self_attn.project_kv(normed)
+                rings.store(ring, slot, index, start, rotate(k, *turn)[0].transpose(0, 1), v[0].transpose(0, 1))
+                break
+            q, k, v = layer.self_attn.project(normed)
+            q, k, v = (t.transpose(1, 2) for t in (rotate(q, *turn), rotate(k, *turn), v))
+            old_k, old_v = rings.past(ring, slot, index, start)
+            rings.store(ring, slot, index, start, k[0], v[0])
+            heads = F.scaled_dot_product_attention(
+                q, torch.cat([old_k, k], 2), torch.cat([old_v, v], 2), attn_mask=mask, is_causal=mask is None
+            )
+            x = layer.finish(x, heads)
+        ring.offset[slot] = start + steps
