@@ -227,8 +227,6 @@ class EngineConfig:
     prefill_chunk: int = 256  # prompt positions run between two ticks
     prompt_tokens: int = 1_000  # longest text prompt, in tokens
     voice_cache: int = 32  # voices whose KV prefix is kept
-    device: str = "cpu"
-    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.slots < 1:

@@ -1,0 +1,278 @@
+"""The engine: N slots over one model, one tick at a time.
+
+`step()` is its only clock. A slot is admitted with a persona, primed (its prompt prefilled in bounded chunks),
+then takes one frame and gives one frame a tick until it is closed. The same engine serves one session and many,
+on a CPU or a GPU. Not thread-safe: one thread owns it. Frames go in and out as numpy arrays.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from personaplex.config import FRAME_SIZE, EngineConfig, LMConfig, Sampling
+from personaplex.engine.script import Script, compose
+from personaplex.engine.state import EngineState
+from personaplex.engine.step import step
+from personaplex.errors import BadParameter, EngineFault, NoCapacity, PromptTooLong, SessionLost
+from personaplex.model import Model
+from personaplex.model.sampling import Caps
+from personaplex.persona import Persona
+from personaplex.text import PieceDecoder, Tokenizer
+from personaplex.tokenlog import TokenLog
+from personaplex.voices import Voice, VoiceLibrary
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in the engine, for one session. A later session in the same place has a higher generation."""
+
+    index: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """One agent frame of one session.
+
+    `frame` counts from 0 at the end of the prompt; `pcm` is float32 [1920]; `tokens` int64 [17] is the whole
+    frame one step back (see lm.step), `user_codes` int64 [8] the frame just heard; `text` is "" for padding.
+    """
+
+    slot: Slot
+    frame: int
+    pcm: NDArray[np.float32]
+    tokens: NDArray[np.int64]
+    user_codes: NDArray[np.int64]
+    text: str
+
+
+@dataclass
+class _Seat:
+    """What the engine knows of the session in one slot."""
+
+    slot: Slot
+    sampling: Sampling
+    script: Script
+    voice: str  # digest of the voice, key of its cached prefix
+    decoder: PieceDecoder
+    position: int = 0  # prompt positions prefilled so far
+    live: bool = False
+    fed: bool = False
+    frames: int = 0
+    log: TokenLog = field(default_factory=TokenLog)
+
+
+class Engine:
+    """Serves `config.slots` sessions with one model."""
+
+    def __init__(self, model: Model, voices: VoiceLibrary, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        self.slots = config.slots
+        self._model, self._voices, self._tokenizer, self._config = model, voices, tokenizer, config
+        self._state = EngineState.allocate(model, config.slots)
+        self._seats: list[_Seat | None] = [None] * config.slots
+        self._generations = [0] * config.slots
+        self._vacant = list(range(config.slots))  # a heap: lowest first, so that ticks run on short prefixes
+        self._waiting: deque[Slot] = deque()
+        self._prefixes: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
+        pinned = model.device.type == "cuda"
+        self._pcm = torch.zeros(config.slots, FRAME_SIZE, pin_memory=pinned)
+        self.voice_hits = 0
+        self.voice_misses = 0
+
+    @property
+    def free(self) -> int:
+        """Slots that `admit` can still give."""
+        return len(self._vacant)
+
+    def admit(self, persona: Persona, voice: Voice | None = None) -> Slot:
+        """Takes a slot and queues its prompt; `voice` replaces the library's voice of that name.
+
+        Raises NoCapacity, UnknownVoice, PromptTooLong or BadParameter, and then takes nothing.
+        """
+        check_sampling(persona.sampling, self._model.config.lm)
+        voice = voice or self._voices.get(persona.voice)
+        text = self._tokenizer.encode_prompt(persona.text_prompt)
+        if len(text) > self._config.prompt_tokens:
+            raise PromptTooLong(f"the role text has {len(text)} tokens, at most {self._config.prompt_tokens} fit")
+        script = compose(voice, text, self._model.config.lm)
+        if not self._vacant:
+            raise NoCapacity(f"all {self.slots} slots are taken")
+        index = heapq.heappop(self._vacant)
+        slot = Slot(index, self._generations[index])
+        self._state.reset(index)
+        self._state.sampling.write(index, persona.sampling)
+        self._seats[index] = _Seat(slot, persona.sampling, script, voice.digest, PieceDecoder(self._tokenizer))
+        self._waiting.append(slot)
+        return slot
+
+    def prime(self) -> Slot | None:
+        """Runs one prefill chunk for the slot that waits longest; that slot once it is live, else None."""
+        while self._waiting:
+            seat = self._seat_or_none(self._waiting[0])
+            if seat is None:  # closed while it waited
+                self._waiting.popleft()
+                continue
+            self._prefill(seat)
+            if seat.position < seat.script.frames - 1:
+                return None
+            self._waiting.popleft()
+            self._go_live(seat)
+            return seat.slot
+        return None
+
+    @property
+    def priming(self) -> bool:
+        """Whether any slot still waits for its prompt."""
+        return any(self._seat_or_none(slot) is not None for slot in self._waiting)
+
+    def open(self, persona: Persona, voice: Voice | None = None) -> Slot:
+        """`admit`, then `prime` until the new slot is live."""
+        slot = self.admit(persona, voice)
+        while self.prime() != slot:
+            pass
+        return slot
+
+    def feed(self, slot: Slot, frame: NDArray[np.float32]) -> None:
+        """Hands over the user's next frame, float32 [1920]; it is heard in the next `step`.
+
+        Raises SessionLost for a closed slot, BadParameter for a frame of another shape, for one that is not
+        finite, and when the slot is not live or has not yet heard its last frame.
+        """
+        seat = self._seat(slot)
+        if frame.shape != (FRAME_SIZE,) or not np.isfinite(frame).all():
+            raise BadParameter(f"a frame is {FRAME_SIZE} finite samples")
+        if not seat.live or seat.fed:
+            raise BadParameter("the slot cannot take a frame now")
+        self._pcm[slot.index] = torch.from_numpy(np.asarray(frame, np.float32))
+        seat.fed = True
+
+    def step(self) -> list[Output]:
+        """One tick over every live slot that holds a frame; [] when none does.
+
+        Raises EngineFault when the device fails; the engine is then of no further use.
+        """
+        ready = [seat for seat in self._seats if seat is not None and seat.fed]
+        if not ready:
+            return []
+        lm = self._model.config.lm
+        caps = Caps.of([seat.sampling for seat in ready], lm.text_card, lm.card)
+        width = ready[-1].slot.index + 1
+        active = torch.zeros(width, dtype=torch.bool)
+        active[[seat.slot.index for seat in ready]] = True
+        device = self._model.device
+        try:
+            with torch.inference_mode():
+                pcm = self._pcm[:width].to(device, non_blocking=True)
+                out = step(self._model, self._state.rows(0, width), pcm, active.to(device), caps)
+                frames, tokens = out.pcm.cpu().numpy(), out.tokens.cpu().numpy()
+                user_codes = out.user_codes.cpu().numpy()
+        except RuntimeError as error:
+            raise EngineFault("the engine failed in a step") from error
+        return [self._deliver(seat, frames, tokens, user_codes) for seat in ready]
+
+    def close(self, slot: Slot) -> None:
+        """Gives the slot back. Closing twice, or closing a slot that has a new user, does nothing."""
+        if self._seat_or_none(slot) is None:
+            return
+        self._seats[slot.index] = None
+        self._generations[slot.index] += 1
+        heapq.heappush(self._vacant, slot.index)
+
+    def log(self, slot: Slot) -> TokenLog:
+        """The session's frames so far; it goes on growing until the slot is closed. Raises SessionLost."""
+        return self._seat(slot).log
+
+    def _seat_or_none(self, slot: Slot) -> _Seat | None:
+        seat = self._seats[slot.index]
+        return seat if seat is not None and seat.slot == slot else None
+
+    def _seat(self, slot: Slot) -> _Seat:
+        seat = self._seat_or_none(slot)
+        if seat is None:
+            raise SessionLost("the slot has been closed")
+        return seat
+
+    def _prefill(self, seat: _Seat) -> None:
+        """The next chunk of one prompt. The voice's part ends a chunk, so that it can be shared."""
+        script, ring, index = seat.script, self._state.lm.ring, seat.slot.index
+        cached = self._prefixes.get(seat.voice)
+        with torch.inference_mode():
+            if seat.position == 0 and cached is not None:
+                self._prefixes.move_to_end(seat.voice)
+                self.voice_hits += 1
+                keys, values = cached
+                ring.k[index, :, :, : script.prefix] = keys
+                ring.v[index, :, :, : script.prefix] = values
+                ring.offset[index] = seat.position = script.prefix
+            end = script.prefix if seat.position < script.prefix else script.frames - 1
+            stop = min(seat.position + self._config.prefill_chunk, end)
+            if stop > seat.position:
+                x = self._inputs(script, seat.position, stop)
+                self._model.lm.transformer.prefill(x, ring, index, seat.position)
+                seat.position = stop
+            if stop == script.prefix and cached is None and 0 < stop < ring.capacity:
+                self._keep_prefix(seat.voice, index, stop)
+
+    def _inputs(self, script: Script, start: int, stop: int) -> Tensor:
+        """Input embeddings [1, T, dim] of prompt positions start..stop-1."""
+        lm = self._model.lm
+        if script.embeddings is not None and stop <= script.prefix:
+            return script.embeddings[start:stop].to(lm.device, lm.dtype)[None]
+        return lm.embed(script.positions[start:stop].to(lm.device))[None]
+
+    def _keep_prefix(self, voice: str, index: int, length: int) -> None:
+        ring = self._state.lm.ring
+        self.voice_misses += 1
+        self._prefixes[voice] = (ring.k[index, :, :, :length].clone(), ring.v[index, :, :, :length].clone())
+        while len(self._prefixes) > self._config.voice_cache:
+            self._prefixes.popitem(last=False)
+
+    def _go_live(self, seat: _Seat) -> None:
+        state, index = self._state.lm, seat.slot.index
+        state.tokens[index] = seat.script.ring
+        state.provided[index] = seat.script.provided
+        state.offset[index] = seat.script.frames
+        seat.live = True
+
+    def _deliver(
+        self,
+        seat: _Seat,
+        frames: NDArray[np.float32],
+        tokens: NDArray[np.int64],
+        user_codes: NDArray[np.int64],
+    ) -> Output:
+        index = seat.slot.index
+        row = tokens[index]
+        output = Output(
+            slot=seat.slot,
+            frame=seat.frames,
+            pcm=frames[index],
+            tokens=row,
+            user_codes=user_codes[index],
+            text=seat.decoder.push(int(row[0])),
+        )
+        seat.log.append(row, forced=seat.frames == 0)  # the first frame out is the prompt's last
+        seat.fed = False
+        seat.frames += 1
+        return output
+
+
+def check_sampling(sampling: Sampling, lm: LMConfig) -> None:
+    """Raises BadParameter for a value the model cannot draw with."""
+    for name in ("text_temperature", "audio_temperature"):
+        if not math.isfinite(getattr(sampling, name)):
+            raise BadParameter(f"{name} must be a finite number")
+    for name, size in (("text_topk", lm.text_card), ("audio_topk", lm.card)):
+        if not 0 <= getattr(sampling, name) <= size:
+            raise BadParameter(f"{name} must lie between 0 and {size}")
+    for name in ("text_seed", "audio_seed"):
+        if not 0 <= getattr(sampling, name) < 2**63:
+            raise BadParameter(f"{name} must lie between 0 and 2**63 - 1")

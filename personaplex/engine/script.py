@@ -1,0 +1,140 @@
+"""From a persona to the frames a slot consumes before it goes live.
+
+A prompt is voice frames, silence, the role text one token a frame, silence; the agent's stream carries the
+voice's codes and then silence, the user's stream a sine. `Script` holds what the network reads of it: positions
+0..P-2 to prefill and the token ring as it stands when frame P is about to be generated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from personaplex.config import (
+    AGENT,
+    DELAYS,
+    FRAME_SIZE,
+    RING_COLUMNS,
+    SILENCE_CODES,
+    SILENCE_FRAMES,
+    SINE_CODES,
+    STREAMS,
+    TEXT_PAD,
+    UNGENERATED,
+    USER,
+    LMConfig,
+)
+from personaplex.model import Model
+from personaplex.model.lm import LM
+from personaplex.model.mimi import encode
+from personaplex.voices import Voice
+
+_DELAYED = torch.tensor(DELAYS, dtype=torch.bool)
+_UNDELAYED = ~_DELAYED
+
+
+@dataclass(frozen=True)
+class Script:
+    """A prompt of P frames, ready to prefill; all tensors on the CPU.
+
+    `positions` [P - 1, 17] are the network's inputs; of these the first `prefix` belong to the voice, and
+    `embeddings` [prefix, dim] stands for them when the voice came as embeddings. `ring` [17, 4] and `provided`
+    [17, 4] are the token ring after the prompt.
+    """
+
+    frames: int
+    positions: Tensor
+    prefix: int
+    embeddings: Tensor | None
+    ring: Tensor
+    provided: Tensor
+
+
+def compose(voice: Voice | None, text: list[int], config: LMConfig) -> Script:
+    """The script of a voice and the tokens of a role text (either may be empty)."""
+    prompt = [TEXT_PAD] * SILENCE_FRAMES + text + [TEXT_PAD] * SILENCE_FRAMES
+    silence = torch.tensor(SILENCE_CODES)[:, None].expand(-1, len(prompt))
+    tail = _frames(torch.tensor(prompt), silence)
+    head = tail[:, :0] if voice is None else _voice_frames(voice)
+    frames = torch.cat([head, tail], dim=1)
+    count, prefix = frames.shape[1], max(head.shape[1] - 1, 0)
+    positions = lay_out(frames, config)
+    if voice is not None and voice.cache is not None:
+        positions[prefix] = voice.cache[:, prefix % RING_COLUMNS]
+    provided = torch.zeros(STREAMS, RING_COLUMNS, dtype=torch.bool)
+    provided[:, (count - 1) % RING_COLUMNS] = True
+    provided[_DELAYED, count % RING_COLUMNS] = True
+    return Script(
+        frames=count,
+        positions=positions[:-1],
+        prefix=prefix,
+        embeddings=None if voice is None else voice.embeddings,
+        ring=token_ring(frames, positions),
+        provided=provided,
+    )
+
+
+def lay_out(frames: Tensor, config: LMConfig) -> Tensor:
+    """frames [17, P] -> the network's inputs [P, 17]: delayed streams one position later, frame 0 lost."""
+    start = torch.full((STREAMS, 1), config.audio_start)
+    start[0] = config.text_start
+    frames = torch.cat([start, frames[:, 1:]], dim=1)
+    later = torch.cat([start, frames[:, :-1]], dim=1)
+    return torch.where(_DELAYED[:, None], later, frames).t().contiguous()
+
+
+def token_ring(frames: Tensor, positions: Tensor) -> Tensor:
+    """The token ring [17, 4] after P frames [17, P], laid out as positions [P, 17].
+
+    Column P holds the last frame's delayed codes; its other cells are those of four frames before, as stepping
+    would have left them.
+    """
+    count = positions.shape[0]
+    ring = torch.full((STREAMS, RING_COLUMNS), UNGENERATED)
+    for position in range(max(0, count - RING_COLUMNS), count):
+        ring[:, position % RING_COLUMNS] = positions[position]
+    ring[_DELAYED, count % RING_COLUMNS] = frames[_DELAYED, -1]
+    return ring
+
+
+def encode_voice(model: Model, waveform: Tensor) -> Tensor:
+    """waveform [samples] float32, 24 kHz, normalised -> codes [8, F] int64; the last frame is zero-padded."""
+    padded = torch.nn.functional.pad(waveform, (0, -waveform.shape[0] % FRAME_SIZE)).to(model.device)
+    state = model.mimi.allocate(1, model.device).encoder
+    active = torch.ones(1, dtype=torch.bool, device=model.device)
+    with torch.inference_mode():
+        codes = [encode(model.mimi, state, frame[None], active) for frame in padded.split(FRAME_SIZE)]
+    return torch.cat(codes).t().cpu()
+
+
+def embed_voice(lm: LM, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """codes [8, F] of a voice -> what a voice file keeps of it: embeddings [F - 1, dim], token ring [17, 4]."""
+    frames = _frames(torch.full((codes.shape[1],), TEXT_PAD), codes)
+    positions = lay_out(frames, lm.config)
+    with torch.inference_mode():
+        embeddings = lm.embed(positions[:-1].to(lm.device)).cpu()
+    return embeddings, token_ring(frames, positions)
+
+
+def _frames(text: Tensor, agent: Tensor) -> Tensor:
+    """text [P], agent codes [8, P] -> prompt frames [17, P] with the sine on the user's stream."""
+    frames = torch.empty(STREAMS, text.shape[0], dtype=torch.int64)
+    frames[0] = text
+    frames[AGENT] = agent
+    frames[USER] = torch.tensor(SINE_CODES)[:, None]
+    return frames
+
+
+def _voice_frames(voice: Voice) -> Tensor:
+    """The frames of a voice [17, F]; of one saved as embeddings only what its token ring still holds."""
+    if voice.codes is not None:
+        return _frames(torch.full((voice.codes.shape[1],), TEXT_PAD), voice.codes)
+    assert voice.embeddings is not None
+    assert voice.cache is not None
+    count = voice.embeddings.shape[0] + 1
+    frames = torch.zeros(STREAMS, count, dtype=torch.int64)
+    last, pending = voice.cache[:, (count - 1) % RING_COLUMNS], voice.cache[:, count % RING_COLUMNS]
+    frames[:, -1] = torch.where(_DELAYED, pending, last)
+    return frames
