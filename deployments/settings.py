@@ -71,16 +71,13 @@ class Settings(BaseSettings):
         64, ge=0, description="Sessions one gateway lets wait for a slot; 0 refuses at once."
     )
     queue_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a slot, then close code 1013.")
-    handshake_delay_ms: int = Field(
-        1_100,
-        ge=0,
-        description="Earliest handshake after the upgrade, for clients that have sent nothing: stock web "
-        "clients lose audio sent before their decoder is ready.",
+    idle_limit_s: float = Field(
+        60.0, gt=0, description="A live session that sends nothing for this long ends with close code 1000."
     )
     low_latency: bool = Field(
         False,
         description="Trade efficiency for delay: step each frame on arrival instead of gathering a batch, "
-        "and send speech as soon as it is made instead of holding one frame against jitter.",
+        "and encode speech with Opus's low-delay mode (4 ms less look-ahead, some quality).",
     )
 
     # Replicas
@@ -127,8 +124,8 @@ class Settings(BaseSettings):
     downscale_delay_s: float = Field(
         300.0, ge=0, description="Slack must last this long before a replica goes."
     )
-    autoscaling_interval_s: float = Field(
-        1.0, gt=0, description="How often load is reported to the autoscaler; it looks back three of these."
+    autoscaling_lookback_s: float = Field(
+        11.0, gt=10, description="Load is averaged over this time before replicas or gateways are added."
     )
 
     # Media link between gateways and replicas
@@ -182,7 +179,6 @@ class Settings(BaseSettings):
     trusted_proxies: int = Field(
         0, ge=0, le=8, description="Proxies in front that append to X-Forwarded-For; 0 ignores that header."
     )
-    message_limit_bytes: int = Field(65_536, ge=1_024, description="Largest WebSocket message from a client.")
     query_limit_bytes: int = Field(16_384, ge=1_024, description="Longest query string from a client.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
 

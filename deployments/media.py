@@ -1,0 +1,248 @@
+"""The media link: one TCP connection per session between a gateway and the replica that holds its slot.
+
+Every message is `length: uint32 LE | kind: uint8 | payload`, length counting the kind and the payload.
+
+    gateway -> replica   OPEN   one-time token (16 bytes), persona as JSON; first and only once
+                         FRAME  the user's frame, float32 LE [1920]: bit for bit what was decoded
+                         CLOSE  JSON; the slot may go
+    replica -> gateway   READY  JSON; the prompt is done, frames count from here
+                         REPLY  frame uint32, microseconds in the replica uint32, tokens int16 [17],
+                                frame float32 [1920], text UTF-8
+                         CLOSE  JSON with the error that ended the session
+
+Contract: bytes and connections only, no Ray, no engine. Nothing is queued without a bound: while the peer
+does not read, the newest `OUTBOX_FRAMES` frames are kept, older ones are dropped and counted. The kernel ends a
+connection whose other machine is gone within about `PEER_GONE_S`; a process that ends closes it at once. Bytes
+outside this protocol raise ProtocolError and end the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import enum
+import json
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from personaplex import errors
+from personaplex.config import FRAME_SIZE, STREAMS, Sampling
+from personaplex.errors import PersonaplexError, ProtocolError, SessionLost
+from personaplex.persona import Persona
+
+TOKEN_BYTES = 16
+OUTBOX_FRAMES = 25  # frames that wait for a peer that does not read: 2 s
+SOCKET_BYTES = 65_536  # the kernel's send buffer: 8 frames
+PEER_GONE_S = 2
+MESSAGE_LIMIT = 65_536  # bytes; no message of this protocol comes near
+
+_LENGTH = struct.Struct("<I")
+_REPLY = struct.Struct(f"<II{STREAMS}h")
+_FRAME_BYTES = 4 * FRAME_SIZE
+
+Pcm = npt.NDArray[np.float32]
+
+
+class Kind(enum.IntEnum):
+    OPEN = 1
+    FRAME = 2
+    CLOSE = 3
+    READY = 4
+    REPLY = 5
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One agent frame: `pcm` float32 [1920], `tokens` int64 [17]; `waited_s` since the replica got the user's
+    frame it answers."""
+
+    frame: int
+    pcm: Pcm
+    tokens: npt.NDArray[np.int64]
+    text: str
+    waited_s: float
+
+
+def pack_reply(reply: Reply) -> bytes:
+    micros = min(int(reply.waited_s * 1e6), 0xFFFFFFFF)
+    head = _REPLY.pack(reply.frame, micros, *reply.tokens.tolist())
+    pcm = np.ascontiguousarray(reply.pcm, "<f4").tobytes()
+    return b"".join((head, pcm, reply.text.encode()))
+
+
+def unpack_reply(payload: bytes) -> Reply:
+    """Raises ProtocolError for anything `pack_reply` does not make."""
+    try:
+        frame, micros, *tokens = _REPLY.unpack_from(payload)
+        pcm = np.frombuffer(payload, "<f4", FRAME_SIZE, _REPLY.size)
+        text = payload[_REPLY.size + _FRAME_BYTES :].decode()
+    except (struct.error, ValueError) as error:
+        raise ProtocolError("a reply of the wrong shape") from error
+    return Reply(frame, pcm, np.array(tokens, np.int64), text, micros / 1e6)
+
+
+def pack_open(token: bytes, persona: Persona) -> bytes:
+    return token + json.dumps(dataclasses.asdict(persona)).encode()
+
+
+def unpack_open(payload: bytes) -> tuple[bytes, Persona]:
+    """Raises ProtocolError for anything `pack_open` does not make."""
+    try:
+        fields = json.loads(payload[TOKEN_BYTES:])
+        return payload[:TOKEN_BYTES], Persona(**{**fields, "sampling": Sampling(**fields["sampling"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ProtocolError("an opening message of the wrong shape") from error
+
+
+def unpack_frame(payload: bytes) -> Pcm:
+    """float32 [1920]. Raises ProtocolError for another length."""
+    if len(payload) != _FRAME_BYTES:
+        raise ProtocolError("a frame of the wrong length")
+    return np.frombuffer(payload, "<f4")
+
+
+def pack_error(error: PersonaplexError) -> bytes:
+    fields = {"error": type(error).__name__, "message": str(error)}
+    return json.dumps(fields).encode()
+
+
+def unpack_error(payload: bytes) -> PersonaplexError:
+    """The error as the same class, so that its close code survives; SessionLost for one it cannot read."""
+    try:
+        fields = json.loads(payload)
+        kind = getattr(errors, fields["error"])
+        if issubclass(kind, PersonaplexError):
+            return cast(PersonaplexError, kind(str(fields["message"])))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return SessionLost("the session was ended")
+
+
+class Link(asyncio.Protocol):
+    """One end of a connection. `on_message(kind, payload)` and `on_lost()` are called on the event loop;
+    `on_lost` once, after the last message. A ProtocolError raised by `on_message` ends the connection."""
+
+    def __init__(
+        self, on_message: Callable[[Link, Kind, bytes], None], on_lost: Callable[[Link], None]
+    ) -> None:
+        self._on_message, self._on_lost = on_message, on_lost
+        self._transport: asyncio.Transport | None = None
+        self._received = bytearray()
+        self._outbox: deque[bytes] = deque()
+        self._writable = True
+        self._closing = False
+        self.dropped = 0  # messages not sent because the peer does not read
+
+    @property
+    def open(self) -> bool:
+        return self._transport is not None and not self._closing
+
+    def send(self, kind: Kind, payload: bytes) -> None:
+        """Sends one message in order, however much is waiting. Without effect once the link is closed."""
+        if self._transport is not None and not self._closing:
+            self._flush()
+            self._transport.write(_LENGTH.pack(len(payload) + 1) + bytes((kind,)) + payload)
+
+    def send_frame(self, kind: Kind, payload: bytes) -> None:
+        """Sends one FRAME or REPLY; while the peer does not read, only the newest OUTBOX_FRAMES are kept."""
+        if self._writable:
+            self.send(kind, payload)
+            return
+        self._outbox.append(_LENGTH.pack(len(payload) + 1) + bytes((kind,)) + payload)
+        if len(self._outbox) > OUTBOX_FRAMES:
+            self._outbox.popleft()
+            self.dropped += 1
+
+    def close(self, error: PersonaplexError | None = None) -> None:
+        """Says why, sends what is waiting and closes; a peer that does not read is cut off after a while by
+        the kernel. Idempotent."""
+        if self._transport is None or self._closing:
+            return
+        self.send(Kind.CLOSE, b"{}" if error is None else pack_error(error))
+        self._closing = True
+        if self._writable:
+            self._transport.close()
+        else:
+            self._transport.abort()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=2 * _FRAME_BYTES)  # beyond it frames wait in the outbox
+        tune(cast(socket.socket, transport.get_extra_info("socket")))
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        try:
+            self._parse()
+        except ProtocolError as error:
+            self._received.clear()
+            self.close(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._on_lost(self)
+
+    def pause_writing(self) -> None:
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self._flush()
+
+    def _parse(self) -> None:
+        start = 0
+        while not self._closing and len(self._received) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._received, start)
+            if not 1 <= length <= MESSAGE_LIMIT:
+                raise ProtocolError("a message of an impossible length")
+            end = start + _LENGTH.size + length
+            if len(self._received) < end:
+                break
+            try:
+                kind = Kind(self._received[start + _LENGTH.size])
+            except ValueError as error:
+                raise ProtocolError("a message of an unknown kind") from error
+            self._on_message(self, kind, bytes(self._received[start + _LENGTH.size + 1 : end]))
+            start = end
+        del self._received[:start]
+
+    def _flush(self) -> None:
+        while self._outbox and self._transport is not None:
+            self._transport.write(self._outbox.popleft())
+
+
+def tune(sock: Any) -> None:
+    """No delay for small messages, and a dead machine at the other end noticed within about PEER_GONE_S."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", PEER_GONE_S)):
+        if hasattr(socket, name):  # not on macOS
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1_000 * PEER_GONE_S)
+
+
+async def listen(
+    make_link: Callable[[], Link], host: str, port_min: int = 0, port_max: int = 0
+) -> tuple[asyncio.Server, int]:
+    """A server on the first free port of the range (0: any), and that port. OSError when none is free."""
+    loop = asyncio.get_running_loop()
+    for port in range(port_min, max(port_min, port_max) + 1):
+        try:
+            server = await loop.create_server(make_link, host, port, backlog=512)
+        except OSError:
+            if port >= port_max:
+                raise
+            continue
+        return server, server.sockets[0].getsockname()[1]
+    raise AssertionError("the range holds at least one port")

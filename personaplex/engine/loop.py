@@ -1,0 +1,318 @@
+"""The one thread that owns an engine, and the only door to it from other threads.
+
+Contract: `open`, `push` and `close` may be called from any thread and never block on the engine. The thread
+sleeps until something arrives or a time it chose itself, plans a tick (`schedule.py`), runs it, then runs at
+most one piece of one waiting prompt, so that somebody joining never holds the others up by more than that.
+Everything it has to say goes through the one `deliver` callable, once per tick or prompt piece, on the
+engine's thread; a session's slot is closed only between ticks. The first error of the engine that is not a
+typed refusal ends the thread: a broken device is never used again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from personaplex.config import FRAME_SECONDS
+from personaplex.engine.interface import Pcm, Spoken, Stepper
+from personaplex.engine.schedule import Lane, Plan, plan
+from personaplex.errors import EngineFault, PersonaplexError
+from personaplex.persona import Persona
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The session's prompt is done; `prefill_s` is the time since it was opened."""
+
+    session: int
+    prefill_s: float
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One agent frame; `waited_s` is the time since the user's frame it answers was pushed."""
+
+    session: int
+    spoken: Spoken
+    waited_s: float
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The engine did not take the session; it holds no slot."""
+
+    session: int
+    error: PersonaplexError
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The session's slot is free again; nothing more comes for it."""
+
+    session: int
+
+
+@dataclass(frozen=True)
+class Faulted:
+    """The engine cannot go on; nothing more comes for anybody."""
+
+    error: EngineFault
+
+
+Event = Ready | Reply | Refused | Closed | Faulted
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one piece of work gave, how long it took and over how many slots it ran."""
+
+    work: Literal["tick", "prefill", "control"]
+    events: tuple[Event, ...]
+    seconds: float = 0.0
+    slots: int = 0
+
+
+@dataclass
+class Counters:
+    """Totals since start; written by the loop, read by anybody."""
+
+    frames_in: int = 0
+    frames_out: int = 0
+    frames_dropped: int = 0  # by a full inbox
+    frames_late: int = 0  # answered more than one frame after they were pushed
+    ticks: int = 0
+    ticks_late: int = 0  # longer than one frame
+
+
+@dataclass
+class _Session:
+    persona: Persona
+    opened: float
+    lane: Lane
+    slot: Any = None
+
+
+@dataclass
+class _Work:
+    """What the thread does next, taken under the lock."""
+
+    opens: list[_Session]
+    closes: list[_Session]
+    step: list[tuple[_Session, Pcm, float]] = field(default_factory=list)
+    prime: bool = False
+
+
+class EngineLoop:
+    """Runs the engine that `make` builds (in the thread that will own it) until `stop` or its first fault."""
+
+    def __init__(
+        self,
+        make: Callable[[], Stepper],
+        deliver: Callable[[Batch], None],
+        *,
+        gather_s: float,
+        inbox_limit: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`gather_s`: see `schedule.plan`. `inbox_limit`: frames a session may have waiting; beyond it the
+        oldest is dropped and counted. `deliver` must not block and must not raise."""
+        self.counters = Counters()
+        self._make, self._deliver, self._clock = make, deliver, clock
+        self._gather_s, self._inbox_limit = gather_s, inbox_limit
+        self._numbers = itertools.count()
+        self._started: Future[int] = Future()
+        self._wake = threading.Condition()
+        # Everything below is guarded by _wake.
+        self._sessions: dict[int, _Session] = {}
+        self._opens: list[_Session] = []
+        self._closes: list[_Session] = []
+        self._priming = 0
+        self._silent = 0  # live sessions without a frame
+        self._gathering = False  # asleep only to let more frames join the tick
+        self._stopping = False
+        self._fault: EngineFault | None = None
+        self._busy_since: float | None = None
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> Future[int]:
+        """Starts the thread. The future gives the number of slots once the engine is built and warm, or the
+        error that prevented it."""
+        self._thread.start()
+        return self._started
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Ends the thread after its current piece of work; sessions still open get nothing more."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(timeout_s)
+
+    def open(self, persona: Persona) -> int:
+        """A new session's number; Ready or Refused follows. Raises EngineFault when the engine has ended."""
+        with self._wake:
+            self._raise_if_ended()
+            number = next(self._numbers)
+            session = _Session(persona, self._clock(), Lane(number, self._inbox_limit))
+            self._sessions[number] = session
+            self._opens.append(session)
+            self._wake.notify()
+        return number
+
+    def push(self, session: int, frame: Pcm) -> None:
+        """Hands over one user frame, float32 [1920], not written to again. Without effect after `close`."""
+        with self._wake:
+            known = self._sessions.get(session)
+            if known is None:
+                return
+            lane, now = known.lane, self._clock()
+            was_empty = not lane.frames
+            self.counters.frames_in += 1
+            self.counters.frames_dropped += lane.put(frame, now)
+            if lane.live and was_empty:
+                self._silent -= 1
+                if self._silent == 0 or not self._gathering:
+                    self._wake.notify()
+
+    def close(self, session: int) -> None:
+        """Ends a session; Closed follows once its slot is free. Idempotent."""
+        with self._wake:
+            known = self._sessions.pop(session, None)
+            if known is None:
+                return
+            if known.lane.live and not known.lane.frames:
+                self._silent -= 1
+            self._closes.append(known)
+            self._wake.notify()
+
+    def check(self, stall_limit_s: float) -> None:
+        """Raises EngineFault when the engine has ended or has been at one piece of work for too long."""
+        with self._wake:
+            self._raise_if_ended()
+            busy = 0.0 if self._busy_since is None else self._clock() - self._busy_since
+        if busy > stall_limit_s and self._started.done():
+            raise EngineFault(f"the engine has not answered for {busy:.0f} s")
+
+    def _raise_if_ended(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+        if self._stopping or (self._started.done() and not self._thread.is_alive()):
+            raise EngineFault("the engine has stopped")
+
+    def _run(self) -> None:
+        try:
+            engine = self._make()
+        except Exception as error:  # a task root: whoever started us gets the error
+            logger.exception("the engine could not start")
+            self._started.set_exception(error)
+            return
+        self._started.set_result(engine.slots)
+        slots: dict[Any, _Session] = {}
+        try:
+            while (work := self._next()) is not None:
+                self._pass(engine, slots, work)
+        except Exception as error:  # a task root: the device may be broken, so nobody goes on
+            logger.exception("the engine failed")
+            fault = error if isinstance(error, EngineFault) else EngineFault("the engine failed")
+            with self._wake:
+                self._fault = fault
+            self._deliver(Batch("control", (Faulted(fault),)))
+
+    def _next(self) -> _Work | None:
+        """Sleeps until there is something to do; None at the end."""
+        with self._wake:
+            while True:
+                if self._stopping:
+                    return None
+                now = self._clock()
+                found = plan((session.lane for session in self._sessions.values()), now, self._gather_s)
+                if self._opens or self._closes or self._priming or found.step:
+                    self._busy_since = now
+                    return self._take(found, now)
+                self._busy_since = None
+                self._gathering = found.again_at is not None and self._silent > 0
+                self._wake.wait(None if found.again_at is None else max(0.0, found.again_at - now))
+                self._gathering = False
+
+    def _take(self, found: Plan, now: float) -> _Work:
+        work = _Work(self._opens, self._closes, prime=self._priming > 0)
+        self._opens, self._closes = [], []
+        for lane in found.step:
+            frame, arrived = lane.take(now)
+            self._silent += not lane.frames
+            work.step.append((self._sessions[lane.session], frame, arrived))
+        return work
+
+    def _pass(self, engine: Stepper, slots: dict[Any, _Session], work: _Work) -> None:
+        if work.opens or work.closes:
+            events = [self._open(engine, slots, session) for session in work.opens]
+            events += [self._close(engine, slots, session) for session in work.closes]
+            self._deliver(Batch("control", tuple(event for event in events if event is not None)))
+        if work.step:
+            self._tick(engine, slots, work)
+        if work.prime:
+            self._prime(engine, slots)
+
+    def _open(self, engine: Stepper, slots: dict[Any, _Session], session: _Session) -> Event | None:
+        try:
+            session.slot = engine.admit(session.persona)
+        except EngineFault:
+            raise
+        except PersonaplexError as error:
+            with self._wake:
+                self._sessions.pop(session.lane.session, None)
+            return Refused(session.lane.session, error)
+        slots[session.slot] = session
+        with self._wake:
+            self._priming += 1
+        return None
+
+    def _close(self, engine: Stepper, slots: dict[Any, _Session], session: _Session) -> Event:
+        if session.slot is not None:
+            engine.close(session.slot)
+            del slots[session.slot]
+            with self._wake:
+                self._priming -= not session.lane.live
+        return Closed(session.lane.session)
+
+    def _tick(self, engine: Stepper, slots: dict[Any, _Session], work: _Work) -> None:
+        began = self._clock()
+        arrivals: dict[int, float] = {}
+        for session, frame, arrived in work.step:
+            engine.feed(session.slot, frame)
+            arrivals[session.lane.session] = arrived
+        spoken = engine.step()
+        now = self._clock()
+        events: list[Event] = []
+        for one in spoken:
+            number = slots[one.slot].lane.session
+            waited = now - arrivals[number]
+            self.counters.frames_late += waited > FRAME_SECONDS
+            events.append(Reply(number, one, waited))
+        self.counters.ticks += 1
+        self.counters.ticks_late += now - began > FRAME_SECONDS
+        self.counters.frames_out += len(events)
+        self._deliver(Batch("tick", tuple(events), now - began, len(work.step)))
+
+    def _prime(self, engine: Stepper, slots: dict[Any, _Session]) -> None:
+        began = self._clock()
+        slot = engine.prime()
+        now = self._clock()
+        events: tuple[Event, ...] = ()
+        if slot is not None:
+            session = slots[slot]
+            with self._wake:
+                self._priming -= 1
+                session.lane.live = True
+                if session.lane.session in self._sessions:
+                    self._silent += not session.lane.frames
+            events = (Ready(session.lane.session, now - session.opened),)
+        self._deliver(Batch("prefill", events, now - began, 1))
