@@ -70,7 +70,9 @@ def resolve(
 ) -> Checkpoint:
     """The checkpoint behind `spec`: `tiny`, `7b` (the hub's `hf_repo` at `revision`) or a local directory.
 
-    A file given by its own option is used in place of the checkpoint's, and the hub is not asked for it. Raises CheckpointError when a file is missing or cannot be fetched, saying what to do, and ConfigError for a config.json of another architecture.
+    A file given by its own option is used in place of the checkpoint's, and the hub is not asked for it.
+    Raises CheckpointError when a file is missing or cannot be fetched, saying what to do, and ConfigError for
+    a config.json of another architecture.
     """
     given = {"lm": moshi_weight, "mimi": mimi_weight, "tokenizer": tokenizer, "voices": voice_prompt_dir}
     for part, path in given.items():

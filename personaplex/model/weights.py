@@ -1,0 +1,210 @@
+"""A checkpoint's tensors into modules: all of them, of the right shape, or an error naming every wrong one.
+
+Safetensors are read through a memory map, tensor by tensor, straight to their device and dtype. The modules
+are built without memory and have the names and shapes of the checkpoint format; nothing is ever left as it
+was allocated. The language model is loaded in the dtype asked for, the codec always in float32.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from personaplex.config import CODEBOOKS, LMConfig, MimiConfig, ModelConfig
+from personaplex.errors import CheckpointError
+from personaplex.model import tiny
+from personaplex.model.hub import Checkpoint
+from personaplex.model.lm import LM
+from personaplex.model.mimi import Mimi
+
+Network = TypeVar("Network", LM, Mimi)
+Shapes = dict[str, tuple[int, ...]]
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+# Tensors of one depth step N each; a Moshi checkpoint has them for the first 8 of 16 steps.
+_PER_STEP = re.compile(
+    r"(?P<head>depformer\.layers\.\d+\.gating|linears|depformer_in|depformer_emb)\.(?P<step>\d+)\."
+)
+_STACKED = re.compile(r"depformer\.layers\.\d+\.self_attn\.(in_proj_weight|out_proj\.weight)")
+
+_CODEBOOK_NAMES = {
+    "inited": "_initialized",
+    "cluster_size": "cluster_usage",
+    "embed_avg": "embedding_sum",
+    "embed_sum": "embedding_sum",
+}
+
+
+@dataclass
+class Model:
+    """Both networks, ready to step."""
+
+    lm: LM
+    mimi: Mimi
+    config: ModelConfig
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm.dtype
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> Model:
+    """Loads a resolved checkpoint. Raises CheckpointError for a damaged file or one with other tensors."""
+    device = torch.device(device)
+    lm = load_lm(checkpoint.lm, checkpoint.config.lm, device, dtype)
+    mimi = load_mimi(checkpoint.mimi, checkpoint.config.mimi, device)
+    return Model(lm, mimi, checkpoint.config)
+
+
+def load_lm(path: Path | None, config: LMConfig, device: torch.device, dtype: torch.dtype) -> LM:
+    """The language model from a file, or tiny's when `path` is None."""
+    with torch.device("meta"):
+        lm = LM(config)
+    expected = _shapes(lm)
+    if path is None:
+        weights = {name: w.to(device, dtype) for name, w in tiny.lm_weights(expected).items()}
+    else:
+        weights = _read(path, expected, device, dtype, depth_plan)
+    return _fill(lm, weights)
+
+
+def load_mimi(path: Path | None, config: MimiConfig, device: torch.device) -> Mimi:
+    """The codec from a file, or tiny's when `path` is None; float32."""
+    with torch.device("meta"):
+        mimi = Mimi(config)
+    expected = _shapes(mimi)
+    if path is None:
+        weights = {name: w.to(device) for name, w in tiny.mimi_weights(expected).items()}
+    else:
+        weights = _read(path, expected, device, torch.float32, codebook_plan)
+    return _fill(mimi, weights)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """How one expected tensor is made: `times` copies of the file's tensor `name`, along dimension 0."""
+
+    name: str
+    times: int = 1
+
+
+Plan = Callable[
+    [Shapes, Shapes], dict[str, Piece]
+]  # (expected, found) -> which expected tensor comes from which
+
+
+def codebook_plan(expected: Shapes, found: Shapes) -> dict[str, Piece]:
+    """Every name as it is, with the older names of the codebook buffers accepted."""
+    plan = {}
+    for name in found:
+        head, _, tail = name.rpartition("._codebook.")
+        current = f"{head}._codebook.{_CODEBOOK_NAMES[tail]}" if head and tail in _CODEBOOK_NAMES else name
+        if current == name or current not in found:
+            plan[current] = Piece(name)
+    return plan
+
+
+def depth_plan(expected: Shapes, found: Shapes) -> dict[str, Piece]:
+    """Every name as it is; a checkpoint with 8 depth steps (Moshi's) serves steps 8..15 with those of 0..7.
+
+    Its stacked attention tensors are repeated along dimension 0, its per-step tensors stand for two steps.
+    Table `depformer_emb.7` joins the two halves and has no counterpart: a file without it lacks it.
+    """
+    plan = {name: Piece(name) for name in found}
+    if not _has_eight_steps(expected, found):
+        return plan
+    for name in expected:
+        step = _PER_STEP.match(name)
+        if _STACKED.fullmatch(name):
+            plan[name] = Piece(name, times=2)
+        elif step and name not in found and int(step["step"]) >= CODEBOOKS:
+            earlier = f"{step['head']}.{int(step['step']) - CODEBOOKS}.{name[step.end() :]}"
+            if earlier in found:
+                plan[name] = Piece(earlier)
+    return plan
+
+
+def _has_eight_steps(expected: Shapes, found: Shapes) -> bool:
+    """True when every stacked tensor has half its rows and no step after the eighth has its own weights."""
+    stacked = [name for name in expected if _STACKED.fullmatch(name) and name in found]
+    halved = all(found[n] == (expected[n][0] // 2, *expected[n][1:]) for n in stacked)
+    later = any(
+        int(step["step"]) >= CODEBOOKS
+        for step in map(_PER_STEP.match, found)
+        if step and step["head"] != "depformer_emb"
+    )
+    return bool(stacked) and halved and not later
+
+
+def _shapes(module: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _read(
+    path: Path, expected: Shapes, device: torch.device, dtype: torch.dtype, make_plan: Plan
+) -> dict[str, Tensor]:
+    """All expected tensors from one safetensors file."""
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            found = {name: tuple(view.get_shape()) for name, view in slices.items()}
+            other = {
+                name: view.get_dtype() for name, view in slices.items() if view.get_dtype() not in _FLOATS
+            }
+            plan = make_plan(expected, found)
+            _check(path.name, expected, found, other, plan)
+            loaded: dict[str, Tensor] = {}
+            for piece in plan.values():
+                if piece.name not in loaded:
+                    loaded[piece.name] = file.get_tensor(piece.name).to(dtype)
+            return {
+                name: torch.cat([loaded[piece.name]] * piece.times) if piece.times > 1 else loaded[piece.name]
+                for name, piece in plan.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} is damaged or only partly there ({error}): fetch it again"
+        ) from error
+
+
+def _check(
+    file: str, expected: Shapes, found: Shapes, other: Mapping[str, str], plan: Mapping[str, Piece]
+) -> None:
+    """Raises CheckpointError naming every tensor that is unexpected, missing, misshapen or not of floats."""
+    used = {piece.name for name, piece in plan.items() if name in expected}
+    faults = [f"unexpected: {name}" for name in found if name not in used]
+    faults += [f"missing: {name}" for name in expected if name not in plan]
+    for name, piece in plan.items():
+        if name not in expected:
+            continue
+        shape = found[piece.name]
+        made = (shape[0] * piece.times, *shape[1:]) if shape else shape
+        if made != expected[name]:
+            faults.append(f"shape of {piece.name}: {list(shape)}, needed {list(expected[name])} for {name}")
+    faults += [f"dtype of {name}: {dtype} is no floating-point type" for name, dtype in other.items()]
+    if faults:
+        raise CheckpointError(
+            f"{file} does not hold the tensors of this model ({len(faults)} differ):\n  "
+            + "\n  ".join(faults)
+        )
+
+
+def _fill(module: Network, weights: dict[str, Tensor]) -> Network:
+    """Gives a module built on the meta device its weights and derives what its steps read."""
+    module.load_state_dict(weights, strict=True, assign=True)
+    module.prepare()
+    left = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
+    assert not left, f"built without weights: {left}"
+    return module
