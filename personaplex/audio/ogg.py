@@ -22,7 +22,9 @@ OUTPUT_PACKET_LIMIT = 4_000  # bytes; the buffer of the reference's web decoder
 JUNK_LIMIT = 131_072  # bytes read in vain before the peer is refused; two pages of the largest size
 
 _HEADER = struct.Struct("<4sBBqIIIB")  # capture, version, type, granule, serial, sequence, CRC, lacing values
-_HEAD = struct.Struct("<8sBBHIhB")  # "OpusHead", version, channels, pre-skip, input rate, gain, mapping family
+_HEAD = struct.Struct(
+    "<8sBBHIhB"
+)  # "OpusHead", version, channels, pre-skip, input rate, gain, mapping family
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 _NO_CRC = bytes(4)
 _VENDOR = b"personaplex"

@@ -1,0 +1,272 @@
+"""The server's side of one conversation, without a socket, a clock or an engine.
+
+    OPENING   connected; parameters are checked, the session may be queued
+    PRIMING   it has a slot; the persona is being prefilled, or the client's decoder is still starting
+    LIVE      handshake sent; audio and text flow both ways
+    CLOSING   Close was asked for; nothing more is sent
+    CLOSED    the connection is gone
+
+Laws:
+
+1. `TABLE` names every event that may happen in a state and the states it may lead to. Any other event is a
+   fault of the shell and raises IllegalEvent. What the peer does never raises: it closes the session.
+2. The handshake is sent once, on entering LIVE, followed by the two header pages of the agent's stream; no
+   audio and no text is sent before it. LIVE waits for Ready and for HANDSHAKE_DELAY_S since the upgrade, which a
+   browser needs to start its decoder. Clients that talk first do not wait for a handshake and get it at once.
+3. Audio that comes before LIVE is kept and handed on in order when LIVE begins: a client's stream starts with
+   headers that cannot be had twice. More than BACKLOG_LIMIT of it is a ProtocolError.
+4. In LIVE the peer hears something every KEEP_ALIVE_S, a ping if nothing else; agent pages leave by the Pacer.
+5. A peer may send MESSAGES_PER_S on average, in bursts of MESSAGE_BURST.
+6. Every end on our side is an error message, for people, and then a close with a code and a reason. After
+   Close nothing is sent; what the engine still delivers is ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from personaplex.errors import PersonaplexError, ProtocolError, SessionExpired, SessionLost
+from personaplex.session.events import (
+    AgentAudio,
+    AgentText,
+    Close,
+    Command,
+    Drain,
+    EngineLost,
+    Event,
+    Failed,
+    FeedAudio,
+    LeaseGranted,
+    PeerClosed,
+    Queued,
+    Ready,
+    Received,
+    ReceivedText,
+    Send,
+    Tick,
+)
+from personaplex.session.pacer import Pacer
+from personaplex.session.wire import (
+    Audio,
+    Error,
+    Handshake,
+    Metadata,
+    Ping,
+    Text,
+    close_reason,
+    decode,
+    encode,
+)
+
+HANDSHAKE_DELAY_S = 1.1
+KEEP_ALIVE_S = 5.0  # stock web clients leave after 10 s
+BACKLOG_LIMIT = 524_288  # bytes before LIVE: two minutes at 32 kb/s
+MESSAGES_PER_S = 500.0  # 400 is a page of one 2.5 ms packet per message
+MESSAGE_BURST = 2_000.0
+
+
+class State(Enum):
+    OPENING = auto()
+    PRIMING = auto()
+    LIVE = auto()
+    CLOSING = auto()
+    CLOSED = auto()
+
+
+class IllegalEvent(RuntimeError):
+    """The shell reported something that cannot happen in this state."""
+
+
+OPENING, PRIMING, LIVE, CLOSING, CLOSED = State
+_LATE = (Queued, LeaseGranted, Ready, AgentAudio, AgentText, Failed, EngineLost, Drain, Tick)
+
+TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
+    OPENING: {
+        Received: (OPENING, CLOSING),
+        ReceivedText: (CLOSING,),
+        Queued: (OPENING,),
+        LeaseGranted: (PRIMING,),
+        Failed: (CLOSING,),
+        EngineLost: (CLOSING,),
+        Drain: (CLOSING,),
+        Tick: (OPENING,),
+        PeerClosed: (CLOSED,),
+    },
+    PRIMING: {
+        Received: (PRIMING, LIVE, CLOSING),
+        ReceivedText: (CLOSING,),
+        Ready: (PRIMING, LIVE),
+        Failed: (CLOSING,),
+        EngineLost: (CLOSING,),
+        Drain: (CLOSING,),
+        Tick: (PRIMING, LIVE),
+        PeerClosed: (CLOSED,),
+    },
+    LIVE: {
+        Received: (LIVE, CLOSING),
+        ReceivedText: (CLOSING,),
+        AgentAudio: (LIVE,),
+        AgentText: (LIVE,),
+        Failed: (CLOSING,),
+        EngineLost: (CLOSING,),
+        Drain: (LIVE,),
+        Tick: (LIVE, CLOSING),
+        PeerClosed: (CLOSED,),
+    },
+    CLOSING: {
+        **dict.fromkeys(_LATE, (CLOSING,)),
+        Received: (CLOSING,),
+        ReceivedText: (CLOSING,),
+        PeerClosed: (CLOSED,),
+    },
+    CLOSED: {**dict.fromkeys(_LATE, (CLOSED,)), PeerClosed: (CLOSED,)},
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds; `math.inf` for none."""
+
+    session_s: float = 3_600.0  # of conversation, from the handshake on
+    idle_s: float = 60.0  # without a message from the peer, while live
+
+
+class SessionCore:
+    """One session; `receive` is its only door. Times are seconds of one monotonic clock."""
+
+    def __init__(self, headers: Sequence[bytes], limits: Limits, now: float) -> None:
+        """`headers`: header pages of the agent's Ogg stream. `now`: when the connection was accepted."""
+        self.state = OPENING
+        self.pacer = Pacer()
+        self._headers = headers
+        self._limits = limits
+        self._handshake_at = now + HANDSHAKE_DELAY_S
+        self._ready = False
+        self._backlog = bytearray()
+        self._ends_at = float("inf")
+        self._last_sent = now
+        self._last_heard = now
+        self._refilled_at = now
+        self._allowance = MESSAGE_BURST
+
+    def receive(self, event: Event, now: float) -> list[Command]:
+        """What to do about `event`, in order. Raises IllegalEvent for one that TABLE does not list."""
+        allowed = TABLE[self.state].get(type(event))
+        if allowed is None:
+            legal = ", ".join(sorted(kind.__name__ for kind in TABLE[self.state]))
+            raise IllegalEvent(f"{type(event).__name__} in {self.state.name}; expected one of: {legal}")
+        if isinstance(event, PeerClosed):
+            self.state = CLOSED
+            commands: list[Command] = []
+        elif self.state in (CLOSING, CLOSED):
+            commands = []
+        else:
+            try:
+                commands = self._handle(event, now)
+            except PersonaplexError as error:
+                commands = self._end(error)
+        assert self.state in allowed, (event, self.state)
+        if any(isinstance(command, Send) for command in commands):
+            self._last_sent = now
+        return commands
+
+    def deadline(self) -> float | None:
+        """When the next Tick is due, or None when only an event can change anything."""
+        if self.state is PRIMING and self._ready:
+            return self._handshake_at
+        if self.state is not LIVE:
+            return None
+        page = self.pacer.deadline()
+        times = [self._last_sent + KEEP_ALIVE_S, self._ends_at, self._last_heard + self._limits.idle_s]
+        return min(times if page is None else [page, *times])
+
+    def _handle(self, event: Event, now: float) -> list[Command]:
+        match event:
+            case Received(data):
+                return self._hear(data, now)
+            case ReceivedText():
+                raise ProtocolError("text frames are not part of the protocol")
+            case Queued(position):
+                return [Send(encode(Metadata({"type": "queue", "position": position})))]
+            case LeaseGranted():
+                self.state = PRIMING
+                return []
+            case Ready(details):
+                self._ready = True
+                session = Send(encode(Metadata({"type": "session", **details})))
+                return [session, *self._go_live_when_due(now)]
+            case AgentAudio(page, quiet):
+                self.pacer.push(page, quiet)
+                return self._release(now)
+            case AgentText(text):
+                return [Send(encode(Text(text)))] if text else []
+            case Failed(error):
+                raise error
+            case EngineLost():
+                raise SessionLost("the server running this session failed; please connect again")
+            case Drain(deadline):
+                return self._drain(deadline)
+            case _:
+                return self._tick(now)
+
+    def _hear(self, data: bytes, now: float) -> list[Command]:
+        self._spend(now)
+        message = decode(data)
+        if not isinstance(message, Audio) or not message.data:
+            return []
+        if self.state is LIVE:
+            return [FeedAudio(message.data)]
+        self._backlog += message.data
+        if len(self._backlog) > BACKLOG_LIMIT:
+            raise ProtocolError(f"more than {BACKLOG_LIMIT // 1024} KiB of audio before the session was live")
+        self._handshake_at = min(self._handshake_at, now)
+        return self._go_live_when_due(now)
+
+    def _spend(self, now: float) -> None:
+        refill = (now - self._refilled_at) * MESSAGES_PER_S
+        self._allowance = min(MESSAGE_BURST, self._allowance + refill) - 1
+        self._last_heard = self._refilled_at = now
+        if self._allowance < 0:
+            raise ProtocolError(f"more than {MESSAGES_PER_S:g} messages per second")
+
+    def _go_live_when_due(self, now: float) -> list[Command]:
+        if self.state is not PRIMING or not self._ready or now < self._handshake_at:
+            return []
+        self.state = LIVE
+        self._ends_at = now + self._limits.session_s
+        self._last_heard = now
+        commands: list[Command] = [Send(encode(Handshake()))]
+        commands += [Send(encode(Audio(page))) for page in self._headers]
+        if self._backlog:
+            commands.append(FeedAudio(bytes(self._backlog)))
+            self._backlog.clear()
+        return commands
+
+    def _drain(self, deadline: float) -> list[Command]:
+        if self.state is not LIVE:
+            raise SessionLost("the server is being replaced; please connect again")
+        self._ends_at = min(self._ends_at, deadline)
+        return []
+
+    def _tick(self, now: float) -> list[Command]:
+        if self.state is not LIVE:
+            return self._go_live_when_due(now)
+        if now >= self._ends_at:
+            raise SessionExpired("the session reached its time limit")
+        if now >= self._last_heard + self._limits.idle_s:
+            raise SessionExpired(f"nothing was received for {self._limits.idle_s:g} s")
+        commands = self._release(now)
+        if not commands and now >= self._last_sent + KEEP_ALIVE_S:
+            commands = [Send(encode(Ping()))]
+        return commands
+
+    def _release(self, now: float) -> list[Command]:
+        page = self.pacer.release(now)
+        return [] if page is None else [Send(encode(Audio(page)))]
+
+    def _end(self, error: PersonaplexError) -> list[Command]:
+        self.state = CLOSING
+        self._backlog.clear()
+        return [Send(encode(Error(str(error)))), Close(error.close_code, close_reason(str(error)))]

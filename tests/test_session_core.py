@@ -1,0 +1,446 @@
+"""The two cores, alone and joined by a fake wire."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+
+from personaplex.errors import BadAudio, NoCapacity, ProtocolError, SessionLost
+from personaplex.session import core as server
+from personaplex.session import peer as client
+from personaplex.session.core import (
+    CLOSED,
+    CLOSING,
+    LIVE,
+    OPENING,
+    PRIMING,
+    IllegalEvent,
+    Limits,
+    SessionCore,
+    State,
+)
+from personaplex.session.events import (
+    AgentAudio,
+    AgentText,
+    Close,
+    Command,
+    Drain,
+    EngineLost,
+    Event,
+    Failed,
+    FeedAudio,
+    LeaseGranted,
+    PeerClosed,
+    Queued,
+    Ready,
+    Received,
+    ReceivedText,
+    Send,
+    Tick,
+)
+from personaplex.session.peer import (
+    ClientCore,
+    Complain,
+    Connected,
+    HangUp,
+    Live,
+    Notice,
+    OwnAudio,
+    PeerCommand,
+    PeerEvent,
+    Play,
+    Show,
+)
+from personaplex.session.wire import (
+    Action,
+    Audio,
+    Control,
+    Error,
+    Handshake,
+    Message,
+    Metadata,
+    Ping,
+    Text,
+    decode,
+    encode,
+)
+
+HEADERS = [b"head", b"tags"]
+EVERY_EVENT: list[Event] = [
+    Received(encode(Ping())),
+    ReceivedText("{}"),
+    PeerClosed(),
+    Queued(1),
+    LeaseGranted(),
+    Ready(),
+    AgentAudio(b"page"),
+    AgentText("hi"),
+    Failed(BadAudio("no sound")),
+    EngineLost(),
+    Drain(9.0),
+    Tick(),
+]
+EVERY_PEER_EVENT: list[PeerEvent] = [
+    Connected(),
+    OwnAudio(b"page"),
+    HangUp(),
+    Received(encode(Ping())),
+    ReceivedText("{}"),
+    PeerClosed(),
+    Tick(),
+]
+
+
+def in_state(state: State, limits: Limits = Limits()) -> SessionCore:
+    """A server core driven into `state` at time 2.0 by the shortest way."""
+    core = SessionCore(HEADERS, limits, now=0.0)
+    if state in (PRIMING, LIVE):
+        core.receive(LeaseGranted(), 2.0)
+    if state is LIVE:
+        core.receive(Ready(), 2.0)
+    if state is CLOSING:
+        core.receive(Failed(BadAudio("no sound")), 2.0)
+    if state is CLOSED:
+        core.receive(PeerClosed(), 2.0)
+    assert core.state is state
+    return core
+
+
+def peer_in_state(state: State) -> ClientCore:
+    core = ClientCore()
+    if state in (PRIMING, LIVE):
+        core.receive(Connected(), 2.0)
+    if state is LIVE:
+        core.receive(Received(encode(Handshake())), 2.0)
+    if state is CLOSING:
+        core.receive(HangUp(), 2.0)
+    if state is CLOSED:
+        core.receive(PeerClosed(), 2.0)
+    assert core.state is state
+    return core
+
+
+def sent(commands: list[Command]) -> list[Message]:
+    return [decode(command.data) for command in commands if isinstance(command, Send)]
+
+
+def closes(commands: list[Command]) -> list[Close]:
+    return [command for command in commands if isinstance(command, Close)]
+
+
+@pytest.mark.parametrize("event", EVERY_EVENT, ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("state", State)
+def test_every_cell_of_the_server_table(state: State, event: Event) -> None:
+    core = in_state(state)
+    allowed = server.TABLE[state].get(type(event))
+    if allowed is None:
+        with pytest.raises(IllegalEvent, match=f"{type(event).__name__} in {state.name}; expected"):
+            core.receive(event, 2.0)
+        assert core.state is state
+        return
+    commands = core.receive(event, 2.0)
+    assert core.state in allowed
+    if state in (CLOSING, CLOSED):
+        assert commands == []
+    if core.state is CLOSING and state is not CLOSING:
+        assert isinstance(sent(commands)[-1], Error)
+        assert isinstance(commands[-1], Close)
+
+
+@pytest.mark.parametrize("event", EVERY_PEER_EVENT, ids=lambda event: type(event).__name__)
+@pytest.mark.parametrize("state", State)
+def test_every_cell_of_the_client_table(state: State, event: PeerEvent) -> None:
+    core = peer_in_state(state)
+    allowed = client.PEER_TABLE[state].get(type(event))
+    if allowed is None:
+        with pytest.raises(IllegalEvent, match=f"{type(event).__name__} in {state.name}; expected"):
+            core.receive(event, 2.0)
+        assert core.state is state
+    else:
+        core.receive(event, 2.0)
+        assert core.state in allowed
+
+
+@pytest.mark.parametrize(
+    ("start", "events", "end"),
+    [
+        (OPENING, [Received(b"\x01OggS")], OPENING),
+        (OPENING, [Received(b"\x07")], CLOSING),
+        (PRIMING, [Ready()], LIVE),
+        (PRIMING, [Received(b"")], CLOSING),
+        (LIVE, [Received(b"\x01OggS")], LIVE),
+        (LIVE, [Received(b"\x09")], CLOSING),
+    ],
+)
+def test_where_a_cell_may_lead_to_more_than_one_state(start: State, events: list[Event], end: State) -> None:
+    core = in_state(start)
+    for event in events:
+        core.receive(event, 2.0)
+    assert core.state is end
+
+
+def test_the_handshake_waits_for_a_browsers_decoder() -> None:
+    core = SessionCore(HEADERS, Limits(), now=10.0)
+    core.receive(LeaseGranted(), 10.1)
+    assert sent(core.receive(Ready({"slots": 4}), 10.2)) == [Metadata({"type": "session", "slots": 4})]
+    assert core.deadline() == pytest.approx(11.1)
+    assert core.receive(Tick(), 11.0) == []
+    assert sent(core.receive(Tick(), 11.1)) == [Handshake(), Audio(b"head"), Audio(b"tags")]
+    assert core.state is LIVE
+
+
+def test_a_client_that_talks_first_gets_its_handshake_at_once() -> None:
+    core = SessionCore(HEADERS, Limits(), now=10.0)
+    core.receive(LeaseGranted(), 10.0)
+    core.receive(Ready(), 10.1)
+    commands = core.receive(Received(b"\x01OggS"), 10.2)
+    assert sent(commands) == [Handshake(), Audio(b"head"), Audio(b"tags")]
+    assert commands[-1] == FeedAudio(b"OggS")
+
+
+def test_early_audio_is_kept_in_order_and_handed_on() -> None:
+    core = SessionCore(HEADERS, Limits(), now=0.0)
+    core.receive(Received(b"\x01one"), 0.1)
+    core.receive(LeaseGranted(), 0.2)
+    core.receive(Received(b"\x01two"), 0.3)
+    commands = core.receive(Ready(), 0.4)
+    assert commands[-1] == FeedAudio(b"onetwo")
+    assert core.receive(Received(b"\x01three"), 0.5) == [FeedAudio(b"three")]
+
+
+def test_too_much_early_audio() -> None:
+    core = SessionCore(HEADERS, Limits(), now=0.0)
+    piece = encode(Audio(bytes(server.BACKLOG_LIMIT // 8)))
+    for _ in range(8):
+        assert core.receive(Received(piece), 1.0) == []
+    (close,) = closes(core.receive(Received(b"\x01x"), 1.0))
+    assert close.code == 1002
+    assert "512 KiB of audio" in close.reason
+
+
+def test_queue_positions_are_metadata() -> None:
+    core = in_state(OPENING)
+    assert sent(core.receive(Queued(3), 1.0)) == [Metadata({"type": "queue", "position": 3})]
+
+
+def test_agent_text_is_verbatim_and_never_empty() -> None:
+    core = in_state(LIVE)
+    assert core.receive(AgentText(""), 3.0) == []
+    assert sent(core.receive(AgentText(" naïve"), 3.0)) == [Text(" naïve")]
+
+
+def test_pages_are_paced() -> None:
+    core = in_state(LIVE)
+    assert sent(core.receive(AgentAudio(b"a"), 3.0)) == [Audio(b"a")]
+    assert core.receive(AgentAudio(b"b"), 3.0) == []
+    assert core.deadline() == pytest.approx(3.08)
+    assert core.receive(Tick(), 3.05) == []
+    assert sent(core.receive(Tick(), 3.08)) == [Audio(b"b")]
+
+
+def test_a_ping_when_there_was_nothing_to_say() -> None:
+    core = in_state(LIVE)
+    assert core.deadline() == pytest.approx(7.0)
+    assert core.receive(Tick(), 6.9) == []
+    assert sent(core.receive(Tick(), 7.0)) == [Ping()]
+    assert core.deadline() == pytest.approx(12.0)
+
+
+@pytest.mark.parametrize(
+    "message", [Handshake(), Text("hello"), Control(Action.START), Metadata(), Error("?"), Ping(), Audio(b"")]
+)
+def test_other_messages_of_the_client_change_nothing(message: Message) -> None:
+    core = in_state(LIVE)
+    assert core.receive(Received(encode(message)), 3.0) == []
+    assert core.state is LIVE
+
+
+def test_a_session_ends_at_its_limit() -> None:
+    core = in_state(LIVE, Limits(session_s=10, idle_s=math.inf))
+    core.receive(Tick(), 11.9)
+    assert core.state is LIVE
+    assert closes(core.receive(Tick(), 12.0)) == [Close(1000, "the session reached its time limit")]
+
+
+def test_a_silent_client_is_let_go() -> None:
+    core = in_state(LIVE, Limits(idle_s=30))
+    core.receive(Received(b"\x01x"), 20.0)
+    core.receive(Tick(), 49.9)
+    assert core.state is LIVE
+    assert closes(core.receive(Tick(), 50.0)) == [Close(1000, "nothing was received for 30 s")]
+
+
+def test_a_drain_shortens_a_live_session_and_never_lengthens_it() -> None:
+    core = in_state(LIVE, Limits(session_s=10, idle_s=math.inf))
+    core.receive(Drain(5.0), 3.0)
+    core.receive(Drain(50.0), 3.0)
+    assert core.deadline() == pytest.approx(5.0)
+    assert closes(core.receive(Tick(), 5.0))[0].code == 1000
+
+
+@pytest.mark.parametrize("state", [OPENING, PRIMING])
+def test_a_drain_sends_waiting_clients_elsewhere(state: State) -> None:
+    assert closes(in_state(state).receive(Drain(99.0), 2.0))[0].code == 1012
+
+
+@pytest.mark.parametrize("state", [OPENING, PRIMING, LIVE])
+def test_a_lost_engine_is_not_the_clients_fault(state: State) -> None:
+    assert closes(in_state(state).receive(EngineLost(), 2.0))[0].code == 1012
+
+
+def test_failures_carry_their_own_code_and_words() -> None:
+    commands = in_state(OPENING).receive(Failed(NoCapacity("all slots are taken")), 1.0)
+    assert commands == [Send(encode(Error("all slots are taken"))), Close(1013, "all slots are taken")]
+
+
+def test_a_flood_of_messages_is_refused_and_a_quick_client_is_not() -> None:
+    core = in_state(LIVE, Limits(session_s=math.inf))
+    for number in range(20_000):  # 400 per second, for 50 s
+        core.receive(Received(b"\x01x"), 2.0 + number / 400)
+    assert core.state is LIVE
+    with_flood = [core.receive(Received(b"\x06"), 60.0) for _ in range(int(server.MESSAGE_BURST) + 1)]
+    assert closes(with_flood[-1])[0].code == 1002
+
+
+def test_nothing_but_the_close_follows_an_error() -> None:
+    core = in_state(LIVE)
+    core.receive(AgentAudio(b"a"), 3.0)
+    core.receive(AgentAudio(b"b"), 3.0)
+    core.receive(Failed(SessionLost("gone")), 3.0)
+    assert core.deadline() is None
+    for event in (Tick(), AgentAudio(b"c"), AgentText("late"), Received(b"\x01x"), EngineLost()):
+        assert core.receive(event, 4.0) == []
+
+
+# -- the client alone ------------------------------------------------------------------------------------------
+
+
+def test_what_the_client_makes_of_each_message() -> None:
+    core = peer_in_state(LIVE)
+
+    def hear(message: Message) -> list[PeerCommand]:
+        return core.receive(Received(encode(message)), 3.0)
+
+    assert hear(Audio(b"page")) == [Play(b"page")]
+    assert hear(Text(" hi")) == [Show(" hi")]
+    assert hear(Metadata({"type": "queue"})) == [Notice({"type": "queue"})]
+    assert hear(Error("bad")) == [Complain("bad")]
+    assert hear(Ping()) == []
+    assert hear(Handshake()) == [], "a second handshake changes nothing"
+
+
+def test_the_client_leaves_a_silent_server() -> None:
+    core = peer_in_state(LIVE)
+    assert core.deadline() == pytest.approx(12.0)
+    assert core.receive(Tick(), 11.9) == []
+    (close,) = core.receive(Tick(), 12.0)
+    assert isinstance(close, Close)
+    assert isinstance(core.error, SessionLost)
+
+
+@pytest.mark.parametrize("event", [Received(b"\x07\x00"), Received(b""), ReceivedText("hi")])
+def test_the_client_refuses_what_is_not_the_protocol(event: PeerEvent) -> None:
+    core = peer_in_state(LIVE)
+    (close,) = core.receive(event, 3.0)
+    assert isinstance(close, Close)
+    assert close.code == 1002
+    assert isinstance(core.error, ProtocolError)
+
+
+# -- both, joined ------------------------------------------------------------------------------------------------
+
+
+class Wire:
+    """Carries commands of one core to the other as events, and keeps what came out at either end."""
+
+    def __init__(self, limits: Limits = Limits()) -> None:
+        self.now = 0.0
+        self.server = SessionCore(HEADERS, limits, now=self.now)
+        self.client = ClientCore()
+        self.fed: list[bytes] = []
+        self.out: list[PeerCommand] = []
+        self.tell_client(Connected())
+
+    def tell_server(self, event: Event) -> None:
+        for command in self.server.receive(event, self.now):
+            match command:
+                case Send(data):
+                    self.tell_client(Received(data))
+                case FeedAudio(data):
+                    self.fed.append(data)
+                case Close():
+                    self._hang_up()
+
+    def tell_client(self, event: PeerEvent) -> None:
+        for command in self.client.receive(event, self.now):
+            match command:
+                case Send(data):
+                    self.tell_server(Received(data))
+                case Close():
+                    self._hang_up()
+                case _:
+                    self.out.append(command)
+
+    def wait(self, seconds: float) -> None:
+        """Lets time pass; each core gets a Tick exactly when it asked for one."""
+        end = self.now + seconds
+        tellers: list[tuple[Callable[[], float | None], Callable[[Tick], None]]] = [
+            (self.server.deadline, self.tell_server),
+            (self.client.deadline, self.tell_client),
+        ]
+        while True:
+            due = [(at, tell) for deadline, tell in tellers if (at := deadline()) is not None and at <= end]
+            if not due:
+                break
+            at, tell = min(due, key=lambda pair: pair[0])
+            self.now = max(self.now, at)
+            tell(Tick())
+        self.now = end
+
+    def _hang_up(self) -> None:
+        self.tell_server(PeerClosed())
+        self.tell_client(PeerClosed())
+
+
+def test_a_whole_conversation() -> None:
+    wire = Wire()
+    wire.tell_server(Queued(1))
+    wire.wait(3.0)
+    wire.tell_server(LeaseGranted())
+    wire.tell_server(Ready())
+    assert wire.out == [
+        Notice({"type": "queue", "position": 1}),
+        Notice({"type": "session"}),
+        Live(),
+        Play(b"head"),
+        Play(b"tags"),
+    ]
+    wire.out.clear()
+    for number in range(5):
+        wire.tell_client(OwnAudio(b"user %d" % number))
+        wire.tell_server(AgentAudio(b"agent %d" % number))
+        wire.tell_server(AgentText(f" {number}"))
+        wire.wait(0.08)
+    assert wire.fed == [b"user %d" % number for number in range(5)]
+    assert [out.data for out in wire.out if isinstance(out, Play)] == [b"agent %d" % n for n in range(5)]
+    assert "".join(out.text for out in wire.out if isinstance(out, Show)) == " 0 1 2 3 4"
+    wire.tell_client(HangUp())
+    assert (wire.server.state, wire.client.state) == (CLOSED, CLOSED)
+    assert wire.client.error is None
+
+
+def test_keep_alives_hold_a_quiet_session_together() -> None:
+    wire = Wire(Limits(idle_s=math.inf))
+    wire.tell_server(LeaseGranted())
+    wire.tell_server(Ready())
+    wire.wait(60.0)
+    assert (wire.server.state, wire.client.state) == (LIVE, LIVE)
+
+
+def test_an_error_reaches_the_user_in_words() -> None:
+    wire = Wire()
+    wire.tell_server(Failed(NoCapacity("all slots are taken; try again in 5 s")))
+    assert wire.out == [Complain("all slots are taken; try again in 5 s")]
+    assert (wire.server.state, wire.client.state) == (CLOSED, CLOSED)
