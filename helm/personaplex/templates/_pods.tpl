@@ -1,0 +1,243 @@
+{{/*
+Pod templates of the head, the gateways and the replicas.
+
+KubeRay starts a whole new cluster when anything here changes, which takes a second set of GPUs: chart version,
+app version and checksums must never appear in this file.
+*/}}
+
+{{/* Environment of every Ray container: (list $ role), role one of head, gateway, replica. */}}
+{{- define "personaplex.env" -}}
+{{- $root := index . 0 -}}{{- $role := index . 1 -}}
+{{- $timeouts := include "personaplex.timeouts" $root | fromJson -}}
+- {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+# Ray lowers the priority of its workers by default, which costs a busy node tens of milliseconds.
+- {name: RAY_worker_niceness, value: "0"}
+- {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ $timeouts.drain | quote }}}
+# Serve learns of new sessions every 10 s by default: too late for people who wait.
+- {name: RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S, value: "1"}
+- {name: RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S, value: "1"}
+- {name: RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S, value: {{ $root.Values.serve.proxyHealthCheckPeriodSeconds | quote }}}
+{{- if $root.Values.serve.haProxy }}
+# A reload of HAProxy leaves old sockets to the old process: it must outlive the longest session.
+- {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
+- {name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S, value: {{ $timeouts.graceful | quote }}}
+- {name: RAY_SERVE_PORT_QUARANTINE_S, value: {{ add $timeouts.graceful 30 | quote }}}
+- {name: RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S, value: {{ $timeouts.graceful | quote }}}
+{{- end }}
+{{- if eq $role "gateway" }}
+# A gateway's own event loop carries its sockets: one thread less on each frame's way.
+- {name: RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD, value: "0"}
+- {name: RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP, value: "0"}
+{{- end }}
+{{- if and (eq $role "replica") (ne $root.Values.weights.source "none") }}
+- {name: HF_HOME, value: {{ $root.Values.weights.mountPath }}/huggingface}
+- {name: HF_HUB_OFFLINE, value: "1"}
+{{- end }}
+{{- end -}}
+
+{{/* Downloads the weights into HF_HOME; the only container that holds the token. (list $ name script) */}}
+{{- define "personaplex.downloader" -}}
+{{- $root := index . 0 -}}
+- name: {{ index . 1 }}
+  image: {{ include "personaplex.image" (list $root $root.Values.image) }}
+  imagePullPolicy: {{ $root.Values.image.pullPolicy }}
+  command: [bash, -ec]
+  args:
+    - |
+      {{- index . 2 | nindent 6 }}
+  env:
+    - {name: HF_HOME, value: {{ $root.Values.weights.mountPath }}/huggingface}
+    - {name: HF_REPO, value: {{ default "nvidia/personaplex-7b-v1" $root.Values.settings.hf_repo | quote }}}
+    - {name: HF_REVISION, value: {{ default "main" $root.Values.settings.hf_revision | quote }}}
+    {{- if $root.Values.huggingFace.existingSecret }}
+    - name: HF_TOKEN
+      valueFrom:
+        secretKeyRef:
+          name: {{ $root.Values.huggingFace.existingSecret }}
+          key: {{ $root.Values.huggingFace.tokenKey }}
+    {{- end }}
+  resources:
+    {{- toYaml $root.Values.weights.prefetch.resources | nindent 4 }}
+  securityContext:
+    {{- toYaml (merge (dict "readOnlyRootFilesystem" true) $root.Values.securityContext) | nindent 4 }}
+  volumeMounts:
+    - {name: tmp, mountPath: /tmp}
+    {{- include "personaplex.weightsMount" (list $root false) | nindent 4 }}
+{{- end -}}
+
+{{/* The file that says a claim holds these weights. */}}
+{{- define "personaplex.weightsMarker" -}}
+{{- $repo := default "nvidia/personaplex-7b-v1" .Values.settings.hf_repo -}}
+{{- $revision := default "main" .Values.settings.hf_revision -}}
+{{ printf "%s@%s" $repo $revision | sha256sum | trunc 10 }}
+{{- end -}}
+
+{{/* (list $ readOnly) */}}
+{{- define "personaplex.weightsMount" -}}
+{{- $weights := (index . 0).Values.weights -}}
+- name: weights
+  mountPath: {{ $weights.mountPath }}
+  {{- if and (eq $weights.source "claim") $weights.claim.subPath }}
+  subPath: {{ $weights.claim.subPath }}
+  {{- end }}
+  {{- if index . 1 }}
+  readOnly: true
+  {{- end }}
+{{- end -}}
+
+{{- define "personaplex.weightsVolume" -}}
+- name: weights
+  {{- if eq .Values.weights.source "claim" }}
+  persistentVolumeClaim:
+    claimName: {{ .Values.weights.claim.existingClaim }}
+  {{- else }}
+  emptyDir:
+    sizeLimit: {{ .Values.weights.node.sizeLimit }}
+  {{- end }}
+{{- end -}}
+
+{{/* Init containers that a replica's weights need. */}}
+{{- define "personaplex.weightsInit" -}}
+{{- if eq .Values.weights.source "node" -}}
+{{- include "personaplex.downloader" (list . "download-weights" "exec hf download \"$HF_REPO\" --revision \"$HF_REVISION\"") }}
+{{- else if and (eq .Values.weights.source "claim") .Values.weights.prefetch.enabled -}}
+- name: wait-for-weights
+  image: {{ include "personaplex.image" (list . .Values.image) }}
+  imagePullPolicy: {{ .Values.image.pullPolicy }}
+  command: [bash, -ec]
+  args:
+    - until [ -e "$MARKER" ]; do echo "waiting for $MARKER"; sleep 5; done
+  env:
+    - {name: MARKER, value: {{ .Values.weights.mountPath }}/ready-{{ include "personaplex.weightsMarker" . }}}
+  resources:
+    requests: {cpu: 10m, memory: 16Mi}
+    limits: {memory: 64Mi}
+  securityContext:
+    {{- toYaml (merge (dict "readOnlyRootFilesystem" true) .Values.securityContext) | nindent 4 }}
+  volumeMounts:
+    {{- include "personaplex.weightsMount" (list . true) | nindent 4 }}
+{{- end -}}
+{{- end -}}
+
+{{/* Keys of the Ray container that differ by role: ports of the head, mounts of weights and keys. */}}
+{{- define "personaplex.ports" -}}
+{{- $root := index . 0 -}}
+{{- if eq (index . 1) "head" -}}
+- {name: gcs-server, containerPort: 6379}
+- {name: dashboard, containerPort: 8265}
+- {name: client, containerPort: 10001}
+- {name: as-metrics, containerPort: 44217}
+- {name: dash-metrics, containerPort: 44227}
+{{ end -}}
+- {name: serve, containerPort: {{ $root.Values.serve.port }}}
+- {name: metrics, containerPort: 8080}
+{{- end -}}
+
+{{/*
+dict root, role (head | gateway | replica), pod (the values of the role), image, gpus -> a pod template.
+*/}}
+{{- define "personaplex.podTemplate" -}}
+{{- $root := .root -}}{{- $role := .role -}}{{- $pod := .pod -}}{{- $image := .image -}}
+{{- $timeouts := include "personaplex.timeouts" $root | fromJson -}}
+{{- $weights := and (eq $role "replica") (ne $root.Values.weights.source "none") -}}
+{{- $keys := and (eq $role "gateway") $root.Values.apiKeys.existingSecret -}}
+metadata:
+  labels:
+    {{- include "personaplex.selectorLabels" $root | nindent 4 }}
+    app.kubernetes.io/component: {{ $role }}
+    {{- with $pod.podLabels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  annotations:
+    {{- if ne $role "gateway" }}
+    cluster-autoscaler.kubernetes.io/safe-to-evict: "false"
+    {{- end }}
+    kubectl.kubernetes.io/default-container: ray
+    {{- with $pod.podAnnotations }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+spec:
+  enableServiceLinks: false
+  {{- if not (and (eq $role "head") $root.Values.autoscaler.enabled) }}
+  automountServiceAccountToken: false
+  {{- end }}
+  {{- with $pod.serviceAccountName }}
+  serviceAccountName: {{ . }}
+  {{- end }}
+  terminationGracePeriodSeconds: {{ $timeouts.grace }}
+  securityContext:
+    {{- toYaml $root.Values.podSecurityContext | nindent 4 }}
+  {{- with $root.Values.imagePullSecrets }}
+  imagePullSecrets:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- range $key := list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "priorityClassName" "runtimeClassName" }}
+  {{- with get $pod $key }}
+  {{ $key }}:
+    {{- if kindIs "string" . }} {{ . }}{{ else }}{{ toYaml . | nindent 4 }}{{ end }}
+  {{- end }}
+  {{- end }}
+  {{- if or $pod.initContainers (and $weights (include "personaplex.weightsInit" $root)) }}
+  initContainers:
+    {{- if $weights }}
+    {{- include "personaplex.weightsInit" $root | nindent 4 }}
+    {{- end }}
+    {{- with $pod.initContainers }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- end }}
+  containers:
+    - name: ray
+      image: {{ include "personaplex.image" (list $root $image) }}
+      imagePullPolicy: {{ $image.pullPolicy }}
+      ports:
+        {{- include "personaplex.ports" (list $root $role) | nindent 8 }}
+      env:
+        {{- include "personaplex.env" (list $root $role) | nindent 8 }}
+        {{- with $pod.extraEnv }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+      {{- with $pod.extraEnvFrom }}
+      envFrom:
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
+      resources:
+        {{- $resources := deepCopy $pod.resources }}
+        {{- if gt (int .gpus) 0 }}
+        {{- range $key := list "requests" "limits" }}
+        {{- $_ := set $resources $key (set (default dict (get $resources $key)) "nvidia.com/gpu" (toString (int $.gpus))) }}
+        {{- end }}
+        {{- end }}
+        {{- toYaml $resources | nindent 8 }}
+      securityContext:
+        {{- toYaml $root.Values.securityContext | nindent 8 }}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+        - {name: shared-memory, mountPath: /dev/shm}
+        {{- if $weights }}
+        {{- include "personaplex.weightsMount" (list $root true) | nindent 8 }}
+        {{- end }}
+        {{- if $keys }}
+        - {name: api-keys, mountPath: /etc/personaplex, readOnly: true}
+        {{- end }}
+        {{- with $pod.extraVolumeMounts }}
+        {{- toYaml . | nindent 8 }}
+        {{- end }}
+  volumes:
+    - name: tmp
+      emptyDir: {}
+    - name: shared-memory
+      emptyDir: {medium: Memory, sizeLimit: {{ $pod.shmSize }}}
+    {{- if $weights }}
+    {{- include "personaplex.weightsVolume" $root | nindent 4 }}
+    {{- end }}
+    {{- if $keys }}
+    - name: api-keys
+      secret:
+        secretName: {{ $root.Values.apiKeys.existingSecret }}
+        items: [{key: {{ $root.Values.apiKeys.key }}, path: keys}]
+    {{- end }}
+    {{- with $pod.extraVolumes }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+{{- end -}}
