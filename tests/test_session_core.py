@@ -68,6 +68,7 @@ from personaplex.session.wire import (
 )
 
 HEADERS = [b"head", b"tags"]
+DEFAULT = Limits()
 EVERY_EVENT: list[Event] = [
     Received(encode(Ping())),
     ReceivedText("{}"),
@@ -93,7 +94,7 @@ EVERY_PEER_EVENT: list[PeerEvent] = [
 ]
 
 
-def in_state(state: State, limits: Limits = Limits()) -> SessionCore:
+def in_state(state: State, limits: Limits = DEFAULT) -> SessionCore:
     """A server core driven into `state` at time 2.0 by the shortest way."""
     core = SessionCore(HEADERS, limits, now=0.0)
     if state in (PRIMING, LIVE):
@@ -314,7 +315,7 @@ def test_nothing_but_the_close_follows_an_error() -> None:
         assert core.receive(event, 4.0) == []
 
 
-# -- the client alone ------------------------------------------------------------------------------------------
+# -- the client alone
 
 
 def test_what_the_client_makes_of_each_message() -> None:
@@ -349,13 +350,13 @@ def test_the_client_refuses_what_is_not_the_protocol(event: PeerEvent) -> None:
     assert isinstance(core.error, ProtocolError)
 
 
-# -- both, joined ------------------------------------------------------------------------------------------------
+# -- both, joined
 
 
 class Wire:
     """Carries commands of one core to the other as events, and keeps what came out at either end."""
 
-    def __init__(self, limits: Limits = Limits()) -> None:
+    def __init__(self, limits: Limits = DEFAULT) -> None:
         self.now = 0.0
         self.server = SessionCore(HEADERS, limits, now=self.now)
         self.client = ClientCore()

@@ -16,7 +16,7 @@ def play(
     arrivals: list[float], *, timer_late: float = 0.0, pacer: Pacer | None = None
 ) -> list[tuple[float, int]]:
     """Drives a pacer as a shell would, with pages numbered by arrival; returns (time, page) as they left."""
-    pacer = pacer or Pacer()
+    pacer = Pacer() if pacer is None else pacer
     left: list[tuple[float, int]] = []
 
     def release(now: float) -> None:

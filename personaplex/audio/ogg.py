@@ -2,8 +2,8 @@
 
 Knows bytes, no audio. The demuxer reads what strangers send. It holds at most one page and one unfinished
 packet, and it trusts neither granule positions nor sequence numbers, because real clients get both wrong.
-The muxer writes what the strictest known decoder accepts: every call gives exactly one whole page, OpusHead is
-page 0 with a single lacing value, OpusTags is page 1, audio starts at page 2.
+The muxer writes what the strictest known decoder accepts: every call gives exactly one whole page, OpusHead
+is page 0 with a single lacing value, OpusTags is page 1, audio starts at page 2.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ OUTPUT_PACKET_LIMIT = 4_000  # bytes; the buffer of the reference's web decoder
 JUNK_LIMIT = 131_072  # bytes read in vain before the peer is refused; two pages of the largest size
 
 _HEADER = struct.Struct("<4sBBqIIIB")  # capture, version, type, granule, serial, sequence, CRC, lacing values
-_HEAD = struct.Struct(
-    "<8sBBHIhB"
-)  # "OpusHead", version, channels, pre-skip, input rate, gain, mapping family
+_HEAD = struct.Struct("<8sBBHIhB")  # "OpusHead", version, channels, pre-skip, input rate, gain, family
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 _NO_CRC = bytes(4)
 _VENDOR = b"personaplex"
@@ -42,8 +40,8 @@ class Head:
 def checksum(page: bytes | bytearray) -> bytes:
     """The four CRC bytes of `page` (whose CRC field is zero) as they stand in the page.
 
-    Ogg's CRC runs over most significant bits first, zlib's over least significant bits first; with the bits of
-    every byte reversed the two are one function, up to zlib's inversions before and after.
+    Ogg's CRC takes the most significant bit first, zlib's the least; with the bits of every byte reversed the
+    two are one function, up to zlib's inversions before and after.
     """
     crc = zlib.crc32(page.translate(_REVERSED_BITS), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return crc.to_bytes(4, "big").translate(_REVERSED_BITS)
@@ -68,8 +66,8 @@ class OggDemuxer:
     def feed(self, data: bytes) -> list[Head | bytes]:
         """Stream heads and packets (possibly of 0 bytes) completed by `data`, in order; tags are left out.
 
-        Raises ProtocolError for a packet over PACKET_LIMIT and for a stream that goes on without usable pages,
-        BadAudio for a stream that is not mono or stereo Opus.
+        Raises ProtocolError for a packet over PACKET_LIMIT and for a stream that goes on without usable
+        pages, BadAudio for a stream that is not mono or stereo Opus.
         """
         self._buffer += data
         items: list[Head | bytes] = []

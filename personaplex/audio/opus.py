@@ -87,8 +87,8 @@ class OpusDecoder:
         return self._pcm[:count]
 
     def conceal(self, samples: int) -> Pcm:
-        """What libopus extrapolates for `samples` lost ones (a multiple of 60, at most 2880); a view as above."""
-        assert samples % SHORTEST_SAMPLES == 0 and 0 < samples <= LONGEST_SAMPLES, samples
+        """What libopus puts in place of `samples` lost ones (a multiple of 60, at most 2880); a view too."""
+        assert samples in range(SHORTEST_SAMPLES, LONGEST_SAMPLES + 1, SHORTEST_SAMPLES), samples
         count = self._decode(self._state, None, 0, self._pointer, samples, 0)
         assert count == samples, (count, samples)
         return self._pcm[:count]
@@ -97,8 +97,8 @@ class OpusDecoder:
 class OpusEncoder:
     """Encodes 24 kHz mono.
 
-    The `audio` application at complexity 5 costs a third of `voip` and follows the waveform more closely. With
-    `low_delay` libopus drops its speech mode and 4 of its 6.5 ms of look-ahead.
+    The `audio` application at complexity 5 costs a third of `voip` and follows the waveform more closely.
+    With `low_delay` libopus drops its speech mode and 4 of its 6.5 ms of look-ahead.
     """
 
     def __init__(self, bitrate: int = 32_000, complexity: int = 5, low_delay: bool = False) -> None:
@@ -118,7 +118,7 @@ class OpusEncoder:
         self._packet = ctypes.create_string_buffer(_ENCODED_LIMIT)
 
     def encode(self, pcm: Pcm) -> bytes:
-        """One packet from float32 [samples], a duration Opus knows (60, 120, 240, 480, 960 or 1440 samples)."""
+        """One packet from float32 [samples]: 60, 120, 240, 480, 960 or 1440 of them (2.5 to 60 ms)."""
         samples = len(pcm)
         self._pcm[:samples] = pcm
         size = self._encode(self._state, self._pointer, samples, self._packet, _ENCODED_LIMIT)

@@ -1,8 +1,8 @@
 """Ogg/Opus bytes of one session to frames and back.
 
-Receiving is tolerant: damaged pages are dropped, lost or corrupt packets are concealed for as long as the last
-good packet lasted, a head that appears mid-stream starts a new stream. It is also bounded: by the law of real
-time (`clock`), and by CONCEAL_LIMIT_S, since a page of a few bytes can claim minutes of audio.
+Receiving is tolerant: damaged pages are dropped, empty or corrupt packets are concealed for as long as the
+last good packet lasted, a head that appears mid-stream starts a new stream. It is also bounded: by the law of
+real time (`clock`), and by CONCEAL_LIMIT_S, since a page of a few bytes can claim minutes of audio.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Transcoder:
         clock: Callable[[], float] | None = None,
         serial: int | None = None,
     ) -> None:
-        """`low_latency` trades 4 ms of encoder look-ahead for some quality. `clock` (seconds, monotonic) turns
+        """`low_latency` gains 4 ms of encoder look-ahead for some quality. `clock` (seconds, monotonic) turns
         on the law of real time; leave it out for files. `serial` of our own stream is random unless given.
         """
         self.counters = Counters()
@@ -89,8 +89,8 @@ class Transcoder:
     def receive(self, data: bytes) -> list[Pcm]:
         """The frames, float32 [1920] each, that `data` completes. `data` may end anywhere in the stream.
 
-        Raises ProtocolError for bytes that are no Ogg stream and for audio faster than real time, BadAudio for
-        a stream that is not Opus or cannot be decoded for longer than CONCEAL_LIMIT_S.
+        Raises ProtocolError for bytes that are no Ogg stream and for audio faster than real time, BadAudio
+        for a stream that is not Opus or cannot be decoded for longer than CONCEAL_LIMIT_S.
         """
         for item in self._demuxer.feed(data):
             if isinstance(item, Head):

@@ -6,8 +6,8 @@
     CLOSING   Close was asked for
     CLOSED    the connection is gone
 
-Laws: `PEER_TABLE` names the events of each state, any other raises IllegalEvent. We speak only when LIVE: some
-servers lose what comes before their handshake, stream headers included. Once live, PATIENCE_S without a
+Laws: `PEER_TABLE` names the events of each state, any other raises IllegalEvent. We speak only when LIVE:
+some servers lose what comes before their handshake, stream headers included. Once live, PATIENCE_S without a
 message ends the session. A server's error message is shown; how it closes decides how the session ended.
 """
 
