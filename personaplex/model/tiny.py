@@ -19,7 +19,7 @@ from personaplex.config import CODEBOOKS, TEXT_EOS, TEXT_EPAD, TEXT_PAD
 # in `text_linear` is therefore a bias on the text logits, which the architecture has no other place for.
 _CONSTANT = 4.0
 _BYTE_PIECES = 256  # of tiny's vocabulary, after the four special ids
-_TEXT_BIAS = {"pad": 7.5, "epad": 3.0, "special": -12.0, "byte": -12.0}
+_TEXT_BIAS = {"pad": 6.5, "epad": 3.0, "special": -12.0, "byte": -12.0}
 
 
 def lm_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -30,12 +30,6 @@ def lm_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 def mimi_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """float32 weights of the codec for the given names and shapes."""
     return {name: torch.from_numpy(_mimi_tensor(name, shape)) for name, shape in shapes.items()}
-
-
-def voice_codes(name: str, frames: int = 12) -> Tensor:
-    """Codes [8, frames] int64 that stand for the voice `name`."""
-    codes = _generator(f"voice {name}").integers(0, 2_048, (CODEBOOKS, frames))
-    return torch.from_numpy(codes)
 
 
 def _generator(name: str) -> np.random.Generator:
@@ -94,4 +88,6 @@ def _mimi_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
     weight = _normal(name, shape, float(np.prod(shape[1:])) ** -0.5)
     if name == "encoder.model.0.conv.conv.weight":
         weight *= 8.0  # speech is far below full scale
+    elif name == "decoder.model.14.conv.conv.weight":
+        weight *= 0.05
     return weight

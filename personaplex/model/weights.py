@@ -17,9 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from personaplex.config import CODEBOOKS, LMConfig, MimiConfig, ModelConfig
+from personaplex.config import CODEBOOKS, LMConfig, MimiConfig
 from personaplex.errors import CheckpointError
-from personaplex.model import tiny
+from personaplex.model import Model, tiny
 from personaplex.model.hub import Checkpoint
 from personaplex.model.lm import LM
 from personaplex.model.mimi import Mimi
@@ -41,23 +41,6 @@ _CODEBOOK_NAMES = {
     "embed_avg": "embedding_sum",
     "embed_sum": "embedding_sum",
 }
-
-
-@dataclass
-class Model:
-    """Both networks, ready to step."""
-
-    lm: LM
-    mimi: Mimi
-    config: ModelConfig
-
-    @property
-    def device(self) -> torch.device:
-        return self.lm.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.lm.dtype
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> Model:
