@@ -11,8 +11,8 @@ Laws:
 1. `TABLE` names every event that may happen in a state and the states it may lead to. Any other event is a
    fault of the shell and raises IllegalEvent. What the peer does never raises: it closes the session.
 2. The handshake is sent once, on entering LIVE, followed by the two header pages of the agent's stream; no
-   audio and no text is sent before it. LIVE waits for Ready and for HANDSHAKE_DELAY_S since the upgrade, which
-   a browser needs to start its decoder. Clients that talk first wait for no handshake and get it at once.
+   audio and no text is sent before it. LIVE waits for Ready and for HANDSHAKE_DELAY_S since the upgrade: a
+   browser needs that to start its decoder. Clients that talk first wait for no handshake, so get it at once.
 3. Audio that comes before LIVE is kept and handed on in order when LIVE begins: a client's stream starts
    with headers that cannot be had twice. More than BACKLOG_LIMIT of it is a ProtocolError.
 4. In LIVE the peer hears something every KEEP_ALIVE_S, if only a ping; agent pages leave by the Pacer.
