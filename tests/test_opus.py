@@ -35,7 +35,7 @@ def test_lookahead_in_samples_at_24_khz() -> None:
     assert OpusEncoder(low_delay=True).lookahead == 60  # 2.5 ms
 
 
-@pytest.mark.parametrize("samples", [60, 120, 240, 480, 960, 1_440])
+@pytest.mark.parametrize("samples", [60, 120, 240, 480, 960, 1_440, 2_880])
 def test_every_duration_an_encoder_makes(samples: int) -> None:
     encoder, decoder = OpusEncoder(), OpusDecoder()
     packet = encoder.encode(tone(samples))

@@ -118,7 +118,7 @@ class OpusEncoder:
         self._packet = ctypes.create_string_buffer(_ENCODED_LIMIT)
 
     def encode(self, pcm: Pcm) -> bytes:
-        """One packet from float32 [samples]: 60, 120, 240, 480, 960 or 1440 of them (2.5 to 60 ms)."""
+        """One packet from float32 [samples]: 60, 120, 240, 480, 960, 1440 or 2880 of them (2.5 to 120 ms)."""
         samples = len(pcm)
         self._pcm[:samples] = pcm
         size = self._encode(self._state, self._pointer, samples, self._packet, _ENCODED_LIMIT)

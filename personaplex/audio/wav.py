@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +10,7 @@ import soundfile
 import soxr
 
 from personaplex.errors import BadAudio
+from personaplex.files import replacing
 
 Pcm = npt.NDArray[np.float32]
 
@@ -36,15 +35,8 @@ def read_wav(path: str | os.PathLike[str]) -> tuple[Pcm, int]:
 
 def write_wav(path: str | os.PathLike[str], pcm: Pcm, rate: int) -> None:
     """Writes [samples] or [channels, samples] as 16-bit PCM, clipped to [-1, 1], all of it or nothing."""
-    target = Path(path)
-    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(part, "xb") as file:
-            soundfile.write(file, np.clip(pcm.T, -1.0, 1.0), rate, format="WAV", subtype="PCM_16")
-        os.replace(part, target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(path) as part, part.open("xb") as file:
+        soundfile.write(file, np.clip(pcm.T, -1.0, 1.0), rate, format="WAV", subtype="PCM_16")
 
 
 def resample(pcm: Pcm, rate: int, target: int) -> Pcm:
