@@ -90,7 +90,9 @@ def readme() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Rewrite the chart's generated parts.")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 when something is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit code 1 when something is stale"
+    )
     check = parser.parse_args().check
     wanted = {CHART / "values.schema.json": chart_schema(), CHART / "README.md": readme()}
     stale = [path for path, text in wanted.items() if path.read_text() != text]
