@@ -94,7 +94,7 @@ def test_sphns_stream_as_we_hear_it() -> None:
     pieces = [writer.append_pcm(frame) for frame in frames_of(said)]
     heard = np.concatenate([frame for piece in pieces for frame in transcoder.receive(piece)])
     # sphn declares a pre-skip of 80 ms and codes with a look-ahead of 6.5 ms: its first 73.5 ms are lost.
-    assert similarity(said, heard, 1_920 - 156) > 0.95
+    assert similarity(said, heard, 1_920 - 156) > 0.85
 
 
 @pytest.mark.parametrize("samples", [60, 120, 240, 480, 960, 1_440, 2_880])
