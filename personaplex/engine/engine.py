@@ -215,18 +215,11 @@ class Engine:
             end = script.prefix if seat.position < script.prefix else script.frames - 1
             stop = min(seat.position + self._config.prefill_chunk, end)
             if stop > seat.position:
-                x = self._inputs(script, seat.position, stop)
+                x = script.inputs(self._model.lm, seat.position, stop)
                 self._model.lm.transformer.prefill(x, ring, index, seat.position)
                 seat.position = stop
             if stop == script.prefix and cached is None and 0 < stop < ring.capacity:
                 self._keep_prefix(seat.voice, index, stop)
-
-    def _inputs(self, script: Script, start: int, stop: int) -> Tensor:
-        """Input embeddings [1, T, dim] of prompt positions start..stop-1."""
-        lm = self._model.lm
-        if script.embeddings is not None and stop <= script.prefix:
-            return script.embeddings[start:stop].to(lm.device, lm.dtype)[None]
-        return lm.embed(script.positions[start:stop].to(lm.device))[None]
 
     def _keep_prefix(self, voice: str, index: int, length: int) -> None:
         ring = self._state.lm.ring

@@ -51,6 +51,13 @@ class Script:
     ring: Tensor
     provided: Tensor
 
+    def inputs(self, lm: LM, start: int, stop: int) -> Tensor:
+        """The network's input embeddings [1, T, dim] at positions start..stop-1, all of them voice or none."""
+        if self.embeddings is not None and start < self.prefix:
+            assert stop <= self.prefix
+            return self.embeddings[start:stop].to(lm.device, lm.dtype)[None]
+        return lm.embed(self.positions[start:stop].to(lm.device))[None]
+
 
 def compose(voice: Voice | None, text: list[int], config: LMConfig) -> Script:
     """The script of a voice and the tokens of a role text (either may be empty)."""

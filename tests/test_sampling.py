@@ -1,0 +1,93 @@
+"""Draws against the reference's semantics: given noise exactly, own noise in distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from golden import arrays
+
+from personaplex.config import Sampling
+from personaplex.model.sampling import Caps, draw, draw_keys, exponential, pick
+
+VECTORS = arrays("sampling")
+LOGITS = torch.from_numpy(VECTORS["logits"])
+RULES = {"audio": (0.8, 250), "text": (0.7, 25), "k0": (0.8, 0)}
+
+
+def rules(temperature: float, topk: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.full((rows,), temperature), torch.full((rows,), topk)
+
+
+@pytest.mark.parametrize("name", ["audio", "text", "k0"])
+def test_given_noise(name: str) -> None:
+    noise = torch.from_numpy(VECTORS[f"{name}_noise"])
+    values, tokens = LOGITS.topk(noise.shape[1], dim=-1)
+    if name == "k0":  # this noise is in vocabulary order
+        noise = noise.gather(1, tokens)
+    choice = pick(values, *rules(*RULES[name], rows=3), noise)
+    assert tokens.gather(1, choice[:, None])[:, 0].tolist() == VECTORS[f"{name}_tokens"].tolist()
+
+
+@pytest.mark.parametrize("cap", [0, 250])
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_greedy(cap: int, temperature: float) -> None:
+    keys = torch.arange(3)
+    assert draw(LOGITS, *rules(temperature, 25, 3), keys, cap).tolist() == VECTORS["greedy"].tolist()
+
+
+def test_greedy_takes_the_lowest_index_on_a_tie() -> None:
+    assert draw(torch.zeros(2, 50), *rules(0.0, 5, 2), torch.arange(2), 5).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("temperature", "topk"), [(0.8, 20), (0.7, 5), (1.3, 0), (0.8, 1)])
+def test_distribution(temperature: float, topk: int) -> None:
+    """Chi-squared of 40,000 draws against softmax over the top k, at five standard deviations."""
+    draws, size = 40_000, 40
+    logits = LOGITS[0, :size]
+    p = torch.softmax(logits / temperature, -1).numpy().astype(np.float64)
+    if topk:
+        p[np.argsort(-p)[topk:]] = 0
+    p /= p.sum()
+    keys = draw_keys(torch.full((draws,), 7), torch.arange(draws), 3)
+    tokens = draw(logits.expand(draws, -1), *rules(temperature, topk, draws), keys, topk or size)
+    counts = np.bincount(tokens.numpy(), minlength=size)
+    assert counts[p == 0].sum() == 0
+    expected = draws * p[p > 0]
+    statistic, freedom = ((counts[p > 0] - expected) ** 2 / expected).sum(), (p > 0).sum() - 1
+    assert statistic <= freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_noise_is_exponential_and_uncorrelated() -> None:
+    keys = draw_keys(torch.arange(200), torch.arange(200) % 7, 2)
+    noise = exponential(keys, torch.arange(2_048).expand(200, -1)).double().numpy()
+    assert noise.min() > 0
+    assert abs(noise.mean() - 1) < 0.01
+    assert abs(noise.var() - 1) < 0.03
+    rows = np.corrcoef(noise[:50])[~np.eye(50, dtype=bool)]
+    assert np.abs(rows).max() < 6 / np.sqrt(2_048)
+    assert abs(np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1]) < 0.01
+
+
+def test_noise_depends_on_seed_step_and_stream_only() -> None:
+    tokens = torch.arange(64).expand(3, -1)
+    base = exponential(draw_keys(torch.tensor([5, 5, 5]), torch.tensor([1, 1, 1]), 4), tokens)
+    assert torch.equal(base[0], base[2])
+    for seeds, steps, stream in [(6, 1, 4), (5, 2, 4), (5, 1, 5)]:
+        other = exponential(draw_keys(torch.tensor([seeds]), torch.tensor([steps]), stream), tokens[:1])
+        assert not torch.equal(base[:1], other)
+
+
+def test_candidates_beyond_a_rows_own_do_not_matter() -> None:
+    """A neighbour with a larger top-k widens the step; this row's token stays."""
+    keys = torch.arange(3)
+    assert torch.equal(
+        draw(LOGITS, *rules(0.8, 25, 3), keys, 25), draw(LOGITS, *rules(0.8, 25, 3), keys, LOGITS.shape[1])
+    )
+
+
+def test_caps() -> None:
+    plain, whole, greedy = Sampling(), Sampling(text_topk=0, audio_topk=0), Sampling().greedy()
+    assert Caps.of([greedy], 100, 200) == Caps(0, 0)
+    assert Caps.of([greedy, plain], 100, 300) == Caps(25, 250)
+    assert Caps.of([plain, whole], 100, 300) == Caps(100, 300)
