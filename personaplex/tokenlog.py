@@ -6,8 +6,6 @@ the agent's tokens were forced (a prompt) instead of drawn. numpy only.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 
 from personaplex.config import AGENT, STREAMS, USER
 from personaplex.errors import CheckpointError
+from personaplex.files import replacing
 
 
 class TokenLog:
@@ -88,12 +87,6 @@ class TokenLog:
 
 
 def save_arrays(path: Path, **arrays: NDArray[np.generic]) -> None:
-    """An .npz written beside `path` and moved there: a reader never meets half a file."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".npz")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    """A compressed .npz, written whole or not at all."""
+    with replacing(path) as part, part.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

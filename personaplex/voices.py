@@ -7,9 +7,7 @@ files hold what the model reads of them, embeddings and the token ring, in the f
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
-import secrets
 import shutil
 import tarfile
 import tempfile
@@ -37,6 +35,7 @@ from personaplex.config import (
     LMConfig,
 )
 from personaplex.errors import BadAudio, CheckpointError, UnknownVoice
+from personaplex.files import replacing
 from personaplex.persona import VOICES, voice_name
 
 LOUDNESS = -24.0  # LUFS of a voice recording, as in training
@@ -133,14 +132,9 @@ def load_voice(path: Path, lm: LMConfig) -> Voice:
 
 
 def save_voice(path: Path, embeddings: Tensor, cache: Tensor) -> None:
-    """Writes embeddings [F - 1, dim] and token ring [17, 4] in the reference's format, whole or not at all."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
+    """Writes embeddings [F - 1, dim] and token ring [17, 4] in the reference's format, all or nothing."""
+    with replacing(path) as part:
         torch.save({"embeddings": embeddings[:, None, None].cpu(), "cache": cache[None].cpu()}, part)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def load_voice_wav(path: Path) -> NDArray[np.float32]:
