@@ -1,0 +1,137 @@
+"""Opus and Ogg, per session and second: this project's transcoder beside sphn, which the peers use.
+
+    python -m benchmarks.codec [--seconds 4] [--rounds 7] [--output benchmarks/results/codec.json]
+
+Both do the work of a gateway for the same speech: demux and decode a client's pages of 40 ms (two packets),
+cut frames, encode each frame and mux it. CPU time of the process, rounds alternate between the two so that
+both see the same machine, the median counts. A session per core is a session-second per CPU second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sphn
+
+from personaplex.audio.ogg import OggMuxer
+from personaplex.audio.opus import PACKET_SAMPLES, OpusEncoder
+from personaplex.audio.transcoder import Transcoder
+from personaplex.audio.wav import Pcm
+from personaplex.config import FRAME_SIZE, SAMPLE_RATE
+
+SPEECH = Path(__file__).parent.parent / "tests" / "data" / "mic.ogg"
+CLIENT_PACKETS = 2  # 20 ms each, in one page: what the reference's web client sends
+
+
+def client_pages(pcm: Pcm) -> list[bytes]:
+    """`pcm` as a browser would send it, one page per message."""
+    encoder, muxer = OpusEncoder(), OggMuxer(serial=1)
+    pages = muxer.headers(pre_skip=encoder.lookahead * 2)
+    step = CLIENT_PACKETS * PACKET_SAMPLES
+    for start in range(0, len(pcm) - step + 1, step):
+        parts = pcm[start : start + step].reshape(CLIENT_PACKETS, PACKET_SAMPLES)
+        pages.append(muxer.page([encoder.encode(part) for part in parts], (start + step) * 2))
+    return pages
+
+
+def ours_receive(pages: list[bytes]) -> None:
+    transcoder = Transcoder()
+    for page in pages:
+        transcoder.receive(page)
+
+
+def ours_send(frames: Pcm) -> None:
+    transcoder = Transcoder()
+    for frame in frames:
+        transcoder.send(frame)
+
+
+def sphn_receive(pages: list[bytes]) -> None:
+    reader, waiting = sphn.OpusStreamReader(SAMPLE_RATE), np.zeros(0, np.float32)
+    for page in pages:
+        waiting = np.concatenate((waiting, reader.append_bytes(page)))
+        while len(waiting) >= FRAME_SIZE:
+            waiting = waiting[FRAME_SIZE:]
+
+
+def sphn_send(frames: Pcm) -> None:
+    writer = sphn.OpusStreamWriter(SAMPLE_RATE)
+    for frame in frames:
+        writer.append_pcm(frame)
+
+
+def cpu_seconds(work: Callable[[], None]) -> float:
+    start = time.process_time()  # all threads, should a library have some
+    work()
+    return time.process_time() - start
+
+
+def measure(seconds: float, rounds: int) -> dict[str, Any]:
+    pcm = np.concatenate(Transcoder().receive(SPEECH.read_bytes()))[: int(seconds * SAMPLE_RATE)]
+    frames = pcm[: len(pcm) // FRAME_SIZE * FRAME_SIZE].reshape(-1, FRAME_SIZE)
+    pages = client_pages(pcm)
+    tasks: dict[str, Callable[[], None]] = {
+        "ours_receive": lambda: ours_receive(pages),
+        "sphn_receive": lambda: sphn_receive(pages),
+        "ours_send": lambda: ours_send(frames),
+        "sphn_send": lambda: sphn_send(frames),
+    }
+    for work in tasks.values():
+        work()
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for _ in range(rounds):
+        for name, work in tasks.items():
+            times[name].append(cpu_seconds(work))
+    ms = {name: 1e3 * statistics.median(taken) / seconds for name, taken in times.items()}
+    ours, theirs = ms["ours_receive"] + ms["ours_send"], ms["sphn_receive"] + ms["sphn_send"]
+    return {
+        "cpu_ms_per_session_second": {name: round(value, 3) for name, value in ms.items()},
+        "us_per_frame": {"ours": round(ours / 12.5 * 1e3, 1), "sphn": round(theirs / 12.5 * 1e3, 1)},
+        "sessions_per_core": {"ours": round(1e3 / ours, 1), "sphn": round(1e3 / theirs, 1)},
+        "times_sphn": round(theirs / ours, 2),
+    }
+
+
+def machine() -> dict[str, Any]:
+    cpus = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "cpu": cpus[0] if cpus else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "opuslib": version("opuslib"),
+        "sphn": version("sphn"),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=4.0, help="speech per round (at most 12)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path, help="write the result here as JSON")
+    arguments = parser.parse_args()
+    result = {"benchmark": "codec", "machine": machine(), **measure(arguments.seconds, arguments.rounds)}
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
