@@ -131,8 +131,6 @@ def _complete(
     if missing:
         wanted = "; ".join(f"{_PARTS[part]}: {' or '.join(_LOCAL_NAMES[part])}" for part in missing)
         raise CheckpointError(f"the model directory lacks files ({wanted})")
-    if parts["voices"] is None:
-        log.warning("this checkpoint has no voices: sessions need a voice of their own (a .wav or .pt file)")
     for part in ("lm", "mimi", "tokenizer"):
         path = parts[part]
         assert path is not None

@@ -23,6 +23,7 @@ from personaplex.model import Model, tiny
 from personaplex.model.hub import Checkpoint
 from personaplex.model.lm import LM
 from personaplex.model.mimi import Mimi
+from personaplex.model.offload import gpu_budget, place
 
 Network = TypeVar("Network", LM, Mimi)
 Shapes = dict[str, tuple[int, ...]]
@@ -43,12 +44,22 @@ _CODEBOOK_NAMES = {
 }
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype) -> Model:
-    """Loads a resolved checkpoint. Raises CheckpointError for a damaged file or one with other tensors."""
-    device = torch.device(device)
-    lm = load_lm(checkpoint.lm, checkpoint.config.lm, device, dtype)
-    mimi = load_mimi(checkpoint.mimi, checkpoint.config.mimi, device)
-    return Model(lm, mimi, checkpoint.config)
+def load_model(
+    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, offload_slots: int = 0
+) -> Model:
+    """Loads a resolved checkpoint.
+
+    With `offload_slots` > 0 weights that do not fit a GPU beside that many sessions stay in host memory.
+    Raises CheckpointError for a damaged file or one with other tensors.
+    """
+    device, config = torch.device(device), checkpoint.config
+    mimi = load_mimi(checkpoint.mimi, config.mimi, device)
+    if offload_slots and device.type == "cuda":
+        lm = load_lm(checkpoint.lm, config.lm, torch.device("cpu"), dtype)
+        place(lm, device, gpu_budget(config.lm, offload_slots, device, dtype))
+    else:
+        lm = load_lm(checkpoint.lm, config.lm, device, dtype)
+    return Model(lm, mimi, config)
 
 
 def load_lm(path: Path | None, config: LMConfig, device: torch.device, dtype: torch.dtype) -> LM:
