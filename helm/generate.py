@@ -35,7 +35,7 @@ BEGIN, END = "<!-- values: begin -->\n", "<!-- values: end -->\n"
 
 
 def settings_schema() -> dict[str, Any]:
-    """JSON schema of the settings that values may hold; derived ones stay to be refused with their own message."""
+    """JSON schema of the settings values may hold; derived ones stay, to be refused with their own message."""
     schema = Settings.model_json_schema()
     for name in DERIVED:
         schema["properties"][name] = {"description": "derived by the chart"}
@@ -53,7 +53,7 @@ def chart_schema() -> str:
 
 
 def values_table(text: str) -> str:
-    """Markdown of the values, from the comments of values.yaml. Raises KeyError for a @param that is no value."""
+    """Markdown from the comments of values.yaml. Raises KeyError for a @param that is no value."""
     values, lines = yaml.safe_load(text), []
     for kind, rest in re.findall(r"^## @(section|param) (.*)$", text, re.MULTILINE):
         if kind == "section":

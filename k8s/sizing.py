@@ -1,7 +1,7 @@
 """How many sessions one card holds: the single place the slots of the chart's value files come from.
 
-Computed, not measured: sizes follow from the model's shapes, memory and bandwidth from the cards' data sheets.
-Where a measurement of your own card says otherwise, believe the measurement and set `settings.slots`.
+Computed, not measured: sizes follow from the model's shapes, memory and bandwidth from the cards' data
+sheets. Where a measurement of your own card says otherwise, believe the measurement and set `settings.slots`.
 
     bytes(n)   = WEIGHTS + RESERVE + n * SESSION                    <= MEMORY_SHARE * memory of the card
     seconds(n) = (STEP_WEIGHTS + n * WINDOW) / (BANDWIDTH_SHARE * bandwidth)  <= FRAME_SECONDS
@@ -41,7 +41,7 @@ CARDS = {
 
 
 def slots(card: Card) -> int:
-    """Sessions with full windows that fit in memory and in the time of one frame; 0 when the model does not fit."""
+    """Sessions with full windows that fit in memory and in a frame's time; 0 when the model does not fit."""
     by_memory = (MEMORY_SHARE * card.memory - WEIGHTS - RESERVE) / SESSION
     by_time = (FRAME_SECONDS * BANDWIDTH_SHARE * card.bandwidth - STEP_WEIGHTS) / WINDOW
     return max(0, int(min(by_memory, by_time)) // STEP * STEP)
