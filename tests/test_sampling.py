@@ -8,15 +8,23 @@ import torch
 from golden import arrays
 
 from personaplex.config import Sampling
-from personaplex.model.sampling import Caps, draw, draw_keys, exponential, pick
+from personaplex.model.sampling import Caps, Rule, SamplingState, draw, draw_keys, exponential, pick
 
 VECTORS = arrays("sampling")
 LOGITS = torch.from_numpy(VECTORS["logits"])
 RULES = {"audio": (0.8, 250), "text": (0.7, 25), "k0": (0.8, 0)}
 
 
-def rules(temperature: float, topk: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.full((rows,), temperature), torch.full((rows,), topk)
+def rule(temperature: float, topk: int, rows: int, cap: int) -> Rule:
+    return Rule.of(torch.full((rows,), temperature), torch.full((rows,), topk), cap)
+
+
+def keys(seeds: list[int] | torch.Tensor, steps: list[int] | torch.Tensor, stream: int) -> torch.Tensor:
+    """Keys of one stream for audio seeds (text seeds stay 0)."""
+    seeds, steps = torch.as_tensor(seeds), torch.as_tensor(steps)
+    state = SamplingState.allocate(len(seeds), torch.device("cpu"))
+    state.audio_seed[:] = seeds
+    return draw_keys(state, steps, stream + 1)[:, stream]
 
 
 @pytest.mark.parametrize("name", ["audio", "text", "k0"])
@@ -25,19 +33,19 @@ def test_given_noise(name: str) -> None:
     values, tokens = LOGITS.topk(noise.shape[1], dim=-1)
     if name == "k0":  # this noise is in vocabulary order
         noise = noise.gather(1, tokens)
-    choice = pick(values, *rules(*RULES[name], rows=3), noise)
+    choice = pick(values, rule(*RULES[name], rows=3, cap=noise.shape[1]), noise)
     assert tokens.gather(1, choice[:, None])[:, 0].tolist() == VECTORS[f"{name}_tokens"].tolist()
 
 
 @pytest.mark.parametrize("cap", [0, 250])
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
 def test_greedy(cap: int, temperature: float) -> None:
-    keys = torch.arange(3)
-    assert draw(LOGITS, *rules(temperature, 25, 3), keys, cap).tolist() == VECTORS["greedy"].tolist()
+    tokens = draw(LOGITS, rule(temperature, 25, 3, cap), torch.arange(3))
+    assert tokens.tolist() == VECTORS["greedy"].tolist()
 
 
 def test_greedy_takes_the_lowest_index_on_a_tie() -> None:
-    assert draw(torch.zeros(2, 50), *rules(0.0, 5, 2), torch.arange(2), 5).tolist() == [0, 0]
+    assert draw(torch.zeros(2, 50), rule(0.0, 5, 2, 5), torch.arange(2)).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("temperature", "topk"), [(0.8, 20), (0.7, 5), (1.3, 0), (0.8, 1)])
@@ -49,8 +57,8 @@ def test_distribution(temperature: float, topk: int) -> None:
     if topk:
         p[np.argsort(-p)[topk:]] = 0
     p /= p.sum()
-    keys = draw_keys(torch.full((draws,), 7), torch.arange(draws), 3)
-    tokens = draw(logits.expand(draws, -1), *rules(temperature, topk, draws), keys, topk or size)
+    chosen = rule(temperature, topk, draws, topk or size)
+    tokens = draw(logits.expand(draws, -1), chosen, keys(torch.full((draws,), 7), torch.arange(draws), 3))
     counts = np.bincount(tokens.numpy(), minlength=size)
     assert counts[p == 0].sum() == 0
     expected = draws * p[p > 0]
@@ -59,8 +67,8 @@ def test_distribution(temperature: float, topk: int) -> None:
 
 
 def test_noise_is_exponential_and_uncorrelated() -> None:
-    keys = draw_keys(torch.arange(200), torch.arange(200) % 7, 2)
-    noise = exponential(keys, torch.arange(2_048).expand(200, -1)).double().numpy()
+    some = keys(torch.arange(200), torch.arange(200) % 7, 2)
+    noise = exponential(some, torch.arange(2_048).expand(200, -1)).double().numpy()
     assert noise.min() > 0
     assert abs(noise.mean() - 1) < 0.01
     assert abs(noise.var() - 1) < 0.03
@@ -71,19 +79,17 @@ def test_noise_is_exponential_and_uncorrelated() -> None:
 
 def test_noise_depends_on_seed_step_and_stream_only() -> None:
     tokens = torch.arange(64).expand(3, -1)
-    base = exponential(draw_keys(torch.tensor([5, 5, 5]), torch.tensor([1, 1, 1]), 4), tokens)
+    base = exponential(keys([5, 5, 5], [1, 1, 1], 4), tokens)
     assert torch.equal(base[0], base[2])
-    for seeds, steps, stream in [(6, 1, 4), (5, 2, 4), (5, 1, 5)]:
-        other = exponential(draw_keys(torch.tensor([seeds]), torch.tensor([steps]), stream), tokens[:1])
-        assert not torch.equal(base[:1], other)
+    for seed, step, stream in [(6, 1, 4), (5, 2, 4), (5, 1, 5), (5, 1, 0)]:
+        assert not torch.equal(base[:1], exponential(keys([seed], [step], stream), tokens[:1]))
 
 
 def test_candidates_beyond_a_rows_own_do_not_matter() -> None:
     """A neighbour with a larger top-k widens the step; this row's token stays."""
-    keys = torch.arange(3)
-    assert torch.equal(
-        draw(LOGITS, *rules(0.8, 25, 3), keys, 25), draw(LOGITS, *rules(0.8, 25, 3), keys, LOGITS.shape[1])
-    )
+    some, size = torch.arange(3), LOGITS.shape[1]
+    narrow, wide = draw(LOGITS, rule(0.8, 25, 3, 25), some), draw(LOGITS, rule(0.8, 25, 3, size), some)
+    assert torch.equal(narrow, wide)
 
 
 def test_caps() -> None:

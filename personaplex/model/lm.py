@@ -17,7 +17,7 @@ from personaplex.config import CODEBOOKS, DELAYS, RING_COLUMNS, STREAMS, UNGENER
 from personaplex.model.depth import Depth, DepthPass
 from personaplex.model.layers import Linear, RMSNorm, Table, table_rows
 from personaplex.model.ring import Ring
-from personaplex.model.sampling import Caps, SamplingState, draw, draw_keys
+from personaplex.model.sampling import Caps, Rule, SamplingState, draw, draw_keys
 from personaplex.model.temporal import Temporal
 
 MAX_DELAY = max(DELAYS)
@@ -168,15 +168,15 @@ def step(
 
     target_tokens, target_provided = _read(state.tokens, target), _read(state.provided, target)
     text_logits = lm.text_linear(hidden)
-    keys = draw_keys(sampling.text_seed, n, 0)
-    token = draw(text_logits, sampling.text_temperature, sampling.text_topk, keys, caps.text)
+    keys = draw_keys(sampling, n, 1 + depth_steps)
+    token = draw(text_logits, Rule.of(sampling.text_temperature, sampling.text_topk, caps.text), keys[:, 0])
     drawn = [torch.where(target_provided[:, 0], target_tokens[:, 0], token)]
+    rule = Rule.of(sampling.audio_temperature, sampling.audio_topk, caps.audio)
     audio_logits = []
     depth = DepthPass(lm.depformer)
     for index in range(depth_steps):
         logits = lm.linears[index](depth.step(lm.depth_input(index, hidden, drawn[-1])))[:, 0]
-        keys = draw_keys(sampling.audio_seed, n, index + 1)
-        token = draw(logits, sampling.audio_temperature, sampling.audio_topk, keys, caps.audio)
+        token = draw(logits, rule, keys[:, index + 1])
         drawn.append(torch.where(target_provided[:, index + 1], target_tokens[:, index + 1], token))
         audio_logits.append(logits)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from personaplex.config import Sampling
 
 _STREAMS = 32  # counter stride of one step
+_GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as int64
 _UNIFORM_BITS = 23  # (x + 1/2) / 2**23 is exact in float32 and never 0 or 1
 
 
@@ -64,45 +65,63 @@ class Caps:
         )
 
 
-def draw(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor, cap: int) -> Tensor:
-    """logits [N, V], rules [N], keys [N] of `draw_keys` -> tokens [N] int64.
+@dataclass(frozen=True)
+class Rule:
+    """How all slots of one step draw from one vocabulary; made once a step.
 
-    A temperature <= 0 takes the largest logit (lowest index on a tie); top-k 0 looks at all V.
+    `scale` [N, 1] divides the logits, `kept` [N, cap] says which of the cap largest are in, `greedy` [N] whether
+    the largest simply wins.
     """
+
+    cap: int
+    scale: Tensor
+    kept: Tensor
+    greedy: Tensor
+
+    @classmethod
+    def of(cls, temperature: Tensor, topk: Tensor, cap: int) -> Rule:
+        """temperature [N]: <= 0 is greedy; topk [N]: 0 looks at the whole vocabulary; cap >= every topk."""
+        greedy = temperature <= 0
+        rank = torch.arange(cap, device=topk.device)
+        kept = (topk[:, None] == 0) | (rank < topk[:, None])
+        return cls(cap, torch.where(greedy, 1.0, temperature)[:, None], kept, greedy)
+
+
+def draw(logits: Tensor, rule: Rule, keys: Tensor) -> Tensor:
+    """logits [N, V], keys [N] of `draw_keys` -> tokens [N] int64; greedy takes the lowest index on a tie."""
     best = logits.argmax(-1)
-    if cap == 0:
+    if rule.cap == 0:
         return best
-    values, tokens = logits.float().topk(cap, dim=-1)
-    choice = pick(values, temperature, topk, exponential(keys, tokens))
-    return torch.where(temperature <= 0, best, tokens.gather(1, choice[:, None])[:, 0])
+    values, tokens = logits.float().topk(rule.cap, dim=-1)
+    choice = pick(values, rule, exponential(keys, tokens))
+    return torch.where(rule.greedy, best, tokens.gather(1, choice[:, None])[:, 0])
 
 
-def pick(values: Tensor, temperature: Tensor, topk: Tensor, noise: Tensor) -> Tensor:
-    """Which of the descending logits `values` [N, c] wins against `noise` [N, c]: index [N] into c.
+def pick(values: Tensor, rule: Rule, noise: Tensor) -> Tensor:
+    """Which of the descending logits `values` [N, cap] wins against `noise` [N, cap]: index [N].
 
     argmax(p / n) = argmax(logits / temperature - log n); the softmax's constant drops out.
     """
-    scale = torch.where(temperature <= 0, 1.0, temperature)[:, None]
-    rank = torch.arange(values.shape[1], device=values.device)
-    kept = (topk[:, None] == 0) | (rank < topk[:, None])
-    score = values / scale - noise.log()
-    return torch.where(kept, score, -torch.inf).argmax(-1)
+    score = values / rule.scale - noise.log()
+    return torch.where(rule.kept, score, -torch.inf).argmax(-1)
 
 
-def draw_keys(seeds: Tensor, steps: Tensor, stream: int) -> Tensor:
-    """One key a slot for one draw; seeds, steps [N] int64."""
-    return _mix(_mix(seeds) ^ (steps * _STREAMS + stream))
+def draw_keys(state: SamplingState, steps: Tensor, draws: int) -> Tensor:
+    """Keys [N, draws] of one step's draws: the text token, then the codebooks; steps [N] int64."""
+    stream = torch.arange(draws, device=steps.device)
+    seeds = torch.where(stream == 0, state.text_seed[:, None], state.audio_seed[:, None])
+    return _mix(_mix(seeds) ^ (steps[:, None] * _STREAMS + stream))
 
 
 def exponential(keys: Tensor, tokens: Tensor) -> Tensor:
-    """Exponential(1) noise [N, c] for keys [N] and token ids [N, c]."""
-    bits = _mix(keys[:, None] ^ _mix(tokens)) & (2**_UNIFORM_BITS - 1)
+    """Exponential(1) noise [N, c] for keys [N] and token ids [N, c]: splitmix64 from each key, token by token."""
+    bits = _mix(keys[:, None] + tokens * _GOLDEN) & (2**_UNIFORM_BITS - 1)
     return -((bits.float() + 0.5) / 2**_UNIFORM_BITS).log()
 
 
 def _mix(x: Tensor) -> Tensor:
     """A bijection of int64 whose every output bit depends on every input bit (splitmix64's finaliser)."""
-    x = x + -7046029254386353131
+    x = x + _GOLDEN
     x = (x ^ _shift(x, 30)) * -4658895280553007687
     x = (x ^ _shift(x, 27)) * -7723592293110705685
     return x ^ _shift(x, 31)
