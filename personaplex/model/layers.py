@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.device.type == "cpu" and x.numel() == x.shape[-1]:
         row = x.reshape(1, -1).expand(2, -1)
         return F.linear(row, weight)[:1].reshape(*x.shape[:-1], weight.shape[0])
-    if weight.device != x.device:  # kept on the host (see offload.py): a copy that lives for this product only
+    if weight.device != x.device:  # kept on the host (see offload.py): copied for this product only
         weight = weight.to(x.device, non_blocking=True)
     return F.linear(x, weight)
 

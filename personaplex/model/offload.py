@@ -29,13 +29,13 @@ def place(lm: LM, device: torch.device, budget: int) -> int:
     """
     layers = list(lm.transformer.layers)
     lm.transformer.layers = nn.ModuleList()
-    budget -= _bytes(lm)
+    budget -= resident_bytes(lm)
     if budget < 0:
         raise CheckpointError("the GPU is too small for this model even with --cpu-offload: try --device cpu")
     _move(lm, device)
     staying = 0
     for layer in layers:
-        size = _bytes(layer)
+        size = resident_bytes(layer)
         if not staying and size <= budget:
             budget -= size
             _move(layer, device)
@@ -62,7 +62,8 @@ def _matrices(module: nn.Module) -> list[Tensor]:
     return [w for attention in attentions for w in (*attention.inputs, *attention.outputs)]
 
 
-def _bytes(module: nn.Module) -> int:
+def resident_bytes(module: nn.Module) -> int:
+    """Bytes of a prepared module's weights."""
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers(), *_matrices(module)))
 
 
