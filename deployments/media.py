@@ -3,17 +3,17 @@
 Every message is `length: uint32 LE | kind: uint8 | payload`, length counting the kind and the payload.
 
     gateway -> replica   OPEN   one-time token (16 bytes), persona as JSON; first and only once
-                         FRAME  the user's frame, float32 LE [1920]: bit for bit what was decoded
+                         FRAME  mark uint32, the user's frame float32 LE [1920]: bit for bit as decoded
                          CLOSE  JSON; the slot may go
     replica -> gateway   READY  JSON; the prompt is done, frames count from here
-                         REPLY  frame uint32, microseconds in the replica uint32, tokens int16 [17],
+                         REPLY  number uint32, mark of the user's frame it answers uint32, tokens int16 [17],
                                 frame float32 [1920], text UTF-8
                          CLOSE  JSON with the error that ended the session
 
 Contract: bytes and connections only, no Ray, no engine. Nothing is queued without a bound: while the peer
-does not read, the newest `OUTBOX_FRAMES` frames are kept, older ones are dropped and counted. The kernel ends a
-connection whose other machine is gone within about `PEER_GONE_S`; a process that ends closes it at once. Bytes
-outside this protocol raise ProtocolError and end the connection.
+does not read, the newest `OUTBOX_FRAMES` frames are kept, older ones are dropped and counted. The kernel ends
+a connection whose other machine is gone within about `PEER_GONE_S`; a process that ends closes it at once.
+Bytes outside this protocol raise ProtocolError and end the connection.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SOCKET_BYTES = 65_536  # the kernel's send buffer: 8 frames
 PEER_GONE_S = 2
 MESSAGE_LIMIT = 65_536  # bytes; no message of this protocol comes near
 
-_LENGTH = struct.Struct("<I")
+_LENGTH = _MARK = struct.Struct("<I")
 _REPLY = struct.Struct(f"<II{STREAMS}h")
 _FRAME_BYTES = 4 * FRAME_SIZE
 
@@ -60,19 +60,17 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Reply:
-    """One agent frame: `pcm` float32 [1920], `tokens` int64 [17]; `waited_s` since the replica got the user's
-    frame it answers."""
+    """One agent frame: `pcm` float32 [1920], `tokens` int64 [17], `mark` of the user's frame it answers."""
 
     frame: int
     pcm: Pcm
     tokens: npt.NDArray[np.int64]
     text: str
-    waited_s: float
+    mark: int
 
 
 def pack_reply(reply: Reply) -> bytes:
-    micros = min(int(reply.waited_s * 1e6), 0xFFFFFFFF)
-    head = _REPLY.pack(reply.frame, micros, *reply.tokens.tolist())
+    head = _REPLY.pack(reply.frame, reply.mark, *reply.tokens.tolist())
     pcm = np.ascontiguousarray(reply.pcm, "<f4").tobytes()
     return b"".join((head, pcm, reply.text.encode()))
 
@@ -80,12 +78,12 @@ def pack_reply(reply: Reply) -> bytes:
 def unpack_reply(payload: bytes) -> Reply:
     """Raises ProtocolError for anything `pack_reply` does not make."""
     try:
-        frame, micros, *tokens = _REPLY.unpack_from(payload)
+        frame, mark, *tokens = _REPLY.unpack_from(payload)
         pcm = np.frombuffer(payload, "<f4", FRAME_SIZE, _REPLY.size)
         text = payload[_REPLY.size + _FRAME_BYTES :].decode()
     except (struct.error, ValueError) as error:
         raise ProtocolError("a reply of the wrong shape") from error
-    return Reply(frame, pcm, np.array(tokens, np.int64), text, micros / 1e6)
+    return Reply(frame, pcm, np.array(tokens, np.int64), text, mark)
 
 
 def pack_open(token: bytes, persona: Persona) -> bytes:
@@ -101,11 +99,31 @@ def unpack_open(payload: bytes) -> tuple[bytes, Persona]:
         raise ProtocolError("an opening message of the wrong shape") from error
 
 
-def unpack_frame(payload: bytes) -> Pcm:
-    """float32 [1920]. Raises ProtocolError for another length."""
-    if len(payload) != _FRAME_BYTES:
+def pack_frame(mark: int, pcm: Pcm) -> bytes:
+    """`mark` in [0, 2**32), `pcm` float32 [1920]."""
+    return _MARK.pack(mark) + np.ascontiguousarray(pcm, "<f4").tobytes()
+
+
+def unpack_frame(payload: bytes) -> tuple[int, Pcm]:
+    """Mark and float32 [1920]. Raises ProtocolError for another length and samples that are not finite."""
+    if len(payload) != _MARK.size + _FRAME_BYTES:
         raise ProtocolError("a frame of the wrong length")
-    return np.frombuffer(payload, "<f4")
+    frame = np.frombuffer(payload, "<f4", FRAME_SIZE, _MARK.size)
+    if not np.isfinite(frame).all():
+        raise ProtocolError("a frame that is not audio")
+    return _MARK.unpack_from(payload)[0], frame
+
+
+def pack_ready(prefill_s: float) -> bytes:
+    return json.dumps({"prefill_s": prefill_s}).encode()
+
+
+def unpack_ready(payload: bytes) -> float:
+    """Seconds the prompt took in the replica. Raises ProtocolError for another shape."""
+    try:
+        return float(json.loads(payload)["prefill_s"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ProtocolError("a ready message of the wrong shape") from error
 
 
 def pack_error(error: PersonaplexError) -> bytes:

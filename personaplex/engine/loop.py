@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from personaplex.config import FRAME_SECONDS
 from personaplex.engine.interface import Pcm, Spoken, Stepper
-from personaplex.engine.schedule import Lane, Plan, plan
+from personaplex.engine.schedule import Lane, Plan, Waiting, plan
 from personaplex.errors import EngineFault, PersonaplexError
 from personaplex.persona import Persona
 
@@ -38,11 +38,12 @@ class Ready:
 
 @dataclass(frozen=True)
 class Reply:
-    """One agent frame; `waited_s` is the time since the user's frame it answers was pushed."""
+    """One agent frame, in answer to the user's frame pushed with `mark`, `waited_s` ago."""
 
     session: int
     spoken: Spoken
     waited_s: float
+    mark: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class _Work:
 
     opens: list[_Session]
     closes: list[_Session]
-    step: list[tuple[_Session, Pcm, float]] = field(default_factory=list)
+    step: list[tuple[_Session, Waiting]] = field(default_factory=list)
     prime: bool = False
 
 
@@ -167,16 +168,17 @@ class EngineLoop:
             self._wake.notify()
         return number
 
-    def push(self, session: int, frame: Pcm) -> None:
-        """Hands over one user frame, float32 [1920], not written to again. Without effect after `close`."""
+    def push(self, session: int, frame: Pcm, mark: int = 0) -> None:
+        """Hands over one user frame, float32 [1920], not written to again; `mark` comes back with its reply.
+        Without effect after `close`."""
         with self._wake:
             known = self._sessions.get(session)
             if known is None:
                 return
-            lane, now = known.lane, self._clock()
+            lane = known.lane
             was_empty = not lane.frames
             self.counters.frames_in += 1
-            self.counters.frames_dropped += lane.put(frame, now)
+            self.counters.frames_dropped += lane.put(Waiting(frame, self._clock(), mark))
             if lane.live and was_empty:
                 self._silent -= 1
                 if self._silent == 0 or not self._gathering:
@@ -246,9 +248,8 @@ class EngineLoop:
         work = _Work(self._opens, self._closes, prime=self._priming > 0)
         self._opens, self._closes = [], []
         for lane in found.step:
-            frame, arrived = lane.take(now)
+            work.step.append((self._sessions[lane.session], lane.take(now)))
             self._silent += not lane.frames
-            work.step.append((self._sessions[lane.session], frame, arrived))
         return work
 
     def _pass(self, engine: Stepper, slots: dict[Any, _Session], work: _Work) -> None:
@@ -285,18 +286,18 @@ class EngineLoop:
 
     def _tick(self, engine: Stepper, slots: dict[Any, _Session], work: _Work) -> None:
         began = self._clock()
-        arrivals: dict[int, float] = {}
-        for session, frame, arrived in work.step:
-            engine.feed(session.slot, frame)
-            arrivals[session.lane.session] = arrived
+        fed: dict[int, Waiting] = {}
+        for session, frame in work.step:
+            engine.feed(session.slot, frame.pcm)
+            fed[session.lane.session] = frame
         spoken = engine.step()
         now = self._clock()
         events: list[Event] = []
         for one in spoken:
             number = slots[one.slot].lane.session
-            waited = now - arrivals[number]
+            waited = now - fed[number].arrived
             self.counters.frames_late += waited > FRAME_SECONDS
-            events.append(Reply(number, one, waited))
+            events.append(Reply(number, one, waited, fed[number].mark))
         self.counters.ticks += 1
         self.counters.ticks_late += now - began > FRAME_SECONDS
         self.counters.frames_out += len(events)

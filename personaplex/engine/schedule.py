@@ -24,6 +24,15 @@ from personaplex.config import FRAME_SECONDS
 CATCH_UP_RATE = 1.05  # leaves room for a sound card whose clock runs fast
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """One user frame, float32 [1920], when it came, and a number its sender knows it by."""
+
+    pcm: npt.NDArray[np.float32]
+    arrived: float
+    mark: int = 0
+
+
 @dataclass(slots=True)
 class Lane:
     """Frames of one session on their way to its slot. Times are seconds of one monotonic clock."""
@@ -31,12 +40,12 @@ class Lane:
     session: int
     limit: int  # frames that may wait
     live: bool = False  # its prompt is done
-    frames: deque[tuple[npt.NDArray[np.float32], float]] = field(default_factory=deque)  # with arrival
+    frames: deque[Waiting] = field(default_factory=deque)
     due: float = 0.0  # when the lane's next frame is due at CATCH_UP_RATE
 
-    def put(self, frame: npt.NDArray[np.float32], now: float) -> bool:
-        """Adds a frame float32 [1920]; True when the oldest had to go for it."""
-        self.frames.append((frame, now))
+    def put(self, frame: Waiting) -> bool:
+        """Adds a frame; True when the oldest had to go for it."""
+        self.frames.append(frame)
         if len(self.frames) <= self.limit:
             return False
         self.frames.popleft()
@@ -46,8 +55,8 @@ class Lane:
         """The earliest time law 3 lets the next frame run; it may lie in the past."""
         return self.due - self.limit * FRAME_SECONDS
 
-    def take(self, now: float) -> tuple[npt.NDArray[np.float32], float]:
-        """Removes the oldest frame for a tick at `now`; returns it with its arrival time."""
+    def take(self, now: float) -> Waiting:
+        """Removes the oldest frame, for a tick at `now`."""
         self.due = max(self.due, now) + FRAME_SECONDS / CATCH_UP_RATE
         return self.frames.popleft()
 
@@ -73,7 +82,7 @@ def plan(lanes: Iterable[Lane], now: float, gather_s: float) -> Plan:
         allowed = lane.may_run_at()
         if allowed <= now:
             ready.append(lane)
-            oldest = min(oldest, max(lane.frames[0][1], allowed))
+            oldest = min(oldest, max(lane.frames[0].arrived, allowed))
         else:
             later = min(later, allowed)
     if ready and (len(ready) == live or oldest + gather_s <= now):

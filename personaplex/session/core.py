@@ -139,6 +139,7 @@ class SessionCore:
     def __init__(self, headers: Sequence[bytes], limits: Limits, now: float) -> None:
         """`headers`: header pages of the agent's Ogg stream. `now`: when the connection was accepted."""
         self.state = OPENING
+        self.error: PersonaplexError | None = None  # why our side ended it
         self.pacer = Pacer()
         self._headers = headers
         self._limits = limits
@@ -267,6 +268,6 @@ class SessionCore:
         return [] if page is None else [Send(encode(Audio(page)))]
 
     def _end(self, error: PersonaplexError) -> list[Command]:
-        self.state = CLOSING
+        self.state, self.error = CLOSING, error
         self._backlog.clear()
         return [Send(encode(Error(str(error)))), Close(error.close_code, close_reason(str(error)))]

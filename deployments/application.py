@@ -1,0 +1,113 @@
+"""The Serve application: `deployments:app` from the environment, `deployments:build` from arguments.
+
+    serve run deployments:app
+    serve run deployments:build model=tiny slots=8
+    serveConfigV2:  import_path: deployments:build   args: {model: 7b, slots: 16}
+
+No `from __future__ import annotations` here: Serve reads the builder's annotation to make the settings.
+"""
+
+import json
+import logging
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.deployment import Application
+
+from deployments.gateway import Gateway
+from deployments.policy import SessionScaling
+from deployments.replica import Replica
+from deployments.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+GATEWAY_HEADROOM = 32  # page and status requests a gateway answers beside its sessions
+STATS_PERIOD_S = 1.0  # how often replicas tell routers about themselves
+LONGEST_RETRY_S = 0.2  # between two looks for a free slot, for whoever waits
+
+
+def build(settings: Settings) -> Application:
+    """The application for `settings`: gateways in front, replicas behind."""
+    logger.info("settings: %s", json.dumps(settings.public(), sort_keys=True))
+    if not settings.guarded:
+        logger.info("no API key is needed: whoever reaches this service may use it")
+    replicas = _replica(settings).bind(settings)
+    application: Application = _gateway(settings).bind(settings, replicas)
+    return application
+
+
+def _replica(settings: Settings) -> serve.Deployment:
+    scaling = AutoscalingPolicy(  # type: ignore[no-untyped-call]
+        policy_function=SessionScaling,
+        policy_kwargs={
+            "slots": settings.slots,
+            "spare_slots": settings.spare_slots,
+            "target_utilisation": settings.target_utilisation,
+        },
+    )
+    routing: dict[str, Any] = {
+        "request_router_class": "deployments.router.SessionRouter",
+        "request_router_kwargs": {"placement": settings.placement},
+        "request_routing_stats_period_s": STATS_PERIOD_S,
+        "max_backoff_s": LONGEST_RETRY_S,
+    }
+    return serve.deployment(
+        name="replica",
+        max_ongoing_requests=settings.slots,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=settings.replicas_min,
+            max_replicas=settings.replicas_max,
+            initial_replicas=settings.replicas_initial,
+            target_ongoing_requests=settings.slots * settings.target_utilisation,
+            upscale_delay_s=settings.upscale_delay_s,
+            downscale_delay_s=settings.downscale_delay_s,
+            look_back_period_s=settings.autoscaling_lookback_s,
+            policy=scaling,
+        ),
+        request_router_config=RequestRouterConfig(**routing),
+        ray_actor_options={
+            "num_cpus": settings.replica_num_cpus,
+            "num_gpus": replica_gpus(settings),
+            "resources": settings.replica_resources,
+        },
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        health_check_period_s=2.0,
+        health_check_timeout_s=max(10.0, settings.stall_limit_s),
+    )(Replica)
+
+
+def _gateway(settings: Settings) -> serve.Deployment:
+    return serve.deployment(
+        name="gateway",
+        max_ongoing_requests=settings.sessions_per_gateway + GATEWAY_HEADROOM,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=settings.gateways_min,
+            max_replicas=settings.gateways_max,
+            target_ongoing_requests=settings.sessions_per_gateway * settings.target_utilisation,
+            upscale_delay_s=settings.upscale_delay_s,
+            downscale_delay_s=settings.downscale_delay_s,
+            look_back_period_s=settings.autoscaling_lookback_s,
+        ),
+        ray_actor_options={
+            "num_cpus": settings.gateway_num_cpus,
+            "resources": settings.gateway_resources,
+        },
+        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+    )(serve.ingress()(Gateway))
+
+
+def replica_gpus(settings: Settings) -> float:
+    """GPUs of a replica: as set, else 1 where the model and the cluster can use one."""
+    if settings.replica_num_gpus is not None:
+        return settings.replica_num_gpus
+    if settings.device == "cpu" or settings.model in ("echo", "tiny"):
+        return 0.0
+    if settings.device == "cuda":
+        return 1.0
+    return float(ray.is_initialized() and _cluster_gpus() >= 1.0)
+
+
+def _cluster_gpus() -> float:
+    return float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]

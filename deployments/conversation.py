@@ -1,0 +1,299 @@
+"""One session in a gateway: a WebSocket on one side, a media link on the other, the session core between.
+
+The core decides, this file does: it turns socket messages, link messages and time into events and the core's
+commands into bytes. Everything runs on one event loop; nothing here blocks it for longer than one message's
+Opus work. The session's TokenLog is kept until its end and then handed to `keep`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import numpy as np
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from deployments import media, metrics
+from deployments.lease import Lease, LeaseRequest, Leases
+from deployments.media import Kind, Link
+from deployments.metrics import Metrics
+from personaplex.audio.transcoder import Transcoder
+from personaplex.errors import ClientError, PersonaplexError, ProtocolError, SessionLost
+from personaplex.persona import VOICES, Persona
+from personaplex.session.core import Limits, SessionCore, State
+from personaplex.session.events import (
+    AgentAudio,
+    AgentText,
+    Close,
+    Command,
+    EngineLost,
+    Event,
+    Failed,
+    FeedAudio,
+    LeaseGranted,
+    PeerClosed,
+    Queued,
+    Ready,
+    Received,
+    ReceivedText,
+    Send,
+    Tick,
+)
+from personaplex.tokenlog import TokenLog
+
+logger = logging.getLogger(__name__)
+
+UNSENT_LIMIT = 256  # messages a client may leave unread: 20 s of speech
+CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
+FEED_BYTES = 4_096  # of Ogg decoded at a time: about a second, well under a frame's time to decode
+QUIET = 1e-7  # mean square of speech nobody hears: -70 dBFS
+
+
+@dataclass(frozen=True)
+class Services:
+    """What a gateway lends to each of its conversations."""
+
+    leases: Leases
+    metrics: Metrics
+    limits: Limits
+    low_latency: bool
+    keep: Callable[[str, TokenLog], None]  # called at the end with the session's name and tokens
+    live: set[str] = field(default_factory=set)  # names of the sessions past their handshake
+
+
+class Conversation:
+    """Made for one accepted WebSocket; `run` lasts as long as the session."""
+
+    def __init__(self, socket: WebSocket, session: str, services: Services) -> None:
+        self._socket, self._session, self._services = socket, session, services
+        self._metrics = services.metrics
+        self._transcoder = Transcoder(low_latency=services.low_latency, clock=time.monotonic)
+        self._began = time.monotonic()
+        self._core = SessionCore(self._transcoder.headers(), services.limits, self._began)
+        self._log = TokenLog()
+        self._loop = asyncio.get_running_loop()
+        self._link: Link | None = None
+        self._lease: Lease | None = None
+        self._unsent: deque[bytes] = deque()
+        self._close: Close | None = None
+        self._writable = asyncio.Event()  # something is unsent, or the end has come
+        self._closed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due: float | None = None
+        self._unheard: deque[bytes] = deque()  # of the client's stream, to be decoded
+        self._decode_seconds = 0.0  # since the last reply
+        self._was_live = False
+
+    async def run(self, admit: Callable[[], AbstractContextManager[Persona]]) -> None:
+        """Serves the client until either side ends it. `admit` is entered for as long as the session lasts;
+        it may raise a PersonaplexError, which the client is told."""
+        tasks = [asyncio.ensure_future(task) for task in (self._read(), self._write(), self._serve(admit))]
+        try:
+            await self._closed.wait()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._clean_up()
+
+    # Tasks
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                message = await self._socket.receive()
+                if message["type"] == "websocket.disconnect":
+                    break
+                data = message.get("bytes")
+                self._on(ReceivedText(message["text"]) if data is None else Received(data))
+        except (WebSocketDisconnect, RuntimeError):  # RuntimeError: Starlette, when it was closed before
+            pass
+        self._on(PeerClosed())
+
+    async def _write(self) -> None:
+        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+            while True:
+                await self._writable.wait()
+                self._writable.clear()
+                while self._unsent:
+                    await self._socket.send_bytes(self._unsent.popleft())
+                if self._close is not None:
+                    await self._socket.close(self._close.code, self._close.reason)
+                    return
+
+    async def _serve(self, admit: Callable[[], AbstractContextManager[Persona]]) -> None:
+        """Gets a slot and connects to it; from then on the link's messages carry the session."""
+        try:
+            with admit() as persona:
+                await self._open(persona)
+                await self._closed.wait()
+        except PersonaplexError as error:
+            self._on(Failed(error))
+        except OSError:
+            self._on(EngineLost())
+        except Exception:  # a task root: the client is told, the log has the reason
+            logger.exception("session %s failed", self._session)
+            self._on(Failed(SessionLost("the server failed; please connect again")))
+
+    async def _open(self, persona: Persona) -> None:
+        voice = persona.voice if persona.voice in VOICES else ""
+        request = LeaseRequest(self._session, voice)
+        self._lease = await self._services.leases.acquire(request, lambda place: self._on(Queued(place)))
+        self._observe("lease", time.monotonic() - self._began)
+        self._metrics.add(metrics.SESSIONS_ADMITTED)
+        self._on(LeaseGranted())
+        grant, began = self._lease.grant, time.monotonic()
+        make_link = functools.partial(Link, self._hear_link, self._lose_link)
+        _, self._link = await self._loop.create_connection(make_link, grant.host, grant.port)
+        self._link.send(Kind.OPEN, media.pack_open(grant.token, persona))
+        self._observe("connect", time.monotonic() - began)
+        self._details = {
+            "session": self._session,
+            "voice": persona.voice,
+            "text_seed": persona.sampling.text_seed,
+            "audio_seed": persona.sampling.audio_seed,
+        }
+
+    # The media link
+
+    def _hear_link(self, link: Link, kind: Kind, payload: bytes) -> None:
+        if self._core.state in (State.CLOSING, State.CLOSED):
+            return
+        match kind:
+            case Kind.REPLY:
+                self._say(media.unpack_reply(payload))
+            case Kind.READY:
+                self._observe("prefill", media.unpack_ready(payload))
+                self._on(Ready(self._details))
+            case Kind.CLOSE:
+                self._on(Failed(media.unpack_error(payload)))
+            case _:
+                raise ProtocolError("a message that does not belong here")
+
+    def _lose_link(self, link: Link) -> None:
+        if self._core.state not in (State.CLOSING, State.CLOSED):
+            self._on(EngineLost())
+
+    def _say(self, reply: media.Reply) -> None:
+        self._metrics.observe(metrics.FRAME_SECONDS, ((_micros() - reply.mark) % 2**32) / 1e6)
+        self._log.append(reply.tokens, forced=reply.frame == 0)
+        began = time.perf_counter()
+        page = self._transcoder.send(reply.pcm)
+        spent = self._decode_seconds + time.perf_counter() - began
+        self._metrics.observe(metrics.TRANSCODE_SECONDS, spent)
+        self._decode_seconds = 0.0
+        self._on(AgentAudio(page, quiet=float(np.dot(reply.pcm, reply.pcm)) < QUIET * len(reply.pcm)))
+        self._on(AgentText(reply.text))
+
+    # Events and commands
+
+    def _on(self, event: Event) -> None:
+        if self._core.state is State.CLOSED:
+            return
+        for command in self._core.receive(event, time.monotonic()):
+            self._do(command)
+        self._notice_change()
+        if len(self._unsent) > UNSENT_LIMIT and self._close is None:
+            self._unsent.clear()
+            self._on(Failed(ClientError("the client does not read what it is sent")))
+
+    def _notice_change(self) -> None:
+        state = self._core.state
+        if state is State.LIVE and not self._was_live:
+            self._was_live = True
+            self._services.live.add(self._session)
+            self._observe("handshake", time.monotonic() - self._began)
+        if state is State.CLOSED:
+            self._closed.set()
+        self._set_timer(self._core.deadline())
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case Send(data):
+                self._unsent.append(data)
+                self._writable.set()
+            case FeedAudio(data):
+                self._feed(data)
+            case Close():
+                self._close = command
+                self._writable.set()
+                self._loop.call_later(CLOSE_TIMEOUT_S, self._closed.set)
+
+    def _feed(self, data: bytes) -> None:
+        """Queues bytes of the client's stream. A long backlog is decoded in pieces, others in between."""
+        idle = not self._unheard
+        self._unheard.extend(data[start : start + FEED_BYTES] for start in range(0, len(data), FEED_BYTES))
+        if idle:
+            self._decode()
+
+    def _decode(self) -> None:
+        if self._core.state is not State.LIVE or self._link is None:
+            return
+        began = time.perf_counter()
+        try:
+            frames = self._transcoder.receive(self._unheard[0])
+        except PersonaplexError as error:
+            self._unheard.clear()
+            self._on(Failed(error))
+            return
+        self._decode_seconds += time.perf_counter() - began
+        self._unheard.popleft()
+        for frame in frames:
+            dropped = self._link.dropped
+            self._link.send_frame(Kind.FRAME, media.pack_frame(_micros() % 2**32, frame))
+            self._metrics.add(metrics.FRAMES_DROPPED, self._link.dropped - dropped, place="link_in")
+        if self._unheard:
+            self._loop.call_soon(self._decode)
+
+    def _set_timer(self, due: float | None) -> None:
+        if due == self._timer_due:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_due = due
+        if due is not None:
+            self._timer = self._loop.call_later(max(0.0, due - time.monotonic()), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = self._timer_due = None
+        self._on(Tick())
+
+    # The end
+
+    async def _clean_up(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._link is not None:
+            self._link.close()
+        if self._lease is not None and self._link is not None:
+            await self._lease.wait_freed(CLOSE_TIMEOUT_S)
+        if self._lease is not None:
+            self._lease.release()
+        states = (self._socket.client_state, self._socket.application_state)
+        if WebSocketState.DISCONNECTED not in states:
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError):
+                await asyncio.wait_for(self._socket.close(1011), CLOSE_TIMEOUT_S)
+        pacer = self._core.pacer
+        self._metrics.add(metrics.FRAMES_DROPPED, pacer.dropped, place="pacer")
+        self._metrics.add(metrics.FRAMES_DROPPED, pacer.trimmed, place="silence")
+        series = metrics.SESSIONS_ENDED if self._was_live else metrics.SESSIONS_REFUSED
+        cause = metrics.cause(self._core.error)
+        self._metrics.add(series, cause=cause)
+        self._services.live.discard(self._session)
+        seconds = time.monotonic() - self._began
+        logger.info("session %s ended: %s, %.1f s, %d frames", self._session, cause, seconds, len(self._log))
+        self._services.keep(self._session, self._log)
+
+    def _observe(self, phase: str, seconds: float) -> None:
+        self._metrics.observe(metrics.READY_SECONDS, seconds, phase=phase)
+
+
+def _micros() -> int:
+    return time.monotonic_ns() // 1_000

@@ -1,0 +1,186 @@
+"""The gateway deployment: the web application clients talk to. No torch in this process.
+
+    /api/chat      WebSocket, one conversation (see personaplex/session)
+    /api/info      model, slots and load of the service
+    /api/voices    names a session may ask for
+    /api/prompts   role texts to choose from
+    /healthz       200 when sessions can be taken, 503 while no replica is there
+    /              the web page
+
+Errors of a session are told to its client as an error message and a close code; nothing a client sent is
+logged, used as a path or as a metric label.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.websockets import WebSocket
+
+import personaplex
+from deployments import logs, metrics
+from deployments.conversation import Conversation, Services
+from deployments.doors import Doors, Visitor
+from deployments.lease import Leases
+from deployments.query import persona_from, read_query
+from deployments.settings import Settings
+from personaplex.errors import ConfigError, NoCapacity
+from personaplex.persona import DEFAULT_VOICE, PROMPTS, Persona
+from personaplex.session.core import Limits
+from personaplex.tokenlog import TokenLog
+
+logger = logging.getLogger(__name__)
+
+PAGE = Path(__file__).parent / "web"
+DESCRIBE_TIMEOUT_S = 2.0
+DESCRIBE_EVERY_S = 1.0
+
+
+class Gateway:
+    """Made by Serve, one per process, with a handle to the replicas."""
+
+    def __init__(self, settings: Settings, replicas: DeploymentHandle[Any]) -> None:
+        logs.configure(settings.log_level)
+        self._settings = settings
+        self._fleet = Fleet(replicas)
+        self._metrics = metrics.gateway_metrics()
+        self._leases = Leases(
+            replicas, queue_limit=settings.queue_limit, queue_timeout_s=settings.queue_timeout_s
+        )
+        self._doors = Doors(
+            settings.keys(),
+            settings.allowed_origins,
+            sessions_per_key=settings.sessions_per_key,
+            sessions_per_address=settings.sessions_per_address,
+            trusted_proxies=settings.trusted_proxies,
+        )
+        self._services = Services(
+            leases=self._leases,
+            metrics=self._metrics,
+            limits=Limits(session_s=settings.session_limit_s, idle_s=settings.idle_limit_s),
+            low_latency=settings.low_latency,
+            keep=self._keep,
+        )
+        self._open = 0
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        routes: list[BaseRoute] = [
+            WebSocketRoute("/api/chat", self.chat),
+            Route("/api/info", self.info),
+            Route("/api/voices", self.voices),
+            Route("/api/prompts", self.prompts),
+            Route("/healthz", self.health),
+        ]
+        if self._settings.static != "none":
+            page = Path(self._settings.static) if self._settings.static else PAGE
+            if not page.is_dir():
+                raise ConfigError("static is neither none nor a directory")
+            routes.append(Mount("/", StaticFiles(directory=page, html=True)))
+        return Starlette(routes=routes)
+
+    async def chat(self, socket: WebSocket) -> None:
+        await socket.accept()
+        conversation = Conversation(socket, uuid.uuid4().hex, self._services)
+        self._open += 1
+        self._publish()
+        try:
+            await conversation.run(functools.partial(self._admit, socket))
+        finally:
+            self._open -= 1
+            self._publish()
+
+    async def info(self, request: Request) -> Response:
+        replicas = await self._fleet.describe()
+        return JSONResponse(
+            {
+                "version": personaplex.__version__,
+                "model": replicas[0]["model"] if replicas else None,
+                "replicas": len(replicas),
+                "slots": sum(replica["slots"] for replica in replicas),
+                "used": sum(replica["used"] for replica in replicas),
+                "queued": self._leases.queued,
+                "session_limit_s": self._settings.session_limit_s,
+                "key_needed": self._settings.guarded,
+            }
+        )
+
+    async def voices(self, request: Request) -> Response:
+        replicas = await self._fleet.describe()
+        names = sorted({voice for replica in replicas for voice in replica["voices"]})
+        return JSONResponse({"voices": names, "default": DEFAULT_VOICE})
+
+    async def prompts(self, request: Request) -> Response:
+        return JSONResponse({"prompts": [dataclasses.asdict(prompt) for prompt in PROMPTS.values()]})
+
+    async def health(self, request: Request) -> Response:
+        up = bool(await self._fleet.describe())
+        return JSONResponse({"status": "ok" if up else "no replica"}, status_code=200 if up else 503)
+
+    @contextlib.contextmanager
+    def _admit(self, socket: WebSocket) -> Iterator[Persona]:
+        """The persona asked for, while the doors count the session. Raises what the client is to be told."""
+        if self._open > self._settings.sessions_per_gateway:
+            raise NoCapacity("this gateway holds as many sessions as it may")
+        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
+        address = socket.client.host if socket.client else ""
+        with self._doors.enter(Visitor(address, socket.headers, query)):
+            yield persona_from(query)
+
+    def _publish(self) -> None:
+        self._metrics.set(metrics.SESSIONS_LIVE, len(self._services.live))
+        self._metrics.set(metrics.SESSIONS_QUEUED, self._leases.queued)
+
+    def _keep(self, session: str, log: TokenLog) -> None:
+        folder = self._settings.token_log_dir
+        if folder is None or not len(log):
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            log.save(folder / f"{session}.npz")
+        except OSError:
+            logger.exception("the tokens of session %s could not be saved", session)
+
+
+class Fleet:
+    """What the replicas say of themselves, asked at most every DESCRIBE_EVERY_S."""
+
+    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
+        self._replicas = replicas
+        self._asking = asyncio.Lock()
+        self._known: list[dict[str, Any]] = []
+        self._asked = float("-inf")
+
+    async def describe(self) -> list[dict[str, Any]]:
+        """One description a replica; [] while there is none."""
+        async with self._asking:
+            if time.monotonic() - self._asked >= DESCRIBE_EVERY_S:
+                self._known = await self._ask()
+                self._asked = time.monotonic()
+            return self._known
+
+    async def _ask(self) -> list[dict[str, Any]]:
+        # A broadcast, since a call of its own would wait in line behind the sessions.
+        try:
+            answers = await self._replicas.broadcast("describe").results_async(
+                timeout_s=DESCRIBE_TIMEOUT_S, return_exceptions=True
+            )
+        except (RayError, RayServeException, TimeoutError, asyncio.TimeoutError):
+            return []
+        return [answer for answer in answers if isinstance(answer, dict)]

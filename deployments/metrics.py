@@ -1,0 +1,154 @@
+"""Every series the service publishes: names, units, buckets, and where each is observed.
+
+Fleet series go through Ray (`ray.serve.metrics`), which adds deployment, replica and application to them and
+exports them with the prefix `ray_` (counters also get `_total`). Labels are closed sets: the names of our own
+errors, the places and phases below. Nothing a client sends is ever a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray.serve import metrics
+
+from personaplex.errors import PersonaplexError
+
+# Seconds. Ticks and latencies have a hard deadline at one frame, 0.08.
+TICK_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.16, 0.32, 1.0)
+LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.4, 0.8, 2.0)
+READY_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 1.5, 3.0, 10.0, 30.0, 60.0, 120.0)
+
+LEFT = "left"  # the client went
+FAILED = "failed"  # an error of our own that no class stands for
+
+
+@dataclass(frozen=True)
+class Series:
+    """One series. `kind`: counter, gauge or histogram."""
+
+    name: str
+    kind: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+# Gateway
+SESSIONS_LIVE = Series("personaplex_sessions_live", "gauge", "Sessions past the handshake.")
+SESSIONS_QUEUED = Series("personaplex_sessions_queued", "gauge", "Sessions waiting for a slot.")
+SESSIONS_ADMITTED = Series("personaplex_sessions_admitted", "counter", "Sessions that got a slot.")
+SESSIONS_REFUSED = Series(
+    "personaplex_sessions_refused", "counter", "Sessions that ended before the handshake.", ("cause",)
+)
+SESSIONS_ENDED = Series("personaplex_sessions_ended", "counter", "Sessions that were live.", ("cause",))
+READY_SECONDS = Series(
+    "personaplex_session_ready_seconds",
+    "histogram",
+    "From the upgrade to the handshake, by phase: lease (queue included), connect, prefill, handshake.",
+    ("phase",),
+    READY_BUCKETS,
+)
+FRAME_SECONDS = Series(
+    "personaplex_frame_latency_seconds",
+    "histogram",
+    "Added by the service: from a user's decoded frame to the agent's frame that answers it.",
+    (),
+    LATENCY_BUCKETS,
+)
+TRANSCODE_SECONDS = Series(
+    "personaplex_transcode_seconds",
+    "histogram",
+    "Opus and Ogg work of one frame, both ways.",
+    (),
+    (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05),
+)
+
+# Both
+FRAMES_DROPPED = Series(
+    "personaplex_frames_dropped",
+    "counter",
+    "Frames lost by the service, by place: link_in and link_out (media link), inbox, pacer, silence.",
+    ("place",),
+)
+
+# Replica
+SLOTS_TOTAL = Series("personaplex_slots", "gauge", "Slots of the replica.")
+SLOTS_USED = Series("personaplex_slots_used", "gauge", "Slots held by a lease.")
+TICK_SECONDS = Series("personaplex_tick_seconds", "histogram", "One engine step.", (), TICK_BUCKETS)
+TICK_SLOTS = Series(
+    "personaplex_tick_slots", "histogram", "Sessions in one engine step.", (), (1, 2, 4, 8, 16, 32, 64, 128)
+)
+PREFILL_SECONDS = Series(
+    "personaplex_prefill_seconds", "histogram", "One piece of one prompt.", (), TICK_BUCKETS
+)
+FRAMES_LATE = Series(
+    "personaplex_frames_late", "counter", "Frames answered more than 80 ms after the replica got them."
+)
+VOICE_CACHE = Series(
+    "personaplex_voice_cache", "counter", "Prompts begun, by whether the voice was in the cache.", ("result",)
+)
+
+ALL = tuple(value for value in list(globals().values()) if isinstance(value, Series))
+
+# Any: Ray annotates label tuples as of length one.
+_KINDS: Mapping[str, Any] = {
+    "counter": metrics.Counter,
+    "gauge": metrics.Gauge,
+    "histogram": metrics.Histogram,
+}
+
+
+class Metrics:
+    """Publishes series from one process; made inside a Serve replica, so that they carry its labels."""
+
+    def __init__(self, *series: Series) -> None:
+        self._published: dict[str, Any] = {one.name: _create(one) for one in series}
+
+    def add(self, series: Series, amount: float = 1.0, **labels: str) -> None:
+        if amount > 0:
+            self._published[series.name].inc(amount, tags=labels)
+
+    def set(self, series: Series, value: float, **labels: str) -> None:
+        self._published[series.name].set(value, tags=labels)
+
+    def observe(self, series: Series, value: float, **labels: str) -> None:
+        self._published[series.name].observe(value, tags=labels)
+
+
+def gateway_metrics() -> Metrics:
+    return Metrics(
+        SESSIONS_LIVE,
+        SESSIONS_QUEUED,
+        SESSIONS_ADMITTED,
+        SESSIONS_REFUSED,
+        SESSIONS_ENDED,
+        READY_SECONDS,
+        FRAME_SECONDS,
+        TRANSCODE_SECONDS,
+        FRAMES_DROPPED,
+    )
+
+
+def replica_metrics() -> Metrics:
+    return Metrics(
+        SLOTS_TOTAL,
+        SLOTS_USED,
+        TICK_SECONDS,
+        TICK_SLOTS,
+        PREFILL_SECONDS,
+        FRAMES_LATE,
+        FRAMES_DROPPED,
+        VOICE_CACHE,
+    )
+
+
+def cause(error: PersonaplexError | None) -> str:
+    """The `cause` label of an ended session: the class of our own error, or that the client left."""
+    return LEFT if error is None else type(error).__name__
+
+
+def _create(series: Series) -> Any:
+    extra = {"boundaries": list(series.buckets)} if series.kind == "histogram" else {}
+    return _KINDS[series.kind](series.name, description=series.help, tag_keys=series.labels, **extra)

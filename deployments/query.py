@@ -1,0 +1,79 @@
+"""What a client asks for in the query of `/api/chat`, read strictly: a pure function of bytes.
+
+Everything has a default, and names nobody knows are ignored, since stock clients send more than is used
+(`pad_mult`, `repetition_penalty`, `repetition_penalty_context`, `email`). A name given twice counts once.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping
+from urllib.parse import parse_qsl
+
+from personaplex.config import Sampling
+from personaplex.errors import BadParameter
+from personaplex.persona import Persona, voice_name
+
+TEMPERATURE_LIMIT = 10.0
+TEXT_TOPK_LIMIT = 32_000
+AUDIO_TOPK_LIMIT = 2_048
+SEED_LIMIT = 2**63 - 1
+
+_INTEGER = re.compile(r"-?[0-9]{1,19}")
+_NUMBER = re.compile(r"-?[0-9]{1,32}(\.[0-9]{0,64})?([eE][+-]?[0-9]{1,3})?")
+
+
+def read_query(query: bytes, limit: int) -> dict[str, str]:
+    """Names and values. Raises BadParameter when it is longer than `limit` bytes or not UTF-8."""
+    if len(query) > limit:
+        raise BadParameter(f"the query has more than {limit} bytes")
+    try:
+        pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=64)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BadParameter("the query cannot be read") from error
+    return dict(reversed(pairs))
+
+
+def persona_from(query: Mapping[str, str]) -> Persona:
+    """The persona a query asks for; raises BadParameter and UnknownVoice. A missing seed, or -1 as stock
+    clients write it, is drawn here, so that the session can be told which one it got."""
+    default = Persona()
+    seed = _seed(query, "seed", secrets.randbits(48))
+    text_seed, audio_seed = _seed(query, "text_seed", seed), _seed(query, "audio_seed", seed)
+    sampling = Sampling(
+        text_temperature=_number(query, "text_temperature", default.sampling.text_temperature),
+        text_topk=_integer(query, "text_topk", default.sampling.text_topk, TEXT_TOPK_LIMIT),
+        audio_temperature=_number(query, "audio_temperature", default.sampling.audio_temperature),
+        audio_topk=_integer(query, "audio_topk", default.sampling.audio_topk, AUDIO_TOPK_LIMIT),
+        text_seed=text_seed,
+        audio_seed=audio_seed,
+    )
+    voice = query.get("voice_prompt", "")
+    return Persona(
+        voice=voice_name(voice) if voice else default.voice,
+        text_prompt=query.get("text_prompt", default.text_prompt),
+        sampling=sampling,
+    )
+
+
+def _seed(query: Mapping[str, str], name: str, default: int) -> int:
+    return default if query.get(name) == "-1" else _integer(query, name, default, SEED_LIMIT)
+
+
+def _integer(query: Mapping[str, str], name: str, default: int, limit: int) -> int:
+    text = query.get(name, "")
+    if not text:
+        return default
+    if not _INTEGER.fullmatch(text) or not 0 <= int(text) <= limit:
+        raise BadParameter(f"{name} must be a whole number between 0 and {limit}")
+    return int(text)
+
+
+def _number(query: Mapping[str, str], name: str, default: float) -> float:
+    text = query.get(name, "")
+    if not text:
+        return default
+    if not _NUMBER.fullmatch(text) or not 0 <= float(text) <= TEMPERATURE_LIMIT:
+        raise BadParameter(f"{name} must be a number between 0 and {TEMPERATURE_LIMIT:g}")
+    return float(text)

@@ -1,0 +1,279 @@
+"""The replica deployment: one engine with its thread, leases over Serve, media over TCP.
+
+A slot is held from the grant of its lease until the engine has closed it: by the lease while nobody connected
+yet (`lease_timeout_s` at most), then by the media link, whatever becomes of the lease call. The lease call
+ends when the slot is free, so Serve never counts a slot as free before it is. When the engine fails, every
+session is told SessionLost, no new one is taken and the health check fails: Serve then replaces the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray import serve
+
+from deployments import logs, media, metrics
+from deployments.lease import Grant, LeaseRequest, Refusal
+from deployments.media import Kind, Link
+from deployments.models import Loaded, load
+from deployments.settings import Settings
+from personaplex.config import EngineConfig
+from personaplex.engine.interface import Stepper
+from personaplex.engine.loop import Batch, Closed, EngineLoop, Event, Faulted, Ready, Refused, Reply
+from personaplex.errors import EngineFault, PersonaplexError, ProtocolError, SessionLost
+
+logger = logging.getLogger(__name__)
+
+_ANYWHERE = ("0.0.0.0", "::")
+_Packed = tuple[Event, bytes | None]
+
+
+@dataclass(eq=False)
+class _Seat:
+    """One granted lease: waiting for its gateway (`number` is None) or a session of the engine."""
+
+    request: LeaseRequest
+    began: float = field(default_factory=time.monotonic)
+    link: Link | None = None
+    number: int | None = None
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Replica:
+    """Made by Serve, one per process; every method runs on its event loop but `_from_engine`."""
+
+    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+        logs.configure(settings.log_level)
+        self._settings = settings
+        self._name = serve.get_replica_context().replica_tag
+        self._event_loop = asyncio.get_running_loop()
+        self._metrics = metrics.replica_metrics()
+        self._unclaimed: dict[bytes, _Seat] = {}  # by one-time token
+        self._linked: dict[Link, _Seat] = {}
+        self._open: dict[int, _Seat] = {}  # by the engine loop's number
+        self._voices: OrderedDict[str, None] = OrderedDict()  # used last; the engine keeps as many prefixes
+        self._published = {"inbox": 0, "late": 0}
+        self._accepting = True
+        self._engine = EngineLoop(
+            self._load,
+            self._from_engine,
+            gather_s=settings.gather_s,
+            inbox_limit=settings.inbox_frames,
+        )
+        began = time.monotonic()
+        self._slots = await asyncio.wrap_future(self._engine.start())
+        self._host = settings.media_host or _node_address()
+        self._server, self._port = await media.listen(
+            self._accept, self._host, settings.media_port_min, settings.media_port_max
+        )
+        self._publish_slots()
+        logger.info("replica ready: %d slots, %.1f s to load", self._slots, time.monotonic() - began)
+
+    async def lease(self, request: LeaseRequest) -> AsyncIterator[Grant | Refusal]:
+        """Holds one slot; see the module. Serve admits at most `slots` of these calls at a time."""
+        if not self._accepting:
+            yield Refusal()
+            return
+        token, seat = secrets.token_bytes(media.TOKEN_BYTES), _Seat(request)
+        self._unclaimed[token] = seat
+        self._publish_slots()
+        expiry = self._event_loop.call_later(self._settings.lease_timeout_s, self._drop, token)
+        host = _node_address() if self._host in _ANYWHERE else self._host
+        try:
+            yield Grant(host, self._port, token, self._name, self._slots)
+            await seat.freed.wait()
+        finally:
+            expiry.cancel()
+            self._drop(token)
+
+    async def drain(self) -> None:
+        """Takes no new session from now on; the ones here go on until they end."""
+        self._accepting = False
+
+    async def describe(self) -> dict[str, Any]:
+        """What an operator and a gateway's pages show; no personal content."""
+        return {
+            "replica": self._name,
+            "pid": os.getpid(),
+            "model": self._loaded.name,
+            "voices": list(self._loaded.voices),
+            "slots": self._slots,
+            "used": self._used,
+            "accepting": self._accepting,
+            "ticks": self._engine.counters.ticks,
+            "frames_dropped": self._engine.counters.frames_dropped,
+        }
+
+    async def sessions(self) -> list[dict[str, Any]]:
+        """The sessions that hold a slot here."""
+        now = time.monotonic()
+        seats = [*self._unclaimed.values(), *self._open.values()]
+        return [{"session": seat.request.session, "seconds": round(now - seat.began, 1)} for seat in seats]
+
+    async def check_health(self) -> None:
+        """Raises EngineFault when the engine's thread has ended or is stuck."""
+        self._engine.check(self._settings.stall_limit_s)
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        return {"accepting": self._accepting, "voices": list(self._voices)}
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_server"):
+            self._server.close()
+            await asyncio.to_thread(self._engine.stop)
+
+    def _load(self) -> Stepper:
+        # On the engine's thread, which is to own the device.
+        self._loaded: Loaded = load(self._settings)
+        return self._loaded.engine
+
+    # Media links
+
+    def _accept(self) -> Link:
+        link = Link(self._message, self._lost)
+        self._event_loop.call_later(self._settings.lease_timeout_s, self._expect_claim, link)
+        return link
+
+    def _expect_claim(self, link: Link) -> None:
+        if link.open and link not in self._linked:
+            link.close(ProtocolError("nothing was said in time"))
+
+    def _message(self, link: Link, kind: Kind, payload: bytes) -> None:
+        seat = self._linked.get(link)
+        if seat is None:
+            self._claim(link, kind, payload)
+        elif kind is Kind.FRAME and seat.number is not None:
+            mark, frame = media.unpack_frame(payload)
+            self._engine.push(seat.number, frame, mark)
+        elif kind is Kind.CLOSE:
+            link.close()
+        else:
+            raise ProtocolError("a message that does not belong here")
+
+    def _claim(self, link: Link, kind: Kind, payload: bytes) -> None:
+        if kind is not Kind.OPEN:
+            raise ProtocolError("the first message must open the session")
+        token, persona = media.unpack_open(payload)
+        seat = self._unclaimed.pop(token, None)
+        if seat is None:
+            raise ProtocolError("this lease is not known")
+        seat.link = link
+        self._linked[link] = seat
+        try:
+            seat.number = self._engine.open(persona)
+        except EngineFault:
+            self._end(seat, SessionLost("the server running this session failed; please connect again"))
+            return
+        self._open[seat.number] = seat
+        self._voices[persona.voice] = None
+        self._voices.move_to_end(persona.voice)
+        if len(self._voices) > EngineConfig.voice_cache:
+            self._voices.popitem(last=False)
+
+    def _lost(self, link: Link) -> None:
+        seat = self._linked.pop(link, None)
+        if seat is None:
+            return
+        if seat.number in self._open:
+            self._engine.close(seat.number)  # Closed comes when the slot is free
+        else:
+            self._free(seat)
+
+    def _drop(self, token: bytes) -> None:
+        """Ends a lease nobody claimed."""
+        seat = self._unclaimed.pop(token, None)
+        if seat is not None:
+            self._free(seat)
+
+    # What the engine says
+
+    def _from_engine(self, batch: Batch) -> None:
+        # On the engine's thread: its arrays may be written again by the next tick, so bytes are made here.
+        packed = [(event, _pack(event)) for event in batch.events]
+        self._event_loop.call_soon_threadsafe(self._dispatch, batch, packed)
+
+    def _dispatch(self, batch: Batch, packed: list[_Packed]) -> None:
+        for event, payload in packed:
+            match event:
+                case Reply(session) if session in self._open:
+                    assert payload is not None
+                    self._reply(self._open[session], payload)
+                case Ready(session) if session in self._open:
+                    self._ready(self._open[session], event)
+                case Refused(session, error) if session in self._open:
+                    self._end(self._open.pop(session), error)
+                case Closed(session) if session in self._open:
+                    self._free(self._open.pop(session))
+                case Faulted():
+                    self._fail()
+        self._publish(batch)
+
+    def _ready(self, seat: _Seat, event: Ready) -> None:
+        assert seat.link is not None
+        seat.link.send(Kind.READY, media.pack_ready(event.prefill_s))
+
+    def _reply(self, seat: _Seat, payload: bytes) -> None:
+        assert seat.link is not None
+        dropped = seat.link.dropped
+        seat.link.send_frame(Kind.REPLY, payload)
+        self._metrics.add(metrics.FRAMES_DROPPED, seat.link.dropped - dropped, place="link_out")
+
+    def _fail(self) -> None:
+        self._accepting = False
+        lost = SessionLost("the server running this session failed; please connect again")
+        for seat in list(self._open.values()):
+            self._end(seat, lost)
+        self._open.clear()
+
+    def _end(self, seat: _Seat, error: PersonaplexError) -> None:
+        """Tells the gateway why, and frees a seat that has no slot of the engine any more."""
+        if seat.link is not None:
+            seat.link.close(error)
+        self._free(seat)
+
+    def _free(self, seat: _Seat) -> None:
+        seat.freed.set()
+        self._publish_slots()
+
+    # Numbers
+
+    @property
+    def _used(self) -> int:
+        return len(self._unclaimed) + len(self._open)
+
+    def _publish_slots(self) -> None:
+        self._metrics.set(metrics.SLOTS_TOTAL, self._slots)
+        self._metrics.set(metrics.SLOTS_USED, self._used)
+
+    def _publish(self, batch: Batch) -> None:
+        if batch.work == "tick":
+            self._metrics.observe(metrics.TICK_SECONDS, batch.seconds)
+            self._metrics.observe(metrics.TICK_SLOTS, batch.slots)
+        elif batch.work == "prefill":
+            self._metrics.observe(metrics.PREFILL_SECONDS, batch.seconds)
+        counters = self._engine.counters
+        self._metrics.add(
+            metrics.FRAMES_DROPPED, counters.frames_dropped - self._published["inbox"], place="inbox"
+        )
+        self._metrics.add(metrics.FRAMES_LATE, counters.frames_late - self._published["late"])
+        self._published["inbox"], self._published["late"] = counters.frames_dropped, counters.frames_late
+
+
+def _node_address() -> str:
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
+def _pack(event: Event) -> bytes | None:
+    if not isinstance(event, Reply):
+        return None
+    said = event.spoken
+    return media.pack_reply(media.Reply(said.frame, said.pcm, said.tokens, said.text, event.mark))

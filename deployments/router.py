@@ -1,0 +1,48 @@
+"""The placement policy inside Serve's own request router, so that Serve's admission sees every session.
+
+Every gateway runs one. It knows each replica's open leases (Serve's queue lengths, kept current by the calls
+themselves) and what the replica says of itself about once a second (`record_routing_stats`: accepting, voices
+in its cache). `FIFOMixin` hands a freed slot to whoever waits longest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
+
+from deployments.lease import LeaseRequest
+from deployments.policy import Candidate, rank
+
+
+class SessionRouter(FIFOMixin, RequestRouter):
+    """Places sessions by `policy.rank`; `placement` comes from the settings."""
+
+    def initialize_state(self, placement: str = "pack", **_: Any) -> None:
+        self._placement = placement
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The usable replicas one by one, best first; last, together, the full ones, which Serve then asks
+        whether a slot became free."""
+        replicas = {replica.replica_id: replica for replica in candidate_replicas}
+        known = [self._candidate(replica) for replica in candidate_replicas]
+        ranked = rank(known, _voice(pending_request), self._placement)
+        full = [replicas[one.key] for one in known if one.accepting and one.sessions >= one.slots]
+        return [[replicas[one.key]] for one in ranked] + ([full] if full else [])
+
+    def _candidate(self, replica: RunningReplica) -> Candidate:
+        stats = replica.routing_stats
+        return Candidate(
+            key=replica.replica_id,
+            sessions=self.replica_queue_len_cache.get(replica.replica_id) or 0,
+            slots=replica.max_ongoing_requests,
+            accepting=bool(stats.get("accepting", True)),
+            voices=frozenset(stats.get("voices", ())),
+        )
+
+
+def _voice(pending: PendingRequest | None) -> str:
+    request = pending.args[0] if pending is not None and pending.args else None
+    return request.voice if isinstance(request, LeaseRequest) else ""
