@@ -1,0 +1,123 @@
+"""A service for client tests: the real session core and transcoder around an echo, on a real socket.
+
+`Service` runs in a thread of its own until the `with` block ends. `handler` may be replaced by other servers'
+behaviour.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import ssl
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+
+from personaplex.audio.transcoder import Transcoder
+from personaplex.errors import PersonaplexError
+from personaplex.session.core import CLOSED, LIVE, Limits, SessionCore
+from personaplex.session.events import (
+    AgentAudio,
+    AgentText,
+    Close,
+    Event,
+    Failed,
+    FeedAudio,
+    LeaseGranted,
+    PeerClosed,
+    Queued,
+    Ready,
+    Received,
+    ReceivedText,
+    Send,
+    Tick,
+)
+
+Handler = Callable[[ServerConnection], Awaitable[None]]
+LIMITS = Limits(session_s=60.0, idle_s=math.inf)
+
+
+async def echo(socket: ServerConnection, limits: Limits = LIMITS) -> None:
+    """Says back what it hears and one word per frame, as a gateway would: queued, then live."""
+    transcoder = Transcoder(clock=time.monotonic)
+    core = SessionCore(transcoder.headers(), limits, time.monotonic())
+
+    async def tell(event: Event) -> None:
+        for command in core.receive(event, time.monotonic()):
+            match command:
+                case Send(data):
+                    await socket.send(data)
+                case FeedAudio(data):
+                    try:
+                        frames = transcoder.receive(data)
+                    except PersonaplexError as error:
+                        await tell(Failed(error))
+                        return
+                    for frame in frames:
+                        if core.state is LIVE:
+                            await tell(AgentAudio(transcoder.send(frame)))
+                            await tell(AgentText(" é"))
+                case Close(code, reason):
+                    await socket.close(code, reason)
+
+    for event in (Queued(2), LeaseGranted(), Ready({"voice": "NATF2"})):
+        await tell(event)
+    while core.state is not CLOSED:
+        due = core.deadline()
+        wait = None if due is None else max(0.0, due - time.monotonic())
+        try:
+            message = await asyncio.wait_for(socket.recv(), wait)
+        except asyncio.TimeoutError:
+            await tell(Tick())
+        except ConnectionClosed:
+            await tell(PeerClosed())
+        else:
+            await tell(Received(message) if isinstance(message, bytes) else ReceivedText(message))
+
+
+class Service:
+    """Serves `handler` on a free loopback port; `url` is its address, `requests` what was asked for."""
+
+    def __init__(self, handler: Handler = echo, tls: ssl.SSLContext | None = None) -> None:
+        self.requests: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        self._handler, self._tls = handler, tls
+        self._started = threading.Event()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Service:
+        self._thread.start()
+        assert self._started.wait(10)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        async def handle(socket: ServerConnection) -> None:
+            assert socket.request is not None
+            self.requests.append(socket.request.path)
+            self.headers.append({name.lower(): value for name, value in socket.request.headers.raw_items()})
+            await self._handler(socket)
+
+        async with serve(handle, "127.0.0.1", 0, ssl=self._tls, compression=None) as server:
+            port = server.sockets[0].getsockname()[1]
+            self.url = f"{'wss' if self._tls else 'ws'}://127.0.0.1:{port}/api/chat"
+            self._started.set()
+            await self._stop.wait()
