@@ -21,7 +21,7 @@ from personaplex.model.hub import resolve
 from personaplex.model.layers import linear
 from personaplex.model.lm import LM
 from personaplex.model.mimi import Mimi
-from personaplex.model.offload import resident_bytes, place
+from personaplex.model.offload import place, resident_bytes
 from personaplex.model.weights import load_lm, load_mimi, load_model
 from personaplex.persona import VOICES, Persona
 from personaplex.text import Tokenizer
