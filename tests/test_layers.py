@@ -38,8 +38,9 @@ def test_rope(offset: int) -> None:
     z = arrays("lm_stage")
     q, k = (torch.from_numpy(z[f"rope_{name}_in"]).transpose(1, 2) for name in "qk")
     turn = angles(CONFIG.lm.temporal, torch.arange(offset, offset + q.shape[1])[None])
-    assert difference(rotate(q, *turn).transpose(1, 2), z[f"rope_q_{offset}"]) < 2e-6
-    assert difference(rotate(k, *turn).transpose(1, 2), z[f"rope_k_{offset}"]) < 2e-6
+    turned_q, turned_k = rotate(torch.stack([q, k], dim=2), *turn).unbind(2)
+    assert difference(turned_q.transpose(1, 2), z[f"rope_q_{offset}"]) < 2e-6
+    assert difference(turned_k.transpose(1, 2), z[f"rope_k_{offset}"]) < 2e-6
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(32, 96), (64, 512), (128, 2048), (512, 1536)])

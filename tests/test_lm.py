@@ -179,8 +179,9 @@ def test_stages() -> None:
         hidden = torch.from_numpy(z["dep_transformer_out"])[:, 0]
         tokens = torch.from_numpy(np.concatenate([z["dep_text_token"][:, None], z["dep_audio_tokens"]], 1))
         depth, logits = DepthPass(net.depformer), []
-        for step in range(16):
-            logits.append(net.linears[step](depth.step(net.depth_input(step, hidden, tokens[:, step])))[:, 0])
+        for step, part in enumerate(net.depth_hidden(hidden, 16)):
+            x = depth.step((part + net.depth_token(step, tokens[:, step]))[:, None])
+            logits.append(net.linears[step](x)[:, 0])
         assert difference(torch.stack(logits, 1), z["dep_logits"]) < AUDIO
 
 

@@ -76,14 +76,15 @@ class Engine:
     def __init__(self, model: Model, voices: VoiceLibrary, tokenizer: Tokenizer, config: EngineConfig) -> None:
         self.slots = config.slots
         self._model, self._voices, self._tokenizer, self._config = model, voices, tokenizer, config
-        self._state = EngineState.allocate(model, config.slots)
+        self._width = 1 if model.device.type == "cuda" else 2  # see layers.linear: a lone row costs a copy
+        self._state = EngineState.allocate(model, max(config.slots, self._width))
         self._seats: list[_Seat | None] = [None] * config.slots
         self._generations = [0] * config.slots
         self._vacant = list(range(config.slots))  # a heap: lowest first, so that ticks run on short prefixes
         self._waiting: deque[Slot] = deque()
         self._prefixes: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
         pinned = model.device.type == "cuda"
-        self._pcm = torch.zeros(config.slots, FRAME_SIZE, pin_memory=pinned)
+        self._pcm = torch.zeros(max(config.slots, self._width), FRAME_SIZE, pin_memory=pinned)
         self.voice_hits = 0
         self.voice_misses = 0
 
@@ -164,7 +165,7 @@ class Engine:
             return []
         lm = self._model.config.lm
         caps = Caps.of([seat.sampling for seat in ready], lm.text_card, lm.card)
-        width = ready[-1].slot.index + 1
+        width = max(ready[-1].slot.index + 1, self._width)
         active = torch.zeros(width, dtype=torch.bool)
         active[[seat.slot.index for seat in ready]] = True
         device = self._model.device

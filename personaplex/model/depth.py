@@ -25,9 +25,8 @@ class DepthLayer(nn.Module):
         self.gating = nn.ModuleList(GatedFeedForward(config.dim, config.hidden) for _ in range(steps))
 
     def prepare(self) -> None:
-        self.self_attn.prepare()
-        for gating in self.gating:
-            gating.prepare()
+        for part in (self.norm1, self.self_attn, self.norm2, *self.gating):
+            part.prepare()
 
 
 class Depth(nn.Module):
@@ -58,7 +57,7 @@ class DepthPass:
         step, layers = self.done, self.depth.layers
         skip = 1 if step + 1 == self.depth.config.context else 0
         for index, layer in enumerate(layers):
-            q, k, v = (t.transpose(1, 2) for t in layer.self_attn.project(layer.norm1(x), step))
+            q, k, v = layer.self_attn.project(layer.norm1(x), step).transpose(1, 3).unbind(2)
             if step:
                 k = torch.cat([self.keys[index], k], dim=2)
                 v = torch.cat([self.values[index], v], dim=2)

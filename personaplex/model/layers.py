@@ -83,10 +83,10 @@ def table_rows(tokens: Tensor, rows: int) -> Tensor:
 
 
 def rms_norm(x: Tensor, alpha: Tensor) -> Tensor:
-    """x * alpha / rms(x), computed in float32; alpha broadcasts over the last axis."""
+    """x * alpha / rms(x) in float32, then x's type; alpha [..., dim] is float32."""
     wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS)
-    return (wide * (alpha.reshape(-1).float() * scale)).to(x.dtype)
+    scale = wide.square().mean(-1, keepdim=True).add_(RMS_EPS).rsqrt_()
+    return (wide * (alpha * scale)).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -94,8 +94,12 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.alpha = nn.Parameter(torch.empty(1, 1, dim), requires_grad=False)
 
+    def prepare(self) -> None:
+        """The gain in float32, whatever type the checkpoint's was rounded to."""
+        self.gain = self.alpha.detach().reshape(-1).float()
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.alpha)
+        return rms_norm(x, self.gain)
 
 
 class Attention(nn.Module):
@@ -119,17 +123,20 @@ class Attention(nn.Module):
         self.outputs = [layout(w) for w in stacked_out.chunk(self.steps)]
         del self.in_proj_weight, self.out_proj
 
-    def project(self, x: Tensor, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, T, dim] -> q, k, v, each [N, T, heads, head_dim]."""
-        qkv = linear(x, self.inputs[step])
-        q, k, v = qkv.view(*x.shape[:-1], 3, self.heads, self.head_dim).unbind(-3)
-        return q, k, v
+    def project(self, x: Tensor, step: int = 0) -> Tensor:
+        """x [N, T, dim] -> q, k and v as one [N, T, 3, heads, head_dim]."""
+        return linear(x, self.inputs[step]).unflatten(-1, (3, self.heads, self.head_dim))
 
-    def project_kv(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [N, T, dim] -> k, v only, for a layer whose output nobody reads."""
-        kv = linear(x, self.inputs[0][self.dim :])
-        k, v = kv.view(*x.shape[:-1], 2, self.heads, self.head_dim).unbind(-3)
-        return k, v
+    def project_turned(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x [N, T, dim] -> q, k rotated by `turn` and v, each [N, T, heads, head_dim]."""
+        qkv = self.project(x)
+        q, k = rotate(qkv[:, :, :2], *turn).unbind(2)
+        return q, k, qkv[:, :, 2]
+
+    def project_kv(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """As `project_turned` without q, for a layer whose output nobody reads."""
+        kv = linear(x, self.inputs[0][self.dim :]).unflatten(-1, (2, self.heads, self.head_dim))
+        return rotate(kv[:, :, :1], *turn)[:, :, 0], kv[:, :, 1]
 
     def merge(self, heads: Tensor, step: int = 0) -> Tensor:
         """heads [N, H, T, head_dim] -> [N, T, dim]."""
@@ -155,15 +162,15 @@ class GatedFeedForward(nn.Module):
 
 
 def angles(config: TransformerConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary angles in float32: positions [N, T] int64 -> cos, sin, each [N, T, 1, head_dim / 2]."""
+    """Rotary angles in float32: positions [N, T] int64 -> cos, sin, each [N, T, 1, 1, head_dim / 2]."""
     half = config.head_dim // 2
     index = torch.arange(half, device=positions.device, dtype=torch.float32)
     frequencies = torch.exp(index * (-math.log(config.max_period) / half))
-    angle = positions.float()[..., None, None] * frequencies
+    angle = positions.float()[..., None, None, None] * frequencies
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [N, T, H, head_dim] with its interleaved pairs rotated by `angles`, in float32."""
+    """x [N, T, ..., H, head_dim] with its interleaved pairs rotated by `angles`, in float32."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)

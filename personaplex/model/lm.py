@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, DELAYS, RING_COLUMNS, STREAMS, UNGENERATED, LMConfig
 from personaplex.model.depth import Depth, DepthPass
-from personaplex.model.layers import Linear, RMSNorm, Table, table_rows
+from personaplex.model.layers import Linear, RMSNorm, Table, linear, table_rows
 from personaplex.model.ring import Ring
 from personaplex.model.sampling import Caps, Rule, SamplingState, draw, draw_keys
 from personaplex.model.temporal import Temporal
@@ -99,8 +99,12 @@ class LM(nn.Module):
         del self.emb
         self.transformer.prepare()
         self.depformer.prepare()
-        for matrix in (self.text_linear, *self.depformer_in, *self.linears):
-            matrix.prepare()
+        for part in (self.out_norm, self.text_linear, *self.linears):
+            part.prepare()
+        self.depth_inputs = Linear(self.config.temporal.dim, self.config.depth_steps * self.config.depth.dim)
+        self.depth_inputs.weight = nn.Parameter(torch.cat([m.weight for m in self.depformer_in]), requires_grad=False)
+        self.depth_inputs.prepare()
+        del self.depformer_in
         self.requires_grad_(False)
 
     @property
@@ -131,10 +135,16 @@ class LM(nn.Module):
             total = total + audio[..., stream, :]
         return total + self.text_emb(tokens[..., 0])
 
-    def depth_input(self, step: int, hidden: Tensor, token: Tensor) -> Tensor:
-        """Input of depth step `step`: hidden [N, dim], token [N] drawn before it -> [N, 1, depth dim]."""
+    def depth_hidden(self, hidden: Tensor, steps: int) -> Tensor:
+        """hidden [N, dim] -> its part [steps, N, depth dim] in the inputs of the first depth steps."""
+        wide = linear(hidden, self.depth_inputs.weight[: steps * self.config.depth.dim])
+        return wide.unflatten(-1, (steps, -1)).transpose(0, 1)
+
+    def depth_token(self, step: int, token: Tensor) -> Tensor:
+        """token [N] drawn just before depth step `step` -> its part [N, depth dim] in that step's input."""
         table = self.depformer_emb[step - 1] if step else self.depformer_text_emb
-        return (self.depformer_in[step](hidden) + table(token))[:, None]
+        embedded: Tensor = table(token)
+        return embedded
 
 
 def step(
@@ -174,8 +184,9 @@ def step(
     rule = Rule.of(sampling.audio_temperature, sampling.audio_topk, caps.audio)
     audio_logits = []
     depth = DepthPass(lm.depformer)
-    for index in range(depth_steps):
-        logits = lm.linears[index](depth.step(lm.depth_input(index, hidden, drawn[-1])))[:, 0]
+    for index, part in enumerate(lm.depth_hidden(hidden, depth_steps)):
+        x = depth.step((part + lm.depth_token(index, drawn[-1]))[:, None])
+        logits = lm.linears[index](x)[:, 0]
         token = draw(logits, rule, keys[:, index + 1])
         drawn.append(torch.where(target_provided[:, index + 1], target_tokens[:, index + 1], token))
         audio_logits.append(logits)

@@ -17,7 +17,7 @@ from personaplex.config import CODEBOOKS, FRAME_SIZE, MimiConfig, TransformerCon
 from personaplex.model import ring as rings
 from personaplex.model import seanet
 from personaplex.model.conv import Downsample, Upsample
-from personaplex.model.layers import LAYER_NORM_EPS, Attention, Linear, angles, rotate
+from personaplex.model.layers import LAYER_NORM_EPS, Attention, Linear, angles
 from personaplex.model.ring import Ring, Window
 from personaplex.model.rvq import SplitQuantizer
 
@@ -82,8 +82,8 @@ class MimiLayer(nn.Module):
         self.linear2.prepare()
 
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], ring: Ring, layer: int, view: Window) -> Tensor:
-        q, k, v = self.self_attn.project(self.norm1(x))
-        heads = rings.attend(ring, layer, rotate(q, *turn), rotate(k, *turn), v, view)
+        q, k, v = self.self_attn.project_turned(self.norm1(x), turn)
+        heads = rings.attend(ring, layer, q, k, v, view)
         x = x + self.layer_scale_1.scale * self.self_attn.merge(heads)
         return x + self.layer_scale_2.scale * self.linear2(F.gelu(self.linear1(self.norm2(x))))
 

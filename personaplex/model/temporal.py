@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
 from personaplex.model import ring as rings
-from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm, angles, rotate
+from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm, angles
 from personaplex.model.ring import Ring
 
 
@@ -23,8 +23,8 @@ class TemporalLayer(nn.Module):
         self.gating = GatedFeedForward(config.dim, config.hidden)
 
     def prepare(self) -> None:
-        self.self_attn.prepare()
-        self.gating.prepare()
+        for part in (self.norm1, self.self_attn, self.norm2, self.gating):
+            part.prepare()
 
     def finish(self, x: Tensor, heads: Tensor) -> Tensor:
         """The rest of the layer, once its heads [N, H, T, head_dim] have read the ring."""
@@ -47,9 +47,8 @@ class Temporal(nn.Module):
         view = rings.window(ring, 1, active)
         turn = angles(self.config, ring.offset[:, None])
         for index, layer in enumerate(self.layers):
-            q, k, v = layer.self_attn.project(layer.norm1(x))
-            heads = rings.attend(ring, index, rotate(q, *turn), rotate(k, *turn), v, view)
-            x = layer.finish(x, heads)
+            q, k, v = layer.self_attn.project_turned(layer.norm1(x), turn)
+            x = layer.finish(x, rings.attend(ring, index, q, k, v, view))
         ring.offset += active
         return x
 
@@ -64,11 +63,10 @@ class Temporal(nn.Module):
         for index, layer in enumerate(self.layers):
             normed = layer.norm1(x)
             if index == len(self.layers) - 1:
-                k, v = layer.self_attn.project_kv(normed)
-                rings.store(ring, slot, index, start, rotate(k, *turn)[0].transpose(0, 1), v[0].transpose(0, 1))
+                k, v = layer.self_attn.project_kv(normed, turn)
+                rings.store(ring, slot, index, start, k[0].transpose(0, 1), v[0].transpose(0, 1))
                 break
-            q, k, v = layer.self_attn.project(normed)
-            q, k, v = (t.transpose(1, 2) for t in (rotate(q, *turn), rotate(k, *turn), v))
+            q, k, v = (t.transpose(1, 2) for t in layer.self_attn.project_turned(normed, turn))
             old_k, old_v = rings.past(ring, slot, index, start)
             rings.store(ring, slot, index, start, k[0], v[0])
             heads = F.scaled_dot_product_attention(
