@@ -35,7 +35,7 @@ BEGIN, END = "<!-- values: begin -->\n", "<!-- values: end -->\n"
 
 
 def settings_schema() -> dict[str, Any]:
-    """JSON schema of the settings values may hold; derived ones stay, to be refused with their own message."""
+    """JSON schema of the settings in values; derived ones stay, to be refused with their own message."""
     schema = Settings.model_json_schema()
     for name in DERIVED:
         schema["properties"][name] = {"description": "derived by the chart"}

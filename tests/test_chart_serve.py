@@ -227,7 +227,8 @@ def test_replicas_read_weights_and_never_download() -> None:
 def test_replicas_wait_for_the_job_that_fills_their_claim() -> None:
     documents = chart.render(EVERYTHING)
     (job,) = (d for d in documents if d["kind"] == "Job")
-    written = re.search(r"touch (\S+)", job["spec"]["template"]["spec"]["containers"][0]["args"][0])
+    arguments = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    written = re.search(r"--marker=(\S+)", " ".join(arguments))
     waiting = chart.pod_templates(documents)["gpu"]["spec"]["initContainers"][0]
     assert written is not None
     assert {"name": "MARKER", "value": written[1]} in waiting["env"]

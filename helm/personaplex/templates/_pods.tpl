@@ -35,20 +35,21 @@ app version and checksums must never appear in this file.
 {{- end }}
 {{- end -}}
 
-{{/* Downloads the weights into HF_HOME; the only container that holds the token. (list $ name script) */}}
+{{/* Downloads the weights into HF_HOME; the only container that holds the token. (list $ name marker) */}}
 {{- define "personaplex.downloader" -}}
 {{- $root := index . 0 -}}
 - name: {{ index . 1 }}
   image: {{ include "personaplex.image" (list $root $root.Values.image) }}
   imagePullPolicy: {{ $root.Values.image.pullPolicy }}
-  command: [bash, -ec]
+  command: [python, -m, k8s.fetch_weights]
   args:
-    - |
-      {{- index . 2 | nindent 6 }}
+    - --repo={{ default "nvidia/personaplex-7b-v1" $root.Values.settings.hf_repo }}
+    - --revision={{ default "main" $root.Values.settings.hf_revision }}
+    {{- with index . 2 }}
+    - --marker={{ . }}
+    {{- end }}
   env:
     - {name: HF_HOME, value: {{ $root.Values.weights.mountPath }}/huggingface}
-    - {name: HF_REPO, value: {{ default "nvidia/personaplex-7b-v1" $root.Values.settings.hf_repo | quote }}}
-    - {name: HF_REVISION, value: {{ default "main" $root.Values.settings.hf_revision | quote }}}
     {{- if $root.Values.huggingFace.existingSecret }}
     - name: HF_TOKEN
       valueFrom:
@@ -65,11 +66,16 @@ app version and checksums must never appear in this file.
     {{- include "personaplex.weightsMount" (list $root false) | nindent 4 }}
 {{- end -}}
 
-{{/* The file that says a claim holds these weights. */}}
-{{- define "personaplex.weightsMarker" -}}
+{{/* Ten characters that name these weights. */}}
+{{- define "personaplex.weightsHash" -}}
 {{- $repo := default "nvidia/personaplex-7b-v1" .Values.settings.hf_repo -}}
 {{- $revision := default "main" .Values.settings.hf_revision -}}
 {{ printf "%s@%s" $repo $revision | sha256sum | trunc 10 }}
+{{- end -}}
+
+{{/* The file that says a claim holds these weights. */}}
+{{- define "personaplex.weightsMarker" -}}
+{{ .Values.weights.mountPath }}/ready-{{ include "personaplex.weightsHash" . }}
 {{- end -}}
 
 {{/* (list $ readOnly) */}}
@@ -99,7 +105,7 @@ app version and checksums must never appear in this file.
 {{/* Init containers that a replica's weights need. */}}
 {{- define "personaplex.weightsInit" -}}
 {{- if eq .Values.weights.source "node" -}}
-{{- include "personaplex.downloader" (list . "download-weights" "exec hf download \"$HF_REPO\" --revision \"$HF_REVISION\"") }}
+{{- include "personaplex.downloader" (list . "download-weights" "") }}
 {{- else if and (eq .Values.weights.source "claim") .Values.weights.prefetch.enabled -}}
 - name: wait-for-weights
   image: {{ include "personaplex.image" (list . .Values.image) }}
@@ -108,7 +114,7 @@ app version and checksums must never appear in this file.
   args:
     - until [ -e "$MARKER" ]; do echo "waiting for $MARKER"; sleep 5; done
   env:
-    - {name: MARKER, value: {{ .Values.weights.mountPath }}/ready-{{ include "personaplex.weightsMarker" . }}}
+    - {name: MARKER, value: {{ include "personaplex.weightsMarker" . }}}
   resources:
     requests: {cpu: 10m, memory: 16Mi}
     limits: {memory: 64Mi}

@@ -1,0 +1,152 @@
+"""The operator's tool: `python -m k8s COMMAND --help`. Exit codes: see errors.py."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from k8s import conversation, errors, preflight, rollout, sessions, sizing, smoke
+from k8s.cluster import Cluster
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m k8s", description="Operates PersonaPlex on KubeRay.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = functools.partial(_command, commands)
+
+    command = add("preflight", _preflight, "would the rendered manifest run on this cluster?")
+    command.add_argument("-f", "--manifest", default="-", help="output of helm template; - is standard input")
+    command = add(
+        "rollout", _rollout, "wait until an upgrade is complete, then release the old cluster early"
+    )
+    command.add_argument("name", help="name of the RayService")
+    command.add_argument("--timeout", type=float, default=3_600.0, metavar="S")
+    command.add_argument("--interval", type=float, default=5.0, metavar="S", help="time between readings")
+    command.add_argument("--zeros", type=int, default=3, help="readings without a session before the release")
+    command.add_argument("--keep-old", action="store_true", help="leave the old cluster to KubeRay's delay")
+    command = add("smoke", _smoke, "ready? then one real conversation")
+    command.add_argument("name", help="name of the RayService")
+    command.add_argument("--url", help="talk through this address instead of a tunnel: wss://HOST/api/chat")
+    command.add_argument("--api-keys-file", type=Path, help="file of keys; the first is used")
+    command = add("sessions", _sessions, "who is where; with --drain, move sessions off one replica's pod")
+    command.add_argument("name", help="name of the RayService")
+    command.add_argument("--drain", metavar="POD", help="evict this replica's pod and wait until it has gone")
+    command.add_argument("--timeout", type=float, default=3_600.0, metavar="S")
+    command = add(
+        "serve-config", _serve_config, "print the Serve config inside a rendered manifest", local=True
+    )
+    command.add_argument("-f", "--manifest", default="-", help="output of helm template; - is standard input")
+    command = add("slots", _slots, "how many sessions a card holds, computed", local=True)
+    command.add_argument("--memory-gib", type=float, required=True)
+    command.add_argument("--bandwidth-gbs", type=float, required=True, help="GB/s of the data sheet")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Command, text: str, local: bool = False
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(run=run)
+    if not local:
+        command.add_argument("-n", "--namespace", help="namespace; the kubeconfig's unless given")
+        command.add_argument("--context", help="kubeconfig context")
+    return command
+
+
+def _connect(args: argparse.Namespace) -> Cluster:
+    return Cluster.connect(args.namespace, args.context)
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+def _documents(source: str) -> list[Any]:
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        return list(yaml.safe_load_all(text))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise errors.Failed(f"the manifest cannot be read: {error}") from error
+
+
+def _preflight(args: argparse.Namespace) -> None:
+    findings = preflight.run(_connect(args), _documents(args.manifest))
+    for finding in findings:
+        print(f"{finding.level:<4}  {finding.text}")
+    failed = sum(finding.level == "fail" for finding in findings)
+    if failed:
+        raise errors.Failed(f"{failed} of {len(findings)} checks failed")
+
+
+def _rollout(args: argparse.Namespace) -> None:
+    run = rollout.Rollout(
+        _connect(args), args.name, _say, timeout_s=args.timeout, interval_s=args.interval, zeros=args.zeros
+    )
+    run.run(release=not args.keep_old)
+
+
+def _smoke(args: argparse.Namespace) -> None:
+    try:
+        key = conversation.first_key(args.api_keys_file) if args.api_keys_file else None
+    except (OSError, ValueError) as error:
+        raise errors.Failed(f"the keys cannot be read: {error}") from error
+    smoke.smoke(_connect(args), args.name, _say, args.url, key)
+
+
+def _sessions(args: argparse.Namespace) -> None:
+    cluster = _connect(args)
+    if args.drain:
+        sessions.drain(cluster, args.drain, _say, args.timeout)
+        return
+    state = rollout.read(cluster.service(args.name))
+    uids = {state.uid}
+    unknown = False
+    for item in cluster.clusters():
+        if uids & {owner["uid"] for owner in item["metadata"].get("ownerReferences", [])}:
+            name = item["metadata"]["name"]
+            found = sessions.loads(cluster, name)
+            count = sessions.total(found)
+            unknown = unknown or count is None
+            role = "active" if name == state.active else "pending" if name == state.pending else "old"
+            print(f"{name} ({role}): {'unknown' if count is None else count} sessions")
+            print(sessions.table(found))
+    if unknown:
+        raise errors.Failed("some loads could not be read")
+
+
+def _serve_config(args: argparse.Namespace) -> None:
+    found = [item for item in _documents(args.manifest) if item and item.get("kind") == "RayService"]
+    if len(found) != 1:
+        raise errors.Failed(f"the manifest holds {len(found)} RayServices, not one")
+    print(found[0]["spec"]["serveConfigV2"])
+
+
+def _slots(args: argparse.Namespace) -> None:
+    print(sizing.slots(sizing.Card(args.memory_gib * 2**30, args.bandwidth_gbs * 1e9)))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; the exit code says how it went."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except errors.ToolError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("stopped; nothing is left half done", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

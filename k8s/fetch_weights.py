@@ -1,0 +1,48 @@
+"""Fills a Hugging Face cache with what a replica needs, so that replicas run offline and read-only.
+
+    HF_HOME=/models/huggingface HF_TOKEN=... python -m k8s.fetch_weights [--repo R] [--revision V]
+
+Runs in the GPU image, in an init container or a Job. Downloads the files the loader would ask for, unpacks
+the voices beside their archive, and then writes the marker that replicas wait for (--marker FILE). Exit code 1
+with one line when it fails: a missing token, an unaccepted licence, no space.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from personaplex.errors import PersonaplexError
+from personaplex.model.hub import DEFAULT_REPO, resolve
+from personaplex.voices import unpack
+
+
+def fetch(repo: str, revision: str) -> None:
+    """Raises CheckpointError, which says what to do, or OSError when the disk is full or read-only."""
+    checkpoint = resolve("7b", hf_repo=repo, revision=revision)
+    if checkpoint.voices is not None and checkpoint.voices.is_file():
+        unpack(checkpoint.voices)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m k8s.fetch_weights", description="Fill the weights' cache."
+    )
+    parser.add_argument("--repo", default=DEFAULT_REPO)
+    parser.add_argument("--revision", default="main")
+    parser.add_argument("--marker", type=Path, help="file made when everything is there")
+    args = parser.parse_args(arguments)
+    try:
+        fetch(args.repo, args.revision)
+        if args.marker:
+            args.marker.touch()
+    except (PersonaplexError, OSError) as error:
+        print(f"weights not fetched: {error}", file=sys.stderr)
+        return 1
+    print(f"{args.repo} at {args.revision} is complete")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
