@@ -1,4 +1,4 @@
-"""Log lines of the service's processes. They go to stderr, which Ray collects with the process's other output."""
+"""Log lines of the service's processes; they go to stderr, which Ray collects with the rest."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def unpack_frame(payload: bytes) -> tuple[int, Pcm]:
     """Mark and float32 [1920]. Raises ProtocolError for another length and samples that are not finite."""
     if len(payload) != _MARK.size + _FRAME_BYTES:
         raise ProtocolError("a frame of the wrong length")
-    frame = np.frombuffer(payload, "<f4", FRAME_SIZE, _MARK.size)
+    frame = np.frombuffer(payload, "<f4", FRAME_SIZE, _MARK.size).copy()  # torch wants it writable
     if not np.isfinite(frame).all():
         raise ProtocolError("a frame that is not audio")
     return _MARK.unpack_from(payload)[0], frame

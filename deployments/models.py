@@ -77,7 +77,8 @@ def _load_model(settings: Settings) -> Loaded:
     tokenizer = Tokenizer(checkpoint.tokenizer, size=checkpoint.config.lm.text_card)
     voices = VoiceLibrary(checkpoint.config.lm, checkpoint.voices)
     dtype = choose_dtype(settings.dtype, device)
-    model = load_model(checkpoint, device, dtype, offload=settings.cpu_offload)
+    offload_slots = settings.slots if settings.cpu_offload else 0
+    model = load_model(checkpoint, device, dtype, offload_slots)
     config = EngineConfig(slots=settings.slots, prompt_tokens=settings.prompt_tokens)
     return Loaded(Engine(model, voices, tokenizer, config), checkpoint.name, voices.names())
 

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[str]:
+    """Ray and Serve on this machine, started once for all tests that ask; the address without a scheme."""
+    from serving import ray_cluster
+
+    with ray_cluster() as address:
+        yield address

@@ -1,0 +1,252 @@
+"""A real Ray cluster for the tests, applications on it, and a small client that speaks the wire protocol.
+
+The cluster is started once for all tests. `Service` runs one application under its own route prefix, so several
+with different settings live side by side. Clients use `personaplex.audio` for Opus and `websockets` for the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import socket
+import time
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+import pytest
+import ray
+import requests
+import websockets
+from numpy.typing import NDArray
+from ray import serve
+from websockets.asyncio.client import ClientConnection
+
+from deployments.application import build
+from deployments.settings import Settings
+from personaplex.audio.transcoder import Transcoder
+from personaplex.config import FRAME_SECONDS, FRAME_SIZE
+from personaplex.session.wire import Audio, Error, Handshake, Message, Metadata, Text, decode
+
+SMALL = {"replica_num_cpus": 0.1, "gateway_num_cpus": 0.1, "session_limit_s": 60.0, "queue_timeout_s": 10.0}
+SPEECH = Path(__file__).parent / "data" / "mic.ogg"
+_names = itertools.count()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[str]:
+    """Ray and Serve on this machine; gives the base address, without a scheme."""
+    environment = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_worker_niceness": "0",
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    }
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own, of which there are many
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
+        yield f"127.0.0.1:{port}"
+        serve.shutdown()
+        ray.shutdown()
+
+
+@dataclasses.dataclass(frozen=True)
+class Service:
+    """One running application."""
+
+    name: str
+    base: str
+
+    @property
+    def chat(self) -> str:
+        return f"ws://{self.base}/api/chat"
+
+    def get(self, path: str) -> requests.Response:
+        return requests.get(f"http://{self.base}/{path}", timeout=10)
+
+    def info(self) -> dict[str, Any]:
+        return dict(self.get("api/info").json())
+
+    def handle(self) -> Any:
+        return serve.get_deployment_handle("replica", self.name)
+
+    def ask(self, method: str) -> list[Any]:
+        """What every replica answers to a method of its own."""
+        return list(self.handle().broadcast(method).results(timeout_s=10))
+
+    def wait(self, condition: Callable[[list[Any]], bool], timeout_s: float = 10.0) -> float:
+        """Seconds until `condition(descriptions of the replicas)` holds; fails after `timeout_s`."""
+        began = time.monotonic()
+        while not condition(seen := self.ask("describe")):
+            assert time.monotonic() - began < timeout_s, seen
+            time.sleep(0.02)
+        return time.monotonic() - began
+
+
+@contextlib.contextmanager
+def running(cluster: str, **settings: Any) -> Iterator[Service]:
+    """An application with `settings` over SMALL, ended with everything it holds."""
+    name = f"test{next(_names)}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        application = build(Settings(**{**SMALL, **settings}))
+        serve.run(application, name=name, route_prefix=f"/{name}")
+    try:
+        yield Service(name, f"{cluster}/{name}")
+    finally:
+        serve.delete(name)
+
+
+@dataclasses.dataclass
+class Heard:
+    """What one client got."""
+
+    messages: list[tuple[float, Message]] = dataclasses.field(default_factory=list)  # with time of arrival
+    code: int | None = None
+    reason: str = ""
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [message for _, message in self.messages if isinstance(message, kind)]
+
+    @property
+    def pages(self) -> list[bytes]:
+        """Ogg pages without the two of the header."""
+        return [message.data for message in self.of(Audio)][2:]
+
+    @property
+    def live(self) -> bool:
+        return bool(self.of(Handshake))
+
+    @property
+    def text(self) -> str:
+        return "".join(message.text for message in self.of(Text))
+
+    @property
+    def session(self) -> str:
+        return str(next(m.data["session"] for m in self.of(Metadata) if m.data.get("type") == "session"))
+
+    @property
+    def queue(self) -> list[int]:
+        return [m.data["position"] for m in self.of(Metadata) if m.data.get("type") == "queue"]
+
+    @property
+    def complaint(self) -> str:
+        return " ".join(message.message for message in self.of(Error))
+
+
+class Client:
+    """One conversation as a well-behaved client holds it."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket, self.heard = socket, Heard()
+        self.sent: list[bytes] = []  # pieces of our Ogg stream
+        self.transcoder = Transcoder()
+        self._changed = asyncio.Condition()
+        self._reader = asyncio.ensure_future(self._read())
+
+    async def _read(self) -> None:
+        with contextlib.suppress(websockets.ConnectionClosed):
+            while True:
+                message = decode(bytes(await self.socket.recv()))
+                async with self._changed:
+                    self.heard.messages.append((time.monotonic(), message))
+                    self._changed.notify_all()
+        self.heard.code, self.heard.reason = self.socket.close_code, self.socket.close_reason or ""
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def until(self, condition: Callable[[Heard], Any], timeout_s: float = 15.0) -> Heard:
+        """Waits for `condition(heard)`; fails when the connection ends or time runs out before."""
+        async with self._changed:
+            await asyncio.wait_for(
+                self._changed.wait_for(lambda: condition(self.heard) or self._reader.done() or self.ended),
+                timeout_s,
+            )
+        assert condition(self.heard), self.heard
+        return self.heard
+
+    @property
+    def ended(self) -> bool:
+        return self.heard.code is not None
+
+    async def until_closed(self, timeout_s: float = 15.0) -> Heard:
+        return await self.until(lambda heard: heard.code is not None, timeout_s)
+
+    async def send(self, data: bytes) -> None:
+        self.sent.append(data)
+        await self.socket.send(b"\x01" + data)
+
+    async def headers(self) -> None:
+        for page in self.transcoder.headers():
+            await self.send(page)
+
+    async def speak(self, pcm: NDArray[np.float32], pace_s: float = FRAME_SECONDS) -> None:
+        """Sends whole frames of `pcm`, one every `pace_s` by the clock."""
+        began = time.monotonic()
+        for number in range(len(pcm) // FRAME_SIZE):
+            await asyncio.sleep(began + number * pace_s - time.monotonic())
+            await self.send(self.transcoder.send(pcm[number * FRAME_SIZE :][:FRAME_SIZE]))
+
+    async def talk(self, pcm: NDArray[np.float32]) -> Heard:
+        """Headers, all of `pcm`, and waiting for as many pages as were sent. The session stays open."""
+        await self.headers()
+        await self.until(lambda heard: heard.live)
+        await self.speak(pcm)
+        frames = len(self.decoded())
+        return await self.until(lambda heard: len(heard.pages) >= frames)
+
+    def decoded(self) -> list[NDArray[np.float32]]:
+        """The frames the service makes of what was sent: decoding depends on nothing else."""
+        transcoder = Transcoder()
+        return [frame for data in self.sent for frame in transcoder.receive(data)]
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    service: Service, headers: dict[str, str] | None = None, **query: Any
+) -> AsyncIterator[Client]:
+    """A client connected to `service`; closed at the end."""
+    url = f"{service.chat}?{urlencode(query)}" if query else service.chat
+    async with websockets.connect(url, additional_headers=headers, max_size=None) as socket:
+        client = Client(socket)
+        try:
+            yield client
+        finally:
+            await socket.close()
+            await client._reader
+
+
+def speech(seconds: float, start: float = 0.0) -> NDArray[np.float32]:
+    """float32 [samples] of recorded speech at 24 kHz, whole frames; at most about 11 s of it."""
+    frames = Transcoder().receive(SPEECH.read_bytes())
+    first, count = round(start / FRAME_SECONDS), round(seconds / FRAME_SECONDS)
+    chosen = frames[first : first + count]
+    assert len(chosen) == count, "the recording is too short"
+    return np.concatenate(chosen)
+
+
+def token_log(folder: Path, session: str) -> dict[str, Any]:
+    """The tokens a gateway kept; waits for the session's end to have been written."""
+    path = folder / f"{session}.npz"
+    deadline = time.monotonic() + 5
+    while not path.exists():
+        assert time.monotonic() < deadline, "no token log was written"
+        time.sleep(0.02)
+    with np.load(path) as data:
+        return {name: data[name] for name in data.files}

@@ -1,0 +1,129 @@
+"""Sessions over real sockets on a real cluster say, token for token, what the offline engine says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from serving import Client, Service, connect, running, speech, token_log
+
+from personaplex.config import EngineConfig, Sampling
+from personaplex.engine.engine import Engine
+from personaplex.model.hub import resolve
+from personaplex.model.weights import load_model
+from personaplex.persona import PROMPTS, VOICES, Persona
+from personaplex.text import Tokenizer
+from personaplex.tokenlog import TokenLog
+from personaplex.voices import VoiceLibrary
+
+SESSIONS = 8
+SECONDS = 3.2
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    checkpoint = resolve("tiny")
+    import torch
+
+    model = load_model(checkpoint, "cpu", torch.float32)
+    tokenizer = Tokenizer(checkpoint.tokenizer, size=checkpoint.config.lm.text_card)
+    return Engine(model, VoiceLibrary(checkpoint.config.lm), tokenizer, EngineConfig(slots=1))
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tokens")
+
+
+@pytest.fixture(scope="module")
+def service(cluster: str, logs: Path) -> Iterator[Service]:
+    with running(cluster, model="tiny", slots=SESSIONS, token_log_dir=logs) as service:
+        yield service
+
+
+def _persona(number: int) -> tuple[Persona, dict[str, Any]]:
+    """A persona unlike the others, and the query that asks for it."""
+    prompt = list(PROMPTS.values())[number].text
+    sampling = Sampling(
+        text_temperature=round(0.5 + 0.1 * number, 1),
+        text_topk=10 + number,
+        audio_temperature=round(1.2 - 0.1 * number, 1),
+        audio_topk=100 + 10 * number,
+        text_seed=1_000 + number,
+        audio_seed=2_000 + number,
+    )
+    persona = Persona(VOICES[number], prompt, sampling)
+    query = {
+        "voice_prompt": f"{persona.voice}.pt",
+        "text_prompt": prompt,
+        **{name: getattr(sampling, name) for name in vars(sampling)},
+    }
+    return persona, query
+
+
+def _offline(engine: Engine, persona: Persona, client: Client) -> TokenLog:
+    slot = engine.open(persona)
+    for frame in client.decoded():
+        engine.feed(slot, frame)
+        engine.step()
+    log = engine.log(slot)
+    engine.close(slot)
+    return log
+
+
+def _check(engine: Engine, persona: Persona, client: Client, logs: Path) -> None:
+    expected, kept = _offline(engine, persona, client), token_log(logs, client.heard.session)
+    assert len(kept["text"]) == len(client.decoded())
+    np.testing.assert_array_equal(kept["text"], expected.text)
+    np.testing.assert_array_equal(kept["agent_codes"], expected.agent_codes)
+    np.testing.assert_array_equal(kept["user_codes"], expected.user_codes)
+    np.testing.assert_array_equal(kept["forced"], expected.forced)
+
+
+async def _talk_at_once(service: Service, count: int) -> list[Client]:
+    async def one(number: int) -> Client:
+        async with connect(service, **_persona(number)[1]) as client:
+            await client.talk(speech(SECONDS, start=0.4 * number))
+        return client
+
+    return await asyncio.gather(*(one(number) for number in range(count)))
+
+
+def test_eight_sessions_at_once_each_say_what_they_say_alone(
+    service: Service, engine: Engine, logs: Path
+) -> None:
+    clients = asyncio.run(_talk_at_once(service, SESSIONS))
+    for number, client in enumerate(clients):
+        _check(engine, _persona(number)[0], client, logs)
+    assert len({client.heard.session for client in clients}) == SESSIONS
+
+
+def test_audio_sent_before_the_handshake_is_heard(service: Service, engine: Engine, logs: Path) -> None:
+    """As Kyutai's Python client does it: everything at once, nothing waited for. Its first second too."""
+
+    async def run() -> Client:
+        async with connect(service, **_persona(0)[1]) as client:
+            await client.headers()
+            await client.speak(speech(1.2), pace_s=0.0)
+            await client.speak(speech(0.8, start=1.2))
+            await client.until(lambda heard: heard.live)
+            frames = len(client.decoded())
+            # What was said before is answered in the past, so part of the answer is left out of the audio.
+            await asyncio.sleep(0.6)
+            assert 0 < len(client.heard.pages) <= frames
+        return client
+
+    _check(engine, _persona(0)[0], asyncio.run(run()), logs)
+
+
+def test_the_text_a_client_reads_is_that_of_its_tokens(service: Service, logs: Path) -> None:
+    tokenizer = Tokenizer(resolve("tiny").tokenizer)
+    client = asyncio.run(_talk_at_once(service, 1))[0]
+    tokens = token_log(logs, client.heard.session)["text"]
+    spoken = "".join(tokenizer.piece(int(token)) for token in tokens[1:] if token not in (0, 3))
+    assert client.heard.text
+    assert client.heard.text in spoken or spoken.endswith(client.heard.text)
