@@ -70,7 +70,8 @@ class Replica:
             inbox_limit=settings.inbox_frames,
         )
         began = time.monotonic()
-        self._slots = await asyncio.wrap_future(self._engine.start())
+        started = asyncio.wrap_future(self._engine.start())
+        self._slots = await asyncio.wait_for(started, settings.load_timeout_s)
         self._host = settings.media_host or _node_address()
         self._server, self._port = await media.listen(
             self._accept, self._host, settings.media_port_min, settings.media_port_max

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from personaplex.errors import ConfigError
 
@@ -40,6 +40,7 @@ class Settings(BaseSettings):
         extra="forbid",
         frozen=True,
         hide_input_in_errors=True,
+        allow_inf_nan=False,
         validate_default=True,
     )
 
@@ -270,6 +271,8 @@ class Settings(BaseSettings):
                 for problem in error.errors(include_input=False, include_url=False)
             )
             raise ConfigError("; ".join(problems)) from error
+        except SettingsError as error:  # a variable that is not JSON; names the field only
+            raise ConfigError(str(error)) from error
 
 
 def _json_list(value: str) -> Any:

@@ -1,7 +1,7 @@
 """A real Ray cluster for the tests, applications on it, and a small client that speaks the wire protocol.
 
-The cluster is started once for all tests. `Service` runs one application under its own route prefix, so several
-with different settings live side by side. Clients use `personaplex.audio` for Opus and `websockets` for the rest.
+The cluster is started once for all tests. `running` gives one application under its own route prefix, so
+several with different settings live side by side. Clients use `personaplex.audio` for Opus and `websockets`.
 """
 
 from __future__ import annotations

@@ -20,6 +20,10 @@ class Level {
   }
 }
 
+function isQuiet(samples) {
+  return samples.reduce((sum, sample) => sum + sample * sample, 0) < Playback.QUIET * samples.length;
+}
+
 /** Posts `{samples}` of 20 ms each, and `{level}`. */
 class Capture extends AudioWorkletProcessor {
   #block = new Float32Array(sampleRate / 50);
@@ -45,39 +49,50 @@ class Capture extends AudioWorkletProcessor {
 }
 
 /**
- * Plays what is posted to it. It starts with START_S in store; over LIMIT_S it drops the oldest, since a
- * conversation that runs late stays late; after a gap it fills up to START_S again.
- * Posts `{level, stored, gaps, dropped}`, `stored` in samples.
+ * Plays what is posted to it, 20 ms at a time. The service sends 80 ms every 80 ms, so the first piece waits for
+ * a cushion against late ones; each gap makes the cushion larger. What gathers beyond it, because two clocks
+ * differ or after a stall, is left out where it is quiet, and cut at LIMIT_S: a conversation must not run late.
+ * Posts `{level, stored, gaps, dropped}`; `stored` and `dropped` are samples, quiet ones not counted as dropped.
  */
 class Playback extends AudioWorkletProcessor {
-  static START_S = 0.08;
-  static LIMIT_S = 0.24;
+  static PAGE_S = 0.08;
+  static CUSHION_S = 0.04;
+  static WIDEN_S = 0.02;
+  static WIDEST_S = 0.16;
+  static LIMIT_S = 0.32;
+  static QUIET = 1e-6; // mean square, -60 dBFS
 
   #pieces = [];
   #offset = 0; // into the first piece
   #stored = 0;
-  #playing = false;
+  #cushion = Playback.CUSHION_S * sampleRate;
+  #wait = this.#cushion; // samples until playing (again) once there is something
   #gaps = 0;
   #dropped = 0;
   #level = new Level();
 
   constructor() {
     super();
-    this.port.onmessage = ({ data }) => {
-      this.#pieces.push(data);
-      this.#stored += data.length;
-      if (this.#stored <= Playback.LIMIT_S * sampleRate) return;
-      const surplus = this.#stored - Math.round(Playback.START_S * sampleRate);
-      this.#read(new Float32Array(surplus));
-      this.#dropped += surplus;
-    };
+    this.port.onmessage = ({ data }) => this.#store(data);
+  }
+
+  #store(piece) {
+    const enough = this.#cushion + Playback.PAGE_S * sampleRate;
+    if (this.#stored > enough && isQuiet(piece)) return;
+    this.#pieces.push(piece);
+    this.#stored += piece.length;
+    if (this.#stored > Playback.LIMIT_S * sampleRate) {
+      const surplus = new Float32Array(this.#stored - Math.round(enough));
+      this.#dropped += this.#read(surplus);
+    }
   }
 
   process(_inputs, [[output]]) {
-    if (!this.#playing && this.#stored >= Playback.START_S * sampleRate) this.#playing = true;
-    if (this.#playing && this.#read(output) < output.length) {
-      this.#playing = false;
+    if (this.#stored && this.#wait > 0) this.#wait -= output.length;
+    else if (this.#wait <= 0 && this.#read(output) < output.length) {
       this.#gaps++;
+      this.#cushion = Math.min(this.#cushion + Playback.WIDEN_S * sampleRate, Playback.WIDEST_S * sampleRate);
+      this.#wait = this.#cushion;
     }
     if (this.#level.add(output)) {
       const report = { level: this.#level.take(), stored: this.#stored, gaps: this.#gaps, dropped: this.#dropped };

@@ -1,0 +1,264 @@
+"""The media link: bytes out equal bytes in, queues are bounded, and nonsense ends the connection."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+
+from deployments import media
+from deployments.media import OUTBOX_FRAMES, Kind, Link
+from personaplex.config import FRAME_SIZE, Sampling
+from personaplex.errors import (
+    NoCapacity,
+    PersonaplexError,
+    PromptTooLong,
+    ProtocolError,
+    SessionLost,
+)
+from personaplex.persona import Persona
+
+T = TypeVar("T")
+
+
+def _noise(seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(seed).standard_normal(FRAME_SIZE).astype(np.float32)
+
+
+def test_a_frame_arrives_bit_for_bit() -> None:
+    pcm = _noise()
+    pcm[:3] = (-0.0, 1e-42, np.finfo(np.float32).max)
+    mark, heard = media.unpack_frame(media.pack_frame(2**32 - 1, pcm))
+    assert mark == 2**32 - 1
+    np.testing.assert_array_equal(heard.view(np.uint32), pcm.view(np.uint32))
+    assert heard.flags.writeable
+
+
+def test_a_reply_arrives_whole() -> None:
+    tokens = np.array([31_999, *range(2_032, 2_048)], np.int64)
+    sent = media.Reply(7, _noise(), tokens, " été 你", 123_456)
+    got = media.unpack_reply(media.pack_reply(sent))
+    assert (got.frame, got.text, got.mark) == (sent.frame, sent.text, sent.mark)
+    np.testing.assert_array_equal(got.tokens, tokens)
+    np.testing.assert_array_equal(got.pcm.view(np.uint32), sent.pcm.view(np.uint32))
+
+
+def test_a_persona_arrives_as_it_was() -> None:
+    persona = Persona("VARM4", 'Quotes " and 你好\n', Sampling(0.1, 2, 0.3, 4, 2**63 - 1, 6))
+    token = bytes(range(16))
+    assert media.unpack_open(media.pack_open(token, persona)) == (token, persona)
+
+
+@pytest.mark.parametrize("error", [PromptTooLong("too long"), SessionLost("gone"), NoCapacity("full", 3.0)])
+def test_an_error_keeps_its_class_and_words(error: PersonaplexError) -> None:
+    got = media.unpack_error(media.pack_error(error))
+    assert type(got) is type(error)
+    assert str(got) == str(error)
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"{}", b"null", b'{"error": "os", "message": ""}', b'{"error": "annotations"}', b"\xff"]
+)
+def test_an_error_that_cannot_be_read_is_a_lost_session(payload: bytes) -> None:
+    assert type(media.unpack_error(payload)) is SessionLost
+
+
+@pytest.mark.parametrize(
+    ("unpack", "payload"),
+    [
+        (media.unpack_frame, b""),
+        (media.unpack_frame, bytes(4 * FRAME_SIZE)),
+        (media.unpack_frame, bytes(4 * FRAME_SIZE + 5)),
+        (media.unpack_frame, media.pack_frame(0, np.full(FRAME_SIZE, np.nan, np.float32))),
+        (media.unpack_frame, media.pack_frame(0, np.full(FRAME_SIZE, np.inf, np.float32))),
+        (media.unpack_reply, b""),
+        (media.unpack_reply, bytes(4 * FRAME_SIZE)),
+        (media.unpack_reply, media.pack_reply(media.Reply(0, _noise(), np.zeros(17, int), "", 0)) + b"\xff"),
+        (media.unpack_open, b""),
+        (media.unpack_open, bytes(16) + b"{}"),
+        (media.unpack_open, bytes(16) + b'{"voice": "NATF2", "sampling": {"top_p": 1}}'),
+        (media.unpack_ready, b"{}"),
+    ],
+)
+def test_other_shapes_are_refused(unpack: Callable[[bytes], Any], payload: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        unpack(payload)
+
+
+# links
+
+
+class End:
+    """One end of a connection, and what it heard."""
+
+    def __init__(self) -> None:
+        self.messages: list[tuple[Kind, bytes]] = []
+        self.news = asyncio.Event()
+        self.lost = asyncio.Event()
+        self.link = Link(self._message, lambda _: self.lost.set())
+
+    def _message(self, link: Link, kind: Kind, payload: bytes) -> None:
+        if payload == b"refuse":
+            raise ProtocolError("no")
+        self.messages.append((kind, payload))
+        self.news.set()
+
+    async def until(self, count: int) -> None:
+        async def wait() -> None:
+            while len(self.messages) < count:
+                self.news.clear()
+                await self.news.wait()
+
+        await asyncio.wait_for(wait(), 5)
+
+
+def _with_server(run: Callable[[End, int], Awaitable[T]]) -> T:
+    """Runs `run(server's end of the first connection, port)`."""
+
+    async def main() -> T:
+        end = End()
+        server, port = await media.listen(lambda: end.link, "127.0.0.1")
+        try:
+            return await run(end, port)
+        finally:
+            end.link.close()
+            server.close()
+            await server.wait_closed()
+
+    return asyncio.run(main())
+
+
+async def _connect(port: int) -> End:
+    end = End()
+    await asyncio.get_running_loop().create_connection(lambda: end.link, "127.0.0.1", port)
+    return end
+
+
+def test_messages_arrive_in_order_and_a_close_says_why() -> None:
+    async def run(server: End, port: int) -> None:
+        client = await _connect(port)
+        for number in range(50):
+            client.link.send(Kind.FRAME, str(number).encode())
+        client.link.close(SessionLost("so long"))
+        await asyncio.wait_for(server.lost.wait(), 5)
+        assert server.messages[:50] == [(Kind.FRAME, str(number).encode()) for number in range(50)]
+        kind, payload = server.messages[50]
+        assert kind is Kind.CLOSE
+        assert str(media.unpack_error(payload)) == "so long"
+        client.link.send(Kind.FRAME, b"")  # after the end: nothing happens
+        client.link.close()
+
+    _with_server(run)
+
+
+def test_messages_may_come_in_any_pieces() -> None:
+    async def run(server: End, port: int) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        stream = b"".join(
+            struct.pack("<IB", 1 + len(body), Kind.FRAME) + body for body in (b"", b"a", b"b" * 9_000, b"c")
+        )
+        for start in range(0, len(stream), 997):
+            writer.write(stream[start : start + 997])
+            await writer.drain()
+            await asyncio.sleep(0)
+        await server.until(4)
+        assert [payload for _, payload in server.messages] == [b"", b"a", b"b" * 9_000, b"c"]
+        writer.close()
+        await asyncio.wait_for(server.lost.wait(), 5)
+
+    _with_server(run)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        struct.pack("<I", 0),
+        struct.pack("<I", media.MESSAGE_LIMIT + 1),
+        struct.pack("<IB", 1, 99),
+        struct.pack("<IB", 7, Kind.FRAME) + b"refuse",
+        b"GET / HTTP/1.1\r\n\r\n",
+    ],
+)
+def test_nonsense_ends_the_connection(nonsense: bytes) -> None:
+    async def run(server: End, port: int) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(nonsense)
+        answer = await asyncio.wait_for(reader.read(), 5)
+        assert Kind(answer[4]) is Kind.CLOSE
+        assert isinstance(media.unpack_error(answer[5:]), ProtocolError)
+        await asyncio.wait_for(server.lost.wait(), 5)
+        assert not server.messages
+        writer.close()
+
+    _with_server(run)
+
+
+def test_a_peer_that_does_not_read_costs_a_bounded_queue() -> None:
+    async def run(server: End, port: int) -> None:
+        silent = socket.create_connection(("127.0.0.1", port))
+        await asyncio.sleep(0.05)
+        for number in range(2_000):
+            server.link.send_frame(Kind.REPLY, struct.pack("<I", number) + bytes(7_700))
+        assert len(server.link._outbox) == OUTBOX_FRAMES
+        assert server.link.dropped > 1_000
+        # When it reads again it gets the newest, in order, and what was dropped is missing in one place.
+        reader, writer = await asyncio.open_connection(sock=silent)
+        numbers = []
+        while not numbers or numbers[-1] != 1_999:
+            head = await asyncio.wait_for(reader.readexactly(9), 5)
+            numbers.append(struct.unpack_from("<I", head, 5)[0])
+            await reader.readexactly(7_700)
+        assert numbers == sorted(set(numbers))
+        assert numbers[-OUTBOX_FRAMES:] == list(range(2_000 - OUTBOX_FRAMES, 2_000))
+        assert len(numbers) + server.link.dropped == 2_000
+        writer.close()
+
+    _with_server(run)
+
+
+def test_a_peer_that_does_not_read_is_cut_off_on_close() -> None:
+    async def run(server: End, port: int) -> None:
+        silent = socket.create_connection(("127.0.0.1", port))
+        await asyncio.sleep(0.05)
+        for _ in range(2_000):
+            server.link.send_frame(Kind.REPLY, bytes(7_700))
+        server.link.close()
+        await asyncio.wait_for(server.lost.wait(), 1)
+        silent.close()
+
+    _with_server(run)
+
+
+def test_a_dead_machine_is_noticed_within_seconds() -> None:
+    """Its packets just stop coming; the kernel is told to give up after PEER_GONE_S."""
+
+    async def run(server: End, port: int) -> None:
+        client = await _connect(port)
+        assert client.link._transport is not None
+        sock = client.link._transport.get_extra_info("socket")
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1_000 * media.PEER_GONE_S
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        idle = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+        every = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL)
+        count = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT)
+        assert idle + every * count <= media.PEER_GONE_S + 1
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        client.link.close()
+
+    _with_server(run)
+
+
+def test_listening_takes_the_first_free_port_of_a_range() -> None:
+    async def run(server: End, port: int) -> None:
+        second, found = await media.listen(lambda: End().link, "127.0.0.1", port, port + 20)
+        assert port < found <= port + 20
+        second.close()
+        with pytest.raises(OSError, match="in use"):
+            await media.listen(lambda: End().link, "127.0.0.1", port, port)
+
+    _with_server(run)
