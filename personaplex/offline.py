@@ -30,6 +30,7 @@ from personaplex.text import Tokenizer
 from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, save_voice
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+_TOY_DIM = 256  # below this, handing work to a second thread costs more than it saves
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,6 +66,8 @@ def _run(options: argparse.Namespace) -> Report:
     )
     tokenizer = Tokenizer(checkpoint.tokenizer, size=checkpoint.config.lm.text_card)
     library = VoiceLibrary(checkpoint.config.lm, checkpoint.voices)
+    if device.type == "cpu" and checkpoint.config.lm.temporal.dim < _TOY_DIM:
+        torch.set_num_threads(1)
     slots = min(options.batch_size, len(jobs))
     model = load_model(
         checkpoint,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import wave
 from pathlib import Path
 
@@ -73,8 +74,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     wav.write_wav(tmp_path / "a.wav", tone(100, 24_000), 24_000)
     before = (tmp_path / "a.wav").read_bytes()
 
-    def interrupted(file: object, *args: object, **kwargs: object) -> None:
-        file.write(b"half")  # type: ignore[attr-defined]
+    def interrupted(file: int, *args: object, **kwargs: object) -> None:
+        os.write(file, b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(soundfile, "write", interrupted)

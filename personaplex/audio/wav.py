@@ -1,4 +1,8 @@
-"""Sound files in and out, and resampling."""
+"""Sound files in and out, and resampling.
+
+libsndfile gets file descriptors, not Python files: it would call back into those, and a Ctrl-C that falls
+into such a call is swallowed, with half the file read or written.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ def read_wav(path: str | os.PathLike[str]) -> tuple[Pcm, int]:
     """
     try:
         with open(path, "rb") as file:
-            pcm, rate = soundfile.read(file, dtype="float32", always_2d=True)
+            pcm, rate = soundfile.read(file.fileno(), dtype="float32", always_2d=True, closefd=False)
     except (soundfile.LibsndfileError, RuntimeError) as error:
         raise BadAudio("the file cannot be read as audio") from error
     if not pcm.size:
@@ -36,7 +40,8 @@ def read_wav(path: str | os.PathLike[str]) -> tuple[Pcm, int]:
 def write_wav(path: str | os.PathLike[str], pcm: Pcm, rate: int) -> None:
     """Writes [samples] or [channels, samples] as 16-bit PCM, clipped to [-1, 1], all of it or nothing."""
     with replacing(path) as part, part.open("xb") as file:
-        soundfile.write(file, np.clip(pcm.T, -1.0, 1.0), rate, format="WAV", subtype="PCM_16")
+        clipped = np.clip(pcm.T, -1.0, 1.0)
+        soundfile.write(file.fileno(), clipped, rate, format="WAV", subtype="PCM_16", closefd=False)
 
 
 def resample(pcm: Pcm, rate: int, target: int) -> Pcm:
