@@ -61,7 +61,9 @@ def engine(slots: int, net: Model | None = None, **config: int) -> Engine:
     return Engine(net or model(), library(), tokenizer(), EngineConfig(slots=slots, **config))  # type: ignore[arg-type]
 
 
-def speak(machine: Engine, frames: int, persona: Persona = PERSONAS[0], voice: Voice | None = None) -> NDArray:
+def speak(
+    machine: Engine, frames: int, persona: Persona = PERSONAS[0], voice: Voice | None = None
+) -> NDArray:
     """One session alone: its tokens [frames, 17]."""
     slot = machine.open(persona, voice)
     out = []
@@ -310,7 +312,9 @@ def test_long_conversation_stays_exact_to_the_ring_rule() -> None:
     with torch.inference_mode():
         for position in range(script.frames - 1):
             model().lm.transformer.step(
-                model().lm.embed(script.positions[position])[None, None], state.ring, torch.ones(1, dtype=torch.bool)
+                model().lm.embed(script.positions[position])[None, None],
+                state.ring,
+                torch.ones(1, dtype=torch.bool),
             )
         state.tokens[0], state.provided[0], state.offset[0] = script.ring, script.provided, script.frames
         for expected, heard in zip(machine_tokens, codes, strict=True):

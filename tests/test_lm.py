@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from golden import CONFIG, CPU, GOLDEN, arrays, build_lm, difference, model, with_context
-
 from safetensors.torch import load_file
 
 from personaplex.config import SILENCE_CODES, SINE_CODES, STREAMS, USER, EngineConfig, ModelConfig
@@ -167,7 +166,9 @@ def test_stages() -> None:
         layers: dict[int, list[torch.Tensor]] = {0: [], 1: []}
         for index, layer in enumerate(net.transformer.layers):
             finish = layer.finish
-            layer.finish = lambda x, heads, finish=finish, kept=layers[index]: kept.append(finish(x, heads)) or kept[-1]
+            layer.finish = lambda x, heads, finish=finish, kept=layers[index]: (
+                kept.append(finish(x, heads)) or kept[-1]
+            )
         for position in range(x.shape[1]):
             net.transformer.step(x[:, position : position + 1], state.ring, active)
         for index, outputs in layers.items():

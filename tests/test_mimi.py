@@ -21,7 +21,9 @@ CONVOLVED = 2e-5  # limit after convolutions alone
 PCM = 1e-5
 
 
-def stream(mimi: Mimi, wav: torch.Tensor, dec_codes: torch.Tensor, one_by_one: bool) -> dict[str, torch.Tensor]:
+def stream(
+    mimi: Mimi, wav: torch.Tensor, dec_codes: torch.Tensor, one_by_one: bool
+) -> dict[str, torch.Tensor]:
     """Runs both directions frame by frame with a hook after each stage; stages concatenated over time."""
     stages: dict[str, list[torch.Tensor]] = {}
 
@@ -48,7 +50,11 @@ def stream(mimi: Mimi, wav: torch.Tensor, dec_codes: torch.Tensor, one_by_one: b
     for hook in hooks:
         hook.remove()
     out = {name: torch.cat(parts, -1) for name, parts in stages.items()} if not one_by_one else {}
-    return out | {"codes": torch.stack(codes, -1), "dequant": torch.stack(dequant, -1), "pcm": torch.cat(pcm, -1)}
+    return out | {
+        "codes": torch.stack(codes, -1),
+        "dequant": torch.stack(dequant, -1),
+        "pcm": torch.cat(pcm, -1),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +158,9 @@ def test_full_size() -> None:
     assert spec.loader is not None
     spec.loader.exec_module(maker)
     lines = (line.split("\t") for line in (folder / "tensors-mimi.txt").read_text().splitlines())
-    weights = {name: torch.from_numpy(maker.value(name, tuple(json.loads(shape)))) for name, shape, _ in lines}
+    weights = {
+        name: torch.from_numpy(maker.value(name, tuple(json.loads(shape)))) for name, shape, _ in lines
+    }
     mimi = Mimi(PRESET_7B.mimi)
     mimi.load_state_dict(weights, strict=True, assign=True)
     mimi.prepare()

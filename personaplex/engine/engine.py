@@ -1,8 +1,9 @@
 """The engine: N slots over one model, one tick at a time.
 
-`step()` is its only clock. A slot is admitted with a persona, primed (its prompt prefilled in bounded chunks),
-then takes one frame and gives one frame a tick until it is closed. The same engine serves one session and many,
-on a CPU or a GPU. Not thread-safe: one thread owns it. Frames go in and out as numpy arrays.
+`step()` is its only clock. A slot is admitted with a persona, primed (its prompt prefilled in bounded
+chunks), then takes one frame and gives one frame a tick until it is closed. The same engine serves one
+session and many, on a CPU or a GPU. Not thread-safe: one thread owns it. Frames go in and out as numpy
+arrays.
 """
 
 from __future__ import annotations
@@ -73,7 +74,9 @@ class _Seat:
 class Engine:
     """Serves `config.slots` sessions with one model."""
 
-    def __init__(self, model: Model, voices: VoiceLibrary, tokenizer: Tokenizer, config: EngineConfig) -> None:
+    def __init__(
+        self, model: Model, voices: VoiceLibrary, tokenizer: Tokenizer, config: EngineConfig
+    ) -> None:
         self.slots = config.slots
         self._model, self._voices, self._tokenizer, self._config = model, voices, tokenizer, config
         self._width = 1 if model.device.type == "cuda" else 2  # see layers.linear: a lone row costs a copy
@@ -102,7 +105,9 @@ class Engine:
         voice = voice or self._voices.get(persona.voice)
         text = self._tokenizer.encode_prompt(persona.text_prompt)
         if len(text) > self._config.prompt_tokens:
-            raise PromptTooLong(f"the role text has {len(text)} tokens, at most {self._config.prompt_tokens} fit")
+            raise PromptTooLong(
+                f"the role text has {len(text)} tokens, at most {self._config.prompt_tokens} fit"
+            )
         script = compose(voice, text, self._model.config.lm)
         if not self._vacant:
             raise NoCapacity(f"all {self.slots} slots are taken")
@@ -110,7 +115,9 @@ class Engine:
         slot = Slot(index, self._generations[index])
         self._state.reset(index)
         self._state.sampling.write(index, persona.sampling)
-        self._seats[index] = _Seat(slot, persona.sampling, script, voice.digest, PieceDecoder(self._tokenizer))
+        self._seats[index] = _Seat(
+            slot, persona.sampling, script, voice.digest, PieceDecoder(self._tokenizer)
+        )
         self._waiting.append(slot)
         return slot
 

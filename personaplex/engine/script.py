@@ -1,8 +1,8 @@
 """From a persona to the frames a slot consumes before it goes live.
 
 A prompt is voice frames, silence, the role text one token a frame, silence; the agent's stream carries the
-voice's codes and then silence, the user's stream a sine. `Script` holds what the network reads of it: positions
-0..P-2 to prefill and the token ring as it stands when frame P is about to be generated.
+voice's codes and then silence, the user's stream a sine. `Script` holds what the network reads of it:
+positions 0..P-2 to prefill and the token ring as it stands when frame P is about to be generated.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Script:
     """A prompt of P frames, ready to prefill; all tensors on the CPU.
 
     `positions` [P - 1, 17] are the network's inputs; of these the first `prefix` belong to the voice, and
-    `embeddings` [prefix, dim] stands for them when the voice came as embeddings. `ring` [17, 4] and `provided`
-    [17, 4] are the token ring after the prompt.
+    `embeddings` [prefix, dim] stands for them when the voice came as embeddings. `ring` [17, 4] and
+    `provided` [17, 4] are the token ring after the prompt.
     """
 
     frames: int
@@ -52,7 +52,7 @@ class Script:
     provided: Tensor
 
     def inputs(self, lm: LM, start: int, stop: int) -> Tensor:
-        """The network's input embeddings [1, T, dim] at positions start..stop-1, all of them voice or none."""
+        """Input embeddings [1, T, dim] at positions start..stop-1, voice or rest, not both."""
         if self.embeddings is not None and start < self.prefix:
             assert stop <= self.prefix
             return self.embeddings[start:stop].to(lm.device, lm.dtype)[None]
@@ -95,8 +95,8 @@ def lay_out(frames: Tensor, config: LMConfig) -> Tensor:
 def token_ring(frames: Tensor, positions: Tensor) -> Tensor:
     """The token ring [17, 4] after P frames [17, P], laid out as positions [P, 17].
 
-    Column P holds the last frame's delayed codes; its other cells are those of four frames before, as stepping
-    would have left them.
+    Column P holds the last frame's delayed codes; its other cells are those of four frames before, as
+    stepping would have left them.
     """
     count = positions.shape[0]
     ring = torch.full((STREAMS, RING_COLUMNS), UNGENERATED)
@@ -117,7 +117,7 @@ def encode_voice(model: Model, waveform: Tensor) -> Tensor:
 
 
 def embed_voice(lm: LM, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """codes [8, F] of a voice -> what a voice file keeps of it: embeddings [F - 1, dim], token ring [17, 4]."""
+    """codes [8, F] of a voice -> what a voice file keeps: embeddings [F - 1, dim], token ring [17, 4]."""
     frames = _frames(torch.full((codes.shape[1],), TEXT_PAD), codes)
     positions = lay_out(frames, lm.config)
     with torch.inference_mode():

@@ -25,13 +25,14 @@ class StepOutput:
 
 
 def step(model: Model, state: EngineState, pcm: Tensor, active: Tensor, caps: Caps) -> StepOutput:
-    """pcm [N, 1920] float32 of the users, active [N] bool -> the agents' frames; the state moves on in place."""
+    """pcm [N, 1920] float32 of the users, active [N] bool -> the agents' frames; moves `state` on."""
     codes = mimi.encode(model.mimi, state.mimi.encoder, pcm, active)
     tokens = torch.zeros(pcm.shape[0], STREAMS, dtype=torch.int64, device=pcm.device)
     given = torch.zeros_like(tokens, dtype=torch.bool)
     tokens[:, USER] = codes
     given[:, USER] = True
     out = lm.step(model.lm, state.lm, LMInputs(tokens, given), state.sampling, active, caps, CODEBOOKS)
-    agent = out.tokens[:, AGENT].clamp(0, model.config.lm.card - 1)  # rows that are not valid may hold markers
+    # rows that are not valid may hold markers, which no codebook has
+    agent = out.tokens[:, AGENT].clamp(0, model.config.lm.card - 1)
     frame = mimi.decode(model.mimi, state.mimi.decoder, agent, out.valid)
     return StepOutput(frame, out.tokens, codes, out.valid)

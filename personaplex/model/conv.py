@@ -1,7 +1,8 @@
 """Streaming convolutions: each call takes whole frames and a tail of the last call's columns.
 
-Modules keep the checkpoint's names. A convolution of kernel K and stride S keeps its last K - S input columns;
-a transposed one (K = 2 S throughout this model) keeps the right half of its last output, without bias.
+Modules keep the checkpoint's names. A convolution of kernel K and stride S keeps its last K - S input
+columns; a transposed one (K = 2 S throughout this model) keeps the right half of its last output, without
+bias.
 """
 
 from __future__ import annotations
@@ -20,14 +21,33 @@ def commit(target: Tensor, new: Tensor, active: Tensor | None) -> None:
     target.copy_(new)
 
 
+class _Conv(nn.Module):
+    """One level of names around a convolution, as in the checkpoint."""
+
+    def __init__(self, conv: nn.Conv1d) -> None:
+        super().__init__()
+        self.conv = conv
+
+
+class _ConvTranspose(nn.Module):
+    def __init__(self, convtr: nn.ConvTranspose1d) -> None:
+        super().__init__()
+        self.convtr = convtr
+
+
+class _NestedConvTranspose(nn.Module):
+    def __init__(self, convtr: _ConvTranspose) -> None:
+        super().__init__()
+        self.convtr = convtr
+
+
 class Conv(nn.Module):
     """Causal convolution; weight [out, in, K] under `conv.conv`."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = True) -> None:
         super().__init__()
         self.inputs, self.stride, self.tail = inputs, stride, kernel - stride
-        self.conv = nn.Module()
-        self.conv.conv = nn.Conv1d(inputs, outputs, kernel, stride, bias=bias)
+        self.conv = _Conv(nn.Conv1d(inputs, outputs, kernel, stride, bias=bias))
 
     def forward(self, x: Tensor, tail: Tensor | None, active: Tensor | None) -> Tensor:
         """x [N, in, T] -> [N, out, T / stride]; tail [N, in, K - S] is read and renewed."""
@@ -46,14 +66,14 @@ class ConvTranspose(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.outputs, self.stride = outputs, stride
-        self.convtr = nn.Module()
-        self.convtr.convtr = nn.ConvTranspose1d(inputs, outputs, 2 * stride, stride)
+        self.convtr = _ConvTranspose(nn.ConvTranspose1d(inputs, outputs, 2 * stride, stride))
 
     def prepare(self) -> None:
         """A transposed convolution with K = 2 S is one matrix product whose halves overlap by one step."""
         inner = self.convtr.convtr
         weight = inner.weight.detach()  # [in, out, 2 S]
         self.register_buffer("matrix", weight.reshape(weight.shape[0], -1).t(), persistent=False)
+        assert inner.bias is not None
         self.bias = nn.Parameter(inner.bias.detach(), requires_grad=False)
         del self.convtr
 
@@ -87,9 +107,8 @@ class Upsample(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.convtr = nn.Module()
-        self.convtr.convtr = nn.Module()
-        self.convtr.convtr.convtr = nn.ConvTranspose1d(dim, dim, 4, 2, groups=dim, bias=False)
+        inner = nn.ConvTranspose1d(dim, dim, 4, 2, groups=dim, bias=False)
+        self.convtr = _NestedConvTranspose(_ConvTranspose(inner))
 
     def forward(self, x: Tensor, tail: Tensor, active: Tensor | None) -> Tensor:
         """x [N, dim, 1] -> [N, dim, 2]; tail [N, dim, 1] = the column before."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
-from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm
+from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm, Stack
 
 
 class DepthLayer(nn.Module):
@@ -22,7 +22,7 @@ class DepthLayer(nn.Module):
         self.self_attn = Attention(config, steps)
         self.norm1 = RMSNorm(config.dim)
         self.norm2 = RMSNorm(config.dim)
-        self.gating = nn.ModuleList(GatedFeedForward(config.dim, config.hidden) for _ in range(steps))
+        self.gating = Stack(GatedFeedForward(config.dim, config.hidden) for _ in range(steps))
 
     def prepare(self) -> None:
         for part in (self.norm1, self.self_attn, self.norm2, *self.gating):
@@ -33,7 +33,7 @@ class Depth(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(DepthLayer(config) for _ in range(config.layers))
+        self.layers = Stack(DepthLayer(config) for _ in range(config.layers))
 
     def prepare(self) -> None:
         for layer in self.layers:
@@ -52,7 +52,8 @@ class DepthPass:
     def step(self, x: Tensor) -> Tensor:
         """x [N, 1, dim] = input of the next step -> [N, 1, dim].
 
-        The ring holds `context` steps and, being full at the last one, no longer shows the first (see ring.py).
+        The ring holds `context` steps and, being full at the last one, no longer shows the first (see
+        ring.py).
         """
         step, layers = self.done, self.depth.layers
         skip = 1 if step + 1 == self.depth.config.context else 0

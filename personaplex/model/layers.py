@@ -1,18 +1,22 @@
 """The pieces both transformers and the codec are made of: linear maps, norms, rotary positions, feed-forward.
 
-Modules hold weights under the checkpoint's own names; `prepare()` turns freshly loaded weights into the layout
-the steps read. Rows of a batch never influence each other, not even by rounding (see `linear`).
+Modules hold weights under the checkpoint's own names; `prepare()` turns freshly loaded weights into the
+layout the steps read. Rows of a batch never influence each other, not even by rounding (see `linear`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
+
+M = TypeVar("M", bound=nn.Module)
 
 RMS_EPS = 1e-8
 LAYER_NORM_EPS = 1e-5
@@ -46,6 +50,20 @@ def prepare_linear(module: nn.Module, name: str = "weight") -> None:
     setattr(module, name, nn.Parameter(weight, requires_grad=False))
 
 
+class Stack(nn.ModuleList, Generic[M]):
+    """A module list that knows what it holds."""
+
+    def __iter__(self) -> Iterator[M]:
+        return cast("Iterator[M]", super().__iter__())
+
+    def __getitem__(self, index: int) -> M:  # type: ignore[override]
+        return cast("M", super().__getitem__(index))
+
+    if TYPE_CHECKING:
+
+        def __init__(self, modules: Iterable[M]) -> None: ...
+
+
 class Linear(nn.Module):
     """A bias-free linear map; `weight` is [out, in]."""
 
@@ -70,7 +88,9 @@ class Table(nn.Module):
 
     def prepare(self) -> None:
         weight = self.weight.detach()
-        self.weight = nn.Parameter(torch.cat([weight, weight.new_zeros(1, weight.shape[1])]), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.cat([weight, weight.new_zeros(1, weight.shape[1])]), requires_grad=False
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [...] int64 -> [..., dim]; -1 gives zeros, anything lower reads row 0."""
@@ -108,7 +128,9 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig, steps: int = 1) -> None:
         super().__init__()
         self.heads, self.head_dim, self.dim = config.heads, config.head_dim, config.dim
-        self.in_proj_weight = nn.Parameter(torch.empty(steps * 3 * config.dim, config.dim), requires_grad=False)
+        self.in_proj_weight = nn.Parameter(
+            torch.empty(steps * 3 * config.dim, config.dim), requires_grad=False
+        )
         self.out_proj = Linear(config.dim, steps * config.dim)
         self.steps = steps
         self.inputs: list[Tensor] = []

@@ -1,8 +1,8 @@
 """The language model over 17 token streams, and its step.
 
-A session's tokens live in a ring of 4 columns [17, 4]; column n % 4 is being generated in the step whose offset
-is n, its input is column n - 1. Delayed streams (DELAYS) stand one column to the right of their frame. Cells
-that were given, not drawn, are marked `provided`.
+A session's tokens live in a ring of 4 columns [17, 4]; column n % 4 is being generated in the step whose
+offset is n, its input is column n - 1. Delayed streams (DELAYS) stand one column to the right of their frame.
+Cells that were given, not drawn, are marked `provided`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, DELAYS, RING_COLUMNS, STREAMS, UNGENERATED, LMConfig
 from personaplex.model.depth import Depth, DepthPass
-from personaplex.model.layers import Linear, RMSNorm, Table, linear, table_rows
+from personaplex.model.layers import Linear, RMSNorm, Stack, Table, linear, table_rows
 from personaplex.model.ring import Ring
 from personaplex.model.sampling import Caps, Rule, SamplingState, draw, draw_keys
 from personaplex.model.temporal import Temporal
@@ -35,7 +35,10 @@ class LMState:
     def rows(self, start: int, stop: int) -> LMState:
         """The same memory, slots start..stop-1 only."""
         return LMState(
-            self.tokens[start:stop], self.provided[start:stop], self.offset[start:stop], self.ring.rows(start, stop)
+            self.tokens[start:stop],
+            self.provided[start:stop],
+            self.offset[start:stop],
+            self.ring.rows(start, stop),
         )
 
     def reset(self, slot: int) -> None:
@@ -78,16 +81,16 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         temporal, depth = config.temporal, config.depth
-        self.emb = nn.ModuleList(Table(config.card + 1, temporal.dim) for _ in range(2 * CODEBOOKS))
+        self.emb = Stack(Table(config.card + 1, temporal.dim) for _ in range(2 * CODEBOOKS))
         self.text_emb = Table(config.text_card + 1, temporal.dim)
         self.transformer = Temporal(temporal)
         self.out_norm = RMSNorm(temporal.dim)
         self.text_linear = Linear(temporal.dim, config.text_card)
-        self.depformer_in = nn.ModuleList(Linear(temporal.dim, depth.dim) for _ in range(config.depth_steps))
+        self.depformer_in = Stack(Linear(temporal.dim, depth.dim) for _ in range(config.depth_steps))
         self.depformer_text_emb = Table(config.text_card + 1, depth.dim)
-        self.depformer_emb = nn.ModuleList(Table(config.card + 1, depth.dim) for _ in range(config.depth_steps - 1))
+        self.depformer_emb = Stack(Table(config.card + 1, depth.dim) for _ in range(config.depth_steps - 1))
         self.depformer = Depth(depth)
-        self.linears = nn.ModuleList(Linear(depth.dim, config.card) for _ in range(config.depth_steps))
+        self.linears = Stack(Linear(depth.dim, config.card) for _ in range(config.depth_steps))
 
     def prepare(self) -> None:
         """Derives what the steps read; call once, after the weights are loaded."""
@@ -102,7 +105,9 @@ class LM(nn.Module):
         for part in (self.out_norm, self.text_linear, *self.linears):
             part.prepare()
         self.depth_inputs = Linear(self.config.temporal.dim, self.config.depth_steps * self.config.depth.dim)
-        self.depth_inputs.weight = nn.Parameter(torch.cat([m.weight for m in self.depformer_in]), requires_grad=False)
+        self.depth_inputs.weight = nn.Parameter(
+            torch.cat([m.weight for m in self.depformer_in]), requires_grad=False
+        )
         self.depth_inputs.prepare()
         del self.depformer_in
         self.requires_grad_(False)
@@ -156,10 +161,11 @@ def step(
     caps: Caps,
     depth_steps: int,
 ) -> LMOutput:
-    """One frame for every active slot (active [N] bool); `depth_steps` 8 when all user codes are given, else 16.
+    """One frame for every active slot (active [N] bool); `depth_steps` 8 when all user codes are given, else
+    16.
 
-    With offset n: the given tokens enter column n (+ delay), the network reads column n - 1, draws column n, and
-    frame n - 1 comes out whole. The step at n = 0 runs nothing and the frame given to it is lost.
+    With offset n: the given tokens enter column n (+ delay), the network reads column n - 1, draws column n,
+    and frame n - 1 comes out whole. The step at n = 0 runs nothing and the frame given to it is lost.
     """
     n = state.offset
     frame_columns = (n[:, None] + lm.delays) % RING_COLUMNS
@@ -209,7 +215,9 @@ def _read(ring: Tensor, columns: Tensor) -> Tensor:
 
 
 def _write(state: LMState, columns: Tensor, tokens: Tensor, where: Tensor) -> None:
-    """Puts tokens [N, 17] at columns [N, 17] of the token ring and marks them provided, where `where` [N, 17]."""
+    """Puts tokens [N, 17] at columns [N, 17] of the token ring and marks them provided, where `where` [N,
+    17].
+    """
     index = columns[..., None]
     kept = torch.where(where, tokens, _read(state.tokens, columns))
     state.tokens.scatter_(2, index, kept[..., None])

@@ -17,7 +17,7 @@ from personaplex.config import CODEBOOKS, FRAME_SIZE, MimiConfig, TransformerCon
 from personaplex.model import ring as rings
 from personaplex.model import seanet
 from personaplex.model.conv import Downsample, Upsample
-from personaplex.model.layers import LAYER_NORM_EPS, Attention, Linear, angles
+from personaplex.model.layers import LAYER_NORM_EPS, Attention, Linear, Stack, angles
 from personaplex.model.ring import Ring, Window
 from personaplex.model.rvq import SplitQuantizer
 
@@ -34,7 +34,9 @@ class CodecState:
 
     def rows(self, start: int, stop: int) -> CodecState:
         """The same memory, slots start..stop-1 only."""
-        return CodecState([t[start:stop] for t in self.tails], self.resample[start:stop], self.ring.rows(start, stop))
+        return CodecState(
+            [t[start:stop] for t in self.tails], self.resample[start:stop], self.ring.rows(start, stop)
+        )
 
     def reset(self, slot: int) -> None:
         for tail in self.tails:
@@ -88,11 +90,16 @@ class MimiLayer(nn.Module):
         return x + self.layer_scale_2.scale * self.linear2(F.gelu(self.linear1(self.norm2(x))))
 
 
+class _Layers(nn.Module):
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.layers = Stack(MimiLayer(config) for _ in range(config.layers))
+
+
 class MimiTransformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.transformer = nn.Module()
-        self.transformer.layers = nn.ModuleList(MimiLayer(config) for _ in range(config.layers))
+        self.transformer = _Layers(config)
         self.config = config
 
     def prepare(self) -> None:

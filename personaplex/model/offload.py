@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from personaplex.config import LMConfig
 from personaplex.errors import CheckpointError
-from personaplex.model.layers import Attention, Linear
+from personaplex.model.layers import Attention, Linear, Stack
 from personaplex.model.lm import LM
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def place(lm: LM, device: torch.device, budget: int) -> int:
     CheckpointError when not even the former fits.
     """
     layers = list(lm.transformer.layers)
-    lm.transformer.layers = nn.ModuleList()
+    lm.transformer.layers = Stack([])
     budget -= resident_bytes(lm)
     if budget < 0:
         raise CheckpointError("the GPU is too small for this model even with --cpu-offload: try --device cpu")
@@ -42,7 +42,7 @@ def place(lm: LM, device: torch.device, budget: int) -> int:
         else:
             staying += 1
             _pin(layer, device)
-    lm.transformer.layers = nn.ModuleList(layers)
+    lm.transformer.layers = Stack(layers)
     if staying:
         log.info("%d of %d temporal layers stay in host memory", staying, len(layers))
     return staying

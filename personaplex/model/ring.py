@@ -1,11 +1,11 @@
 """Ring caches of keys and values, and attention over what each slot has filled.
 
-A ring of capacity C keeps position p in column p % C. With E positions written, the reference labels the column
-it would write next as a future one, so a full ring shows its newest C - 1 positions (`visible`). That rule is
-part of the model: trained weights have seen it, codes and tokens depend on it.
+A ring of capacity C keeps position p in column p % C. With E positions written, the reference labels the
+column it would write next as a future one, so a full ring shows its newest C - 1 positions (`visible`). That
+rule is part of the model: trained weights have seen it, codes and tokens depend on it.
 
-Writes may be garbage for slots that do not take part in a step: a step writes at columns nobody reads until the
-slot's own offset moves on.
+Writes may be garbage for slots that do not take part in a step: a step writes at columns nobody reads until
+the slot's own offset moves on.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from personaplex.config import TransformerConfig
 
 @dataclass
 class Ring:
-    """Keys and values of one transformer, [N, layers, heads, C, head_dim] each; offset [N] = positions written."""
+    """Keys and values of one transformer, [N, layers, heads, C, head_dim] each; offset [N] = positions
+    written.
+    """
 
     k: Tensor
     v: Tensor
     offset: Tensor
 
     @classmethod
-    def allocate(cls, config: TransformerConfig, slots: int, device: torch.device, dtype: torch.dtype) -> Ring:
+    def allocate(
+        cls, config: TransformerConfig, slots: int, device: torch.device, dtype: torch.dtype
+    ) -> Ring:
         shape = (slots, config.layers, config.heads, config.context, config.head_dim)
         return cls(
             k=torch.zeros(shape, device=device, dtype=dtype),
@@ -55,8 +59,8 @@ class Ring:
 class Window:
     """What each query of one step may read; made once a step and shared by all layers.
 
-    On a CPU `rows` lists (slot row, filled columns, mask or None) of the slots that take part; elsewhere `mask`
-    [N, 1, T, C] covers all slots at a fixed shape.
+    On a CPU `rows` lists (slot row, filled columns, mask or None) of the slots that take part; elsewhere
+    `mask` [N, 1, T, C] covers all slots at a fixed shape.
     """
 
     columns: Tensor  # [N, T] columns this step writes
@@ -87,13 +91,19 @@ def window(ring: Ring, steps: int, active: Tensor) -> Window:
             plain = steps == 1 and written < capacity
             filled = min(written, capacity)
             one = slice(row, row + 1)
-            mask = None if plain else visible(ring.offset[one] + steps, positions[one], capacity)[:, None, :, :filled]
+            mask = (
+                None
+                if plain
+                else visible(ring.offset[one] + steps, positions[one], capacity)[:, None, :, :filled]
+            )
             rows.append((row, filled, mask))
     return Window(columns, None, rows)
 
 
 def attend(ring: Ring, layer: int, q: Tensor, k: Tensor, v: Tensor, view: Window) -> Tensor:
-    """Writes k, v of this step into the ring and reads it; q, k, v [N, T, H, head_dim] -> [N, H, T, head_dim]."""
+    """Writes k, v of this step into the ring and reads it; q, k, v [N, T, H, head_dim] -> [N, H, T,
+    head_dim].
+    """
     slots = torch.arange(q.shape[0], device=q.device)[:, None]
     keys, values = ring.k[:, layer], ring.v[:, layer]
     keys.transpose(1, 2)[slots, view.columns] = k
@@ -114,7 +124,9 @@ def past(ring: Ring, slot: int, layer: int, start: int) -> tuple[Tensor, Tensor]
     """Keys and values a prefill from position `start` may still see, oldest first, each [1, H, S, head_dim]."""
     first = max(0, start - ring.capacity + 2)
     columns = torch.arange(first, start, device=ring.k.device) % ring.capacity
-    return ring.k[slot, layer].index_select(1, columns)[None], ring.v[slot, layer].index_select(1, columns)[None]
+    return ring.k[slot, layer].index_select(1, columns)[None], ring.v[slot, layer].index_select(1, columns)[
+        None
+    ]
 
 
 def prefill_mask(start: int, steps: int, capacity: int, device: torch.device) -> Tensor | None:

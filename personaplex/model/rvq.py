@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, MimiConfig
-from personaplex.model.layers import column_major, linear
+from personaplex.model.layers import Stack, column_major, linear
 
 USAGE_FLOOR = 1e-5
 
@@ -30,6 +30,18 @@ class Codebook(nn.Module):
         return self.embedding_sum / self.cluster_usage.clamp(min=USAGE_FLOOR)[:, None]
 
 
+class _Level(nn.Module):
+    def __init__(self, config: MimiConfig) -> None:
+        super().__init__()
+        self._codebook = Codebook(config.bins, config.codebook_dim)
+
+
+class _Levels(nn.Module):
+    def __init__(self, config: MimiConfig, layers: int) -> None:
+        super().__init__()
+        self.layers = Stack(_Level(config) for _ in range(layers))
+
+
 class Quantizer(nn.Module):
     """One side: projections without bias around a residual chain of codebooks."""
 
@@ -41,18 +53,15 @@ class Quantizer(nn.Module):
         self.used = used
         self.input_proj = nn.Conv1d(config.dim, config.codebook_dim, 1, bias=False)
         self.output_proj = nn.Conv1d(config.codebook_dim, config.dim, 1, bias=False)
-        self.vq = nn.Module()
-        self.vq.layers = nn.ModuleList()
-        for _ in range(layers):
-            level = nn.Module()
-            level._codebook = Codebook(config.bins, config.codebook_dim)
-            self.vq.layers.append(level)
+        self.vq = _Levels(config, layers)
 
     def prepare(self) -> None:
         """Derives the vectors of the used levels, [used, bins, dim], and drops the sums of all."""
-        vectors = [level.get_submodule("_codebook").vectors() for level in list(self.vq.layers)[: self.used]]
-        self.register_buffer("vectors", torch.stack(vectors), persistent=False)
-        self.register_buffer("half_norms", self.vectors.double().square().sum(-1).float() / 2, persistent=False)
+        vectors = [level._codebook.vectors() for level in self.vq.layers]
+        self.register_buffer("vectors", torch.stack(vectors[: self.used]), persistent=False)
+        self.register_buffer(
+            "half_norms", self.vectors.double().square().sum(-1).float() / 2, persistent=False
+        )
         self.matrices = [column_major(level) for level in self.vectors]
         self.matrix_in = column_major(self.input_proj.weight.detach()[:, :, 0])
         self.matrix_out = column_major(self.output_proj.weight.detach()[:, :, 0])

@@ -22,7 +22,9 @@ _UNIFORM_BITS = 23  # (x + 1/2) / 2**23 is exact in float32 and never 0 or 1
 
 @dataclass
 class SamplingState:
-    """The rules of N slots, each [N]. `caps` = most candidates any slot asks for: (text, audio), 0 = all greedy."""
+    """The rules of N slots, each [N]. `caps` = most candidates any slot asks for: (text, audio), 0 = all
+    greedy.
+    """
 
     text_temperature: Tensor
     text_topk: Tensor
@@ -69,8 +71,8 @@ class Caps:
 class Rule:
     """How all slots of one step draw from one vocabulary; made once a step.
 
-    `scale` [N, 1] divides the logits, `kept` [N, cap] says which of the cap largest are in, `greedy` [N] whether
-    the largest simply wins.
+    `scale` [N, 1] divides the logits, `kept` [N, cap] says which of the cap largest are in, `greedy` [N]
+    whether the largest simply wins.
     """
 
     cap: int
@@ -114,7 +116,9 @@ def draw_keys(state: SamplingState, steps: Tensor, draws: int) -> Tensor:
 
 
 def exponential(keys: Tensor, tokens: Tensor) -> Tensor:
-    """Exponential(1) noise [N, c] for keys [N] and token ids [N, c]: splitmix64 from each key, token by token."""
+    """Exponential(1) noise [N, c] for keys [N] and token ids [N, c]: splitmix64 from each key, token by
+    token.
+    """
     bits = _mix(keys[:, None] + tokens * _GOLDEN) & (2**_UNIFORM_BITS - 1)
     return -((bits.float() + 0.5) / 2**_UNIFORM_BITS).log()
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
 from personaplex.model import ring as rings
-from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm, angles
+from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm, Stack, angles
 from personaplex.model.ring import Ring
 
 
@@ -36,14 +36,16 @@ class Temporal(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(TemporalLayer(config) for _ in range(config.layers))
+        self.layers = Stack(TemporalLayer(config) for _ in range(config.layers))
 
     def prepare(self) -> None:
         for layer in self.layers:
             layer.prepare()
 
     def step(self, x: Tensor, ring: Ring, active: Tensor) -> Tensor:
-        """x [N, 1, dim], one position a slot -> [N, 1, dim] before the last norm; offsets move for active slots."""
+        """x [N, 1, dim], one position a slot -> [N, 1, dim] before the last norm; offsets move for active
+        slots.
+        """
         view = rings.window(ring, 1, active)
         turn = angles(self.config, ring.offset[:, None])
         for index, layer in enumerate(self.layers):
