@@ -6,7 +6,7 @@ MODEL ?= tiny
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install serve test check format clean
+.PHONY: install serve test test-browser check format clean
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ serve: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# The web page in a headless Chromium, which this needs and does not install.
+test-browser: install
+	$(BIN)/python -m pytest -m browser tests/test_page.py
 
 check: install
 	$(BIN)/ruff check .

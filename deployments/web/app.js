@@ -92,8 +92,9 @@ function chatUrl() {
 }
 
 function connect() {
-  if (!$("persona").reportValidity()) {
-    document.querySelector("details").open = true;
+  if (!$("persona").checkValidity()) {
+    document.querySelector("details").open = true; // a browser cannot point at a field that is folded away
+    $("persona").reportValidity();
     return;
   }
   complain(null);

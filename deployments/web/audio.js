@@ -13,7 +13,8 @@ const ENCODING = {
 };
 const DECODING = { codec: "opus", sampleRate: SAMPLE_RATE, numberOfChannels: 1 };
 
-const MICROPHONE_ERRORS = {
+const OPENING_ERRORS = {
+  AbortError: "The service cannot be reached.", // for the worklet's module
   NotAllowedError: "The microphone was refused. Allow it for this page in your browser, then connect again.",
   NotFoundError: "No microphone was found. Plug one in, then connect again.",
   NotReadableError: "The microphone cannot be used; another program may hold it.",
@@ -67,7 +68,7 @@ export class Sound {
       await this.#context.resume();
     } catch (error) {
       await this.close();
-      throw new Error(MICROPHONE_ERRORS[error.name] ?? `The sound could not be started: ${error.message}`);
+      throw new Error(OPENING_ERRORS[error.name] ?? `The sound could not be started: ${error.message}`);
     }
     const failed = (error) => this.#handlers.failed(`The speech codec failed: ${error.message}`);
     this.#encoder = new AudioEncoder({ output: (chunk) => this.#encoded(chunk), error: failed });

@@ -1,0 +1,152 @@
+"""A headless Chromium driven by its DevTools protocol: as much of it as the page's tests need."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from websockets.sync.client import ClientConnection, connect
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = """
+--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+--disable-component-update --disable-sync --use-fake-device-for-media-stream --mute-audio
+--autoplay-policy=user-gesture-required --remote-debugging-port=0
+"""
+START_TIMEOUT_S = 20.0
+REPLY_TIMEOUT_S = 15.0
+
+
+class PageError(AssertionError):
+    """A script in the page threw."""
+
+
+class Chromium:
+    """One browser with one tab. `microphone` False lets the page be refused it."""
+
+    def __init__(self, *, microphone: bool = True, flags: tuple[str, ...] = ()) -> None:
+        program = next(filter(None, map(shutil.which, NAMES)), None)
+        if program is None:
+            raise FileNotFoundError(f"the browser tests need a Chromium: one of {', '.join(NAMES)}")
+        self._folder = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
+        ask = ["--use-fake-ui-for-media-stream"] if microphone else ["--deny-permission-prompts"]
+        self.console: list[str] = []  # what the page complained of
+        self._ids = 0
+        self._command = [program, *FLAGS.split(), *ask, *flags, f"--user-data-dir={self._folder.name}"]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connections = contextlib.ExitStack()
+        self._socket: ClientConnection | None = None
+
+    def __enter__(self) -> Chromium:
+        silent = subprocess.DEVNULL
+        self._process = subprocess.Popen([*self._command, "about:blank"], stdout=silent, stderr=silent)
+        try:
+            connection = connect(self._find_tab(), max_size=None, proxy=None)
+            self._socket = self._connections.enter_context(connection)
+            for domain in ("Page", "Runtime", "Log"):
+                self.call(f"{domain}.enable")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._connections.close()
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(10)
+        self._folder.cleanup()
+
+    def open(self, url: str) -> None:
+        """Loads `url` and waits for its scripts."""
+        self.call("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete'")
+
+    def run(self, script: str) -> Any:
+        """The value of a JavaScript expression, promises awaited, as if the user had just clicked."""
+        reply = self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True
+        )
+        if "exceptionDetails" in reply:
+            details = reply["exceptionDetails"]
+            raise PageError(details.get("exception", {}).get("description", details["text"]))
+        return reply["result"].get("value")
+
+    def wait(self, condition: str, timeout_s: float = 10.0) -> None:
+        """Until a JavaScript expression is true."""
+        end = time.monotonic() + timeout_s
+        while not self.run(condition):
+            if time.monotonic() > end:
+                raise AssertionError(f"not within {timeout_s:g} s: {condition}; console: {self.console}")
+            time.sleep(0.02)
+
+    def text(self, selector: str) -> str:
+        return str(self.run(f"document.querySelector({json.dumps(selector)}).textContent"))
+
+    def screenshot(self, path: Path, width: int = 1_100, height: int = 800, *, dark: bool = False) -> None:
+        """The whole page, at least `height` high."""
+        self.look(width, height, dark=dark)
+        height = max(height, int(self.run("document.documentElement.scrollHeight")))
+        self.look(width, height, dark=dark)
+        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+
+    def look(self, width: int, height: int, *, dark: bool = False) -> None:
+        """Sets window size and colour scheme."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **metrics)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.call("Emulation.setEmulatedMedia", features=[scheme])
+
+    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """One DevTools command."""
+        assert self._socket is not None, "use it in a with block"
+        self._ids += 1
+        self._socket.send(json.dumps({"id": self._ids, "method": method, "params": parameters}))
+        while True:
+            message = json.loads(self._socket.recv(timeout=REPLY_TIMEOUT_S))
+            if message.get("id") == self._ids:
+                if "error" in message:
+                    raise AssertionError(f"{method}: {message['error']}")
+                return dict(message["result"])
+            self._note(message)
+
+    def _note(self, event: dict[str, Any]) -> None:
+        parameters = event.get("params", {})
+        match event.get("method"):
+            case "Runtime.exceptionThrown":
+                details = parameters["exceptionDetails"]
+                self.console.append(details.get("exception", {}).get("description", details["text"]))
+            case "Runtime.consoleAPICalled" if parameters["type"] in ("error", "warning"):
+                self.console.append(" ".join(str(argument.get("value")) for argument in parameters["args"]))
+            case "Log.entryAdded" if parameters["entry"]["level"] == "error":
+                self.console.append(f"{parameters['entry']['text']} {parameters['entry'].get('url', '')}")
+
+    def _find_tab(self) -> str:
+        """Address of the one tab. The browser writes its own into its profile when it listens."""
+        assert self._process is not None
+        file, end = Path(self._folder.name) / "DevToolsActivePort", time.monotonic() + START_TIMEOUT_S
+        while not (file.exists() and len(lines := file.read_text().splitlines()) == 2):
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise AssertionError("Chromium did not start")
+            time.sleep(0.05)
+        base = f"ws://127.0.0.1:{lines[0]}"
+        with connect(base + lines[1], max_size=None, proxy=None) as browser:
+            while True:
+                browser.send(json.dumps({"id": 1, "method": "Target.getTargets"}))
+                targets = json.loads(browser.recv(timeout=REPLY_TIMEOUT_S))["result"]["targetInfos"]
+                tabs = [target["targetId"] for target in targets if target["type"] == "page"]
+                if tabs:
+                    return f"{base}/devtools/page/{tabs[0]}"
+                if time.monotonic() > end:
+                    raise AssertionError("Chromium opened no tab")
+                time.sleep(0.05)
