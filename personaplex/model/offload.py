@@ -1,19 +1,21 @@
 """For a GPU that cannot hold the whole model: part of the temporal layers stays in the host's memory.
 
-Their matrices are pinned there and copied over each time they are used (`layers.linear`), which costs the bus
-about a second for 12 to 25 GB: meant for the offline command, not for live sessions. Results do not change.
+Their matrices are pinned there and copied over each time they are used (`layers.linear`): every frame then
+crosses the bus with them, so this is meant for the offline command, not for live sessions.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from personaplex.config import LMConfig
 from personaplex.errors import CheckpointError
-from personaplex.model.layers import Attention, Linear, Stack
+from personaplex.model.layers import Stack
 from personaplex.model.lm import LM
 
 log = logging.getLogger(__name__)
@@ -56,36 +58,45 @@ def gpu_budget(config: LMConfig, slots: int, device: torch.device, dtype: torch.
     return free - slots * ring - _WORKSPACE
 
 
-def _matrices(module: nn.Module) -> list[Tensor]:
-    """What `prepare` leaves outside of parameters and buffers."""
-    attentions = [m for m in module.modules() if isinstance(m, Attention)]
-    return [w for attention in attentions for w in (*attention.inputs, *attention.outputs)]
-
-
 def resident_bytes(module: nn.Module) -> int:
     """Bytes of a prepared module's weights."""
-    return sum(t.nbytes for t in (*module.parameters(), *module.buffers(), *_matrices(module)))
+    return sum(tensor.nbytes for _, tensor in _tensors(module))
 
 
 def _move(module: nn.Module, device: torch.device) -> None:
-    module.to(device)
-    for attention in (m for m in module.modules() if isinstance(m, Attention)):
-        attention.inputs = [w.to(device) for w in attention.inputs]
-        attention.outputs = [w.to(device) for w in attention.outputs]
+    for put, tensor in _tensors(module):
+        put(tensor.to(device))
 
 
 def _pin(layer: nn.Module, device: torch.device) -> None:
-    """Leaves a layer's matrices on the host, where the device can fetch them; its norms move."""
-    for module in layer.modules():
-        if isinstance(module, Attention):
-            module.inputs = [_pinned(w, device) for w in module.inputs]
-            module.outputs = [_pinned(w, device) for w in module.outputs]
-        elif isinstance(module, Linear):
-            module.weight = nn.Parameter(_pinned(module.weight.detach(), device), requires_grad=False)
-        else:
-            for name, parameter in module.named_parameters(recurse=False):
-                setattr(module, name, nn.Parameter(parameter.detach().to(device), requires_grad=False))
+    """Leaves a layer's matrices on the host, where the device can fetch them; what is small moves."""
+    for put, tensor in _tensors(layer):
+        if tensor.dim() != 2:
+            put(tensor.to(device))
+        elif device.type == "cuda":
+            put(tensor.pin_memory())
 
 
-def _pinned(weight: Tensor, device: torch.device) -> Tensor:
-    return weight.pin_memory() if device.type == "cuda" else weight
+def _tensors(module: nn.Module) -> list[tuple[Callable[[Tensor], None], Tensor]]:
+    """Every tensor a prepared module reads, with a way to replace it.
+
+    `prepare` keeps some as plain attributes and in lists, where torch's own `Module.to` does not look.
+    """
+    found: list[tuple[Callable[[Tensor], None], Tensor]] = []
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            found.append((partial(_set_parameter, part, name), parameter.detach()))
+        for name, buffer in part.named_buffers(recurse=False):
+            found.append((partial(setattr, part, name), buffer))
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                found.append((partial(setattr, part, name), value))
+            elif isinstance(value, list):
+                found += [
+                    (partial(value.__setitem__, i), t) for i, t in enumerate(value) if isinstance(t, Tensor)
+                ]
+    return found
+
+
+def _set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    setattr(module, name, nn.Parameter(value, requires_grad=False))
