@@ -31,7 +31,7 @@ from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, 
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 _TOY_DIM = 256  # below this, handing work to a second thread costs more than it saves
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
