@@ -1,0 +1,69 @@
+"""A step-time table from the bound of memory bandwidth: what no engine can beat, not what one was seen to do.
+
+    python -m benchmarks.bound [--bandwidth 4.3e12] [--output benchmarks/results/steps-example.json]
+
+A tick reads the weights once and each session's keys and values once; a prompt piece reads the weights or is
+bound by arithmetic. Sizes are those of the 7B preset in bf16. Serves planners and the simulated engine until
+a measured table is there; every report that rests on it says "derived".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+WEIGHT_BYTES = 14.75e9  # backbone, text head and 8 depth steps, read once a tick
+POSITION_BYTES = 524_288  # keys and values of one position: 32 layers, 4096 wide, bf16
+PREFILL_FLOPS = 13.2e9  # of one prompt position: the backbone; no depth steps in a prompt
+BANDWIDTH = 4.3e12  # bytes a second a kernel can read on an H200 (4.8e12 on its data sheet)
+ARITHMETIC = 400e12  # FLOP a second, bf16, of a well-kept matrix product
+CONTEXTS = (0, 375, 1_500, 3_000)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 96, 128)
+POSITIONS = (1, 32, 64, 128, 256)
+OUTPUT = Path(__file__).parent / "results" / "steps-example.json"
+
+
+def table(bandwidth: float, arithmetic: float) -> dict[str, Any]:
+    """The table in the format of `personaplex.engine.steptimes`. Milliseconds."""
+    tick = [
+        [1e3 * (WEIGHT_BYTES + batch * context * POSITION_BYTES) / bandwidth for batch in BATCHES]
+        for context in CONTEXTS
+    ]
+    prefill = [
+        1e3 * max(WEIGHT_BYTES / bandwidth, positions * PREFILL_FLOPS / arithmetic) for positions in POSITIONS
+    ]
+    return {
+        "table": "steps",
+        "source": "derived",
+        "note": "Synthetic: the bound of memory bandwidth, (weights + sessions x context x 512 KiB) / "
+        f"{bandwidth:.3g} B/s, written by benchmarks/bound.py. Nothing here was measured.",
+        "machine": {"name": "none", "bandwidth_bytes_per_s": bandwidth, "arithmetic_flop_per_s": arithmetic},
+        "contexts": list(CONTEXTS),
+        "batches": list(BATCHES),
+        "tick_ms": [[round(value, 4) for value in row] for row in tick],
+        "prefill_positions": list(POSITIONS),
+        "prefill_ms": [round(value, 4) for value in prefill],
+    }
+
+
+def text(data: dict[str, Any]) -> str:
+    """The table as it is written to a file."""
+    return json.dumps(data, indent=1) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bandwidth", type=float, default=BANDWIDTH, help="bytes a second")
+    parser.add_argument("--arithmetic", type=float, default=ARITHMETIC, help="FLOP a second")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    options = parser.parse_args()
+    options.output.write_text(text(table(options.bandwidth, options.arithmetic)))
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()

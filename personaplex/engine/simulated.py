@@ -1,0 +1,158 @@
+"""An engine without a model that takes as long as one with: each tick is held for as long as a table says.
+
+For capacity tests where there is no accelerator: queues, routing, scaling and pacing see the timing of real
+hardware, while the slots say back what they hear (`EchoEngine`). The thread sleeps through each tick, as it
+does while a device computes. Keeps the engine's laws on slots, refusals, prompt pieces and cached voices.
+Needs numpy only. The table's `source` says whether its times were measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from personaplex.config import PRESET_7B, SILENCE_FRAMES, EngineConfig
+from personaplex.engine.echo import CHARACTERS_PER_TOKEN, Echo, EchoEngine, Place
+from personaplex.engine.interface import Pcm
+from personaplex.engine.steptimes import StepTimes
+from personaplex.errors import ConfigError
+from personaplex.persona import Persona
+
+VOICE_POSITIONS = 125  # of a released voice: 10 s of speech
+WINDOW = PRESET_7B.lm.temporal.context
+
+
+def prompt_positions(text: str) -> int:
+    """Positions of a prompt behind its voice: the role text between two silences."""
+    return 2 * SILENCE_FRAMES + -(-len(text) // CHARACTERS_PER_TOKEN)
+
+
+@dataclass
+class _Memory:
+    """What one open slot has in its window, in positions."""
+
+    voice: str
+    text: int  # positions behind the voice
+    filled: int = 0
+
+    @property
+    def prompt(self) -> int:
+        return VOICE_POSITIONS + self.text
+
+
+class SimulatedEngine:
+    """See the module; the interface is that of `interface.Stepper`."""
+
+    def __init__(
+        self,
+        times: StepTimes,
+        config: EngineConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Raises ConfigError when `times` does not reach to `config.slots` sessions a step."""
+        if config.slots > times.largest_batch:
+            raise ConfigError(
+                f"slots is {config.slots}, the step-time table ends at {times.largest_batch} sessions a step"
+            )
+        self._echo = EchoEngine(config.slots, config.prompt_tokens)
+        self._times, self._config = times, config
+        self._clock, self._sleep = clock, sleep
+        self._memory: dict[Place, _Memory] = {}
+        self._waiting: deque[Place] = deque()
+        self._fed: list[Place] = []
+        self._voices: OrderedDict[str, None] = OrderedDict()  # cached, the last used last
+        self.voice_hits = 0
+        self.voice_misses = 0
+
+    @property
+    def slots(self) -> int:
+        return self._echo.slots
+
+    @property
+    def free(self) -> int:
+        return self._echo.free
+
+    def admit(self, persona: Persona) -> Place:
+        """Takes the lowest free slot. Raises UnknownVoice, PromptTooLong, NoCapacity."""
+        place = self._echo.admit(persona)
+        self._memory[place] = _Memory(persona.voice, prompt_positions(persona.text_prompt))
+        self._waiting.append(place)
+        return place
+
+    def prime(self) -> Place | None:
+        """Holds for one piece of the oldest waiting prompt; its slot once that was the last piece."""
+        while self._waiting:
+            place = self._waiting[0]
+            memory = self._memory.get(place)
+            if memory is None:  # closed while it waited
+                self._waiting.popleft()
+                continue
+            began = self._clock()
+            piece = self._next_piece(memory)
+            if piece:
+                self._hold(began, self._times.prefill(piece))
+                memory.filled += piece
+            if memory.filled < memory.prompt:
+                return None
+            self._waiting.popleft()
+            return self._echo_ready(place)
+        return None
+
+    def feed(self, slot: Place, frame: Pcm) -> None:
+        self._echo.feed(slot, frame)
+        self._fed.append(slot)
+
+    def step(self) -> list[Echo]:
+        """One tick over the fed slots, as long as the table says for so many with so much to remember."""
+        fed = [self._memory[place] for place in self._fed if place in self._memory]
+        self._fed.clear()
+        if not fed:
+            return []
+        began = self._clock()
+        spoken = self._echo.step()
+        for memory in fed:
+            memory.filled = min(memory.filled + 1, WINDOW)
+        context = sum(memory.filled for memory in fed) / len(fed)
+        self._hold(began, self._times.tick(len(fed), context))
+        return spoken
+
+    def close(self, slot: Place) -> None:
+        """Frees the slot; a slot already closed, or given to someone else since, is left alone."""
+        self._memory.pop(slot, None)
+        self._echo.close(slot)
+
+    def _next_piece(self, memory: _Memory) -> int:
+        """Positions to run next. The voice's part ends a piece and is run once, then copied."""
+        if memory.filled < VOICE_POSITIONS:
+            if memory.filled == 0 and memory.voice in self._voices:
+                self._voices.move_to_end(memory.voice)
+                self.voice_hits += 1
+                memory.filled = VOICE_POSITIONS
+            else:
+                rest = VOICE_POSITIONS - memory.filled
+                if rest <= self._config.prefill_chunk:
+                    self._keep_voice(memory.voice)
+                return min(rest, self._config.prefill_chunk)
+        return min(memory.prompt - memory.filled, self._config.prefill_chunk)
+
+    def _keep_voice(self, voice: str) -> None:
+        self.voice_misses += 1
+        self._voices[voice] = None
+        self._voices.move_to_end(voice)
+        if len(self._voices) > self._config.voice_cache:
+            self._voices.popitem(last=False)
+
+    def _echo_ready(self, place: Place) -> Place:
+        ready = self._echo.prime()
+        assert ready == place, "both engines take prompts in the same order"
+        return place
+
+    def _hold(self, began: float, seconds: float) -> None:
+        """Sleeps until `seconds` after `began`; our own work counts as part of them."""
+        rest = began + seconds - self._clock()
+        if rest > 0:
+            self._sleep(rest)
