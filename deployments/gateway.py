@@ -13,19 +13,14 @@ logged, used as a path or as a metric label.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import dataclasses
 import functools
 import logging
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -36,30 +31,32 @@ from starlette.websockets import WebSocket
 
 import personaplex
 from deployments import logs, metrics
+from deployments.catalogue import prompt_list, voice_list
 from deployments.conversation import Conversation, Services
 from deployments.doors import Doors, Visitor
+from deployments.fleet import Observer
 from deployments.lease import Leases
 from deployments.query import persona_from, read_query
 from deployments.settings import Settings
 from personaplex.errors import ConfigError, NoCapacity
-from personaplex.persona import DEFAULT_VOICE, PROMPTS, Persona
+from personaplex.persona import Persona
 from personaplex.session.core import Limits
 from personaplex.tokenlog import TokenLog
 
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "web"
-DESCRIBE_TIMEOUT_S = 2.0
-DESCRIBE_EVERY_S = 1.0
 
 
 class Gateway:
-    """Made by Serve, one per process, with a handle to the replicas."""
+    """Made by Serve, one per process, with handles to the replicas and to the fleet."""
 
-    def __init__(self, settings: Settings, replicas: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self, settings: Settings, replicas: DeploymentHandle[Any], fleet: DeploymentHandle[Any]
+    ) -> None:
         logs.configure(settings.log_level)
         self._settings = settings
-        self._fleet = Fleet(replicas)
+        self._fleet = Observer(fleet)
         self._metrics = metrics.gateway_metrics()
         self._leases = Leases(
             replicas, queue_limit=settings.queue_limit, queue_timeout_s=settings.queue_timeout_s
@@ -111,10 +108,10 @@ class Gateway:
         return JSONResponse(
             {
                 "version": personaplex.__version__,
-                "model": replicas[0]["model"] if replicas else None,
+                "model": replicas[0].model if replicas else None,
                 "replicas": len(replicas),
-                "slots": sum(replica["slots"] for replica in replicas),
-                "used": sum(replica["used"] for replica in replicas),
+                "slots": sum(replica.slots for replica in replicas),
+                "used": sum(replica.used for replica in replicas),
                 "queued": self._leases.queued,
                 "session_limit_s": self._settings.session_limit_s,
                 "key_needed": self._settings.guarded,
@@ -123,14 +120,13 @@ class Gateway:
 
     async def voices(self, request: Request) -> Response:
         replicas = await self._fleet.describe()
-        names = sorted({voice for replica in replicas for voice in replica["voices"]})
-        return JSONResponse({"voices": names, "default": DEFAULT_VOICE})
+        return JSONResponse(voice_list({voice for replica in replicas for voice in replica.voices}))
 
     async def prompts(self, request: Request) -> Response:
-        return JSONResponse({"prompts": [dataclasses.asdict(prompt) for prompt in PROMPTS.values()]})
+        return JSONResponse(prompt_list())
 
     async def health(self, request: Request) -> Response:
-        up = bool(await self._fleet.describe())
+        up = any(replica.accepting for replica in await self._fleet.describe())
         return JSONResponse({"status": "ok" if up else "no replica"}, status_code=200 if up else 503)
 
     @contextlib.contextmanager
@@ -156,31 +152,3 @@ class Gateway:
             log.save(folder / f"{session}.npz")
         except OSError:
             logger.exception("the tokens of session %s could not be saved", session)
-
-
-class Fleet:
-    """What the replicas say of themselves, asked at most every DESCRIBE_EVERY_S."""
-
-    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
-        self._replicas = replicas
-        self._asking = asyncio.Lock()
-        self._known: list[dict[str, Any]] = []
-        self._asked = float("-inf")
-
-    async def describe(self) -> list[dict[str, Any]]:
-        """One description a replica; [] while there is none."""
-        async with self._asking:
-            if time.monotonic() - self._asked >= DESCRIBE_EVERY_S:
-                self._known = await self._ask()
-                self._asked = time.monotonic()
-            return self._known
-
-    async def _ask(self) -> list[dict[str, Any]]:
-        # A broadcast, since a call of its own would wait in line behind the sessions.
-        try:
-            answers = await self._replicas.broadcast("describe").results_async(
-                timeout_s=DESCRIBE_TIMEOUT_S, return_exceptions=True
-            )
-        except (RayError, RayServeException, TimeoutError, asyncio.TimeoutError):
-            return []
-        return [answer for answer in answers if isinstance(answer, dict)]

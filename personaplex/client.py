@@ -211,7 +211,7 @@ class Conversation:
             self._answered.clear()
 
     def _notice(self, data: Mapping[str, Any]) -> None:
-        if data.get("type") == "queue":
+        if data.get("type") == "queue" and data.get("position"):
             self._inform(f"waiting for a free slot, position {data.get('position')}")
         elif data.get("type") == "session":
             self.report.session = dict(data)

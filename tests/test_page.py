@@ -96,7 +96,7 @@ def test_pages_read_in_the_browser(page: Chromium) -> None:
 def test_voices_and_roles(page: Chromium) -> None:
     assert page.run("[...voice.options].map((option) => option.value)") == list(VOICES)
     assert page.run("voice.value") == "NATF2"
-    assert page.text("#voice-about") == "What NATF2 sounds like."
+    assert page.text("#voice-about") == "Teaches"
     assert page.run("role.value") == PROMPTS["assistant"].text
     choose = "(id, value) => { const list = document.getElementById(id); list.value = value; "
     choose = f"({choose} list.dispatchEvent(new Event('change')); }})"

@@ -224,6 +224,11 @@ def test_too_much_early_audio() -> None:
 def test_queue_positions_are_metadata() -> None:
     core = in_state(OPENING)
     assert sent(core.receive(Queued(3), 1.0)) == [Metadata({"type": "queue", "position": 3})]
+    assert sent(core.receive(LeaseGranted(), 2.0)) == [Metadata({"type": "queue", "position": 0})]
+
+
+def test_who_never_waited_hears_nothing_of_a_queue() -> None:
+    assert in_state(OPENING).receive(LeaseGranted(), 1.0) == []
 
 
 def test_agent_text_is_verbatim_and_never_empty() -> None:
@@ -413,6 +418,7 @@ def test_a_whole_conversation() -> None:
     wire.tell_server(Ready())
     assert wire.out == [
         Notice({"type": "queue", "position": 1}),
+        Notice({"type": "queue", "position": 0}),
         Notice({"type": "session"}),
         Live(),
         Play(b"head"),

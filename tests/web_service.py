@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import socket
 import threading
 from collections.abc import Awaitable, Callable
@@ -27,11 +26,11 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.exceptions import ConnectionClosedOK
 
-from personaplex.persona import PROMPTS, VOICES
+from deployments.catalogue import prompt_list, voice_list
+from personaplex.persona import VOICES
 
 PAGE = Path(__file__).parent.parent / "deployments" / "web"
 INFO = {"model": "echo", "slots": 4, "used": 1, "key_needed": False}
-FAMILIES = {"NATF": "Natural female", "NATM": "Natural male", "VARF": "Varied female", "VARM": "Varied male"}
 
 
 class Socket:
@@ -102,15 +101,10 @@ class WebService:
         return JSONResponse(self._info)
 
     async def _serve_voices(self, request: Request) -> Response:
-        voices = [
-            {"name": name, "family": FAMILIES[name[:4]], "description": f"What {name} sounds like."}
-            for name in VOICES
-        ]
-        return JSONResponse({"voices": voices, "default": "NATF2"})
+        return JSONResponse(voice_list(VOICES))
 
     async def _serve_prompts(self, request: Request) -> Response:
-        prompts = [dataclasses.asdict(prompt) for prompt in PROMPTS.values()]
-        return JSONResponse({"prompts": prompts, "default": "assistant"})
+        return JSONResponse(prompt_list())
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ const $ = (id) => document.getElementById(id);
 const CUSTOM = ""; // value of the role list's entry for a text of one's own
 const NOTHING = "–";
 const FLOOR_DB = -60;
+const REFRESH_MS = 15_000; // of the number of free places, while not connected
 
 const STATES = {
   idle: ["idle", () => "Not connected"],
@@ -81,6 +82,15 @@ function describe(info) {
   $("key-field").hidden = !info.key_needed;
 }
 
+async function refresh() {
+  if (session || document.hidden) return;
+  try {
+    describe(await load("api/info"));
+  } catch {
+    $("service").textContent = "The service does not answer";
+  }
+}
+
 function chatUrl() {
   const url = new URL("api/chat", document.baseURI);
   url.protocol = url.protocol.replace("http", "ws");
@@ -115,6 +125,7 @@ function connect() {
       show("idle");
       complain(message);
       setBusy(false);
+      refresh();
     },
   });
   setBusy(true);
@@ -184,6 +195,7 @@ try {
   complain(reason);
   show(reason ? "blocked" : "idle");
   $("connect").disabled = Boolean(reason);
+  setInterval(refresh, REFRESH_MS);
 } catch (error) {
   show("blocked");
   complain(error.message);

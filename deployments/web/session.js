@@ -102,8 +102,8 @@ export class Session {
   }
 
   #learn(details) {
-    if (details.type === "queue") this.#handlers.state("queued", details.position);
-    if (details.type === "session") this.#handlers.state("warming");
+    if (details.type === "queue" && details.position > 0) this.#handlers.state("queued", details.position);
+    else if (details.type === "queue" || details.type === "session") this.#handlers.state("warming");
   }
 
   #speak(packet) {

@@ -144,6 +144,7 @@ class SessionCore:
         self._headers = headers
         self._limits = limits
         self._handshake_at = now + HANDSHAKE_DELAY_S
+        self._queued = False
         self._ready = False
         self._backlog = bytearray()
         self._ends_at = float("inf")
@@ -190,10 +191,11 @@ class SessionCore:
             case ReceivedText():
                 raise ProtocolError("text frames are not part of the protocol")
             case Queued(position):
-                return [Send(encode(Metadata({"type": "queue", "position": position})))]
+                self._queued = True
+                return [_place(position)]
             case LeaseGranted():
                 self.state = PRIMING
-                return []
+                return [_place(0)] if self._queued else []
             case Ready(details):
                 self._ready = True
                 session = Send(encode(Metadata({"type": "session", **details})))
@@ -271,3 +273,8 @@ class SessionCore:
         self.state, self.error = CLOSING, error
         self._backlog.clear()
         return [Send(encode(Error(str(error)))), Close(error.close_code, close_reason(str(error)))]
+
+
+def _place(position: int) -> Send:
+    """Tells a client its place in the queue; 0 is out of it."""
+    return Send(encode(Metadata({"type": "queue", "position": position})))

@@ -1,0 +1,39 @@
+"""What there is to choose from, as the page and other clients read it: voices and roles. Needs no Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from personaplex.persona import DEFAULT_VOICE, PROMPTS, VOICES, Persona
+
+_FAMILIES = {
+    "NATF": "Natural, female",
+    "NATM": "Natural, male",
+    "VARF": "Varied, female",
+    "VARM": "Varied, male",
+}
+_OWN_FAMILY = "Of this service"
+_MANNERS = ("Reads the news", "Serves customers, friendly", "Teaches", "Chats about everyday things")
+
+
+def voice_list(names: Iterable[str]) -> dict[str, Any]:
+    """`{"voices": [{"name", "family", "description"}], "default"}`; published voices first, then own ones."""
+    known = {name: place for place, name in enumerate(VOICES)}
+    ordered = sorted(names, key=lambda name: (known.get(name, len(known)), name))
+    return {"voices": [_describe(name) for name in ordered], "default": DEFAULT_VOICE}
+
+
+def prompt_list() -> dict[str, Any]:
+    """`{"prompts": [{"id", "label", "text", "voices"}], "default"}`; the default is for an empty query."""
+    default = next(prompt.id for prompt in PROMPTS.values() if prompt.text == Persona().text_prompt)
+    return {"prompts": [dataclasses.asdict(prompt) for prompt in PROMPTS.values()], "default": default}
+
+
+def _describe(name: str) -> dict[str, str]:
+    if name not in VOICES:
+        return {"name": name, "family": _OWN_FAMILY, "description": ""}
+    natural = name.startswith("NAT")
+    description = _MANNERS[int(name[-1])] if natural else "A character of its own"
+    return {"name": name, "family": _FAMILIES[name[:4]], "description": description}
