@@ -15,7 +15,7 @@ _FAMILIES = {
     "VARM": "Varied, male",
 }
 _OWN_FAMILY = "Of this service"
-_MANNERS = ("Reads the news", "Serves customers, friendly", "Teaches", "Chats about everyday things")
+_MANNERS = ("reading the news", "friendly service", "teaching", "everyday chat")
 
 
 def voice_list(names: Iterable[str]) -> dict[str, Any]:
@@ -35,5 +35,5 @@ def _describe(name: str) -> dict[str, str]:
     if name not in VOICES:
         return {"name": name, "family": _OWN_FAMILY, "description": ""}
     natural = name.startswith("NAT")
-    description = _MANNERS[int(name[-1])] if natural else "A character of its own"
+    description = f"Suited to {_MANNERS[int(name[-1])]}" if natural else "A character of its own"
     return {"name": name, "family": _FAMILIES[name[:4]], "description": description}

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sphn
-from service import Service, echo
+from echo_service import EchoService, echo
 from websockets.asyncio.server import ServerConnection
 from websockets.exceptions import ConnectionClosed
 
@@ -56,7 +56,7 @@ def test_a_recording_is_streamed_and_the_answer_kept(
 ) -> None:
     wav, text, report = tmp_path / "out.wav", tmp_path / "out.txt", tmp_path / "out.json"
     began = time.monotonic()
-    with Service() as service:
+    with EchoService() as service:
         options = ["--url", service.url, "--input-wav", str(speech), "--tail", "0.4", "--api-key", "k-1"]
         options += ["--output-wav", str(wav), "--output-text", str(text), "--output-json", str(report)]
         options += ["--voice", "NATM1", "--text-prompt", "You are brief & kind.", "--seed", "7"]
@@ -110,7 +110,7 @@ async def nvidias_server(socket: ServerConnection) -> None:
 
 def test_nvidias_server(speech: Path, tmp_path: Path) -> None:
     wav = tmp_path / "out.wav"
-    with Service(nvidias_server) as service:
+    with EchoService(nvidias_server) as service:
         options = [
             "--url",
             service.url,
@@ -168,13 +168,13 @@ async def not_audio(socket: ServerConnection) -> None:
 def test_servers_in_trouble(
     handler: object, words: str, speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Service(handler) as service:  # type: ignore[arg-type]
+    with EchoService(handler) as service:  # type: ignore[arg-type]
         assert client.main(["--url", service.url, "--input-wav", str(speech)]) == 1
     assert words in capsys.readouterr().err
 
 
 def test_nobody_listens(speech: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Service() as service:
+    with EchoService() as service:
         url = service.url
     assert client.main(["--url", url, "--input-wav", str(speech)]) == 1
     assert "error: cannot connect" in capsys.readouterr().err
@@ -204,7 +204,7 @@ def test_http_refusals(status: int, words: str, speech: Path, capsys: pytest.Cap
 
 
 def test_self_signed_certificates(speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Service(full, self_signed(tmp_path)) as service:
+    with EchoService(full, self_signed(tmp_path)) as service:
         options = ["--url", service.url, "--input-wav", str(speech)]
         assert client.main(options) == 1
         assert "--insecure accepts it" in capsys.readouterr().err
@@ -243,7 +243,7 @@ def test_an_interrupt_keeps_what_was_heard_and_leaves_no_half_file(tmp_path: Pat
     write_wav(tmp_path / "long.wav", np.zeros(24_000 * 30, np.float32), 24_000)
     folder = tmp_path / "out"
     folder.mkdir()
-    with Service() as service:
+    with EchoService() as service:
         program = [sys.executable, "-m", "personaplex.client", "--url", service.url]
         program += ["--input-wav", str(tmp_path / "long.wav"), "--output-wav", str(folder / "out.wav")]
         with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -446,7 +446,7 @@ def test_a_conversation_by_microphone(tmp_path: Path) -> None:
     thread = threading.Thread(target=card)
     thread.start()
     try:
-        with Service(hang_up_later) as service:
+        with EchoService(hang_up_later) as service:
             assert client.main(["--url", service.url, "--output-wav", str(wav)]) == 1  # not our wish
     finally:
         stop.set()

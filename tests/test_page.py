@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from chromium import Chromium
+from echo_service import echo
 from mutagen.ogg import OggPage
-from service import echo
 from web_service import INFO, PAGE, Socket, WebService
 
 from personaplex.audio.ogg import Head, OggDemuxer, OggMuxer
@@ -96,7 +96,7 @@ def test_pages_read_in_the_browser(page: Chromium) -> None:
 def test_voices_and_roles(page: Chromium) -> None:
     assert page.run("[...voice.options].map((option) => option.value)") == list(VOICES)
     assert page.run("voice.value") == "NATF2"
-    assert page.text("#voice-about") == "Teaches"
+    assert page.text("#voice-about") == "Suited to teaching"
     assert page.run("role.value") == PROMPTS["assistant"].text
     choose = "(id, value) => { const list = document.getElementById(id); list.value = value; "
     choose = f"({choose} list.dispatchEvent(new Event('change')); }})"

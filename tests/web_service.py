@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import uvicorn
-from service import echo
+from echo_service import echo
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -34,7 +34,7 @@ INFO = {"model": "echo", "slots": 4, "used": 1, "key_needed": False}
 
 
 class Socket:
-    """A Starlette WebSocket with the methods that `service.echo` uses."""
+    """A Starlette WebSocket with the methods that `echo_service.echo` uses."""
 
     def __init__(self, socket: WebSocket) -> None:
         self._socket = socket

@@ -1,7 +1,7 @@
 """A service for client tests: the real session core and transcoder around an echo, on a real socket.
 
-`Service` runs in a thread of its own until the `with` block ends. `handler` may be replaced by other servers'
-behaviour.
+`EchoService` runs in a thread of its own until the `with` block ends; with another `handler` it behaves as
+another server does.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ async def echo(socket: ServerConnection, limits: Limits = LIMITS) -> None:
             await tell(Received(message) if isinstance(message, bytes) else ReceivedText(message))
 
 
-class Service:
+class EchoService:
     """Serves `handler` on a free loopback port; `url` is its address, `requests` what was asked for."""
 
     def __init__(self, handler: Handler = echo, tls: ssl.SSLContext | None = None) -> None:
@@ -91,7 +91,7 @@ class Service:
         self._stop = asyncio.Event()
         self._thread = threading.Thread(target=self._run)
 
-    def __enter__(self) -> Service:
+    def __enter__(self) -> EchoService:
         self._thread.start()
         assert self._started.wait(10)
         return self
