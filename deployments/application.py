@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.deployment import Application
 
+from deployments.fleet import Fleet
 from deployments.gateway import Gateway
 from deployments.policy import SessionScaling
 from deployments.replica import Replica
@@ -24,17 +25,19 @@ from deployments.settings import Settings
 logger = logging.getLogger(__name__)
 
 GATEWAY_HEADROOM = 32  # page and status requests a gateway answers beside its sessions
+FLEET_CALLS = 1_000  # at once
 STATS_PERIOD_S = 1.0  # how often replicas tell routers about themselves
 LONGEST_RETRY_S = 0.2  # between two looks for a free slot, for whoever waits
 
 
 def build(settings: Settings) -> Application:
-    """The application for `settings`: gateways in front, replicas behind."""
+    """The application for `settings`: gateways in front, replicas behind, the fleet beside them."""
     logger.info("settings: %s", json.dumps(settings.public(), sort_keys=True))
     if not settings.guarded:
         logger.info("no API key is needed: whoever reaches this service may use it")
-    replicas = _replica(settings).bind(settings)
-    application: Application = _gateway(settings).bind(settings, replicas)
+    fleet = _fleet().bind()
+    replicas = _replica(settings).bind(settings, fleet)
+    application: Application = _gateway(settings).bind(settings, replicas, fleet)
     return application
 
 
@@ -96,6 +99,15 @@ def _gateway(settings: Settings) -> serve.Deployment:
         },
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
     )(serve.ingress()(Gateway))
+
+
+def _fleet() -> serve.Deployment:
+    return serve.deployment(
+        name="fleet",
+        max_ongoing_requests=FLEET_CALLS,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=1.0,
+    )(Fleet)
 
 
 def replica_gpus(settings: Settings) -> float:

@@ -20,8 +20,10 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from deployments import logs, media, metrics
+from deployments.fleet import ReplicaStatus, Reporter, SessionStatus
 from deployments.lease import Grant, LeaseRequest, Refusal
 from deployments.media import Kind, Link
 from deployments.models import Loaded, load
@@ -51,7 +53,9 @@ class _Seat:
 class Replica:
     """Made by Serve, one per process; every method runs on its event loop but `_from_engine`."""
 
-    async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, settings: Settings, fleet: DeploymentHandle[Any]
+    ) -> None:
         logs.configure(settings.log_level)
         self._settings = settings
         self._name = serve.get_replica_context().replica_tag
@@ -76,6 +80,7 @@ class Replica:
         self._server, self._port = await media.listen(
             self._accept, self._host, settings.media_port_min, settings.media_port_max
         )
+        self._reporter = Reporter(fleet, self._status, self._drain)
         self._publish_slots()
         logger.info("replica ready: %d slots, %.1f s to load", self._slots, time.monotonic() - began)
 
@@ -96,30 +101,6 @@ class Replica:
             expiry.cancel()
             self._drop(token)
 
-    async def drain(self) -> None:
-        """Takes no new session from now on; the ones here go on until they end."""
-        self._accepting = False
-
-    async def describe(self) -> dict[str, Any]:
-        """What an operator and a gateway's pages show; no personal content."""
-        return {
-            "replica": self._name,
-            "pid": os.getpid(),
-            "model": self._loaded.name,
-            "voices": list(self._loaded.voices),
-            "slots": self._slots,
-            "used": self._used,
-            "accepting": self._accepting,
-            "ticks": self._engine.counters.ticks,
-            "frames_dropped": self._engine.counters.frames_dropped,
-        }
-
-    async def sessions(self) -> list[dict[str, Any]]:
-        """The sessions that hold a slot here."""
-        now = time.monotonic()
-        seats = [*self._unclaimed.values(), *self._open.values()]
-        return [{"session": seat.request.session, "seconds": round(now - seat.began, 1)} for seat in seats]
-
     async def check_health(self) -> None:
         """Raises EngineFault when the engine's thread has ended or is stuck."""
         self._engine.check(self._settings.stall_limit_s)
@@ -128,9 +109,27 @@ class Replica:
         return {"accepting": self._accepting, "voices": list(self._voices)}
 
     async def __del__(self) -> None:
-        if hasattr(self, "_server"):
+        if hasattr(self, "_reporter"):
+            await self._reporter.close()
             self._server.close()
             await asyncio.to_thread(self._engine.stop)
+
+    def _status(self) -> ReplicaStatus:
+        now = time.monotonic()
+        seats = [*self._unclaimed.values(), *self._open.values()]
+        return ReplicaStatus(
+            replica=self._name,
+            node=_node_address(),
+            pid=os.getpid(),
+            model=self._loaded.name,
+            voices=tuple(self._loaded.voices),
+            slots=self._slots,
+            accepting=self._accepting,
+            sessions=tuple(SessionStatus(seat.request.session, round(now - seat.began, 1)) for seat in seats),
+        )
+
+    def _drain(self) -> None:
+        self._accepting = False
 
     def _load(self) -> Stepper:
         # On the engine's thread, which is to own the device.
@@ -252,6 +251,7 @@ class Replica:
         return len(self._unclaimed) + len(self._open)
 
     def _publish_slots(self) -> None:
+        self._reporter.changed()
         self._metrics.set(metrics.SLOTS_TOTAL, self._slots)
         self._metrics.set(metrics.SLOTS_USED, self._used)
 

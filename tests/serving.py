@@ -28,6 +28,7 @@ from ray import serve
 from websockets.asyncio.client import ClientConnection
 
 from deployments.application import build
+from deployments.fleet import ReplicaStatus
 from deployments.settings import Settings
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
@@ -83,20 +84,28 @@ class Service:
     def info(self) -> dict[str, Any]:
         return dict(self.get("api/info").json())
 
-    def handle(self) -> Any:
-        return serve.get_deployment_handle("replica", self.name)
+    def handle(self, deployment: str) -> Any:
+        return serve.get_deployment_handle(deployment, self.name)
 
-    def ask(self, method: str) -> list[Any]:
-        """What every replica answers to a method of its own."""
-        return list(self.handle().broadcast(method).results(timeout_s=10))
+    def replicas(self) -> list[ReplicaStatus]:
+        """What the replicas last said of themselves."""
+        return list(self.handle("fleet").describe.remote().result(timeout_s=10))
 
-    def wait(self, condition: Callable[[list[Any]], bool], timeout_s: float = 10.0) -> float:
-        """Seconds until `condition(descriptions of the replicas)` holds; fails after `timeout_s`."""
+    def used(self) -> list[int]:
+        """Slots in use, by replica."""
+        return [replica.used for replica in self.replicas()]
+
+    def wait(self, condition: Callable[[list[ReplicaStatus]], bool], timeout_s: float = 10.0) -> float:
+        """Seconds until `condition(replicas)` holds; fails after `timeout_s`."""
         began = time.monotonic()
-        while not condition(seen := self.ask("describe")):
+        while not condition(seen := self.replicas()):
             assert time.monotonic() - began < timeout_s, seen
             time.sleep(0.02)
         return time.monotonic() - began
+
+    def wait_idle(self, timeout_s: float = 10.0) -> float:
+        """Seconds until no slot is in use."""
+        return self.wait(lambda seen: bool(seen) and not any(one.used for one in seen), timeout_s)
 
 
 @contextlib.contextmanager
@@ -107,8 +116,10 @@ def running(cluster: str, **settings: Any) -> Iterator[Service]:
         warnings.simplefilter("ignore")
         application = build(Settings(**{**SMALL, **settings}))
         serve.run(application, name=name, route_prefix=f"/{name}")
+    service = Service(name, f"{cluster}/{name}")
     try:
-        yield Service(name, f"{cluster}/{name}")
+        service.wait(lambda seen: len(seen) >= settings.get("replicas_min", 1))
+        yield service
     finally:
         serve.delete(name)
 
