@@ -23,20 +23,19 @@ from websockets.exceptions import ConnectionClosed
 from personaplex.audio.device import Device
 from personaplex.audio.recorder import Recorder, Rhythm
 from personaplex.audio.transcoder import Transcoder
-from personaplex.audio.wav import write_wav
 from personaplex.client_io import (
     CONNECT_ERRORS,
     Report,
     chat_url,
     ending,
+    keep,
     load_recording,
     parser,
     refusal,
     tls_context,
 )
-from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE
+from personaplex.config import FRAME_SECONDS, FRAME_SIZE
 from personaplex.errors import ConfigError, PersonaplexError
-from personaplex.files import replacing
 from personaplex.session.core import LIVE
 from personaplex.session.events import Close, PeerClosed, Received, ReceivedText, Send, Tick
 from personaplex.session.pacer import SLACK_S
@@ -268,7 +267,10 @@ def _main(options: argparse.Namespace) -> int:
         return INTERRUPTED if said is not None else 0
     finally:
         for conversation in kept:
-            _keep(conversation, options, 0 if said is None else len(said))
+            report = conversation.report
+            print("\n" * bool(report.transcript), end="")
+            _inform(report.lines())
+            keep(report, conversation.heard, options, 0 if said is None else len(said))
     return 0
 
 
@@ -292,20 +294,6 @@ async def _converse(
             )
         kept.append(conversation)
         await conversation.run(url, headers, tls_context(url, options.insecure))
-
-
-def _keep(conversation: Conversation, options: argparse.Namespace, samples: int) -> None:
-    """Writes what was heard, whole files or none, and reports."""
-    report = conversation.report
-    if report.transcript:
-        print()
-    _inform(report.lines())
-    if options.output_wav and conversation.heard is not None:
-        write_wav(options.output_wav, conversation.heard.pcm(samples), SAMPLE_RATE)
-    for path, text in ((options.output_text, report.transcript), (options.output_json, report.json())):
-        if path:
-            with replacing(path) as part:
-                part.write_text(text, encoding="utf-8")
 
 
 def _show(text: str) -> None:

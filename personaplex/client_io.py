@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
 
-from personaplex.audio.recorder import Rhythm
-from personaplex.audio.wav import read_wav, resample
+from personaplex.audio.recorder import Recorder, Rhythm
+from personaplex.audio.wav import read_wav, resample, write_wav
 from personaplex.config import SAMPLE_RATE
 from personaplex.errors import (
     BadAudio,
@@ -31,6 +31,7 @@ from personaplex.errors import (
     SessionLost,
     Unauthorized,
 )
+from personaplex.files import replacing
 
 Pcm = npt.NDArray[np.float32]
 
@@ -146,6 +147,16 @@ def load_recording(path: Path, tail_s: float) -> Pcm:
     pcm, rate = read_wav(path)
     silence = np.zeros(round(tail_s * SAMPLE_RATE), np.float32)
     return np.concatenate((resample(pcm[0], rate, SAMPLE_RATE), silence))
+
+
+def keep(report: Report, heard: Recorder | None, options: argparse.Namespace, samples: int) -> None:
+    """Writes what was heard, at least `samples` long, and the reports asked for; whole files or none."""
+    if options.output_wav and heard is not None:
+        write_wav(options.output_wav, heard.pcm(samples), SAMPLE_RATE)
+    for path, text in ((options.output_text, report.transcript), (options.output_json, report.json())):
+        if path:
+            with replacing(path) as part:
+                part.write_text(text, encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -48,6 +48,16 @@ def test_encoder_takes_any_float_layout() -> None:
     assert OpusEncoder().encode(wide[:, 0]) == OpusEncoder().encode(tone(480))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e30])
+def test_samples_that_are_not_sound_do_not_spoil_what_follows(value: float) -> None:
+    encoder, decoder = OpusEncoder(), OpusDecoder()
+    decoder.decode(encoder.encode(np.full(480, value, np.float32)))
+    for part in tone(4_800).reshape(-1, 480):
+        heard = decoder.decode(encoder.encode(part))
+        assert np.isfinite(heard).all()
+    assert np.abs(heard).max() > 0.2
+
+
 def test_bitrate_is_kept() -> None:
     encoder, dice = OpusEncoder(bitrate=32_000), np.random.default_rng(0)
     noise = dice.normal(0, 0.1, (100, 480)).astype(np.float32)
