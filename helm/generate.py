@@ -4,7 +4,8 @@
     python helm/generate.py --check    # exit code 1 when something is stale
 
 values.schema.json gets the definition of `settings` from deployments/settings.py, less what the chart derives
-itself; the chart's README.md gets its table from the `## @section` and `## @param` comments of values.yaml.
+itself; the chart's README.md gets its table from the `## @section` and `## @param` comments of values.yaml;
+the raw manifests under k8s/ are renders of the chart (manifests.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import manifests
 import yaml
 
 from deployments.settings import Settings
@@ -94,13 +96,21 @@ def main() -> int:
         "--check", action="store_true", help="change nothing; exit code 1 when something is stale"
     )
     check = parser.parse_args().check
-    wanted = {CHART / "values.schema.json": chart_schema(), CHART / "README.md": readme()}
-    stale = [path for path, text in wanted.items() if path.read_text() != text]
-    for path in stale:
-        if not check:
-            path.write_text(wanted[path])
-        print(f"{'stale' if check else 'rewritten'}: {path.relative_to(CHART.parent)}")
-    return int(check and bool(stale))
+    stale = _bring(CHART / "values.schema.json", chart_schema(), check)
+    stale |= _bring(CHART / "README.md", readme(), check)
+    for path, text in manifests.files().items():  # after the schema, which rendering reads
+        stale |= _bring(path, text, check)
+    return int(check and stale)
+
+
+def _bring(path: Path, text: str, check: bool) -> bool:
+    """Writes `text` unless it is there already, or only looks; whether it was stale."""
+    if path.exists() and path.read_text() == text:
+        return False
+    if not check:
+        path.write_text(text)
+    print(f"{'stale' if check else 'rewritten'}: {path.relative_to(CHART.parents[1])}")
+    return True
 
 
 if __name__ == "__main__":

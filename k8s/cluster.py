@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import kubernetes
@@ -19,6 +21,8 @@ from kubernetes.stream import portforward
 
 from k8s import errors
 
+DEFAULT_KUBECONFIG = "~/.kube/config"
+OWN_NAMESPACE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 RAY = "/apis/ray.io/v1"
 ATTEMPTS = 5
 TIMEOUT_S = 15.0
@@ -34,21 +38,23 @@ class Cluster:
         self.api = api
         self.namespace = namespace
         self._sleep = sleep
-        # Losses are counted here, not in the pool below, so that their number is known.
-        api.configuration.retries = False
 
     @classmethod
     def connect(cls, namespace: str | None = None, context: str | None = None) -> Cluster:
         """From KUBECONFIG, or a pod's service account. Raises Unreachable when there is neither."""
-        configuration = kubernetes.client.Configuration()
-        configuration.retries = False
+        configuration, config = kubernetes.client.Configuration(), _untyped(kubernetes.config)
+        configuration.retries = False  # they are counted here, not in the pool below
+        files = os.environ.get("KUBECONFIG", DEFAULT_KUBECONFIG)
         try:
-            config: Any = kubernetes.config
-            config.load_config(client_configuration=configuration, context=context)
-            if namespace is None:
-                _, active = config.list_kube_config_contexts()
-                namespace = active["context"].get("namespace", "default")
-        except kubernetes.config.ConfigException as error:
+            if any(os.path.exists(os.path.expanduser(file)) for file in files.split(os.pathsep)):
+                config.load_kube_config(files, context, client_configuration=configuration)
+                contexts, active = config.list_kube_config_contexts(files)
+                chosen = next((item for item in contexts if item["name"] == context), active)
+                namespace = namespace or chosen["context"].get("namespace", "default")
+            else:
+                config.load_incluster_config(client_configuration=configuration)
+                namespace = namespace or Path(OWN_NAMESPACE).read_text(encoding="utf-8").strip()
+        except (kubernetes.config.ConfigException, OSError) as error:
             raise errors.Unreachable(f"no cluster is configured: {error}") from error
         return cls(kubernetes.client.ApiClient(configuration), namespace)
 
@@ -165,6 +171,11 @@ class Cluster:
             reason = getattr(error, "reason", None) or error
             raise errors.Unreachable(f"no answer from the API server: {reason}") from error
         return _checked(method, path, answer.status, data)
+
+
+def _untyped(module: Any) -> Any:
+    """The client's helpers carry no annotations."""
+    return module
 
 
 def _checked(method: str, path: str, status: int, data: bytes) -> Any:

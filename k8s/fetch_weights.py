@@ -3,8 +3,8 @@
     HF_HOME=/models/huggingface HF_TOKEN=... python -m k8s.fetch_weights [--repo R] [--revision V]
 
 Runs in the GPU image, in an init container or a Job. Downloads the files the loader would ask for, unpacks
-the voices beside their archive, and then writes the marker that replicas wait for (--marker FILE). Exit code 1
-with one line when it fails: a missing token, an unaccepted licence, no space.
+the voices beside their archive, and then writes the marker that replicas wait for (--marker FILE). Exit code
+1 with one line when it fails: a missing token, an unaccepted licence, no space.
 """
 
 from __future__ import annotations

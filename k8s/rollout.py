@@ -1,8 +1,8 @@
 """Waits until an upgrade has really happened, then releases the old cluster as soon as nobody talks on it.
 
 KubeRay keeps an old cluster for `rayClusterDeletionDelaySeconds` after the switch, because sessions live on
-it. That is the longest session plus a margin, on a second set of GPUs; most sessions end long before. This tool
-only ever shortens that time. Its laws:
+it. That is the longest session plus a margin, on a second set of GPUs; most sessions end long before. This
+tool only ever shortens that time. Its laws:
 
 - A release needs several successive readings of zero sessions. A failed reading is not zero and starts the
   count anew.

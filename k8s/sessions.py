@@ -39,7 +39,7 @@ class PodLoad:
 
 
 def loads(cluster: Cluster, ray_cluster: str) -> list[PodLoad]:
-    """The load of every gateway and replica pod of one RayCluster. Raises Unreachable when none can be listed."""
+    """The load of each gateway and replica pod of one RayCluster. Raises Unreachable without a list."""
     pods = cluster.pods(f"ray.io/cluster={ray_cluster}")
     return [_load(cluster, pod) for pod in pods if _role(pod) in BUSY]
 
