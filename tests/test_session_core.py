@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import math
+import random
 from collections.abc import Callable
 
 import pytest
@@ -318,6 +320,56 @@ def test_nothing_but_the_close_follows_an_error() -> None:
     assert core.deadline() is None
     for event in (Tick(), AgentAudio(b"c"), AgentText("late"), Received(b"\x01x"), EngineLost()):
         assert core.receive(event, 4.0) == []
+
+
+def test_the_laws_hold_on_random_walks() -> None:
+    """Whatever legally happens: one handshake before all sound, only known kinds, nothing after Close."""
+    dice = random.Random(0)
+    visited: collections.Counter[State] = collections.Counter()
+    for _ in range(600):
+        core, now = SessionCore(HEADERS, Limits(session_s=20, idle_s=5), now=0.0), 0.0
+        told: list[Command] = []
+        for _ in range(60):
+            now += dice.choice([0.0, 0.01, 0.08, 0.5])
+            legal = [event for event in walk_events(dice) if type(event) in server.TABLE[core.state]]
+            told += core.receive(dice.choice(legal), now)
+            visited[core.state] += 1
+        kinds = [command.data[0] for command in told if isinstance(command, Send)]
+        assert all(0 <= kind <= 6 for kind in kinds)
+        assert kinds.count(0) <= 1
+        before = kinds[: kinds.index(0)] if 0 in kinds else kinds
+        assert not {1, 2, 6} & set(before)
+        assert not [command for command in told if isinstance(command, FeedAudio) and 0 not in kinds]
+        if 0 in kinds:
+            after = [command for command in told if isinstance(command, Send)][len(before) + 1 :]
+            assert [decode(command.data) for command in after[:2]] == [Audio(b"head"), Audio(b"tags")]
+        ended = [place for place, command in enumerate(told) if isinstance(command, Close)]
+        assert ended in ([], [len(told) - 1])
+        assert not ended or kinds[-1] == 5
+    assert set(visited) == set(State)
+    assert visited[LIVE] > 600, "the walks get somewhere"
+
+
+def walk_events(dice: random.Random) -> list[Event]:
+    """What may happen next; the ends are rare, so that most walks get somewhere."""
+    usual: list[Event] = [
+        Received(dice.choice([b"\x01OggS", b"\x06", b"\x00"])),
+        Queued(dice.randrange(1, 9)),
+        LeaseGranted(),
+        Ready(),
+        AgentAudio(b"page", quiet=dice.random() < 0.5),
+        AgentText(dice.choice(["", " hi"])),
+        Tick(),
+    ]
+    rare: list[Event] = [
+        Received(b""),
+        ReceivedText("?"),
+        PeerClosed(),
+        Failed(BadAudio("no sound")),
+        EngineLost(),
+        Drain(dice.random() * 20),
+    ]
+    return [*usual, dice.choice(rare)] if dice.random() < 0.1 else usual
 
 
 # -- the client alone
