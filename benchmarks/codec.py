@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import sphn
 
+from benchmarks.machine import machine
 from personaplex.audio.ogg import OggMuxer
 from personaplex.audio.opus import PACKET_SAMPLES, OpusEncoder
 from personaplex.audio.transcoder import Transcoder
@@ -102,22 +100,6 @@ def measure(seconds: float, rounds: int) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    cpus = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": cpus[0] if cpus else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "opuslib": version("opuslib"),
-        "sphn": version("sphn"),
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -126,7 +108,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, help="write the result here as JSON")
     arguments = parser.parse_args()
-    result = {"benchmark": "codec", "machine": machine(), **measure(arguments.seconds, arguments.rounds)}
+    result = {
+        "benchmark": "codec",
+        "machine": machine("opuslib", "sphn"),
+        **measure(arguments.seconds, arguments.rounds),
+    }
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.output:
