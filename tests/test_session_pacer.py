@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from personaplex.session.pacer import HIGH_WATER, SLACK_S, STANDING, Pacer
+from personaplex.session.pacer import HIGH_WATER, LONG_STANDING, SLACK_S, STANDING, Pacer
 
 FRAME = 0.08
 
@@ -91,6 +91,20 @@ def test_standing_latency_is_given_back_in_a_quiet_page() -> None:
     assert pacer.release(now + FRAME) is not None
     pacer.push(b"quiet", quiet=True)
     assert (pacer.waiting, pacer.trimmed) == (1, 1)
+
+
+def test_standing_latency_is_given_back_at_last_where_there_is_no_quiet() -> None:
+    pacer = Pacer()
+    for _ in range(4):
+        pacer.push(b"loud")
+    counts, now = [], 0.0
+    for _ in range(5 * LONG_STANDING):
+        assert pacer.release(now) is not None
+        now += FRAME
+        pacer.push(b"loud")
+        counts.append(pacer.trimmed)
+    assert [counts.index(trims) for trims in (1, 2, 3)] == [n * LONG_STANDING - 1 for n in (1, 2, 3)]
+    assert (pacer.waiting, pacer.trimmed, pacer.dropped) == (1, 3, 0), "an empty queue is the floor"
 
 
 def test_a_queue_that_was_empty_once_is_not_standing_until_a_whole_period_later() -> None:

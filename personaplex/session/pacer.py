@@ -8,8 +8,8 @@ together are heard as gaps. Laws:
    80 ms - SLACK_S apart: there is no catching up.
 2. When more than HIGH_WATER pages wait, the oldest is dropped (`dropped`).
 3. A stall leaves pages waiting for good, since they come in as fast as they leave. When at least one page has
-   waited all through STANDING pages, the next quiet page is left out instead (`trimmed`): the
-   conversation gets its latency back where nobody hears it.
+   waited all through STANDING pages, the next quiet page is left out instead (`trimmed`), and after
+   LONG_STANDING any page: the conversation gets its latency back, where nobody hears it if it can.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from personaplex.config import FRAME_SECONDS
 SLACK_S = 0.02  # what a stock player tolerates between its start level and its limit
 HIGH_WATER = 4  # pages, 320 ms
 STANDING = 25  # pages, 2 s
+LONG_STANDING = 125  # pages, 10 s: speech has a pause before, noise has none
 
 
 class Pacer:
@@ -40,7 +41,7 @@ class Pacer:
 
     def push(self, page: bytes, quiet: bool = False) -> None:
         """Queues one page of 80 ms; `quiet` says that leaving it out would not be heard."""
-        if quiet and self._released >= STANDING and self._shortest:
+        if self._shortest and self._released >= (STANDING if quiet else LONG_STANDING):
             self.trimmed += 1
             self._released = 0
             return
