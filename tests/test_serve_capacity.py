@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import time
 from collections.abc import Iterator
 
@@ -15,7 +16,13 @@ import pytest
 import websockets
 from serving import Client, Heard, Service, connect, running, speech
 
+from deployments import media
+from deployments.lease import Grant, LeaseRequest
+from deployments.media import Kind
+from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS
+from personaplex.persona import Persona
+from personaplex.session.wire import Audio
 
 
 async def _join(stack: contextlib.AsyncExitStack, service: Service) -> Client:
@@ -89,7 +96,7 @@ def test_pack_fills_one_replica_before_the_next_and_sessions_stay(pair: Service)
             for _ in range(4):
                 await _join(stack, pair)
                 await asyncio.sleep(0.1)  # for the replica's report
-                seen.append(sorted(pair.used()))
+                seen.append(sorted(await asyncio.to_thread(pair.used)))
             assert seen == [[0, 1], [0, 2], [1, 2], [2, 2]]
 
     asyncio.run(run())
@@ -128,15 +135,14 @@ def test_a_client_that_leaves_the_queue_leaves_no_trace(pair: Service) -> None:
 
 
 def test_a_lease_nobody_claims_expires(pair: Service) -> None:
-    from deployments.lease import Grant, LeaseRequest
-
     call = pair.handle("replica").options(method_name="lease", stream=True)
     response = call.remote(LeaseRequest("none", ""))
     grant = next(iter(response))
     assert isinstance(grant, Grant)
     with socket.create_connection((grant.host, grant.port)) as stranger:
-        stranger.sendall(b"\x11\x00\x00\x00\x01" + bytes(16) + b"{}")
-        assert b"not known" in stranger.recv(4_096) or b"shape" in stranger.recv(4_096)
+        opening = media.pack_open(bytes(media.TOKEN_BYTES), Persona())
+        stranger.sendall(struct.pack("<IB", 1 + len(opening), Kind.OPEN) + opening)
+        assert b"not known" in stranger.recv(4_096)
     pair.wait(lambda seen: sum(one.used for one in seen) == 1)
     assert 3.0 < pair.wait_idle(7.0) < 6.0
 
@@ -150,18 +156,17 @@ def test_a_stalled_client_slows_nobody(pair: Service) -> None:
                 websockets.connect(pair.chat, max_queue=1, compression=None)
             )
             client = await _join(stack, pair)
-            talker = Client.__new__(Client)  # only its Ogg stream is wanted here
-            del talker
-            stream = client.transcoder.headers()
-            for page in stream:
-                await stalled.send(b"\x01" + page)
             stalled.transport.pause_reading()
+            stream = Transcoder()
+            for page in [
+                *stream.headers(),
+                *(stream.send(frame) for frame in speech(3.2).reshape(-1, 1_920)),
+            ]:
+                await stalled.send(b"\x01" + page)
             await client.speak(speech(3.2))
             await client.until(lambda heard: len(heard.pages) >= 36)
             stalled.transport.abort()
-            return [
-                at for at, message in client.heard.messages if getattr(message, "data", b"")[:4] == b"OggS"
-            ]
+            return [at for at, message in client.heard.messages if isinstance(message, Audio)]
 
     gaps = np.diff(asyncio.run(run())[2:])
     assert np.median(gaps) == pytest.approx(FRAME_SECONDS, abs=0.01)
@@ -176,7 +181,7 @@ def test_a_killed_replica_ends_its_sessions_and_no_others(cluster: str) -> None:
         async with contextlib.AsyncExitStack() as stack:
             clients = [await _join(stack, service) for _ in range(3)]
             await asyncio.to_thread(service.wait, lambda seen: sum(one.used for one in seen) == 3)
-            full = next(one for one in service.replicas() if one.used == 2)
+            full = next(one for one in await asyncio.to_thread(service.replicas) if one.used == 2)
             talking = [asyncio.ensure_future(client.speak(speech(4.8))) for client in clients]
             await asyncio.sleep(0.5)
             os.kill(full.pid, signal.SIGKILL)
