@@ -30,6 +30,9 @@ STATS_PERIOD_S = 1.0  # how often replicas tell routers about themselves
 LONGEST_RETRY_S = 0.2  # between two looks for a free slot, for whoever waits
 
 
+_QUIET = {"enable_access_log": False}  # one line a session is written at its end, by the gateway
+
+
 def build(settings: Settings) -> Application:
     """The application for `settings`: gateways in front, replicas behind, the fleet beside them."""
     logger.info("settings: %s", json.dumps(settings.public(), sort_keys=True))
@@ -76,6 +79,7 @@ def _replica(settings: Settings) -> serve.Deployment:
             "resources": settings.replica_resources,
         },
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        logging_config=_QUIET,
         health_check_period_s=2.0,
         health_check_timeout_s=max(10.0, settings.stall_limit_s),
     )(Replica)
@@ -98,6 +102,7 @@ def _gateway(settings: Settings) -> serve.Deployment:
             "resources": settings.gateway_resources,
         },
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        logging_config=_QUIET,
     )(serve.ingress()(Gateway))
 
 
@@ -107,6 +112,7 @@ def _fleet() -> serve.Deployment:
         max_ongoing_requests=FLEET_CALLS,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=1.0,
+        logging_config=_QUIET,
     )(Fleet)
 
 

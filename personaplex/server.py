@@ -1,0 +1,223 @@
+"""The whole service on one machine: `python -m personaplex.server --help`.
+
+Starts Ray here, the application of `deployments` on it, and prints the address to open. The options of
+NVIDIA's `moshi.server` mean the same here; every other setting can be given with --set or as PERSONAPLEX_<NAME>
+in the environment. Browsers give a page the microphone on localhost or over https only: --ssl makes a
+certificate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from personaplex.errors import ConfigError, PersonaplexError
+
+if TYPE_CHECKING:
+    from deployments.settings import Settings
+
+CERTIFICATE, KEY = "cert.pem", "key.pem"
+CERTIFICATE_DAYS = 365
+_RAY_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # Ray's 15 lets any other process make speech late
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# Options that are settings of the same name.
+_SETTINGS = (
+    *("model", "device", "slots", "static"),
+    *("hf_repo", "hf_revision", "moshi_weight", "mimi_weight", "tokenizer", "voice_prompt_dir"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the service until SIGINT or SIGTERM; 0 then, 2 for a wrong set-up."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        settings = _settings(options)
+        _check_port(options.host, options.port)
+        certificate = None
+        if options.ssl is not None:
+            certificate = ensure_certificate(options.ssl, lan_address())
+        _serve(options.host, options.port, certificate, settings)
+    except PersonaplexError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def ensure_certificate(folder: Path, address: str) -> tuple[Path, Path]:
+    """Paths of certificate and key in `folder`. Makes a self-signed pair for this machine's names and
+    `address` when neither is there. Raises ConfigError when only one is, or when they cannot be written."""
+    certificate, key = folder / CERTIFICATE, folder / KEY
+    if certificate.exists() != key.exists():
+        raise ConfigError(f"--ssl: {CERTIFICATE} and {KEY} must both be there, or neither")
+    if not certificate.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _make_certificate(certificate, key, address)
+        except OSError as error:
+            raise ConfigError(f"--ssl: the certificate cannot be written: {error.strerror}") from error
+    return certificate, key
+
+
+def lan_address() -> str:
+    """This machine's address in its network, or 127.0.0.1 without one. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # a documentation address: it only picks a route
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+def addresses(host: str, port: int, secure: bool, lan: str) -> list[str]:
+    """Where the page can be opened, the best one first."""
+    scheme = "https" if secure else "http"
+    if host in ("0.0.0.0", "::"):
+        return [f"{scheme}://localhost:{port}", f"{scheme}://{lan}:{port}"]
+    return [f"{scheme}://{host}:{port}"]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m personaplex.server", description=__doc__.split("\n")[0])
+    parser.add_argument("--host", default="localhost", help="address to listen on; 0.0.0.0 is all")
+    parser.add_argument("--port", type=int, default=8998)
+    parser.add_argument("--ssl", type=Path, metavar="DIR", help="https; makes a certificate in DIR if needed")
+    parser.add_argument("--model", help="auto, 7b, tiny, echo or a directory with a checkpoint")
+    parser.add_argument("--device", help="auto, cpu or cuda")
+    parser.add_argument("--slots", help="sessions at once")
+    parser.add_argument(
+        "--cpu-offload", action="store_true", help="keep weights that do not fit in host memory"
+    )
+    parser.add_argument("--low-latency", action="store_true", help="less delay for more work; see the README")
+    parser.add_argument("--hf-repo", help="Hugging Face repository of the weights")
+    parser.add_argument("--hf-revision", help="its branch, tag or commit")
+    parser.add_argument("--moshi-weight", help="language model weights, in place of the repository's")
+    parser.add_argument("--mimi-weight", help="codec weights, in place of the repository's")
+    parser.add_argument("--tokenizer", help="text tokenizer, in place of the repository's")
+    parser.add_argument("--voice-prompt-dir", help="directory of voices, in place of the repository's")
+    parser.add_argument("--static", metavar="DIR|none", help="directory of another web page, or none")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting")
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    from deployments.settings import Settings
+
+    values: dict[str, Any] = {}
+    for name in _SETTINGS:
+        value = getattr(options, name)
+        if value is not None:
+            values[name] = value
+    for name in ("cpu_offload", "low_latency"):
+        if getattr(options, name):
+            values[name] = True
+    for item in options.set:
+        name, given, value = item.partition("=")
+        if not given:
+            raise ConfigError(f"--set takes NAME=VALUE, not {item!r}")
+        values[name] = value
+    return Settings.load(values)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises ConfigError when nothing can listen there: Ray would only say so in a log."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+
+
+def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings: Settings) -> None:
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+    from ray import serve
+
+    from deployments import build
+
+    needed = (
+        settings.replicas_max * settings.replica_num_cpus + settings.gateways_max * settings.gateway_num_cpus
+    )
+    http: dict[str, Any] = {"host": host, "port": port}
+    if certificate is not None:
+        http["ssl_certfile"], http["ssl_keyfile"] = map(str, certificate)
+    ray.init(num_cpus=max(os.cpu_count() or 1, round(needed + 0.5)), include_dashboard=False)
+    try:
+        serve.start(http_options=http, logging_config={"log_level": "WARNING"})
+        serve.run(build(settings), route_prefix=settings.route_prefix)
+        _greet(host, port, certificate is not None, settings)
+        _wait_for_signal()
+        print("closing", flush=True)
+    except RuntimeError as error:  # Serve's word for an application that does not come up
+        raise ConfigError(f"the service did not start: {error}") from error
+    finally:
+        ray.shutdown()
+
+
+def _wait_for_signal() -> None:
+    # Not earlier: Ray sets handlers of its own while it starts.
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    stop.wait()
+
+
+def _greet(host: str, port: int, secure: bool, settings: Settings) -> None:
+    lan = lan_address()
+    print("Open " + " or ".join(addresses(host, port, secure, lan)), flush=True)
+    if host not in ("localhost", "127.0.0.1", "::1"):
+        if not secure:
+            print("Without --ssl, browsers on other machines get no microphone.", flush=True)
+        if not settings.guarded:
+            print("No API key is set: whoever reaches this address may use it.", flush=True)
+
+
+def _make_certificate(certificate: Path, key: Path, address: str) -> None:
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "personaplex")])
+    names: list[x509.GeneralName] = [x509.DNSName("localhost"), x509.DNSName(socket.gethostname())]
+    names += [x509.IPAddress(ipaddress.ip_address(ip)) for ip in dict.fromkeys(("127.0.0.1", "::1", address))]
+    now = datetime.datetime.now(datetime.timezone.utc)
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(private.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=CERTIFICATE_DAYS))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .sign(private, hashes.SHA256())
+    )
+    descriptor = os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(
+            private.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
