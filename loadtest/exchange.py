@@ -1,0 +1,182 @@
+"""One process's part in a Locust run: starts its sessions at their moments and collects what becomes of them.
+
+Locust's own ramps count users and would wait for a slow service, so sessions are started here: all processes
+draw the same list from the same seed, the master (or the only process) tells each worker which part is its
+own once Locust has set the run going, and workers send finished outcomes along with Locust's reports. A
+session that was due and of which nothing was heard, because its worker died or the run was cut off, counts as
+unfinished: nothing that was meant to start is left out.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import gevent
+from locust.env import Environment
+from locust.runners import STATE_RUNNING, STATE_SPAWNING, MasterRunner, WorkerRunner
+
+from loadtest import arrivals
+from loadtest.arrivals import Arrival
+from loadtest.caller import Caller, Target
+from loadtest.outcome import Outcome
+from loadtest.report import Report, Threshold
+from loadtest.speech import Speech
+from personaplex.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+UNFINISHED = "Unfinished"
+SHARE = "personaplex-share"  # message to a worker: the options, and which part of the sessions is its own
+SECRET = "api_key"
+OPTIONS = ("arrivals", "lengths", "longest", "draw_seed", "voices", "prompts", "speech", "insecure", SECRET)
+
+
+def address(host: str) -> str:
+    """The WebSocket address of a host as people write it. Raises ConfigError."""
+    parts = urlsplit(host if "://" in host else f"ws://{host}")
+    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+    if scheme not in ("ws", "wss") or not parts.hostname:
+        raise ConfigError("--host must look like ws://HOST:8998")
+    path = parts.path.rstrip("/")
+    return f"{scheme}://{parts.netloc}{path if path.endswith('/api/chat') else path + '/api/chat'}"
+
+
+class Exchange:
+    """Made once per process; listens to Locust's events. `user` is the name of the user class to start."""
+
+    def __init__(self, environment: Environment, user: str) -> None:
+        """Raises ConfigError or BadAudio when the options make no sense; a worker gets its own later."""
+        self._environment, self._user = environment, user
+        self._outcomes: dict[int, Outcome] = {}  # by number of the session
+        self._unsent: list[Outcome] = []  # a worker's, until its next report
+        self._due: deque[tuple[Arrival, float]] = deque()
+        self._sessions: list[Arrival] = []
+        self._began: float | None = None
+        self._worker = isinstance(environment.runner, WorkerRunner)
+        events = environment.events
+        if self._worker:
+            environment.runner.register_message(SHARE, self._take_share)
+            events.report_to_master.add_listener(self._tell_master)
+        else:
+            self.thresholds = [Threshold.parse(text) for text in environment.parsed_options.require]
+            self._prepare(self._options())
+            events.test_start.add_listener(self._reset)
+            events.spawning_complete.add_listener(self._hand_out)
+            events.worker_report.add_listener(self._hear_worker)
+            events.test_stop.add_listener(self._write)
+        events.quitting.add_listener(self._quit)
+
+    @property
+    def profile_s(self) -> float:
+        """Until the last arrival, about."""
+        return arrivals.duration(self._pieces)
+
+    def take(self) -> Caller:
+        """The session of the user that was just started."""
+        arrival, late_s = self._due.popleft()
+        return Caller(self._target, arrival, self._speech, late_s=late_s)
+
+    def keep(self, outcome: Outcome) -> None:
+        """What became of one session of this process."""
+        self._outcomes[outcome.number] = outcome
+        self._unsent.append(outcome)
+
+    def report(self) -> Report:
+        """All sessions that were due so far."""
+        elapsed = 0.0 if self._began is None else time.monotonic() - self._began
+        outcomes = []
+        for arrival in self._sessions:
+            if arrival.number in self._outcomes:
+                outcomes.append(self._outcomes[arrival.number])
+            elif arrival.at_s <= elapsed:
+                outcomes.append(Outcome(arrival.number, arrival.at_s, voice=arrival.voice, cause=UNFINISHED))
+        asked = {name: value for name, value in self._options().items() if name != SECRET}
+        asked["speech"] = [Path(path).name for path in asked["speech"]]
+        return Report(outcomes, self.thresholds, asked)
+
+    def _options(self) -> dict[str, Any]:
+        options = self._environment.parsed_options
+        return {"host": self._environment.host, **{name: getattr(options, name) for name in OPTIONS}}
+
+    def _prepare(self, options: dict[str, Any]) -> None:
+        key = options[SECRET]
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._target = Target(address(options["host"] or ""), options["insecure"], headers)
+        self._speech = Speech.load([Path(path) for path in options["speech"]])
+        self._pieces = arrivals.profile(options["arrivals"])
+        self._sessions = arrivals.draw(
+            self._pieces,
+            arrivals.lengths(options["lengths"]),
+            options["draw_seed"],
+            longest_s=options["longest"],
+            voices=options["voices"].split(","),
+            prompts=options["prompts"].split(","),
+        )
+
+    def _start_all(self, sessions: list[Arrival]) -> None:
+        runner = self._environment.runner
+        began = time.monotonic()
+        for arrival in sessions:
+            gevent.sleep(max(0.0, began + arrival.at_s - time.monotonic()))
+            if runner.state not in (STATE_SPAWNING, STATE_RUNNING):
+                return
+            self._due.append((arrival, time.monotonic() - began - arrival.at_s))
+            runner.spawn_users({self._user: 1})
+
+    # Events of the master, or of the only process
+
+    def _reset(self, **_: Any) -> None:
+        self._outcomes.clear()
+        self._began = None
+
+    def _hand_out(self, **_: Any) -> None:
+        # Not before Locust has begun with no users at all: it would end those that we had started.
+        runner = self._environment.runner
+        self._began = time.monotonic()
+        logger.info("%d sessions in %.0f s", len(self._sessions), self.profile_s)
+        if not isinstance(runner, MasterRunner):
+            gevent.spawn(self._start_all, self._sessions)
+            return
+        workers = sorted(runner.clients)
+        for index, worker in enumerate(workers):
+            part = {"index": index, "count": len(workers), "options": self._options()}
+            runner.send_message(SHARE, part, client_id=worker)
+
+    def _hear_worker(self, data: dict[str, Any], **_: Any) -> None:
+        for packed in data.get("outcomes", ()):
+            outcome = Outcome.unpacked(packed)
+            self._outcomes[outcome.number] = outcome
+
+    def _write(self, **_: Any) -> None:
+        output = self._environment.parsed_options.output
+        if output:
+            for path in self.report().write(Path(output)):
+                logger.info("report written: %s", path)
+
+    def _quit(self, **_: Any) -> None:
+        if self._worker:
+            self._environment.process_exit_code = 0  # the master judges
+            return
+        self._write()  # again: workers report what was cut off after the stop
+        report = self.report()
+        for failure in report.failures:
+            logger.error("threshold not met: %s", failure)
+        self._environment.process_exit_code = 0 if report.passed else 1
+
+    # Events of a worker
+
+    def _take_share(self, msg: Any, **_: Any) -> None:
+        self._outcomes.clear()
+        self._unsent.clear()
+        self._prepare(msg.data["options"])
+        share = arrivals.share(self._sessions, msg.data["index"], msg.data["count"])
+        gevent.spawn(self._start_all, share)
+
+    def _tell_master(self, data: dict[str, Any], **_: Any) -> None:
+        data["outcomes"] = [outcome.packed() for outcome in self._unsent]
+        self._unsent.clear()
