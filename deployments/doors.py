@@ -65,6 +65,11 @@ class Doors:
                 if not self._open[name]:
                     del self._open[name]
 
+    @property
+    def inside(self) -> int:
+        """Keys and addresses that hold a session now."""
+        return len(self._open)
+
     def _key(self, visitor: Visitor) -> bytes:
         shown = _digest(_shown_key(visitor))
         matches = [hmac.compare_digest(shown, digest) for digest in self._digests]  # all of them, always

@@ -13,6 +13,7 @@ logged, used as a path or as a metric label.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -102,6 +103,16 @@ class Gateway:
         finally:
             self._open -= 1
             self._publish()
+
+    async def census(self) -> dict[str, int]:
+        """What must go back to nothing when the last session has ended; for operators and tests."""
+        return {
+            "sessions": self._open,
+            "live": len(self._services.live),
+            "queued": self._leases.queued,
+            "doors": self._doors.inside,
+            "tasks": len(asyncio.all_tasks()),
+        }
 
     async def info(self, request: Request) -> Response:
         replicas = await self._fleet.describe()

@@ -1,8 +1,8 @@
 """The whole service on one machine: `python -m personaplex.server --help`.
 
 Starts Ray here, the application of `deployments` on it, and prints the address to open. The options of
-NVIDIA's `moshi.server` mean the same here; every other setting can be given with --set or as PERSONAPLEX_<NAME>
-in the environment. Browsers give a page the microphone on localhost or over https only: --ssl makes a
+NVIDIA's `moshi.server` mean the same here; every other setting can be given with --set or in the environment,
+as PERSONAPLEX_<NAME>. Browsers give a page the microphone on localhost or over https only: --ssl makes a
 certificate.
 """
 
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 CERTIFICATE, KEY = "cert.pem", "key.pem"
 CERTIFICATE_DAYS = 365
-_RAY_ENVIRONMENT = {
+ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray otherwise sets it there
     "RAY_worker_niceness": "0",  # Ray's 15 lets any other process make speech late
     "RAY_USAGE_STATS_ENABLED": "0",
+    "WEBSOCKETS_MAX_LINE_LENGTH": "32768",  # a role text of 1000 Chinese characters is 9 KB of URL
 }
 # Options that are settings of the same name.
 _SETTINGS = (
@@ -141,7 +142,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings: Settings) -> None:
-    for name, value in _RAY_ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray
     from ray import serve
@@ -178,11 +179,8 @@ def _wait_for_signal() -> None:
 def _greet(host: str, port: int, secure: bool, settings: Settings) -> None:
     lan = lan_address()
     print("Open " + " or ".join(addresses(host, port, secure, lan)), flush=True)
-    if host not in ("localhost", "127.0.0.1", "::1"):
-        if not secure:
-            print("Without --ssl, browsers on other machines get no microphone.", flush=True)
-        if not settings.guarded:
-            print("No API key is set: whoever reaches this address may use it.", flush=True)
+    if host not in ("localhost", "127.0.0.1", "::1") and not secure:
+        print("Without --ssl, browsers on other machines get no microphone.", flush=True)
 
 
 def _make_certificate(certificate: Path, key: Path, address: str) -> None:

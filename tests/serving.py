@@ -32,6 +32,7 @@ from deployments.fleet import ReplicaStatus
 from deployments.settings import Settings
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
+from personaplex.server import ENVIRONMENT
 from personaplex.session.wire import Audio, Error, Handshake, Message, Metadata, Text, decode
 
 SMALL = {"replica_num_cpus": 0.1, "gateway_num_cpus": 0.1, "session_limit_s": 60.0, "queue_timeout_s": 10.0}
@@ -49,9 +50,8 @@ def free_port() -> int:
 def ray_cluster() -> Iterator[str]:
     """Ray and Serve on this machine; gives the base address, without a scheme."""
     environment = {
-        "RAY_USAGE_STATS_ENABLED": "0",
+        **ENVIRONMENT,
         "RAY_AUTH_MODE": "disabled",
-        "RAY_worker_niceness": "0",
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
     }
