@@ -1,13 +1,19 @@
-"""What all tests share: one thread for torch, since 2 cores are all a test run may count on."""
+"""What all tests share: one thread for torch, since 2 cores are all a test run may count on.
+
+Triton's kernels run in its interpreter where there is no GPU; it looks at the variable when it is imported.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -208,22 +208,6 @@ def test_full_ring_shows_all_but_its_oldest_position() -> None:
                 assert set(row.nonzero()[:, 0].tolist()) == expected
 
 
-def test_masked_batch_attention_equals_row_by_row() -> None:
-    """The fixed-shape path that devices use, on the CPU, over rows of different fill."""
-    torch.manual_seed(1)
-    state = ring.Ring.allocate(CONFIG.lm.temporal, 4, CPU, torch.float32)
-    state.k.normal_()
-    state.v.normal_()
-    state.offset[:] = torch.tensor([0, 7, 39, 95])
-    heads, size = CONFIG.lm.temporal.heads, CONFIG.lm.temporal.head_dim
-    q, k, v = torch.randn(3, 4, 1, heads, size).unbind(0)
-    by_row = ring.attend(state, 1, q, k, v, ring.window(state, 1, torch.ones(4, dtype=torch.bool)))
-    positions = state.offset[:, None]
-    mask = ring.visible(state.offset + 1, positions, state.capacity)[:, None]
-    whole = ring.attend(state, 1, q, k, v, ring.Window(positions % state.capacity, mask, None))
-    assert torch.allclose(by_row, whole, atol=2e-6)
-
-
 def test_a_voice_file_gives_the_codes_route_its_tokens() -> None:
     """Whole engine, greedy: the voice as codes and as embeddings speak the same."""
     from test_engine import library, speak, tokenizer

@@ -22,6 +22,15 @@ RMS_EPS = 1e-8
 LAYER_NORM_EPS = 1e-5
 
 
+def uses_kernels(x: Tensor) -> bool:
+    """Whether x is worked on by Triton's kernels, at fixed shapes, without a word to the host: on CUDA.
+
+    Elsewhere plain torch does the same sums. `attention.py` and `pointwise.py` hold the kernels and name the
+    counterpart of each.
+    """
+    return x.is_cuda
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T` for x [..., in], weight [out, in].
 
@@ -35,6 +44,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if weight.device != x.device:  # kept on the host (see offload.py): copied for this product only
         weight = weight.to(x.device, non_blocking=True)
     return F.linear(x, weight)
+
+
+def linear_add(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`residual + x @ weight.T` for residual [..., out], x [..., in]; rows as independent as in `linear`."""
+    if x.device.type == "cpu" and x.numel() == x.shape[-1]:
+        return residual + linear(x, weight)
+    flat = torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t())
+    return flat.view(residual.shape)
 
 
 def column_major(weight: Tensor) -> Tensor:
@@ -146,17 +163,11 @@ class Attention(nn.Module):
         del self.in_proj_weight, self.out_proj
 
     def project(self, x: Tensor, step: int = 0) -> Tensor:
-        """x [N, T, dim] -> q, k and v as one [N, T, 3, heads, head_dim]."""
+        """x [N, T, dim] -> q, k and v as one [N, T, 3, heads, head_dim]; T may be left out."""
         return linear(x, self.inputs[step]).unflatten(-1, (3, self.heads, self.head_dim))
 
-    def project_turned(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x [N, T, dim] -> q, k rotated by `turn` and v, each [N, T, heads, head_dim]."""
-        qkv = self.project(x)
-        q, k = rotate(qkv[:, :, :2], *turn).unbind(2)
-        return q, k, qkv[:, :, 2]
-
     def project_kv(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """As `project_turned` without q, for a layer whose output nobody reads."""
+        """k rotated by `turn` and v, each [N, T, heads, head_dim], for a layer whose output nobody reads."""
         kv = linear(x, self.inputs[0][self.dim :]).unflatten(-1, (2, self.heads, self.head_dim))
         return rotate(kv[:, :, :1], *turn)[:, :, 0], kv[:, :, 1]
 
@@ -167,7 +178,7 @@ class Attention(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """linear_out(silu(a) * b) with a, b the halves of linear_in(x)."""
+    """residual + linear_out(silu(a) * b) with a, b the halves of linear_in(x)."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -178,9 +189,16 @@ class GatedFeedForward(nn.Module):
         self.linear_in.prepare()
         self.linear_out.prepare()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + the feed-forward of x, both [..., dim]."""
         a, b = self.linear_in(x).chunk(2, dim=-1)
-        return self.linear_out(F.silu(a) * b)
+        return linear_add(residual, F.silu(a).mul_(b), self.linear_out.weight)
+
+
+def turned(qkv: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [N, T, 3, heads, head_dim] -> q and k rotated by `turn` and v, each [N, T, heads, head_dim]."""
+    q, k = rotate(qkv[:, :, :2], *turn).unbind(2)
+    return q, k, qkv[:, :, 2]
 
 
 def angles(config: TransformerConfig, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from personaplex.config import CODEBOOKS, FRAME_SIZE, MimiConfig, TransformerCon
 from personaplex.model import ring as rings
 from personaplex.model import seanet
 from personaplex.model.conv import Downsample, Upsample
-from personaplex.model.layers import LAYER_NORM_EPS, Attention, Linear, Stack, angles
+from personaplex.model.layers import LAYER_NORM_EPS, Attention, Linear, Stack, angles, uses_kernels
 from personaplex.model.ring import Ring, Window
 from personaplex.model.rvq import SplitQuantizer
 
@@ -26,7 +26,7 @@ STEPS = 2  # 25 Hz steps in one frame
 
 @dataclass
 class CodecState:
-    """One direction of the codec for N slots: columns kept by each convolution, and the transformer's ring."""
+    """One direction of the codec for N slots: columns each convolution keeps, and the transformer's ring."""
 
     tails: list[Tensor]  # [N, channels, columns] each
     resample: Tensor  # [N, dim, 2] before downsampling, [N, dim, 1] before upsampling
@@ -83,9 +83,10 @@ class MimiLayer(nn.Module):
         self.linear1.prepare()
         self.linear2.prepare()
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], ring: Ring, layer: int, view: Window) -> Tensor:
-        q, k, v = self.self_attn.project_turned(self.norm1(x), turn)
-        heads = rings.attend(ring, layer, q, k, v, view)
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], ring: Ring, layer: int, view: Window | None
+    ) -> Tensor:
+        heads = rings.attend(ring, layer, self.self_attn.project(self.norm1(x)), turn, view)
         x = x + self.layer_scale_1.scale * self.self_attn.merge(heads)
         return x + self.layer_scale_2.scale * self.linear2(F.gelu(self.linear1(self.norm2(x))))
 
@@ -156,8 +157,8 @@ class Mimi(nn.Module):
 
 
 def encode(mimi: Mimi, state: CodecState, pcm: Tensor, active: Tensor) -> Tensor:
-    """pcm [N, 1920] float32, active [N] bool -> codes [N, 8] int64 (anything for slots that are not active)."""
-    if pcm.device.type != "cpu":
+    """pcm [N, 1920] float32, active [N] bool -> codes [N, 8] int64 (anything for inactive slots)."""
+    if uses_kernels(pcm):
         return _encode(mimi, state, pcm, active)
     codes = torch.zeros(pcm.shape[0], CODEBOOKS, dtype=torch.int64)
     for row in active.nonzero()[:, 0].tolist():
@@ -167,7 +168,7 @@ def encode(mimi: Mimi, state: CodecState, pcm: Tensor, active: Tensor) -> Tensor
 
 def decode(mimi: Mimi, state: CodecState, codes: Tensor, active: Tensor) -> Tensor:
     """codes [N, 8] int64, active [N] bool -> pcm [N, 1920] float32 (zeros for slots that are not active)."""
-    if codes.device.type != "cpu":
+    if uses_kernels(codes):
         return _decode(mimi, state, codes, active) * active[:, None]
     pcm = torch.zeros(codes.shape[0], FRAME_SIZE)
     for row in active.nonzero()[:, 0].tolist():

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
 from personaplex.model import ring as rings
-from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm, Stack, angles
+from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm, Stack, angles, turned
 from personaplex.model.ring import Ring
 
 
@@ -49,8 +49,8 @@ class Temporal(nn.Module):
         view = rings.window(ring, 1, active)
         turn = angles(self.config, ring.offset[:, None])
         for index, layer in enumerate(self.layers):
-            q, k, v = layer.self_attn.project_turned(layer.norm1(x), turn)
-            x = layer.finish(x, rings.attend(ring, index, q, k, v, view))
+            qkv = layer.self_attn.project(layer.norm1(x))
+            x = layer.finish(x, rings.attend(ring, index, qkv, turn, view))
         ring.offset += active
         return x
 
@@ -68,11 +68,15 @@ class Temporal(nn.Module):
                 k, v = layer.self_attn.project_kv(normed, turn)
                 rings.store(ring, slot, index, start, k[0].transpose(0, 1), v[0].transpose(0, 1))
                 break
-            q, k, v = (t.transpose(1, 2) for t in layer.self_attn.project_turned(normed, turn))
-            old_k, old_v = rings.past(ring, slot, index, start)
-            rings.store(ring, slot, index, start, k[0], v[0])
+            q, k, v = (t.transpose(1, 2) for t in turned(layer.self_attn.project(normed), turn))
+            old_k, old_v = rings.past(ring, slot, index, start, k.dtype)
+            new_k, new_v = rings.store(ring, slot, index, start, k[0], v[0])
             heads = F.scaled_dot_product_attention(
-                q, torch.cat([old_k, k], 2), torch.cat([old_v, v], 2), attn_mask=mask, is_causal=mask is None
+                q,
+                torch.cat([old_k, new_k[None]], 2),
+                torch.cat([old_v, new_v[None]], 2),
+                attn_mask=mask,
+                is_causal=mask is None,
             )
             x = layer.finish(x, heads)
         ring.offset[slot] = start + steps

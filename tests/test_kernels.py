@@ -1,0 +1,141 @@
+"""Triton's kernels, run by its interpreter on the CPU, against the same sums in torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from personaplex.config import TransformerConfig
+from personaplex.model import ring as rings
+from personaplex.model.layers import angles
+from personaplex.model.ring import Ring
+
+pytest.importorskip("triton")
+
+from personaplex.model import attention
+
+CPU = torch.device("cpu")
+LAYER = 1
+
+
+def filled_ring(config: TransformerConfig, offsets: list[int], kind: torch.dtype) -> Ring:
+    """A ring of random contents; columns nobody has written hold NaN, or the largest codes."""
+    ring = Ring.allocate(config, len(offsets), CPU, kind)
+    ring.offset[:] = torch.tensor(offsets)
+    k, v = torch.randn(2, *ring.k.shape, generator=torch.Generator().manual_seed(8)).unbind(0)
+    if kind == torch.int8:
+        assert ring.k_scale is not None
+        assert ring.v_scale is not None
+        for codes, scales, numbers in [(ring.k, ring.k_scale, k), (ring.v, ring.v_scale, v)]:
+            new_codes, new_scales = rings.quantise(numbers)
+            codes.copy_(new_codes)
+            scales.copy_(new_scales)
+    else:
+        ring.k.copy_(k)
+        ring.v.copy_(v)
+    for slot, offset in enumerate(offsets):
+        for part in ring.contents:
+            part[slot, :, :, offset:] = torch.nan if part.is_floating_point() else 127
+    return ring
+
+
+def copied(ring: Ring) -> Ring:
+    return dataclasses.replace(
+        ring,
+        **{f.name: t.clone() for f in dataclasses.fields(ring) if (t := getattr(ring, f.name)) is not None},
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "capacity"),
+    [
+        (torch.float32, 1, 40),
+        (torch.float32, 2, 40),
+        (torch.bfloat16, 1, 33),
+        (torch.int8, 1, 40),
+        (torch.int8, 2, 33),
+    ],
+)
+def test_ring_attention(kind: torch.dtype, steps: int, capacity: int) -> None:
+    """Rows empty, part filled, one short of full, full to the column and wrapped often."""
+    config = TransformerConfig(dim=48, layers=2, heads=2, hidden=1, context=capacity)
+    offsets = [0, capacity - 2 * steps, capacity - steps, 5 * capacity + 3]
+    ring = filled_ring(config, offsets, kind)
+    twin = copied(ring)
+    dtype = torch.float32 if kind == torch.int8 else kind
+    qkv = torch.randn(len(offsets), steps, 3, 2, 24, generator=torch.Generator().manual_seed(9)).to(dtype)
+    turn = angles(config, ring.offset[:, None] + torch.arange(steps))
+    everyone = torch.ones(len(offsets), dtype=torch.bool)
+    expected = rings.attend(ring, LAYER, qkv, turn, rings.window(ring, steps, everyone))
+    limit = 1e-2 if kind == torch.bfloat16 else 3e-6
+    for chunk, block in [(16, 16), (64, 64)]:  # the latter: all in one piece
+        written = copied(twin)
+        ours = attention.attend(written, LAYER, qkv, turn, chunk=chunk, block=block)
+        assert ours.shape == expected.shape
+        assert (ours - expected).abs().max() < limit
+    for part, other in zip(ring.contents, written.contents, strict=True):
+        near = 2**-7 if kind == torch.bfloat16 else 0.0  # the interpreter does not round to nearest there
+        assert torch.allclose(part.float(), other.float(), rtol=near, atol=1e-6, equal_nan=True)
+
+
+def test_ring_attention_does_not_depend_on_its_neighbours() -> None:
+    config = TransformerConfig(dim=32, layers=2, heads=2, hidden=1, context=40)
+    ring = filled_ring(config, [30, 90, 3], torch.float32)
+    qkv = torch.randn(3, 1, 3, 2, 16, generator=torch.Generator().manual_seed(9))
+    turn = angles(config, ring.offset[:, None])
+    whole = attention.attend(copied(ring), LAYER, qkv, turn, chunk=16, block=8)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = attention.attend(
+            copied(ring).rows(row, row + 1), LAYER, qkv[one], (turn[0][one], turn[1][one]), chunk=16, block=8
+        )
+        assert torch.equal(alone, whole[one])
+
+
+@pytest.mark.parametrize("context", [5, 16])
+def test_depth_attention(context: int) -> None:
+    """All steps of a small context; the last does not see the first."""
+    heads, size = 2, 12
+    qkv = torch.randn(context, 3, 1, 3, heads, size, generator=torch.Generator().manual_seed(4))
+    keys, values = torch.full((2, 3, heads, context, size), torch.nan).unbind(0)
+    for step in range(context):
+        ours = attention.attend_step(qkv[step], keys, values, step)
+        first = 1 if step + 1 == context else 0
+        q, k, v = (qkv[: step + 1, :, 0, i].permute(1, 2, 0, 3) for i in range(3))
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, -1:], k[:, :, first:], v[:, :, first:]
+        )
+        assert (ours - expected).abs().max() < 1e-6
+
+
+def test_quantised_vectors_are_close() -> None:
+    """Half a code at most, over all magnitudes float16 scales can say; zeros stay zeros."""
+    size = 10.0 ** torch.arange(-6, 6, dtype=torch.float32)
+    x = torch.randn(12, 50, 64, generator=torch.Generator().manual_seed(2)) * size[:, None, None]
+    codes, scale = rings.quantise(x)
+    step = scale.float()[..., None]
+    assert ((codes * step - x).abs() <= 0.5005 * step).all()
+    assert (step[size > 1e-2] <= 1.001 * x[size > 1e-2].abs().amax(-1, keepdim=True) / 127).all()
+    codes, scale = rings.quantise(torch.zeros(2, 8))
+    assert torch.equal(codes * scale.float()[:, None], torch.zeros(2, 8))
+
+
+def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    """At the sizes and types of the 7B model, by Triton's own compiler; none spills registers."""
+    here = Path(__file__).parent
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(here.parent)}
+    done = subprocess.run(
+        [sys.executable, here / "compile_kernels.py"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    kernels = {name for name, value in vars(attention).items() if hasattr(value, "fn") and name[1] != "s"}
+    assert {line[0] for line in lines} == kernels
+    assert all(line[-2] == "0" for line in lines)
