@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
-from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm, Stack
+from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm, Stack, linear_add
 
 
 class DepthLayer(nn.Module):
@@ -46,28 +46,24 @@ class DepthPass:
     def __init__(self, depth: Depth) -> None:
         self.depth = depth
         self.done = 0
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.held: list[Tensor] = []  # keys and values of each layer so far, [N, 2, heads, steps, head_dim]
 
     def step(self, x: Tensor) -> Tensor:
-        """x [N, 1, dim] = input of the next step -> [N, 1, dim].
+        """x [N, dim] = input of the next step -> [N, dim].
 
-        The ring holds `context` steps and, being full at the last one, no longer shows the first (see
-        ring.py).
+        The ring holds `context` steps and, being full at the last one, no longer shows the first (see ring.py).
         """
-        step, layers = self.done, self.depth.layers
-        skip = 1 if step + 1 == self.depth.config.context else 0
-        for index, layer in enumerate(layers):
-            q, k, v = layer.self_attn.project(layer.norm1(x), step).transpose(1, 3).unbind(2)
+        step, config = self.done, self.depth.config
+        skip = 1 if step + 1 == config.context else 0
+        for index, layer in enumerate(self.depth.layers):
+            qkv = layer.self_attn.project(layer.norm1(x), step)[..., None, :]  # [N, 3, heads, 1, head_dim]
             if step:
-                k = torch.cat([self.keys[index], k], dim=2)
-                v = torch.cat([self.values[index], v], dim=2)
-                self.keys[index], self.values[index] = k, v
+                self.held[index] = torch.cat([self.held[index], qkv[:, 1:]], dim=3)
             else:
-                self.keys.append(k)
-                self.values.append(v)
-            heads = F.scaled_dot_product_attention(q, k[:, :, skip:], v[:, :, skip:])
-            x = x + layer.self_attn.merge(heads, step)
-            x = x + layer.gating[step](layer.norm2(x))
+                self.held.append(qkv[:, 1:])
+            k, v = self.held[index][:, :, :, skip:].unbind(1)
+            heads = F.scaled_dot_product_attention(qkv[:, 0], k, v).reshape(x.shape)
+            x = linear_add(x, heads, layer.self_attn.outputs[step])
+            x = layer.gating[step].add_to(x, layer.norm2(x))
         self.done += 1
         return x

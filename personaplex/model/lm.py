@@ -17,7 +17,7 @@ from personaplex.config import CODEBOOKS, DELAYS, RING_COLUMNS, STREAMS, UNGENER
 from personaplex.model.depth import Depth, DepthPass
 from personaplex.model.layers import Linear, RMSNorm, Stack, Table, linear, table_rows
 from personaplex.model.ring import Ring
-from personaplex.model.sampling import Caps, Rule, SamplingState, draw, draw_keys
+from personaplex.model.sampling import Caps, Rule, SamplingState, draw, draw_keys, log_noise
 from personaplex.model.temporal import Temporal
 
 MAX_DELAY = max(DELAYS)
@@ -135,10 +135,11 @@ class LM(nn.Module):
         rows = self.config.card + 1
         base = torch.arange(2 * CODEBOOKS, device=tokens.device) * (rows + 1)
         audio = F.embedding(table_rows(tokens[..., 1:], rows) + base, self.audio_table)
-        total = audio[..., 0, :]
-        for stream in range(1, 2 * CODEBOOKS):
-            total = total + audio[..., stream, :]
-        return total + self.text_emb(tokens[..., 0])
+        first, *others = audio.unbind(-2)
+        total = first.clone()
+        for stream in others:
+            total += stream
+        return total.add_(self.text_emb(tokens[..., 0]))
 
     def depth_hidden(self, hidden: Tensor, steps: int) -> Tensor:
         """hidden [N, dim] -> its part [steps, N, depth dim] in the inputs of the first depth steps."""
@@ -185,15 +186,16 @@ def step(
     target_tokens, target_provided = _read(state.tokens, target), _read(state.provided, target)
     text_logits = lm.text_linear(hidden)
     keys = draw_keys(sampling, n, 1 + depth_steps)
-    token = draw(text_logits, Rule.of(sampling.text_temperature, sampling.text_topk, caps.text), keys[:, 0])
+    rule = Rule.of(sampling.text_temperature, sampling.text_topk, caps.text, caps.greedy)
+    token = draw(text_logits, rule, lambda tokens: log_noise(keys[:, 0], tokens))
     drawn = [torch.where(target_provided[:, 0], target_tokens[:, 0], token)]
-    rule = Rule.of(sampling.audio_temperature, sampling.audio_topk, caps.audio)
+    rule = Rule.of(sampling.audio_temperature, sampling.audio_topk, caps.audio, caps.greedy)
+    noise = log_noise(keys[:, 1:], torch.arange(lm.config.card, device=n.device)) if caps.audio else None
     audio_logits = []
     depth = DepthPass(lm.depformer)
     for index, part in enumerate(lm.depth_hidden(hidden, depth_steps)):
-        x = depth.step((part + lm.depth_token(index, drawn[-1]))[:, None])
-        logits = lm.linears[index](x)[:, 0]
-        token = draw(logits, rule, keys[:, index + 1])
+        logits = lm.linears[index](depth.step(part + lm.depth_token(index, drawn[-1])))
+        token = draw(logits, rule, lambda tokens, index=index: noise[:, index].gather(1, tokens))
         drawn.append(torch.where(target_provided[:, index + 1], target_tokens[:, index + 1], token))
         audio_logits.append(logits)
 

@@ -7,7 +7,7 @@ on its neighbours, on its slot or on what ran before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,10 +51,15 @@ class SamplingState:
 
 @dataclass(frozen=True)
 class Caps:
-    """How many candidates a step looks at: at least the largest top-k among its slots; 0 when all are greedy."""
+    """What the host knows of the rules of one step's slots, so that the step need not look.
+
+    `text`, `audio`: how many candidates to look at, at least the largest top-k among them, 0 when all are
+    greedy. `greedy`: whether some slot may be.
+    """
 
     text: int
     audio: int
+    greedy: bool = True
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling], text_card: int, card: int) -> Caps:
@@ -64,6 +69,7 @@ class Caps:
         return cls(
             text=max((cap(s.text_temperature, s.text_topk, text_card) for s in samplings), default=0),
             audio=max((cap(s.audio_temperature, s.audio_topk, card) for s in samplings), default=0),
+            greedy=any(min(s.text_temperature, s.audio_temperature) <= 0 for s in samplings),
         )
 
 
@@ -71,40 +77,43 @@ class Caps:
 class Rule:
     """How all slots of one step draw from one vocabulary; made once a step.
 
-    `scale` [N, 1] divides the logits, `kept` [N, cap] says which of the cap largest are in, `greedy` [N]
-    whether the largest simply wins.
+    `scale` [N, 1] divides the logits, `kept` [N, cap] says which of the cap largest are in, `greedy` [N] whether
+    the largest simply wins (None: for nobody).
     """
 
     cap: int
     scale: Tensor
     kept: Tensor
-    greedy: Tensor
+    greedy: Tensor | None
 
     @classmethod
-    def of(cls, temperature: Tensor, topk: Tensor, cap: int) -> Rule:
-        """temperature [N]: <= 0 is greedy; topk [N]: 0 looks at the whole vocabulary; cap >= every topk."""
-        greedy = temperature <= 0
+    def of(cls, temperature: Tensor, topk: Tensor, cap: int, greedy: bool = True) -> Rule:
+        """temperature [N]: <= 0 is greedy, if `greedy` allows; topk [N]: 0 is the whole vocabulary."""
+        cold = temperature <= 0
         rank = torch.arange(cap, device=topk.device)
         kept = (topk[:, None] == 0) | (rank < topk[:, None])
-        return cls(cap, torch.where(greedy, 1.0, temperature)[:, None], kept, greedy)
+        return cls(cap, torch.where(cold, 1.0, temperature)[:, None], kept, cold if greedy else None)
 
 
-def draw(logits: Tensor, rule: Rule, keys: Tensor) -> Tensor:
-    """logits [N, V], keys [N] of `draw_keys` -> tokens [N] int64; greedy takes the lowest index on a tie."""
-    best = logits.argmax(-1)
+def draw(logits: Tensor, rule: Rule, noise: Callable[[Tensor], Tensor]) -> Tensor:
+    """logits [N, V] -> tokens [N] int64; `noise` gives the log noise [N, c] of candidates [N, c].
+
+    Greedy takes the lowest index on a tie.
+    """
     if rule.cap == 0:
-        return best
+        return logits.argmax(-1)
     values, tokens = logits.float().topk(rule.cap, dim=-1)
-    choice = pick(values, rule, exponential(keys, tokens))
-    return torch.where(rule.greedy, best, tokens.gather(1, choice[:, None])[:, 0])
+    choice = pick(values, rule, noise(tokens))
+    token = tokens.gather(1, choice[:, None])[:, 0]
+    return token if rule.greedy is None else torch.where(rule.greedy, logits.argmax(-1), token)
 
 
-def pick(values: Tensor, rule: Rule, noise: Tensor) -> Tensor:
-    """Which of the descending logits `values` [N, cap] wins against `noise` [N, cap]: index [N].
+def pick(values: Tensor, rule: Rule, log_noise: Tensor) -> Tensor:
+    """Which of the descending logits `values` [N, cap] wins against the noise [N, cap]: index [N].
 
     argmax(p / n) = argmax(logits / temperature - log n); the softmax's constant drops out.
     """
-    score = values / rule.scale - noise.log()
+    score = values / rule.scale - log_noise
     return torch.where(rule.kept, score, -torch.inf).argmax(-1)
 
 
@@ -115,12 +124,12 @@ def draw_keys(state: SamplingState, steps: Tensor, draws: int) -> Tensor:
     return _mix(_mix(seeds) ^ (steps[:, None] * _STREAMS + stream))
 
 
-def exponential(keys: Tensor, tokens: Tensor) -> Tensor:
-    """Exponential(1) noise [N, c] for keys [N] and token ids [N, c]: splitmix64 from each key, token by
-    token.
+def log_noise(keys: Tensor, tokens: Tensor) -> Tensor:
+    """Log of the Exponential(1) noise [..., c] of token ids [..., c] under keys [...]: splitmix64 from each key,
+    one number a token.
     """
-    bits = _mix(keys[:, None] + tokens * _GOLDEN) & (2**_UNIFORM_BITS - 1)
-    return -((bits.float() + 0.5) / 2**_UNIFORM_BITS).log()
+    bits = _mix(keys[..., None] + tokens * _GOLDEN) & (2**_UNIFORM_BITS - 1)
+    return ((bits.float() + 0.5) / 2**_UNIFORM_BITS).log().neg().log()
 
 
 def _mix(x: Tensor) -> Tensor:
