@@ -222,6 +222,10 @@ class Client:
         frames = len(self.decoded())
         return await self.until(lambda heard: len(heard.pages) >= frames)
 
+    def headers_heard(self) -> list[bytes]:
+        """The two header pages of the agent's stream."""
+        return [message.data for message in self.heard.of(Audio)[:2]]
+
     def decoded(self) -> list[NDArray[np.float32]]:
         """The frames the service makes of what was sent: decoding depends on nothing else."""
         transcoder = Transcoder()

@@ -1,0 +1,215 @@
+"""Clients that others wrote, unmodified, against a service that says back what it hears.
+
+- Kyutai's Python client (`moshi.client` on PyPI, installed without its dependencies), with our sound card;
+- a client made of `sphn`, Kyutai's own Opus and Ogg, by the book;
+- what browsers really sent: recordings of opus-recorder (NVIDIA's web client) and of WebCodecs, page by page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+import sphn
+import websockets
+from numpy.typing import NDArray
+from serving import Client, Service, connect, running, speech
+
+from personaplex.audio.ogg import OggDemuxer
+from personaplex.audio.transcoder import Transcoder
+from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def service(cluster: str) -> Iterator[Service]:
+    with running(cluster, model="echo", slots=4) as service:
+        yield service
+
+
+def _likeness(said: NDArray[np.float32], heard: NDArray[np.float32]) -> float:
+    """Largest normalised correlation of a second from the middle of `said` with any place in `heard`."""
+    middle = len(said) // 2
+    piece = said[middle - SAMPLE_RATE // 2 :][:SAMPLE_RATE]
+    size = 1 << (len(heard) + len(piece)).bit_length()
+    products = np.fft.irfft(np.fft.rfft(heard, size) * np.conj(np.fft.rfft(piece, size)), size)[: len(heard)]
+    power = np.sqrt(np.convolve(heard**2, np.ones(len(piece)), "full")[len(piece) - 1 :])
+    return float(np.max(products / (np.linalg.norm(piece) * np.maximum(power, 1e-3))))
+
+
+class SoundCard:
+    """Stands in for the `sounddevice` module: `pcm` is what its microphone hears; keeps what is played."""
+
+    def __init__(self, pcm: NDArray[np.float32]) -> None:
+        self.played: list[NDArray[np.float32]] = []
+        self.module: Any = types.ModuleType("sounddevice")
+        frames = iter(pcm.reshape(-1, FRAME_SIZE, 1))
+
+        def microphone(callback: Callable[..., None]) -> None:
+            callback(next(frames, np.zeros((FRAME_SIZE, 1), np.float32)), FRAME_SIZE, None, None)
+
+        def speaker(callback: Callable[..., None]) -> None:
+            out = np.zeros((FRAME_SIZE, 1), np.float32)
+            callback(out, FRAME_SIZE, None, None)
+            self.played.append(out[:, 0])
+
+        self.module.InputStream = lambda callback, **_: Stream(lambda: microphone(callback))
+        self.module.OutputStream = lambda callback, **_: Stream(lambda: speaker(callback))
+
+
+class Stream:
+    """A device that calls back every 80 ms, on a thread of its own, as PortAudio does."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call, self._stop = call, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Stream:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        due = time.monotonic()
+        while not self._stop.wait(max(0.0, due - time.monotonic())):
+            self._call()
+            due += FRAME_SECONDS
+
+
+def _moshi_client(card: SoundCard, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module `moshi.client`, without the package around it, which wants the model's dependencies."""
+    found = importlib.util.find_spec("moshi")
+    assert found is not None, "pip install --no-deps moshi"
+    assert found.submodule_search_locations is not None
+    package = types.ModuleType("stock_moshi")
+    package.__path__ = list(found.submodule_search_locations)
+    monkeypatch.setitem(sys.modules, "stock_moshi", package)
+    monkeypatch.setitem(sys.modules, "sounddevice", card.module)
+    for name in ("client", "client_utils"):
+        monkeypatch.delitem(sys.modules, f"stock_moshi.{name}", raising=False)
+    return importlib.import_module("stock_moshi.client")
+
+
+def test_kyutais_python_client_holds_a_conversation(
+    service: Service, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It sends its stream at once, waits for no handshake and needs both header pages."""
+    said = speech(4.0)
+    card = SoundCard(said)
+    client = _moshi_client(card, monkeypatch)
+
+    async def run() -> None:
+        async with aiohttp.ClientSession() as session, session.ws_connect(service.chat) as socket:
+            printer = client.RawPrinter()
+            connection = client.Connection(printer, socket, event_loop=asyncio.get_running_loop())
+            running = asyncio.ensure_future(connection.run())
+            await asyncio.sleep(5.5)
+            await socket.close()
+            await running
+
+    asyncio.run(run())
+    assert _likeness(said, np.concatenate(card.played)) > 0.6
+    assert "Lost connection" not in capsys.readouterr().out
+
+
+def test_a_client_made_of_sphn_hears_itself(service: Service) -> None:
+    said = speech(4.0)
+
+    async def run() -> NDArray[np.float32]:
+        writer, reader = sphn.OpusStreamWriter(SAMPLE_RATE), sphn.OpusStreamReader(SAMPLE_RATE)
+        heard: list[NDArray[np.float32]] = []
+
+        async def listen(socket: Any) -> None:
+            async for message in socket:
+                if message[:1] == b"\x01":
+                    heard.append(reader.append_bytes(message[1:]))
+
+        async with websockets.connect(service.chat) as socket:
+            assert (await socket.recv())[:1] in (b"\x04", b"\x00")  # our page is told more; others skip it
+            listening = asyncio.ensure_future(listen(socket))
+            began = time.monotonic()
+            for number, frame in enumerate(said.reshape(-1, FRAME_SIZE)):
+                await asyncio.sleep(began + number * FRAME_SECONDS - time.monotonic())
+                await socket.send(b"\x01" + writer.append_pcm(frame))
+            await asyncio.sleep(1.0)
+            await socket.close()
+            await listening
+        return np.concatenate(heard)
+
+    heard = asyncio.run(run())
+    assert len(heard) >= len(said) - 4 * FRAME_SIZE
+    assert _likeness(said, heard) > 0.6
+
+
+def _pages(data: bytes) -> list[bytes]:
+    starts = [0]
+    while (found := data.find(b"OggS", starts[-1] + 4)) >= 0:
+        starts.append(found)
+    return [data[start:end] for start, end in zip(starts, [*starts[1:], len(data)], strict=True)]
+
+
+@pytest.mark.parametrize("recording", ["web.ogg", "webcodecs.ogg"])
+def test_what_browsers_send_is_understood(service: Service, recording: str) -> None:
+    """Head and tags as two messages once the handshake is there, then each page when its time has come."""
+    pages = _pages((DATA / recording).read_bytes())
+    said = np.concatenate(Transcoder().receive(b"".join(pages)))[: 4 * SAMPLE_RATE]
+
+    async def run() -> Client:
+        async with connect(service) as client:
+            began = time.monotonic()
+            heard = await client.until(lambda heard: heard.live)
+            assert heard.messages[-1][0] - began > 1.0  # no earlier: their decoder takes a second to start
+            clock = Transcoder()
+            began, sent = time.monotonic(), 0
+            for page in pages:
+                await asyncio.sleep(began + sent * FRAME_SECONDS - time.monotonic())
+                await client.send(page)
+                sent += len(clock.receive(page))
+                if sent * FRAME_SIZE >= len(said):
+                    break
+            await client.until(lambda heard: len(heard.pages) >= sent)
+        return client
+
+    client = asyncio.run(run())
+    listener = Transcoder()
+    heard = np.concatenate(
+        [frame for page in [*client.headers_heard(), *client.heard.pages] for frame in listener.receive(page)]
+    )
+    assert _likeness(said, heard) > 0.6
+
+
+def test_pages_are_what_stock_decoders_accept(service: Service) -> None:
+    """Whole pages, one a message; OpusHead is 0, OpusTags 1, audio from 2 on, in 4 packets of 20 ms."""
+
+    async def run() -> Client:
+        async with connect(service) as client:
+            await client.talk(speech(1.6))
+        return client
+
+    client = asyncio.run(run())
+    head, tags = client.headers_heard()
+    assert [page[18:22] for page in (head, tags)] == [bytes(4), b"\x01\x00\x00\x00"]
+    assert (head[5], head[26], head[28:36]) == (2, 1, b"OpusHead")
+    assert tags.find(b"OpusTags") > 0
+    serials = {page[14:18] for page in (head, tags, *client.heard.pages)}
+    assert len(serials) == 1
+    for number, page in enumerate(client.heard.pages, start=2):
+        assert page.count(b"OggS") == 1
+        assert int.from_bytes(page[18:22], "little") == number
+        packets = OggDemuxer().feed(head + tags + page)
+        assert len([packet for packet in packets if isinstance(packet, bytes)]) == 4
