@@ -181,8 +181,7 @@ def test_stages() -> None:
         tokens = torch.from_numpy(np.concatenate([z["dep_text_token"][:, None], z["dep_audio_tokens"]], 1))
         depth, logits = DepthPass(net.depformer), []
         for step, part in enumerate(net.depth_hidden(hidden, 16)):
-            x = depth.step((part + net.depth_token(step, tokens[:, step]))[:, None])
-            logits.append(net.linears[step](x)[:, 0])
+            logits.append(net.linears[step](depth.step(part + net.depth_token(step, tokens[:, step]))))
         assert difference(torch.stack(logits, 1), z["dep_logits"]) < AUDIO
 
 

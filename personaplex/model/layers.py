@@ -15,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
+from personaplex.model.quantize import Int8Matrix
+
+Matrix = Tensor | Int8Matrix  # [out, in]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,27 +34,47 @@ def uses_kernels(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Matrix) -> Tensor:
     """`x @ weight.T` for x [..., in], weight [out, in].
 
     On a CPU one row alone would take a matrix-vector kernel, which sums in another order than the matrix
     kernel that serves several rows. A lone row is therefore doubled, so that a session's numbers are the same
     to the last bit whoever shares its batch.
     """
-    if x.device.type == "cpu" and x.numel() == x.shape[-1]:
-        row = x.reshape(1, -1).expand(2, -1)
-        return F.linear(row, weight)[:1].reshape(*x.shape[:-1], weight.shape[0])
-    if weight.device != x.device:  # kept on the host (see offload.py): copied for this product only
-        weight = weight.to(x.device, non_blocking=True)
-    return F.linear(x, weight)
+    if _lone(x):
+        return linear(_doubled(x), weight)[:1].view(*x.shape[:-1], -1)
+    if isinstance(weight, Int8Matrix):
+        return weight.product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+    return F.linear(x, _fetched(weight, x))
 
 
-def linear_add(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """`residual + x @ weight.T` for residual [..., out], x [..., in]; rows as independent as in `linear`."""
-    if x.device.type == "cpu" and x.numel() == x.shape[-1]:
-        return residual + linear(x, weight)
-    flat = torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t())
-    return flat.view(residual.shape)
+def linear_add(residual: Tensor, x: Tensor, weight: Matrix) -> Tensor:
+    """`residual + x @ weight.T` for residual [..., out], x [..., in]; rows as independent as in `linear`.
+
+    Where kernels do the work the sum takes the place of `residual`, which spares a copy.
+    """
+    if _lone(x):
+        return linear_add(_doubled(residual), _doubled(x), weight)[:1].view(residual.shape)
+    rows, inner = residual.flatten(0, -2), x.flatten(0, -2)
+    if isinstance(weight, Int8Matrix):
+        return weight.product(inner, rows).view(residual.shape)
+    matrix = _fetched(weight, x).t()
+    if uses_kernels(x):
+        return rows.addmm_(inner, matrix).view(residual.shape)
+    return torch.addmm(rows, inner, matrix).view(residual.shape)
+
+
+def _lone(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.numel() == x.shape[-1]
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return x.reshape(1, -1).expand(2, -1)
+
+
+def _fetched(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight on x's device: one kept on the host (see offload.py) is copied for this product only."""
+    return weight if weight.device == x.device else weight.to(x.device, non_blocking=True)
 
 
 def column_major(weight: Tensor) -> Tensor:
@@ -116,14 +139,16 @@ class Table(nn.Module):
 
 def table_rows(tokens: Tensor, rows: int) -> Tensor:
     """Row of a prepared table of `rows` real rows for each token."""
-    return torch.where(tokens == -1, rows, tokens.clamp(min=0))
+    return tokens.clamp(min=0).masked_fill_(tokens == -1, rows)
 
 
 def rms_norm(x: Tensor, alpha: Tensor) -> Tensor:
     """x * alpha / rms(x) in float32, then x's type; alpha [..., dim] is float32."""
-    wide = x.float()
-    scale = wide.square().mean(-1, keepdim=True).add_(RMS_EPS).rsqrt_()
-    return (wide * (alpha * scale)).to(x.dtype)
+    if uses_kernels(x):
+        from personaplex.model import pointwise  # only where there is Triton
+
+        return pointwise.rms_norm(x, alpha, RMS_EPS)
+    return F.rms_norm(x.float(), alpha.shape, alpha, RMS_EPS).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -150,8 +175,8 @@ class Attention(nn.Module):
         )
         self.out_proj = Linear(config.dim, steps * config.dim)
         self.steps = steps
-        self.inputs: list[Tensor] = []
-        self.outputs: list[Tensor] = []
+        self.inputs: list[Matrix] = []
+        self.outputs: list[Matrix] = []
 
     def prepare(self) -> None:
         """Splits the stacked weights into one matrix a step, laid out for the device."""
@@ -171,10 +196,13 @@ class Attention(nn.Module):
         kv = linear(x, self.inputs[0][self.dim :]).unflatten(-1, (2, self.heads, self.head_dim))
         return rotate(kv[:, :, :1], *turn)[:, :, 0], kv[:, :, 1]
 
-    def merge(self, heads: Tensor, step: int = 0) -> Tensor:
+    def merge(self, heads: Tensor) -> Tensor:
         """heads [N, H, T, head_dim] -> [N, T, dim]."""
-        n, _, t, _ = heads.shape
-        return linear(heads.transpose(1, 2).reshape(n, t, self.dim), self.outputs[step])
+        return linear(heads.transpose(1, 2).flatten(2), self.outputs[0])
+
+    def add_to(self, residual: Tensor, heads: Tensor) -> Tensor:
+        """residual [N, T, dim] + the heads [N, H, T, head_dim], merged."""
+        return linear_add(residual, heads.transpose(1, 2).flatten(2), self.outputs[0])
 
 
 class GatedFeedForward(nn.Module):
@@ -191,8 +219,17 @@ class GatedFeedForward(nn.Module):
 
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + the feed-forward of x, both [..., dim]."""
-        a, b = self.linear_in(x).chunk(2, dim=-1)
-        return linear_add(residual, F.silu(a).mul_(b), self.linear_out.weight)
+        return linear_add(residual, silu_multiply(self.linear_in(x)), self.linear_out.weight)
+
+
+def silu_multiply(x: Tensor) -> Tensor:
+    """x [..., 2 h] = (a, b) -> silu(a) * b [..., h]."""
+    if uses_kernels(x):
+        from personaplex.model import pointwise  # only where there is Triton
+
+        return pointwise.silu_multiply(x)
+    a, b = x.chunk(2, dim=-1)
+    return F.silu(a).mul_(b)
 
 
 def turned(qkv: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,8 +28,8 @@ class TemporalLayer(nn.Module):
 
     def finish(self, x: Tensor, heads: Tensor) -> Tensor:
         """The rest of the layer, once its heads [N, H, T, head_dim] have read the ring."""
-        x = x + self.self_attn.merge(heads)
-        return x + self.gating(self.norm2(x))
+        x = self.self_attn.add_to(x, heads)
+        return self.gating.add_to(x, self.norm2(x))
 
 
 class Temporal(nn.Module):
