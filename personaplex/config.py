@@ -113,7 +113,12 @@ def gated_hidden(dim: int, feed_forward: int) -> int:
 
 
 def _lm_from_json(lm: Mapping[str, Any]) -> LMConfig:
-    expected = {"n_q": 2 * CODEBOOKS, "norm": "rms_norm_f32", "gating": "silu", "positional_embedding": "rope"}
+    expected = {
+        "n_q": 2 * CODEBOOKS,
+        "norm": "rms_norm_f32",
+        "gating": "silu",
+        "positional_embedding": "rope",
+    }
     for key, value in expected.items():
         if lm.get(key, value) != value:
             raise ConfigError(f"config.json: lm.{key} is {lm[key]!r}, only {value!r} is implemented")
