@@ -1,0 +1,229 @@
+"""The images: the Dockerfile is sound, its context is minimal, and its install steps work elsewhere."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from kube import chart
+
+from personaplex import server
+
+ROOT = chart.ROOT
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+INSTRUCTIONS = re.findall(r"^([A-Z]+) (.*)$", re.sub(r"\\\n\s*", "", DOCKERFILE), re.MULTILINE)
+
+
+def _stages() -> dict[str, list[tuple[str, str]]]:
+    """Stage -> its instructions."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    name = ""
+    for instruction, rest in INSTRUCTIONS:
+        if instruction == "FROM":
+            base, _, name = rest.partition(" AS ")
+            found[name] = [("FROM", base)]
+        elif name:
+            found[name].append((instruction, rest))
+    return found
+
+
+def _copied() -> list[str]:
+    """What the Dockerfile takes from the build context."""
+    copies = [
+        rest.split() for instruction, rest in INSTRUCTIONS if instruction == "COPY" and "--from" not in rest
+    ]
+    return [source for words in copies for source in words[:-1]]
+
+
+def _admitted(path: str) -> bool:
+    """Whether .dockerignore lets a path into the context; the last pattern that matches decides."""
+    admitted = True
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.strip().removeprefix("!")
+        if not pattern or pattern.startswith("#"):
+            continue
+        names = ["/".join(path.split("/")[:depth]) for depth in range(1, path.count("/") + 2)]
+        loose = pattern.removeprefix("**/")
+        hit = any(
+            fnmatch.fnmatchcase(name, pattern) or (loose != pattern and Path(name).match(loose))
+            for name in names
+        )
+        if hit:
+            admitted = line.strip().startswith("!")
+    return admitted
+
+
+def _tracked() -> list[str]:
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_hadolint_finds_nothing() -> None:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([hadolint, "Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_bases_are_pinned_by_digest() -> None:
+    (image,) = re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", DOCKERFILE, re.MULTILINE)
+    assert re.fullmatch(r"python:3\.\d+-slim-\w+@sha256:[0-9a-f]{64}", image)
+    stages = _stages()
+    for name, instructions in stages.items():
+        assert instructions[0][1] in {"${PYTHON_IMAGE}", *stages}, name
+
+
+@pytest.mark.parametrize("target", ["gateway", "gpu"])
+def test_images_run_as_an_ordinary_user_and_say_how_they_are(target: str) -> None:
+    stage = dict(_stages()[target])
+    user = re.match(r"\d+", stage["USER"])
+    assert user is not None
+    assert (
+        int(user[0])
+        == chart.pod_templates(chart.render("values-dev.yaml"))["head"]["spec"]["securityContext"][
+            "runAsUser"
+        ]
+    )
+    assert "HEALTHCHECK" in stage
+    runtime = " ".join(rest for _, rest in _stages()["runtime"])
+    assert {"bash", "libopus0", "wget"} <= set(runtime.split())
+
+
+def test_build_tools_stay_out() -> None:
+    """Packages come from stages that are thrown away; the one compiler is Triton's, in the GPU image."""
+    installed = {
+        name: {word for instruction, rest in stage if instruction == "RUN" for word in rest.split()}
+        for name, stage in _stages().items()
+    }
+    tools = {"gcc", "g++", "make", "build-essential", "git", "curl", "libc6-dev"}
+    assert not (installed["runtime"] | installed["gateway"]) & tools
+    assert installed["gpu"] & tools == {"gcc", "libc6-dev"}
+
+
+def test_the_context_holds_what_is_copied_and_nothing_else() -> None:
+    copied = _copied()
+    for source in copied:
+        assert list(ROOT.glob(source)), f"{source} is not there"
+    for path in _tracked():
+        wanted = any(
+            path == source or path.startswith(f"{source}/") or fnmatch.fnmatch(path, source)
+            for source in copied
+        )
+        assert _admitted(path) is wanted, path
+    for path in (".venv/bin/python", ".git/config", "personaplex/__pycache__/x.pyc", ".cache/tools/helm"):
+        assert not _admitted(path), path
+
+
+def test_the_chart_and_the_package_agree_on_versions() -> None:
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    described = yaml.safe_load((chart.CHART / "Chart.yaml").read_text())
+    values = yaml.safe_load((chart.CHART / "values.yaml").read_text())
+    assert described["appVersion"] == version
+    assert values["rayVersion"] == ray.__version__
+    for service in _compose()["services"].values():
+        assert service["image"].endswith(f":{version}")
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The gateway image's /opt/personaplex, from the same script over the same files."""
+    source, prefix = tmp_path_factory.mktemp("src"), tmp_path_factory.mktemp("opt") / "personaplex"
+    for path in _tracked():
+        if _admitted(path):
+            (source / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / path, source / path)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")
+    }
+    environment |= {
+        "PIP_NO_COMPILE": "1",
+        "PATH": f"{Path(sys.executable).resolve().parent}:{os.environ['PATH']}",
+    }
+    command = ["sh", "docker/install.sh", "gateway", str(prefix)]
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return prefix
+
+
+def _run(prefix: Path, *arguments: str) -> str:
+    """A command in the installed image, away from the repository."""
+    environment = {
+        "PATH": f"{prefix}/bin:/usr/bin:/bin",
+        "HOME": str(prefix.parent),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    done = subprocess.run(
+        [f"{prefix}/bin/{arguments[0]}", *arguments[1:]],
+        cwd=prefix.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_gateway_image_holds_no_torch_and_can_be_a_gateway(installed: Path) -> None:
+    program = (
+        "import importlib.util, sys\n"
+        "import deployments.application, deployments.gateway, personaplex.client, personaplex.server\n"
+        "from deployments.gateway import PAGE\n"
+        "assert importlib.util.find_spec('torch') is None\n"
+        "assert (PAGE / 'index.html').is_file()\n"
+        "print(sys.modules['deployments'].__file__)\n"
+    )
+    assert str(installed) in _run(installed, "python", "-c", program)
+
+
+def test_commands_of_the_chart_and_of_kuberay_are_there(installed: Path) -> None:
+    assert ray.__version__ in _run(installed, "ray", "--version")
+    assert "kuberay" in _run(installed, "ray", "kuberay-autoscaler", "--help").lower()
+    assert "usage: python -m k8s.conversation" in _run(
+        installed, "python", "-m", "k8s.conversation", "--help"
+    )
+    assert not (installed / "bin" / "pip").exists()
+
+
+def test_modules_the_chart_starts_are_in_the_package() -> None:
+    modules = {
+        container["command"][2]
+        for values in ("ci/everything-values.yaml", "ci/minimal-values.yaml")
+        for template in chart.pod_templates(chart.render(values)).values()
+        for container in [*template["spec"].get("initContainers", []), *template["spec"]["containers"]]
+        if container.get("command", [""])[0] == "python"
+    }
+    assert modules == {"k8s.conversation", "k8s.fetch_weights"}
+    for module in modules:
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
+
+
+def test_install_refuses_an_unknown_target(tmp_path: Path) -> None:
+    done = subprocess.run(["sh", ROOT / "docker/install.sh", "cpu", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "no target 'cpu'" in done.stderr
+
+
+def _compose() -> Any:
+    return yaml.safe_load((ROOT / "docker-compose.yaml").read_text())
+
+
+def test_compose_serves_the_page_on_8998_and_the_gpu_by_profile() -> None:
+    services = _compose()["services"]
+    assert {name for name, service in services.items() if "profiles" not in service} == {"tiny"}
+    assert services["gpu"]["profiles"] == ["gpu"]
+    assert services["gpu"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+    for service in services.values():
+        assert service["build"] == {"context": ".", "target": "gpu"}
+        (port,) = service["ports"]
+        assert port.endswith(":8998")
+        options = server._parser().parse_args(service["command"][3:])
+        assert (options.host, options.port) == ("0.0.0.0", 8998)
+        assert service["cap_drop"] == ["ALL"]
