@@ -46,7 +46,7 @@ def build(settings: Settings) -> Application:
         logger.info("no API key is needed: whoever reaches this service may use it")
     fleet = _fleet().bind()
     replicas = _replica(settings).bind(settings, fleet)
-    application: Application = _gateway(settings).bind(settings, replicas, fleet)
+    application: Application = gateway_deployment(settings).bind(settings, replicas, fleet)
     return application
 
 
@@ -91,7 +91,8 @@ def _replica(settings: Settings) -> serve.Deployment:
     )(Replica)
 
 
-def _gateway(settings: Settings) -> serve.Deployment:
+def gateway_deployment(settings: Settings, gateway: type[Gateway] = Gateway) -> serve.Deployment:
+    """The gateways' deployment, to be bound; `gateway` may be one that differs inside."""
     return serve.deployment(
         name="gateway",
         max_ongoing_requests=settings.sessions_per_gateway + GATEWAY_HEADROOM,
@@ -110,7 +111,7 @@ def _gateway(settings: Settings) -> serve.Deployment:
         },
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         logging_config=_QUIET,
-    )(serve.ingress()(Gateway))
+    )(serve.ingress()(gateway))
 
 
 def _fleet() -> serve.Deployment:
@@ -127,7 +128,7 @@ def replica_gpus(settings: Settings) -> float:
     """GPUs of a replica: as set, else 1 where the model and the cluster can use one."""
     if settings.replica_num_gpus is not None:
         return settings.replica_num_gpus
-    if settings.device == "cpu" or settings.model in ("echo", "tiny"):
+    if settings.device == "cpu" or settings.model in ("echo", "simulated", "tiny"):
         return 0.0
     if settings.device == "cuda":
         return 1.0

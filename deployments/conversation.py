@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -21,8 +20,8 @@ import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from deployments import media, metrics
-from deployments.lease import Lease, LeaseRequest, Leases
-from deployments.media import Kind, Link
+from deployments.lease import Grant, Lease, LeaseRequest, Leases
+from deployments.media import Kind, Link, OnLost, OnMessage
 from deployments.metrics import Metrics
 from personaplex.audio.transcoder import Transcoder
 from personaplex.errors import ClientError, PersonaplexError, ProtocolError, SessionLost
@@ -56,6 +55,9 @@ FEED_BYTES = 4_096  # of Ogg decoded at a time: about a second, well under a fra
 QUIET = 1e-7  # mean square of speech nobody hears: -70 dBFS
 
 
+Connect = Callable[[Grant, OnMessage, OnLost], Awaitable[Link]]
+
+
 @dataclass(frozen=True)
 class Services:
     """What a gateway lends to each of its conversations."""
@@ -64,6 +66,7 @@ class Services:
     metrics: Metrics
     limits: Limits
     low_latency: bool
+    connect: Connect
     keep: Callable[[str, TokenLog], None]  # called at the end with the session's name and tokens
     live: set[str] = field(default_factory=set)  # names of the sessions past their handshake
 
@@ -150,8 +153,7 @@ class Conversation:
         self._metrics.add(metrics.SESSIONS_ADMITTED)
         self._on(LeaseGranted())
         grant, began = self._lease.grant, time.monotonic()
-        make_link = functools.partial(Link, self._hear_link, self._lose_link)
-        _, self._link = await self._loop.create_connection(make_link, grant.host, grant.port)
+        self._link = await self._services.connect(grant, self._hear_link, self._lose_link)
         self._link.send(Kind.OPEN, media.pack_open(grant.token, persona))
         self._observe("connect", time.monotonic() - began)
         self._details = {

@@ -31,7 +31,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
 import personaplex
-from deployments import logs, metrics
+from deployments import logs, media, metrics
 from deployments.catalogue import prompt_list, voice_list
 from deployments.conversation import Conversation, Services
 from deployments.doors import Doors, Visitor
@@ -74,6 +74,7 @@ class Gateway:
             metrics=self._metrics,
             limits=Limits(session_s=settings.session_limit_s, idle_s=settings.idle_limit_s),
             low_latency=settings.low_latency,
+            connect=lambda grant, *heard: media.connect(grant.host, grant.port, *heard),
             keep=self._keep,
         )
         self._open = 0

@@ -143,13 +143,15 @@ def unpack_error(payload: bytes) -> PersonaplexError:
     return SessionLost("the session was ended")
 
 
+OnMessage = Callable[["Link", Kind, bytes], None]
+OnLost = Callable[["Link"], None]
+
+
 class Link(asyncio.Protocol):
     """One end of a connection. `on_message(kind, payload)` and `on_lost()` are called on the event loop;
     `on_lost` once, after the last message. A ProtocolError raised by `on_message` ends the connection."""
 
-    def __init__(
-        self, on_message: Callable[[Link, Kind, bytes], None], on_lost: Callable[[Link], None]
-    ) -> None:
+    def __init__(self, on_message: OnMessage, on_lost: OnLost) -> None:
         self._on_message, self._on_lost = on_message, on_lost
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
@@ -248,6 +250,13 @@ def tune(sock: Any) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1_000 * PEER_GONE_S)
+
+
+async def connect(host: str, port: int, on_message: OnMessage, on_lost: OnLost) -> Link:
+    """A link to a listening replica. Raises OSError."""
+    link = Link(on_message, on_lost)
+    await asyncio.get_running_loop().create_connection(lambda: link, host, port)
+    return link
 
 
 async def listen(

@@ -14,6 +14,8 @@ from deployments.settings import Settings
 from personaplex.config import FRAME_SIZE, EngineConfig
 from personaplex.engine.echo import EchoEngine
 from personaplex.engine.interface import Stepper
+from personaplex.engine.simulated import SimulatedEngine
+from personaplex.engine.steptimes import StepTimes
 from personaplex.errors import CheckpointError
 from personaplex.persona import DEFAULT_VOICE, VOICES, Persona
 
@@ -41,6 +43,10 @@ def load(settings: Settings) -> Loaded:
     """
     if settings.model == "echo":
         return Loaded(EchoEngine(settings.slots, settings.prompt_tokens), "echo", VOICES)
+    if settings.step_times is not None:
+        config = EngineConfig(slots=settings.slots, prompt_tokens=settings.prompt_tokens)
+        engine = SimulatedEngine(StepTimes.load(settings.step_times), config)
+        return Loaded(engine, "simulated", VOICES)
     loaded = _load_model(settings)
     warm_up(loaded)
     return loaded

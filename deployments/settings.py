@@ -48,8 +48,10 @@ class Settings(BaseSettings):
     model: str = Field(
         "auto",
         description="auto (7b when CUDA and weights are there, else tiny), 7b, tiny, echo (no model: returns "
-        "the caller's audio), or a directory that holds a checkpoint.",
+        "the caller's audio), simulated (echo with the timing of step_times), or a directory that holds a "
+        "checkpoint.",
     )
+    step_times: Path | None = Field(None, description="Step-time table of the simulated model (JSON).")
     hf_repo: str = Field("nvidia/personaplex-7b-v1", description="Hugging Face repository of the weights.")
     hf_revision: str = Field("main", description="Revision of hf_repo: branch, tag or commit.")
     moshi_weight: Path | None = Field(None, description="Language model weights; replaces the repository's.")
@@ -210,6 +212,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_together(self) -> Settings:
+        if (self.model == "simulated") != (self.step_times is not None):
+            raise ValueError("step_times belongs to the simulated model, and the simulated model needs it")
         if self.replicas_max < self.replicas_min:
             raise ValueError("replicas_max is less than replicas_min")
         if (

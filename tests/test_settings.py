@@ -70,6 +70,8 @@ def test_variables_kubernetes_adds_for_a_service_are_left_alone(monkeypatch: pyt
         ({"media_port_min": 10, "media_port_max": 9}, "media_port_max"),
         ({"media_port_max": 9}, "media_port_min"),
         ({"slots": 0}, "slots"),
+        ({"model": "simulated"}, "step_times"),
+        ({"step_times": "table.json"}, "step_times"),
         ({"session_limit_s": float("nan")}, "session_limit_s"),
         ({"session_limit_s": float("inf")}, "session_limit_s"),
         ({"device": "tpu"}, "device"),

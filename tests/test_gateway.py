@@ -1,0 +1,305 @@
+"""The gateway's doors, the query it reads, its pages, and its sessions' ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import requests
+import websockets
+from serving import Heard, Service, connect, running, speech
+
+from deployments.doors import Doors, Visitor
+from deployments.query import SEED_LIMIT, persona_from, read_query
+from personaplex.config import Sampling
+from personaplex.errors import BadParameter, Unauthorized, UnknownVoice
+from personaplex.persona import PROMPTS, VOICES, Persona
+
+# The query
+
+
+def test_an_empty_query_is_the_default_persona_with_a_seed_of_its_own() -> None:
+    first, second = persona_from({}), persona_from({})
+    assert (first.voice, first.text_prompt) == (Persona().voice, Persona().text_prompt)
+    assert first.sampling.text_seed == first.sampling.audio_seed
+    assert first.sampling.text_seed != second.sampling.text_seed
+
+
+def test_the_stock_web_clients_query_is_read() -> None:
+    query = (
+        b"worker_auth_id=k&email=a%40b&text_temperature=0.7&text_topk=25&audio_temperature=0.8&audio_topk=250"
+        b"&pad_mult=0&text_seed=12&audio_seed=34&repetition_penalty_context=64&repetition_penalty=1"
+        b"&text_prompt=You%20enjoy+it.%20%E4%BD%A0&voice_prompt=VARM4.pt"
+    )
+    persona = persona_from(read_query(query, 16_384))
+    assert persona == Persona("VARM4", "You enjoy it. 你", Sampling(0.7, 25, 0.8, 250, 12, 34))
+
+
+def test_one_seed_does_for_both_and_minus_one_is_none() -> None:
+    sampling = persona_from({"seed": "5", "audio_seed": "6"}).sampling
+    assert (sampling.text_seed, sampling.audio_seed) == (5, 6)
+    assert persona_from({"text_seed": "-1", "seed": "9"}).sampling.text_seed == 9
+    assert persona_from({"seed": str(SEED_LIMIT)}).sampling.text_seed == 2**63 - 1
+
+
+def test_an_empty_prompt_is_a_prompt_and_the_first_of_two_names_counts() -> None:
+    assert persona_from({"text_prompt": ""}).text_prompt == ""
+    assert read_query(b"a=1&a=2", 100) == {"a": "1"}
+
+
+@pytest.mark.parametrize(
+    "text", ["nan", "inf", "-inf", "1e400", "10.1", "-0.0001", "1,5", "0x1", " 1", "1\n", "٣"]
+)
+def test_numbers_are_read_strictly(text: str) -> None:
+    with pytest.raises(BadParameter, match="text_temperature"):
+        persona_from({"text_temperature": text})
+
+
+@pytest.mark.parametrize("text", ["2.0", "1e3", "-1", "32001", "1_0", "", "x"])
+def test_whole_numbers_too(text: str) -> None:
+    if not text:
+        assert persona_from({"text_topk": text}).sampling.text_topk == Sampling().text_topk
+        return
+    with pytest.raises(BadParameter, match="text_topk"):
+        persona_from({"text_topk": text})
+
+
+@pytest.mark.parametrize("name", ["../NATF2", "/etc/passwd", "a" * 65, "NATF2\0", "voices/NATF2.pt", "é"])
+def test_a_voice_is_a_name_and_never_a_path(name: str) -> None:
+    with pytest.raises(UnknownVoice) as caught:
+        persona_from({"voice_prompt": name})
+    assert name not in str(caught.value)
+
+
+@pytest.mark.parametrize("query", [b"\xff", b"a=%FF", b"a=%ED%A0%80", b"x" * 101, b"&".join([b"a=1"] * 65)])
+def test_a_query_that_cannot_be_read_is_refused(query: bytes) -> None:
+    with pytest.raises(BadParameter):
+        read_query(query, 200 if query.startswith(b"a=1&") else 100)
+
+
+# The doors
+
+
+def _doors(**options: Any) -> Doors:
+    limits = {"sessions_per_key": 0, "sessions_per_address": 0, "trusted_proxies": 0}
+    keys, origins = options.pop("keys", ()), options.pop("origins", ())
+    return Doors(keys, origins, **{**limits, **options})
+
+
+def _visitor(address: str = "192.0.2.1", query: dict[str, str] | None = None, **headers: str) -> Visitor:
+    return Visitor(address, {name.replace("_", "-"): value for name, value in headers.items()}, query or {})
+
+
+@pytest.mark.parametrize(
+    "visitor",
+    [
+        _visitor(x_api_key="good"),
+        _visitor(authorization="Bearer good"),
+        _visitor(authorization="bearer  good"),
+        _visitor(query={"worker_auth_id": "good"}),
+    ],
+)
+def test_a_key_opens_wherever_clients_put_it(visitor: Visitor) -> None:
+    with _doors(keys=("other", "good")).enter(visitor):
+        pass
+
+
+@pytest.mark.parametrize(
+    "visitor",
+    [
+        _visitor(),
+        _visitor(x_api_key="goo"),
+        _visitor(x_api_key="goodd"),
+        _visitor(authorization="Basic good"),
+        _visitor(query={"worker_auth_id": "\ud800"}),
+    ],
+)
+def test_no_other_key_does(visitor: Visitor) -> None:
+    with pytest.raises(Unauthorized) as caught, _doors(keys=("good",)).enter(visitor):
+        pass
+    assert "good" not in str(caught.value)
+
+
+def test_without_keys_everybody_may_enter() -> None:
+    with _doors().enter(_visitor()):
+        pass
+
+
+def test_only_allowed_origins_may_but_programs_have_none() -> None:
+    doors = _doors(origins=("https://a.example",))
+    for visitor in (_visitor(origin="https://a.example"), _visitor()):
+        with doors.enter(visitor):
+            pass
+    for origin in ("https://b.example", "https://a.example.evil", "null", ""):
+        with pytest.raises(Unauthorized), doors.enter(_visitor(origin=origin)):
+            pass
+
+
+def test_sessions_are_counted_by_key_and_address_and_uncounted_when_they_end() -> None:
+    doors = _doors(keys=("a", "b"), sessions_per_key=2, sessions_per_address=3)
+    with doors.enter(_visitor(x_api_key="a")), doors.enter(_visitor(x_api_key="a")):
+        with pytest.raises(Unauthorized, match="key"), doors.enter(_visitor(x_api_key="a")):
+            pass
+        with doors.enter(_visitor(x_api_key="b")):
+            with pytest.raises(Unauthorized, match="address"), doors.enter(_visitor(x_api_key="b")):
+                pass
+            with doors.enter(_visitor("192.0.2.2", x_api_key="b")):
+                pass
+    assert doors.inside == 0
+
+
+def test_a_refused_visitor_is_not_counted() -> None:
+    doors = _doors(keys=("a",), sessions_per_address=1)
+    for _ in range(3):
+        with pytest.raises(Unauthorized), doors.enter(_visitor(x_api_key="x")):
+            pass
+    with doors.enter(_visitor(x_api_key="a")):
+        pass
+
+
+def test_forwarded_addresses_count_only_as_far_as_proxies_are_trusted() -> None:
+    """The last entries are our proxies' own; whatever stands before them the client may have written."""
+    header = {"x_forwarded_for": "203.0.113.9, 198.51.100.7, 10.0.0.1"}
+    for proxies, address in ((0, "192.0.2.1"), (1, "10.0.0.1"), (2, "198.51.100.7"), (4, "192.0.2.1")):
+        doors = _doors(sessions_per_address=1, trusted_proxies=proxies)
+        with doors.enter(_visitor(**header)), pytest.raises(Unauthorized), doors.enter(_visitor(address)):
+            pass
+
+
+# A running gateway
+
+
+@pytest.fixture(scope="module")
+def service(cluster: str) -> Iterator[Service]:
+    with running(
+        cluster,
+        model="echo",
+        slots=2,
+        api_keys="right",
+        allowed_origins="https://a.example",
+        sessions_per_key=1,
+        session_limit_s=2.0,
+        log_level="info",
+    ) as service:
+        yield service
+
+
+def _refused(service: Service, headers: dict[str, str] | None = None, **query: Any) -> Heard:
+    async def run() -> Heard:
+        async with connect(service, headers, **query) as client:
+            return await client.until_closed()
+
+    return asyncio.run(run())
+
+
+def test_a_session_without_a_key_is_refused_in_words(service: Service) -> None:
+    for heard in (_refused(service), _refused(service, {"X-API-Key": "wrong"}, worker_auth_id="right")):
+        assert heard.code == 1008
+        assert "key" in heard.complaint
+        assert not heard.live
+
+
+def test_a_page_of_another_origin_is_refused(service: Service) -> None:
+    heard = _refused(service, {"X-API-Key": "right", "Origin": "https://b.example"})
+    assert heard.code == 1008
+
+
+def test_a_key_holds_as_many_sessions_as_it_may_and_a_session_its_time(service: Service) -> None:
+    async def run() -> Heard:
+        async with connect(service, {"Authorization": "Bearer right"}) as client:
+            await client.headers()
+            await client.until(lambda heard: heard.live)
+            second = await asyncio.to_thread(_refused, service, {"X-API-Key": "right"})
+            assert second.code == 1008
+            talking = asyncio.ensure_future(client.speak(speech(4.0)))
+            heard = await client.until_closed(4.0)
+            await asyncio.wait({talking})
+            talking.exception()
+            return heard
+
+    heard = asyncio.run(run())
+    assert heard.code == 1000
+    assert "limit" in heard.reason
+
+
+def test_pages_and_lists_are_served(service: Service) -> None:
+    assert service.get("healthz").json() == {"status": "ok"}
+    info = service.info()
+    assert (info["model"], info["slots"], info["replicas"], info["key_needed"]) == ("echo", 2, 1, True)
+    voices = service.get("api/voices").json()
+    assert [voice["name"] for voice in voices["voices"]] == list(VOICES)
+    prompts = service.get("api/prompts").json()["prompts"]
+    assert {prompt["id"]: prompt["text"] for prompt in prompts} == {p.id: p.text for p in PROMPTS.values()}
+    page = service.get("")
+    assert page.headers["content-type"].startswith("text/html")
+    assert service.get("app.js").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["../settings.py", "..%2f..%2fpyproject.toml", "%2e%2e/app.py", "api/none"])
+def test_no_path_leads_out_of_the_page(service: Service, path: str) -> None:
+    url = f"http://{service.base}/{path}"
+    prepared = requests.Request("GET", url).prepare()
+    prepared.url = url  # as it stands: requests would tidy it up
+    with requests.Session() as session:
+        assert session.send(prepared, timeout=5).status_code == 404
+
+
+def test_plain_http_on_the_chat_path_is_not_served(service: Service) -> None:
+    assert service.get("api/chat").status_code == 404
+    with pytest.raises(websockets.InvalidStatus):
+        asyncio.run(_open(f"ws://{service.base}/api/other"))
+
+
+async def _open(url: str) -> None:
+    async with websockets.connect(url):
+        pass
+
+
+def test_nothing_a_client_says_is_logged(service: Service) -> None:
+    marker = "Zanzibar-4711"
+    query = {"text_prompt": marker, "email": marker, "voice_prompt": marker, "text_temperature": marker}
+    _refused(service, {"X-API-Key": marker, "Origin": f"https://{marker}"}, **query)
+    _refused(service, {"X-API-Key": "right"}, **query)
+    _refused(service, {"X-API-Key": "right"}, voice_prompt="Zanzibar")
+    folder = Path("/tmp/ray", ray.get_runtime_context().get_session_name(), "logs")
+    logs = [
+        path.read_text(encoding="utf-8", errors="replace") for path in folder.rglob("*") if path.is_file()
+    ]
+    assert sum("ended: Unauthorized" in text for text in logs) == 1  # the gateway's own lines are among them
+    assert not any("Zanzibar" in text for text in logs)
+
+
+def test_the_gateway_runs_without_torch(service: Service) -> None:
+    """In the live process, and by import."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            title = (entry / "cmdline").read_bytes() if (entry / "cmdline").exists() else b""
+            if title.startswith(f"ray::ServeReplica:{service.name}:gateway".encode()):
+                assert "libtorch" not in (entry / "maps").read_text()
+                break
+    else:
+        raise AssertionError("no gateway process")
+    code = "import sys, deployments.application, deployments.gateway; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
+
+
+def test_settings_are_printed_without_keys(caplog: pytest.LogCaptureFixture) -> None:
+    from deployments.application import build
+    from deployments.settings import Settings
+
+    with caplog.at_level(logging.INFO, logger="deployments"):
+        logging.getLogger("deployments").propagate = True
+        build(Settings(model="echo", api_keys="do-not-show"))
+        build(Settings(model="echo"))
+    assert re.search(r'"slots": 4', caplog.text)
+    assert "do-not-show" not in caplog.text
+    assert "whoever reaches this service may use it" in caplog.text
