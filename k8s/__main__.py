@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", help="name of the RayService")
     command.add_argument("--timeout", type=float, default=3_600.0, metavar="S")
     command.add_argument("--interval", type=float, default=5.0, metavar="S", help="time between readings")
-    command.add_argument("--zeros", type=int, default=3, help="readings without a session before the release")
+    command.add_argument("--zeros", type=int, default=4, help="readings without a session before the release")
     command.add_argument("--keep-old", action="store_true", help="leave the old cluster to KubeRay's delay")
     command = add("smoke", _smoke, "ready? then one real conversation")
     command.add_argument("name", help="name of the RayService")

@@ -95,7 +95,7 @@ class Rollout:
     report: Callable[[str], None]
     timeout_s: float = 3_600.0
     interval_s: float = 5.0
-    zeros: int = 3
+    zeros: int = 4  # times interval_s: more than the ten seconds after which Ray exports a change
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], float] = time.monotonic
     _newest: State | None = field(default=None, init=False)
