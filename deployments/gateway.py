@@ -78,6 +78,7 @@ class Gateway:
             keep=self._keep,
         )
         self._open = 0
+        self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
 
     def __serve_build_asgi_app__(self) -> Starlette:
         routes: list[BaseRoute] = [
