@@ -94,7 +94,6 @@ def _draw(points: list[tuple[float, float]], kind: Kind, colour: str) -> Iterato
             size = f'width="2" height="{HEIGHT - BOTTOM - y:.1f}"'
             yield f'<rect x="{x - 1:.1f}" y="{y:.1f}" {size} style="fill: {colour}"/>'
     else:
-        turn = (lambda x, y: f"H{x:.1f}V{y:.1f}") if kind == "steps" else (lambda x, y: f"L{x:.1f} {y:.1f}")
-        (x, y), *rest = points
-        path = f"M{x:.1f} {y:.1f}" + "".join(turn(x, y) for x, y in rest)
+        form = "H{:.1f}V{:.1f}" if kind == "steps" else "L{:.1f} {:.1f}"
+        path = "M{:.1f} {:.1f}".format(*points[0]) + "".join(form.format(x, y) for x, y in points[1:])
         yield f'<path class="series" d="{path}" style="stroke: {colour}"/>'

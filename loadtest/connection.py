@@ -109,7 +109,8 @@ class Connection:
                 self._protocol.receive_eof()
             if self._protocol.handshake_exc is not None:
                 raise self._protocol.handshake_exc
-            answered = self._protocol.state.name == "OPEN"
+            answered = self._protocol.state.name != "CONNECTING"  # a refusal may follow at once
+        self._flush()
 
     def _messages(self) -> Iterator[bytes | str]:
         for event in self._protocol.events_received():

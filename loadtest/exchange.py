@@ -2,8 +2,8 @@
 
 Locust's own ramps count users and would wait for a slow service, so sessions are started here: all processes
 draw the same list from the same seed, the master (or the only process) tells each worker which part is its
-own once Locust has set the run going, and workers send finished outcomes along with Locust's reports. A
-session that was due and of which nothing was heard, because its worker died or the run was cut off, counts as
+own once Locust has set the run going, and workers send each outcome as soon as it is known. A session
+that was due and of which nothing was heard, because its worker died or the run was cut off, counts as
 unfinished: nothing that was meant to start is left out.
 """
 
@@ -31,7 +31,8 @@ from personaplex.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 UNFINISHED = "Unfinished"
-SHARE = "personaplex-share"  # message to a worker: the options, and which part of the sessions is its own
+SHARE = "personaplex-share"  # to a worker: the options, and which part of the sessions is its own
+OUTCOME = "personaplex-outcome"  # from a worker: what became of a session
 SECRET = "api_key"
 OPTIONS = ("arrivals", "lengths", "longest", "draw_seed", "voices", "prompts", "speech", "insecure", SECRET)
 
@@ -53,7 +54,6 @@ class Exchange:
         """Raises ConfigError or BadAudio when the options make no sense; a worker gets its own later."""
         self._environment, self._user = environment, user
         self._outcomes: dict[int, Outcome] = {}  # by number of the session
-        self._unsent: list[Outcome] = []  # a worker's, until its next report
         self._due: deque[tuple[Arrival, float]] = deque()
         self._sessions: list[Arrival] = []
         self._began: float | None = None
@@ -61,13 +61,12 @@ class Exchange:
         events = environment.events
         if self._worker:
             environment.runner.register_message(SHARE, self._take_share)
-            events.report_to_master.add_listener(self._tell_master)
         else:
             self.thresholds = [Threshold.parse(text) for text in environment.parsed_options.require]
             self._prepare(self._options())
+            environment.runner.register_message(OUTCOME, self._hear_worker)
             events.test_start.add_listener(self._reset)
             events.spawning_complete.add_listener(self._hand_out)
-            events.worker_report.add_listener(self._hear_worker)
             events.test_stop.add_listener(self._write)
         events.quitting.add_listener(self._quit)
 
@@ -75,6 +74,11 @@ class Exchange:
     def profile_s(self) -> float:
         """Until the last arrival, about."""
         return arrivals.duration(self._pieces)
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is known what became of every session."""
+        return len(self._outcomes) == len(self._sessions)
 
     def take(self) -> Caller:
         """The session of the user that was just started."""
@@ -84,7 +88,8 @@ class Exchange:
     def keep(self, outcome: Outcome) -> None:
         """What became of one session of this process."""
         self._outcomes[outcome.number] = outcome
-        self._unsent.append(outcome)
+        if self._worker:
+            self._environment.runner.send_message(OUTCOME, outcome.packed())
 
     def report(self) -> Report:
         """All sessions that were due so far."""
@@ -147,10 +152,8 @@ class Exchange:
             part = {"index": index, "count": len(workers), "options": self._options()}
             runner.send_message(SHARE, part, client_id=worker)
 
-    def _hear_worker(self, data: dict[str, Any], **_: Any) -> None:
-        for packed in data.get("outcomes", ()):
-            outcome = Outcome.unpacked(packed)
-            self._outcomes[outcome.number] = outcome
+    def _hear_worker(self, msg: Any, **_: Any) -> None:
+        self.keep(Outcome.unpacked(msg.data))
 
     def _write(self, **_: Any) -> None:
         output = self._environment.parsed_options.output
@@ -162,7 +165,7 @@ class Exchange:
         if self._worker:
             self._environment.process_exit_code = 0  # the master judges
             return
-        self._write()  # again: workers report what was cut off after the stop
+        self._write()  # again: what was cut off is known only now
         report = self.report()
         for failure in report.failures:
             logger.error("threshold not met: %s", failure)
@@ -172,11 +175,6 @@ class Exchange:
 
     def _take_share(self, msg: Any, **_: Any) -> None:
         self._outcomes.clear()
-        self._unsent.clear()
         self._prepare(msg.data["options"])
         share = arrivals.share(self._sessions, msg.data["index"], msg.data["count"])
         gevent.spawn(self._start_all, share)
-
-    def _tell_master(self, data: dict[str, Any], **_: Any) -> None:
-        data["outcomes"] = [outcome.packed() for outcome in self._unsent]
-        self._unsent.clear()

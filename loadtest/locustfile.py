@@ -25,7 +25,7 @@ from loadtest.speech import DEFAULT
 from personaplex.errors import PersonaplexError
 from personaplex.persona import PROMPTS, VOICES
 
-QUIET_S = 4.0  # without a session, after the last arrival, until the test ends; more than a worker's report
+QUIET_S = 15.0  # without a session, after the last arrival: what is still missing will not come
 
 
 @events.init_command_line_parser.add_listener
@@ -107,4 +107,5 @@ class UntilAllAreDone(LoadTestShape):
         elif self._quiet_since is None:
             self._quiet_since = now
         quiet = self._quiet_since is not None and now - self._quiet_since > QUIET_S
-        return None if quiet or now > end + environment.parsed_options.drain else (0, 1)
+        over = environment.exchange.complete or quiet or now > end + environment.parsed_options.drain
+        return None if over else (0, 1)

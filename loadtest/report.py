@@ -84,7 +84,7 @@ class Report:
     def failures(self) -> list[str]:
         """Thresholds that were not met, with what was measured."""
         figures = self.figures
-        return [f"{one}: {_shown(figures[one.name])}" for one in self.thresholds if not one.met(figures)]
+        return [f"{one}: {shown(figures[one.name])}" for one in self.thresholds if not one.met(figures)]
 
     def data(self) -> dict[str, Any]:
         """Everything, for programs."""
@@ -117,7 +117,7 @@ class Report:
         figures = self.figures
         verdict = "passed" if self.passed else '<span class="bad">failed</span>'
         rows = [
-            (str(one), _shown(figures[one.name]), "met" if one.met(figures) else '<b class="bad">not met</b>')
+            (str(one), shown(figures[one.name]), "met" if one.met(figures) else '<b class="bad">not met</b>')
             for one in self.thresholds
         ]
         ended = [
@@ -137,7 +137,7 @@ class Report:
             "<h2>How sessions ended that did not end as they wished</h2>"
             + table(("when", "error", "sessions"), ended),
             "<h2>All figures</h2>"
-            + table(("figure", "value", ""), [(name, _shown(value), "") for name, value in figures.items()]),
+            + table(("figure", "value", ""), [(name, shown(value), "") for name, value in figures.items()]),
             "<h2>What was asked for</h2>"
             + table(("option", "", ""), [(escape(n), escape(str(v)), "") for n, v in self.options.items()]),
         )
@@ -213,5 +213,6 @@ def _intervals(outcomes: Sequence[Outcome]) -> list[tuple[float, float]]:
     return [(ms, 100 * count / pages) for ms, count in sorted(shown.items())]
 
 
-def _shown(value: float | None) -> str:
+def shown(value: float | None) -> str:
+    """A figure for people."""
     return "none" if value is None else f"{value:.4g}"

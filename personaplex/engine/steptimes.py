@@ -8,7 +8,8 @@ a figure that rests on one shows it too. Seconds everywhere here, milliseconds i
      "prefill_positions": [...], "prefill_ms": [...]}
 
 Between entries times are interpolated along both axes; below the first entry the first holds; above the last
-context the last holds, since a full window does not grow. A batch beyond the table is refused: nobody knows.
+context the last holds, since a full window does not grow. A batch beyond the table is refused: the table ends
+where the card's memory or the measurement does.
 """
 
 from __future__ import annotations

@@ -1,0 +1,137 @@
+"""How many GPUs and gateways a load needs, how long people wait, and what a session-hour costs.
+
+    python -m loadtest.plan --arrivals 3600@5 --lengths lognormal:300:1 \\
+        --steps benchmarks/results/steps-example.json --gpu-hour 3.50 --core-hour 0.04 --output plan
+
+Slots of a GPU: as many full windows as the step-time table runs within --tick-limit-ms, unless --set slots=N.
+GPUs: Erlang's waiting formula gives a first number; the fleet is then simulated with the service's own
+placement, scaling and settings (`simulation.py`), and grows until the goals on waiting and refusals are met.
+--gpus N skips the search. Everything rests on the table: the report says whether it was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from loadtest import arrivals
+from loadtest.chart import chart
+from loadtest.planner import Goals, Plan, Prices, make
+from loadtest.report import page, shown, table
+from loadtest.simulation import Timing
+from personaplex.engine.steptimes import StepTimes
+from personaplex.errors import ConfigError, PersonaplexError
+from personaplex.files import replacing
+
+DOTS = 3_000  # that a page can bear
+
+
+def rows(plan: Plan) -> list[tuple[str, str]]:
+    """The answer, for people."""
+    return [
+        ("step times", f"{plan.steps.name} ({plan.steps.source})"),
+        ("slots per GPU", str(plan.settings.slots)),
+        ("GPUs, fewest to most", f"{plan.settings.replicas_min} to {plan.settings.replicas_max}"),
+        ("gateways at the peak", str(plan.gateways)),
+        ("goals", "met" if plan.met else "NOT met"),
+        *((name, shown(value)) for name, value in {**plan.forecast.figures(), **plan.costs}.items()),
+    ]
+
+
+def html(plan: Plan) -> str:
+    """One page with plots."""
+    forecast = plan.forecast
+    held, waiting, replicas = (
+        [(time, float(value)) for time, value in zip(forecast.times, values, strict=True)]
+        for values in (forecast.held, forecast.waiting, forecast.replicas)
+    )
+    ready = [(one.arrival.at_s, one.ready_s) for one in forecast.sessions if one.ready_s is not None]
+    note = f"Step times are {plan.steps.source}. {plan.steps.note}"
+    return page(
+        "Capacity plan",
+        f"<p{'' if plan.steps.source == 'measured' else ' class=bad'}>{escape(note)}</p>",
+        table(("", ""), [(escape(name), escape(value)) for name, value in rows(plan)]),
+        "<h2>Sessions</h2>" + chart("seconds", "sessions", {"slots held": held, "waiting": waiting}, "steps"),
+        "<h2>GPUs that take sessions</h2>" + chart("seconds", "GPUs", {"GPUs": replicas}, "steps"),
+        "<h2>From connecting to a ready slot</h2>"
+        + chart("arrival, seconds", "seconds", {"sessions": ready[:: len(ready) // DOTS + 1]}, "dots"),
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m loadtest.plan",
+        description="Plans a fleet for a load, by simulation.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--arrivals", default="3600@1", help="SECONDS@RATE or SECONDS@RATE-RATE, ..., in sessions a second")
+    add("--lengths", default="lognormal:300:1", help="how long sessions talk, in seconds")
+    add("--longest", type=float, default=1_800.0, help="no session wishes to talk longer, in seconds")
+    add("--draw-seed", type=int, default=1, help="the same seed gives the same sessions")
+    add("--steps", type=Path, required=True, help="step-time table")
+    add("--tick-limit-ms", type=float, default=64.0, help="longest step a full GPU may take; a frame is 80")
+    add("--gpus", type=int, help="most GPUs; searched unless given")
+    add("--ready-p95", type=float, default=2.0, help="goal: 95 %% are ready within so many seconds")
+    add("--refused", type=float, default=0.01, help="goal: at most this share is refused")
+    add("--startup", type=float, default=60.0, help="seconds until a new replica takes sessions")
+    add("--push", type=float, default=10.0, help="seconds between Serve's reports of load")
+    add("--gpu-hour", type=float, default=0.0, help="price of a GPU")
+    add("--core-hour", type=float, default=0.0, help="price of a CPU core")
+    add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the service")
+    add("--output", type=Path, help="writes OUTPUT.json and OUTPUT.html")
+    return parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> Plan:
+    """The plan for parsed options. Raises ConfigError."""
+    values: dict[str, str] = {}
+    for pair in options.set:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair!r} is not NAME=VALUE")
+        values[name] = value
+    pieces = arrivals.profile(options.arrivals)
+    length = arrivals.lengths(options.lengths)
+    sessions = arrivals.draw(pieces, length, options.draw_seed, longest_s=options.longest)
+    steps = StepTimes.load(options.steps)
+    return make(
+        sessions,
+        pieces,
+        values,
+        steps,
+        Timing(startup_s=options.startup, push_s=options.push),
+        Goals(options.ready_p95, options.refused),
+        Prices(options.gpu_hour, options.core_hour),
+        tick_limit_s=options.tick_limit_ms / 1e3,
+        gpus=options.gpus,
+    )
+
+
+def write(plan: Plan, stem: Path) -> None:
+    """STEM.json and STEM.html, each whole or not at all."""
+    for suffix, text in ((".json", json.dumps(plan.data(), indent=1) + "\n"), (".html", html(plan))):
+        with replacing(stem.with_name(stem.name + suffix)) as part:
+            part.write_text(text, encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 when the goals are met, 1 when not or for an error."""
+    options = parse(argv)
+    try:
+        plan = run(options)
+    except PersonaplexError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(f"{name:24} {value}" for name, value in rows(plan)))
+    if options.output:
+        write(plan, options.output)
+    return 0 if plan.met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
