@@ -13,12 +13,14 @@ import torch
 
 from personaplex.config import TransformerConfig
 from personaplex.model import ring as rings
-from personaplex.model.layers import angles
+from personaplex.model.layers import RMS_EPS, angles, rms_norm, silu_multiply
+from personaplex.model.quantize import Int8Matrix
 from personaplex.model.ring import Ring
+from personaplex.model.sampling import log_noise
 
 pytest.importorskip("triton")
 
-from personaplex.model import attention
+from personaplex.model import attention, int8, pointwise
 
 CPU = torch.device("cpu")
 LAYER = 1
@@ -114,6 +116,47 @@ def test_depth_attention(context: int) -> None:
         assert (ours - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("shape", [(3, 2, 48), (1, 1, 64), (5, 1030)])
+def test_norm_and_gate(shape: tuple[int, ...]) -> None:
+    x = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    gain = torch.rand(shape[-1], generator=torch.Generator().manual_seed(2))
+    assert (pointwise.rms_norm(x, gain, RMS_EPS) - rms_norm(x, gain)).abs().max() < 2e-6
+    assert (pointwise.silu_multiply(x) - silu_multiply(x)).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_draw(kind: torch.dtype) -> None:
+    """Every mixture of rules, ties included (bfloat16 has many): of equals the lowest ids are in."""
+    random = torch.Generator().manual_seed(7)
+    size, rows = 300, 10
+    logits = (3 * torch.randn(rows, size, generator=random)).to(kind)
+    temperature = torch.tensor([0.8, 0.0, 1.3, 0.7, -1.0, 0.8, 0.5, 2.0, 0.8, 0.9])
+    topk = torch.tensor([25, 25, 0, 1, 0, 250, 299, 300, 2, 40])
+    keys = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=random)
+    ranks = logits.float().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    score = logits.float() / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    score = score - log_noise(keys, torch.arange(size))
+    kept = ranks < torch.where(topk == 0, size, topk)[:, None]
+    expected = torch.where(
+        temperature > 0, score.masked_fill(~kept, -torch.inf).argmax(-1), logits.argmax(-1)
+    )
+    assert pointwise.draw(logits, temperature, topk, keys).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 64, 40), (5, 300, 33), (70, 96, 64)])
+def test_int8_product(rows: int, inputs: int, outputs: int) -> None:
+    random = torch.Generator().manual_seed(5)
+    x, weight = (torch.randn(n, inputs, generator=random) for n in (rows, outputs))
+    residual = torch.randn(rows, outputs, generator=random)
+    matrix = Int8Matrix.of(weight)
+    assert (matrix.numbers(torch.float32) - weight).abs().max() < 0.51 * matrix.scale.max()
+    expected = matrix.product(x)
+    assert (expected - x @ matrix.numbers(torch.float32).t()).abs().max() < 1e-4
+    assert (int8.matmul(x, matrix.codes, matrix.scale) - expected).abs().max() < 1e-4
+    added = int8.matmul(x, matrix.codes, matrix.scale, residual.clone())
+    assert (added - residual - expected).abs().max() < 1e-4
+
+
 def test_quantised_vectors_are_close() -> None:
     """Half a code at most, over all magnitudes float16 scales can say; zeros stay zeros."""
     size = 10.0 ** torch.arange(-6, 6, dtype=torch.float32)
@@ -127,7 +170,7 @@ def test_quantised_vectors_are_close() -> None:
 
 
 def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    """At the sizes and types of the 7B model, by Triton's own compiler; none spills registers."""
+    """At the sizes and types of the 7B model, by Triton's own compiler, within a small card's memory."""
     here = Path(__file__).parent
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(here.parent)}
@@ -136,6 +179,12 @@ def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    kernels = {name for name, value in vars(attention).items() if hasattr(value, "fn") and name[1] != "s"}
+    inner = {"_store_pairs", "_mix"}  # parts of others
+    kernels = {
+        name
+        for part in (attention, pointwise, int8)
+        for name, value in vars(part).items()
+        if hasattr(value, "fn")
+    } - inner
     assert {line[0] for line in lines} == kernels
-    assert all(line[-2] == "0" for line in lines)
+    assert max(int(line[-1]) for line in lines) <= 99 * 1024

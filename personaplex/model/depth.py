@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
+from personaplex.model import layers
 from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm, Stack, linear_add
 
 
@@ -46,24 +47,39 @@ class DepthPass:
     def __init__(self, depth: Depth) -> None:
         self.depth = depth
         self.done = 0
-        self.held: list[Tensor] = []  # keys and values of each layer so far, [N, 2, heads, steps, head_dim]
+        self.held: list[Tensor] = []  # each layer's keys and values so far, [N, 2, heads, steps, head_dim]
 
     def step(self, x: Tensor) -> Tensor:
-        """x [N, dim] = input of the next step -> [N, dim].
-
-        The ring holds `context` steps and, being full at the last one, no longer shows the first (see ring.py).
-        """
-        step, config = self.done, self.depth.config
-        skip = 1 if step + 1 == config.context else 0
+        """x [N, dim] = input of the next step, used up -> [N, dim]."""
+        step = self.done
         for index, layer in enumerate(self.depth.layers):
-            qkv = layer.self_attn.project(layer.norm1(x), step)[..., None, :]  # [N, 3, heads, 1, head_dim]
-            if step:
-                self.held[index] = torch.cat([self.held[index], qkv[:, 1:]], dim=3)
-            else:
-                self.held.append(qkv[:, 1:])
-            k, v = self.held[index][:, :, :, skip:].unbind(1)
-            heads = F.scaled_dot_product_attention(qkv[:, 0], k, v).reshape(x.shape)
-            x = linear_add(x, heads, layer.self_attn.outputs[step])
+            qkv = layer.self_attn.project(layer.norm1(x), step)  # [N, 3, heads, head_dim]
+            heads = self._attend_fixed(index, qkv) if layers.uses_kernels(x) else self._attend(index, qkv)
+            x = linear_add(x, heads.reshape(x.shape), layer.self_attn.outputs[step])
             x = layer.gating[step].add_to(x, layer.norm2(x))
         self.done += 1
         return x
+
+    def _attend(self, index: int, qkv: Tensor) -> Tensor:
+        """Layer `index` of this step, qkv [N, 3, heads, head_dim] -> [N, heads, 1, head_dim].
+
+        The ring holds `context` steps and, being full at the last one, no longer shows the first (ring.py).
+        """
+        qkv = qkv[..., None, :]
+        if self.done:
+            self.held[index] = torch.cat([self.held[index], qkv[:, 1:]], dim=3)
+        else:
+            self.held.append(qkv[:, 1:])
+        skip = 1 if self.done + 1 == self.depth.config.context else 0
+        k, v = self.held[index][:, :, :, skip:].unbind(1)
+        return F.scaled_dot_product_attention(qkv[:, 0], k, v)
+
+    def _attend_fixed(self, index: int, qkv: Tensor) -> Tensor:
+        """The same by one kernel, over memory for all steps, [2, N, heads, context, head_dim] a layer."""
+        from personaplex.model import attention  # only where there is Triton
+
+        if not self.done:
+            n, _, heads, size = qkv.shape
+            self.held.append(qkv.new_empty(2, n, heads, self.depth.config.context, size))
+        keys, values = self.held[index].unbind(0)
+        return attention.attend_step(qkv[:, None], keys, values, self.done)

@@ -17,7 +17,7 @@ from personaplex.config import CODEBOOKS, DELAYS, RING_COLUMNS, STREAMS, UNGENER
 from personaplex.model.depth import Depth, DepthPass
 from personaplex.model.layers import Linear, RMSNorm, Stack, Table, linear, table_rows
 from personaplex.model.ring import Ring
-from personaplex.model.sampling import Caps, Rule, SamplingState, draw, draw_keys, log_noise
+from personaplex.model.sampling import Caps, Draws, SamplingState
 from personaplex.model.temporal import Temporal
 
 MAX_DELAY = max(DELAYS)
@@ -185,17 +185,13 @@ def step(
 
     target_tokens, target_provided = _read(state.tokens, target), _read(state.provided, target)
     text_logits = lm.text_linear(hidden)
-    keys = draw_keys(sampling, n, 1 + depth_steps)
-    rule = Rule.of(sampling.text_temperature, sampling.text_topk, caps.text, caps.greedy)
-    token = draw(text_logits, rule, lambda tokens: log_noise(keys[:, 0], tokens))
-    drawn = [torch.where(target_provided[:, 0], target_tokens[:, 0], token)]
-    rule = Rule.of(sampling.audio_temperature, sampling.audio_topk, caps.audio, caps.greedy)
-    noise = log_noise(keys[:, 1:], torch.arange(lm.config.card, device=n.device)) if caps.audio else None
+    draws = Draws(sampling, n, depth_steps, lm.config.card, caps)
+    drawn = [torch.where(target_provided[:, 0], target_tokens[:, 0], draws.text(text_logits))]
     audio_logits = []
     depth = DepthPass(lm.depformer)
     for index, part in enumerate(lm.depth_hidden(hidden, depth_steps)):
         logits = lm.linears[index](depth.step(part + lm.depth_token(index, drawn[-1])))
-        token = draw(logits, rule, lambda tokens, index=index: noise[:, index].gather(1, tokens))
+        token = draws.audio(index, logits)
         drawn.append(torch.where(target_provided[:, index + 1], target_tokens[:, index + 1], token))
         audio_logits.append(logits)
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, FRAME_SIZE, MimiConfig, TransformerConfig
+from personaplex.model import layers, seanet
 from personaplex.model import ring as rings
-from personaplex.model import seanet
 from personaplex.model.conv import Downsample, Upsample
-from personaplex.model.layers import LAYER_NORM_EPS, Attention, Linear, Stack, angles, uses_kernels
+from personaplex.model.layers import LAYER_NORM_EPS, Attention, Linear, Stack, angles
 from personaplex.model.ring import Ring, Window
 from personaplex.model.rvq import SplitQuantizer
 
@@ -158,7 +158,7 @@ class Mimi(nn.Module):
 
 def encode(mimi: Mimi, state: CodecState, pcm: Tensor, active: Tensor) -> Tensor:
     """pcm [N, 1920] float32, active [N] bool -> codes [N, 8] int64 (anything for inactive slots)."""
-    if uses_kernels(pcm):
+    if layers.uses_kernels(pcm):
         return _encode(mimi, state, pcm, active)
     codes = torch.zeros(pcm.shape[0], CODEBOOKS, dtype=torch.int64)
     for row in active.nonzero()[:, 0].tolist():
@@ -168,7 +168,7 @@ def encode(mimi: Mimi, state: CodecState, pcm: Tensor, active: Tensor) -> Tensor
 
 def decode(mimi: Mimi, state: CodecState, codes: Tensor, active: Tensor) -> Tensor:
     """codes [N, 8] int64, active [N] bool -> pcm [N, 1920] float32 (zeros for slots that are not active)."""
-    if uses_kernels(codes):
+    if layers.uses_kernels(codes):
         return _decode(mimi, state, codes, active) * active[:, None]
     pcm = torch.zeros(codes.shape[0], FRAME_SIZE)
     for row in active.nonzero()[:, 0].tolist():

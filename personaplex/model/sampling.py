@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from personaplex.config import Sampling
+from personaplex.model import layers
 
 _STREAMS = 32  # counter stride of one step
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as int64
-_UNIFORM_BITS = 23  # (x + 1/2) / 2**23 is exact in float32 and never 0 or 1
+UNIFORM_BITS = 23  # (x + 1/2) / 2**23 is exact in float32 and never 0 or 1
 
 
 @dataclass
@@ -77,8 +78,8 @@ class Caps:
 class Rule:
     """How all slots of one step draw from one vocabulary; made once a step.
 
-    `scale` [N, 1] divides the logits, `kept` [N, cap] says which of the cap largest are in, `greedy` [N] whether
-    the largest simply wins (None: for nobody).
+    `scale` [N, 1] divides the logits, `kept` [N, cap] says which of the cap largest are in, `greedy` [N]
+    whether the largest simply wins (None: for nobody).
     """
 
     cap: int
@@ -93,6 +94,41 @@ class Rule:
         rank = torch.arange(cap, device=topk.device)
         kept = (topk[:, None] == 0) | (rank < topk[:, None])
         return cls(cap, torch.where(cold, 1.0, temperature)[:, None], kept, cold if greedy else None)
+
+
+class Draws:
+    """The draws of one step: the text token first, then `codebooks` codes."""
+
+    def __init__(self, state: SamplingState, steps: Tensor, codebooks: int, card: int, caps: Caps) -> None:
+        """steps [N] int64: the slots' step numbers. `caps` holds for all of them; kernels need none."""
+        self._state, self._keys = state, draw_keys(state, steps, 1 + codebooks)
+        self._kernels = layers.uses_kernels(steps)
+        if self._kernels:
+            return
+        self._text = Rule.of(state.text_temperature, state.text_topk, caps.text, caps.greedy)
+        self._audio = Rule.of(state.audio_temperature, state.audio_topk, caps.audio, caps.greedy)
+        codes = torch.arange(card if caps.audio else 0)
+        self._noise = log_noise(self._keys[:, 1:], codes)
+
+    def text(self, logits: Tensor) -> Tensor:
+        """logits [N, text_card] -> tokens [N] int64."""
+        state = self._state
+        if self._kernels:
+            return _draw_fixed(logits, state.text_temperature, state.text_topk, self._keys[:, 0])
+        return draw(logits, self._text, lambda tokens: log_noise(self._keys[:, 0], tokens))
+
+    def audio(self, index: int, logits: Tensor) -> Tensor:
+        """logits [N, card] of codebook `index` -> codes [N] int64."""
+        state = self._state
+        if self._kernels:
+            return _draw_fixed(logits, state.audio_temperature, state.audio_topk, self._keys[:, 1 + index])
+        return draw(logits, self._audio, lambda codes: self._noise[:, index].gather(1, codes))
+
+
+def _draw_fixed(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor) -> Tensor:
+    from personaplex.model import pointwise  # only where there is Triton
+
+    return pointwise.draw(logits, temperature, topk, keys)
 
 
 def draw(logits: Tensor, rule: Rule, noise: Callable[[Tensor], Tensor]) -> Tensor:
@@ -125,11 +161,12 @@ def draw_keys(state: SamplingState, steps: Tensor, draws: int) -> Tensor:
 
 
 def log_noise(keys: Tensor, tokens: Tensor) -> Tensor:
-    """Log of the Exponential(1) noise [..., c] of token ids [..., c] under keys [...]: splitmix64 from each key,
-    one number a token.
+    """Log of the Exponential(1) noise [..., c] of token ids [..., c] under keys [...].
+
+    splitmix64 from each key, one number a token.
     """
-    bits = _mix(keys[..., None] + tokens * _GOLDEN) & (2**_UNIFORM_BITS - 1)
-    return ((bits.float() + 0.5) / 2**_UNIFORM_BITS).log().neg().log()
+    bits = _mix(keys[..., None] + tokens * _GOLDEN) & (2**UNIFORM_BITS - 1)
+    return ((bits.float() + 0.5) / 2**UNIFORM_BITS).log().neg().log()
 
 
 def _mix(x: Tensor) -> Tensor:

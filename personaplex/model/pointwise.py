@@ -1,0 +1,124 @@
+"""What stands between a step's matrix products on a device, each piece one Triton kernel.
+
+At a few rows a step is bound by reading weights and by the number of kernels; these replace chains of small
+ones. Each names its counterpart in plain torch, which is what runs elsewhere. Rows do not influence each
+other. This module needs Triton, which comes with torch for CUDA.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from personaplex.model.sampling import UNIFORM_BITS
+
+_COLUMNS = 1024  # of a row, to one program of `silu_multiply`
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x [..., dim] contiguous, gain [dim] float32 -> the same shape and type. `layers.rms_norm`."""
+    assert x.is_contiguous()
+    dim = x.shape[-1]
+    out = torch.empty_like(x)
+    wide = triton.next_power_of_2(dim)
+    _rms_norm[(x.numel() // dim,)](x, gain, out, dim, eps, wide, num_warps=min(max(wide // 512, 1), 8))
+    return out
+
+
+def silu_multiply(x: Tensor) -> Tensor:
+    """x [..., 2 h] contiguous = (a, b) -> silu(a) * b [..., h]. The middle of `layers.GatedFeedForward`."""
+    assert x.is_contiguous()
+    hidden = x.shape[-1] // 2
+    out = torch.empty(*x.shape[:-1], hidden, device=x.device, dtype=x.dtype)
+    grid = (x.numel() // (2 * hidden), triton.cdiv(hidden, _COLUMNS))
+    _silu_multiply[grid](x, out, hidden, _COLUMNS, num_warps=4)
+    return out
+
+
+def draw(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor) -> Tensor:
+    """logits [N, V], temperature [N] float32, topk [N] and keys [N] int64 -> tokens [N] int64.
+
+    `sampling.draw` for any mixture of rules in one launch: the k-th largest logit is found bit by bit instead
+    of by sorting, so no bound on k has to be known beforehand. Of logits equal to the k-th largest those with
+    the lowest token ids are in.
+    """
+    n, size = logits.shape
+    assert logits.stride(1) == 1
+    tokens = torch.empty(n, device=logits.device, dtype=torch.int64)
+    wide = triton.next_power_of_2(size)
+    # Of a bfloat16 the upper half of the float32's bits is all there is to search.
+    low = 16 if logits.dtype == torch.bfloat16 else 0
+    _draw[(n,)](
+        logits, temperature, topk, keys, tokens, logits.stride(0), temperature.stride(0), topk.stride(0),
+        keys.stride(0), size, wide, low, UNIFORM_BITS,
+        num_warps=min(max(wide // 512, 1), 32),
+    )  # fmt: skip
+    return tokens
+
+
+@triton.jit
+def _rms_norm(x, gain, out, dim, eps, WIDE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, WIDE)
+    inside = d < dim
+    numbers = tl.load(x + row * dim + d, inside, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(numbers * numbers, axis=0) / dim + eps)
+    normed = numbers * (tl.load(gain + d, inside, other=0.0) * scale)
+    tl.store(out + row * dim + d, normed.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _silu_multiply(x, out, hidden, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < hidden
+    a = tl.load(x + row * 2 * hidden + column, inside, other=0.0).to(tl.float32)
+    b = tl.load(x + row * 2 * hidden + hidden + column, inside, other=0.0).to(tl.float32)
+    tl.store(out + row * hidden + column, (a / (1.0 + tl.exp(-a)) * b).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _draw(
+    logits, temperature, topk, keys, tokens, row_stride, temperature_stride, topk_stride, key_stride, size,
+    WIDE: tl.constexpr, LOW: tl.constexpr, UNIFORM_BITS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.arange(0, WIDE)
+    inside = token < size
+    value = tl.load(logits + row * row_stride + token, inside, other=-float("inf")).to(tl.float32)
+    likeliest = tl.argmax(value, axis=0, tie_break_left=True)
+    heat = tl.load(temperature + row * temperature_stride)
+    wanted = tl.load(topk + row * topk_stride).to(tl.int32)
+    wanted = tl.where(wanted == 0, size, wanted)
+
+    # Unsigned integers in the order of the floats: the sign bit flips, below zero all others too.
+    bits = value.to(tl.int32, bitcast=True)
+    order = (bits ^ ((bits >> 31) | -2147483648)).to(tl.uint32, bitcast=True)
+    order = tl.where(inside, order >> LOW, 0)
+    edge = tl.zeros([1], tl.uint32)  # grows to the largest number that `wanted` values reach
+    for place in tl.static_range(31 - LOW, -1, -1):
+        higher = edge | (1 << place)
+        reached = tl.sum((order >= higher).to(tl.int32), axis=0)
+        edge = tl.where(reached >= wanted, higher, edge)
+    above = inside & (order > edge)
+    level = inside & (order == edge)
+    room = wanted - tl.sum(above.to(tl.int32), axis=0)
+    kept = above | (level & (tl.cumsum(level.to(tl.int32), axis=0) <= room))
+
+    key = tl.load(keys + row * key_stride).to(tl.uint64, bitcast=True)
+    random = _mix(key + token.to(tl.uint64) * 0x9E3779B97F4A7C15) & ((1 << UNIFORM_BITS) - 1)
+    uniform = (random.to(tl.float32) + 0.5) * (1.0 / (1 << UNIFORM_BITS))
+    score = value / tl.where(heat > 0, heat, 1.0) - tl.log(-tl.log(uniform))
+    chosen = tl.argmax(tl.where(kept, score, -float("inf")), axis=0, tie_break_left=True)
+    tl.store(tokens + row, tl.where(heat > 0, chosen, likeliest).to(tl.int64))
+
+
+@triton.jit
+def _mix(x):
+    """splitmix64's finaliser, as `sampling._mix`."""
+    x = x + 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
