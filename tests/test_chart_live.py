@@ -100,6 +100,17 @@ def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) ->
     pytest.fail(f"not ready within {READY_WITHIN_S:.0f} s:\n{log.read_text()}")
 
 
+def test_an_idle_service_shows_zero_sessions_and_not_nothing(live: Live) -> None:
+    """A release of an old cluster waits for zeros; a series born with the first session never shows one."""
+    wanted = {name for names in sessions.BUSY.values() for name in names}
+    end, text = time.monotonic() + 30, ""
+    while time.monotonic() < end and not all(sessions.samples(text, name) for name in wanted):
+        text = live.metrics()
+        time.sleep(0.5)
+    assert {name: sum(sessions.samples(text, name)) for name in wanted} == dict.fromkeys(wanted, 0.0)
+    assert sum(sessions.samples(text, sessions.SLOTS)) == 4
+
+
 def test_it_holds_a_conversation(live: Live) -> None:
     report = conversation.converse(f"ws://127.0.0.1:{live.port}/api/chat")
     assert report
