@@ -1,7 +1,7 @@
 # Two commands matter: `make serve` and `make test`. Everything they need is made in .venv on first use.
 PYTHON ?= python3
 PORT ?= 8998
-MODEL ?= tiny
+MODEL ?= auto
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -49,6 +49,11 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# The figures the documentation names; on an idle machine, please.
+bench: install
+	$(BIN)/python -m benchmarks.engine --output benchmarks/results/engine-cpu.json
+	$(BIN)/python -m benchmarks.codec --output benchmarks/results/codec.json
 
 format: install
 	$(BIN)/ruff check --fix .
