@@ -42,12 +42,12 @@ from personaplex.config import (
     Sampling,
     TransformerConfig,
 )
-from personaplex.engine.engine import Engine, Slot
+from personaplex.engine.engine import Engine
 from personaplex.model import Model, lm, mimi, tiny
 from personaplex.model.hub import resolve
 from personaplex.model.lm import LM, LMInputs
 from personaplex.model.mimi import Mimi
-from personaplex.model.sampling import Caps, SamplingState
+from personaplex.model.sampling import Caps
 from personaplex.model.weights import load_model
 from personaplex.persona import Persona
 from personaplex.text import Tokenizer
@@ -103,8 +103,8 @@ class Subject:
         library = VoiceLibrary(MIDDLE)
         return Engine(self.model, library, Words(), config)  # type: ignore[arg-type]
 
-    def persona(self) -> Persona:
-        return Persona(text_prompt=" ".join(map(str, self.text)), sampling=GREEDY)
+    def persona(self, sampling: Sampling = GREEDY) -> Persona:
+        return Persona(text_prompt=" ".join(map(str, self.text)), sampling=sampling)
 
     def naive(self, sampling: Sampling = GREEDY) -> NaiveLM:
         return NaiveLM(self.weights, MIDDLE, sampling)
@@ -132,24 +132,22 @@ class LiveLM:
     def __init__(self, subject: Subject, slots: int, sampling: Sampling) -> None:
         self.network = subject.model.lm
         engine = subject.engine(slots, voice_cache=1)
-        voice = Voice.from_codes(subject.voice)
-        self.slots: list[Slot] = [engine.open(subject.persona(), voice) for _ in range(slots)]
-        self.state = engine._state.lm
-        self.active = torch.ones(slots, dtype=torch.bool)
+        voice, persona = Voice.from_codes(subject.voice), subject.persona(sampling)
+        for _ in range(slots):
+            engine.open(persona, voice)
+        self.state, self.sampling = engine._state.lm, engine._state.sampling
+        self.active = torch.arange(len(self.state.offset)) < slots  # an engine may hold more rows than slots
         self.caps = Caps.of([sampling], MIDDLE.text_card, MIDDLE.card)
-        self.sampling = SamplingState.allocate(slots, torch.device("cpu"))
-        for slot in range(slots):
-            self.sampling.write(slot, sampling)
 
     @torch.inference_mode()
     def step(self, codes: Tensor) -> Tensor:
         """User codes [slots, 8] -> tokens [slots, 17]."""
-        tokens = torch.zeros(len(codes), STREAMS, dtype=torch.int64)
+        tokens = torch.zeros(len(self.active), STREAMS, dtype=torch.int64)
         given = torch.zeros_like(tokens, dtype=torch.bool)
-        tokens[:, USER], given[:, USER] = codes, True
+        tokens[: len(codes), USER], given[:, USER] = codes, True
         inputs = LMInputs(tokens, given)
         out = lm.step(self.network, self.state, inputs, self.sampling, self.active, self.caps, CODEBOOKS)
-        return out.tokens
+        return out.tokens[: len(codes)]
 
     def fill(self, positions: int) -> None:
         """Moves every session on to `positions`, as if that much had been said."""
