@@ -277,7 +277,11 @@ def test_operators_may_do_little() -> None:
         (resource, verb) for rule in role["rules"] for resource in rule["resources"] for verb in rule["verbs"]
     }
     writes = {pair for pair in granted if pair[1] not in ("get", "list", "watch")}
-    assert writes == {("rayclusters", "delete"), ("pods/eviction", "create")}
+    assert writes == {
+        ("rayclusters", "delete"),
+        ("pods/eviction", "create"),
+        ("pods/portforward", "create"),
+    }
     assert not any("*" in rule["verbs"] + rule["resources"] + rule["apiGroups"] for rule in role["rules"])
     (secrets,) = (rule for rule in role["rules"] if rule["resources"] == ["secrets"])
     assert set(secrets["resourceNames"]) == {"hf", "keys", "redis", "ray-token"}

@@ -205,6 +205,17 @@ def test_modules_the_chart_starts_are_in_the_package() -> None:
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
 
 
+def test_extras_of_each_target_exist() -> None:
+    """The GPU target adds the model to the gateway; together they are what runs the service."""
+    script = (ROOT / "docker/install.sh").read_text()
+    targets = {
+        name: set(extras.split(",")) for name, extras in re.findall(r"(\w+)\) extras=([\w,]+)", script)
+    }
+    assert targets["gpu"] - targets["gateway"] == {"model"}
+    declared = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert set().union(*targets.values()) <= set(declared)
+
+
 def test_install_refuses_an_unknown_target(tmp_path: Path) -> None:
     done = subprocess.run(["sh", ROOT / "docker/install.sh", "cpu", tmp_path], capture_output=True, text=True)
     assert done.returncode == 2

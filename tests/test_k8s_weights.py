@@ -26,7 +26,7 @@ def _fetch(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _cache(home: Path) -> Path:
-    """A cache as the hub's client lays it out, with the files of the real repository; returns the snapshot."""
+    """A cache as the hub's client lays it out, with the real repository's files; returns the snapshot."""
     repository = home / "hub" / REPO
     snapshot = repository / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)

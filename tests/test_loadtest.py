@@ -171,7 +171,7 @@ def test_sessions_talk_as_long_as_they_wish_and_are_answered(speech: Speech) -> 
     for caller in callers:
         one = caller.outcome
         assert (one.cause, one.live, one.queued, one.deficit) == ("", True, 2, 0)
-        assert 10 <= one.sent <= 15  # fewer on a busy machine: there is no catching up
+        assert 10 <= one.sent <= 16  # fewer on a busy machine: there is no catching up
         assert one.heard >= one.sent - 2
         assert one.handshake_s is not None
         assert one.handshake_s >= 1.1 > (one.ready_s or 2.0)

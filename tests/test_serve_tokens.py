@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from serving import Client, Service, connect, running, speech, token_log
 
 from personaplex.config import EngineConfig, Sampling
@@ -27,8 +29,6 @@ SECONDS = 3.2
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     checkpoint = resolve("tiny")
-    import torch
-
     model = load_model(checkpoint, "cpu", torch.float32)
     tokenizer = Tokenizer(checkpoint.tokenizer, size=checkpoint.config.lm.text_card)
     return Engine(model, VoiceLibrary(checkpoint.config.lm), tokenizer, EngineConfig(slots=1))
@@ -100,6 +100,40 @@ def test_eight_sessions_at_once_each_say_what_they_say_alone(
     for number, client in enumerate(clients):
         _check(engine, _persona(number)[0], client, logs)
     assert len({client.heard.session for client in clients}) == SESSIONS
+
+
+def test_two_replicas_say_the_same(cluster: str, engine: Engine, logs: Path) -> None:
+    """Four sessions on each of two replicas, and a ninth that waits, is told, and gets the first free slot."""
+
+    async def run(service: Service) -> list[Client]:
+        talking = asyncio.ensure_future(_talk_at_once(service, SESSIONS))
+        await asyncio.to_thread(service.wait, lambda seen: [one.used for one in seen] == [4, 4])
+        async with connect(service, **_persona(SESSIONS)[1]) as ninth:
+            await ninth.until(lambda heard: heard.queue == [1])
+            await ninth.talk(speech(SECONDS))
+            assert ninth.heard.queue == [1, 0]
+        return [*await talking, ninth]
+
+    with running(
+        cluster, model="tiny", slots=4, replicas_min=2, replicas_max=2, token_log_dir=logs
+    ) as service:
+        clients = asyncio.run(run(service))
+    for number, client in enumerate(clients):
+        _check(engine, _persona(number)[0], client, logs)
+
+
+def test_a_session_is_ready_in_three_tenths_of_a_second(service: Service) -> None:
+    """From the connection to the handshake, with a client that needs no time to start a decoder. The best of
+    five, as other work on the machine is no fault of the service."""
+
+    async def run() -> float:
+        began = time.monotonic()
+        async with connect(service) as client:
+            await client.headers()
+            await client.until(lambda heard: heard.live)
+            return time.monotonic() - began
+
+    assert min(asyncio.run(run()) for _ in range(5)) < 0.3
 
 
 def test_audio_sent_before_the_handshake_is_heard(service: Service, engine: Engine, logs: Path) -> None:

@@ -165,7 +165,8 @@ def test_a_prompt_comes_in_pieces_and_a_known_voice_is_not_run_again() -> None:
     prefill = table().prefill
     assert pieces() == pytest.approx([prefill(100), prefill(25), prefill(100), prefill(12)])
     assert pieces() == pytest.approx([prefill(100), prefill(12)])
-    assert (made.voice_hits, made.voice_misses) == (1, 1)
+    assert (made.usage.voice_hits, made.usage.voice_misses) == (1, 1)
+    assert made.usage.positions == 2 * (VOICE_POSITIONS + positions)
 
 
 def test_only_so_many_voices_are_kept() -> None:
@@ -175,7 +176,8 @@ def test_only_so_many_voices_are_kept() -> None:
         while made.prime() != slot:
             pass
         made.close(slot)
-    assert (made.voice_hits, made.voice_misses) == (0, 3)
+    assert (made.usage.voice_hits, made.usage.voice_misses) == (0, 3)
+    assert made.usage.positions == 0
 
 
 def test_slots_end_and_a_closed_one_is_never_primed_nor_stepped() -> None:

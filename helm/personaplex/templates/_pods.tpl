@@ -125,7 +125,7 @@ app version and checksums must never appear in this file.
 {{- end -}}
 {{- end -}}
 
-{{/* Keys of the Ray container that differ by role: ports of the head, mounts of weights and keys. */}}
+{{/* Ports of the Ray container: (list $ role). */}}
 {{- define "personaplex.ports" -}}
 {{- $root := index . 0 -}}
 {{- if eq (index . 1) "head" -}}
