@@ -13,8 +13,10 @@ import ray
 import yaml
 from kube import chart
 from ray.autoscaler._private.kuberay import autoscaling_config
+from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
+import deployments
 from deployments.settings import Settings
 
 CASES = [pytest.param(values, sets, id=values) for values, sets in chart.CASES.items()]
@@ -43,6 +45,12 @@ def test_serve_config_is_accepted_by_ray_and_by_the_service(values: str, sets: t
     settings = _settings(values, sets)
     assert settings.replicas_max >= settings.replicas_min
     assert settings.model not in ("auto", "")
+
+
+@pytest.mark.parametrize(("values", "sets"), CASES)
+def test_the_application_of_these_settings_builds(values: str, sets: tuple[str, ...]) -> None:
+    """What `import_path` names makes an application of `args`, without a cluster."""
+    assert isinstance(deployments.build(_settings(values, sets)), Application)
 
 
 @pytest.mark.parametrize(("values", "sets"), CASES)
