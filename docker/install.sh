@@ -12,7 +12,7 @@ case $target in
   *) echo "install.sh: no target '$target': gateway or gpu" >&2; exit 2 ;;
 esac
 
-python3 -m venv "$prefix"
-"$prefix/bin/python" -m pip install --disable-pip-version-check --quiet ".[$extras]"
-"$prefix/bin/python" -m pip check
-"$prefix/bin/python" -m pip uninstall --yes --quiet pip
+python3 -m venv --without-pip "$prefix"
+pip="python3 -m pip --python $prefix/bin/python --disable-pip-version-check"
+$pip install --quiet ".[$extras]"
+$pip check

@@ -62,9 +62,11 @@ def _admitted(path: str) -> bool:
     return admitted
 
 
-def _tracked() -> list[str]:
-    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
+def _files() -> list[str]:
+    """What is or may become part of the repository."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [path for path in done.stdout.splitlines() if (ROOT / path).is_file()]
 
 
 def test_hadolint_finds_nothing() -> None:
@@ -112,7 +114,7 @@ def test_the_context_holds_what_is_copied_and_nothing_else() -> None:
     copied = _copied()
     for source in copied:
         assert list(ROOT.glob(source)), f"{source} is not there"
-    for path in _tracked():
+    for path in _files():
         wanted = any(
             path == source or path.startswith(f"{source}/") or fnmatch.fnmatch(path, source)
             for source in copied
@@ -136,7 +138,7 @@ def test_the_chart_and_the_package_agree_on_versions() -> None:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The gateway image's /opt/personaplex, from the same script over the same files."""
     source, prefix = tmp_path_factory.mktemp("src"), tmp_path_factory.mktemp("opt") / "personaplex"
-    for path in _tracked():
+    for path in _files():
         if _admitted(path):
             (source / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / path, source / path)
@@ -145,7 +147,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     environment |= {
         "PIP_NO_COMPILE": "1",
-        "PATH": f"{Path(sys.executable).resolve().parent}:{os.environ['PATH']}",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     command = ["sh", "docker/install.sh", "gateway", str(prefix)]
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
