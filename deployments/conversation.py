@@ -20,9 +20,11 @@ import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from deployments import media, metrics
+from deployments.account import Account
 from deployments.lease import Grant, Lease, LeaseRequest, Leases
 from deployments.media import Kind, Link, OnLost, OnMessage
 from deployments.metrics import Metrics
+from deployments.tracing import Trace
 from personaplex.audio.transcoder import Transcoder
 from personaplex.errors import ClientError, PersonaplexError, ProtocolError, SessionLost
 from personaplex.persona import VOICES, Persona
@@ -68,6 +70,8 @@ class Services:
     low_latency: bool
     connect: Connect
     keep: Callable[[str, TokenLog], None]  # called at the end with the session's name and tokens
+    changed: Callable[[], None]  # called when a session went live or joined or left the queue
+    trace: Trace | None = None
     live: set[str] = field(default_factory=set)  # names of the sessions past their handshake
 
 
@@ -78,8 +82,8 @@ class Conversation:
         self._socket, self._session, self._services = socket, session, services
         self._metrics = services.metrics
         self._transcoder = Transcoder(low_latency=services.low_latency, clock=time.monotonic)
-        self._began = time.monotonic()
-        self._core = SessionCore(self._transcoder.headers(), services.limits, self._began)
+        self._account = Account(session, services.metrics, services.trace)
+        self._core = SessionCore(self._transcoder.headers(), services.limits, self._account.began)
         self._log = TokenLog()
         self._loop = asyncio.get_running_loop()
         self._link: Link | None = None
@@ -147,21 +151,29 @@ class Conversation:
 
     async def _open(self, persona: Persona) -> None:
         voice = persona.voice if persona.voice in VOICES else ""
-        request = LeaseRequest(self._session, voice)
-        self._lease = await self._services.leases.acquire(request, lambda place: self._on(Queued(place)))
-        self._observe("lease", time.monotonic() - self._began)
+        self._metrics.observe(metrics.PROMPT_CHARACTERS, len(persona.text_prompt))
+        began = time.monotonic()
+        self._lease = await self._services.leases.acquire(LeaseRequest(self._session, voice), self._queue)
+        self._services.changed()
+        self._account.phase("queue" if self._account.queued else "lease", time.monotonic() - began)
+        self._account.note(replica=self._lease.grant.replica, prompt_characters=len(persona.text_prompt))
         self._metrics.add(metrics.SESSIONS_ADMITTED)
         self._on(LeaseGranted())
         grant, began = self._lease.grant, time.monotonic()
         self._link = await self._services.connect(grant, self._hear_link, self._lose_link)
         self._link.send(Kind.OPEN, media.pack_open(grant.token, persona))
-        self._observe("connect", time.monotonic() - began)
+        self._account.phase("connect", time.monotonic() - began)
         self._details = {
             "session": self._session,
             "voice": persona.voice,
             "text_seed": persona.sampling.text_seed,
             "audio_seed": persona.sampling.audio_seed,
         }
+
+    def _queue(self, place: int) -> None:
+        self._account.queued = True
+        self._services.changed()
+        self._on(Queued(place))
 
     # The media link
 
@@ -172,7 +184,7 @@ class Conversation:
             case Kind.REPLY:
                 self._say(media.unpack_reply(payload))
             case Kind.READY:
-                self._observe("prefill", media.unpack_ready(payload))
+                self._account.phase("prefill", media.unpack_ready(payload))
                 self._on(Ready(self._details))
             case Kind.CLOSE:
                 self._on(Failed(media.unpack_error(payload)))
@@ -211,7 +223,8 @@ class Conversation:
         if state is State.LIVE and not self._was_live:
             self._was_live = True
             self._services.live.add(self._session)
-            self._observe("handshake", time.monotonic() - self._began)
+            self._services.changed()
+            self._account.live()
         if state is State.CLOSED:
             self._closed.set()
         self._set_timer(self._core.deadline())
@@ -282,19 +295,9 @@ class Conversation:
         if WebSocketState.DISCONNECTED not in states:
             with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError):
                 await asyncio.wait_for(self._socket.close(1011), CLOSE_TIMEOUT_S)
-        pacer = self._core.pacer
-        self._metrics.add(metrics.FRAMES_DROPPED, pacer.dropped, place="pacer")
-        self._metrics.add(metrics.FRAMES_DROPPED, pacer.trimmed, place="silence")
-        series = metrics.SESSIONS_ENDED if self._was_live else metrics.SESSIONS_REFUSED
-        cause = metrics.cause(self._core.error)
-        self._metrics.add(series, cause=cause)
         self._services.live.discard(self._session)
-        seconds = time.monotonic() - self._began
-        logger.info("session %s ended: %s, %.1f s, %d frames", self._session, cause, seconds, len(self._log))
+        self._account.close(self._core.error, self._core.pacer, self._transcoder)
         self._services.keep(self._session, self._log)
-
-    def _observe(self, phase: str, seconds: float) -> None:
-        self._metrics.observe(metrics.READY_SECONDS, seconds, phase=phase)
 
 
 def _micros() -> int:

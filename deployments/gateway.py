@@ -4,6 +4,7 @@
     /api/info      model, slots and load of the service
     /api/voices    names a session may ask for
     /api/prompts   role texts to choose from
+    /metrics       this gateway's own series, where the setting metrics_page asks for them
     /healthz       200 when sessions can be taken, 503 while no replica is there
     /              the web page
 
@@ -31,7 +32,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
 import personaplex
-from deployments import logs, media, metrics
+from deployments import logs, media, metrics, tracing
 from deployments.catalogue import prompt_list, voice_list
 from deployments.conversation import Conversation, Services
 from deployments.doors import Doors, Visitor
@@ -55,10 +56,10 @@ class Gateway:
     def __init__(
         self, settings: Settings, replicas: DeploymentHandle[Any], fleet: DeploymentHandle[Any]
     ) -> None:
-        logs.configure(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format)
         self._settings = settings
         self._fleet = Observer(fleet)
-        self._metrics = metrics.gateway_metrics()
+        self._metrics = metrics.gateway_metrics(page=settings.metrics_page)
         self._leases = Leases(
             replicas, queue_limit=settings.queue_limit, queue_timeout_s=settings.queue_timeout_s
         )
@@ -76,6 +77,8 @@ class Gateway:
             low_latency=settings.low_latency,
             connect=lambda grant, *heard: media.connect(grant.host, grant.port, *heard),
             keep=self._keep,
+            changed=self._publish,
+            trace=tracing.connect() if settings.tracing else None,
         )
         self._open = 0
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
@@ -88,6 +91,8 @@ class Gateway:
             Route("/api/prompts", self.prompts),
             Route("/healthz", self.health),
         ]
+        if self._settings.metrics_page:
+            routes.append(Route("/metrics", self.metrics))
         if self._settings.static != "none":
             page = Path(self._settings.static) if self._settings.static else PAGE
             if not page.is_dir():
@@ -137,6 +142,9 @@ class Gateway:
 
     async def prompts(self, request: Request) -> Response:
         return JSONResponse(prompt_list())
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def health(self, request: Request) -> Response:
         up = any(replica.accepting for replica in await self._fleet.describe())

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from ray.serve import metrics
 
 from personaplex.errors import PersonaplexError
@@ -46,7 +47,8 @@ SESSIONS_ENDED = Series("personaplex_sessions_ended", "counter", "Sessions that 
 READY_SECONDS = Series(
     "personaplex_session_ready_seconds",
     "histogram",
-    "From the upgrade to the handshake, by phase: lease (queue included), connect, prefill, handshake.",
+    "From the upgrade to the handshake, by phase: lease (a slot was free) or queue (none was), connect, "
+    "prefill, handshake (all of it).",
     ("phase",),
     READY_BUCKETS,
 )
@@ -63,6 +65,23 @@ TRANSCODE_SECONDS = Series(
     "Opus and Ogg work of one frame, both ways.",
     (),
     (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05),
+)
+
+UNDERRUNS = Series(
+    "personaplex_underruns", "counter", "Pages that left too late to follow the one before: gaps in speech."
+)
+STREAM_ERRORS = Series(
+    "personaplex_stream_errors",
+    "counter",
+    "Faults of clients' streams, by kind: packet (Opus, concealed), page (Ogg, dropped), resync (Ogg, junk).",
+    ("kind",),
+)
+PROMPT_CHARACTERS = Series(
+    "personaplex_prompt_characters",
+    "histogram",
+    "Length of role texts.",
+    (),
+    (50, 100, 200, 400, 800, 1_600, 3_200),
 )
 
 # Both
@@ -86,8 +105,20 @@ PREFILL_SECONDS = Series(
 FRAMES_LATE = Series(
     "personaplex_frames_late", "counter", "Frames answered more than 80 ms after the replica got them."
 )
+TICKS_LATE = Series("personaplex_ticks_late", "counter", "Engine steps that took longer than a frame, 80 ms.")
+INBOX_FRAMES = Series(
+    "personaplex_inbox_frames", "gauge", "Frames that wait in all inboxes while a step runs."
+)
 VOICE_CACHE = Series(
-    "personaplex_voice_cache", "counter", "Prompts begun, by whether the voice was in the cache.", ("result",)
+    "personaplex_voice_cache",
+    "counter",
+    "Prompts begun, by whether the voice was in the cache: hit or miss.",
+    ("result",),
+)
+POSITIONS = Series("personaplex_positions", "gauge", "Positions of keys and values that open sessions hold.")
+DEVICE_BYTES = Series("personaplex_device_bytes", "gauge", "Accelerator memory in use.")
+LOAD_SECONDS = Series(
+    "personaplex_load_seconds", "gauge", "What it took to load the weights and warm up, once at the start."
 )
 
 ALL = tuple(value for value in list(globals().values()) if isinstance(value, Series))
@@ -98,26 +129,46 @@ _KINDS: Mapping[str, Any] = {
     "gauge": metrics.Gauge,
     "histogram": metrics.Histogram,
 }
+_PAGE_KINDS: Mapping[str, Any] = {"counter": Counter, "gauge": Gauge, "histogram": Histogram}
 
 
 class Metrics:
-    """Publishes series from one process; made inside a Serve replica, so that they carry its labels."""
+    """Publishes series from one process; made inside a Serve replica, so that they carry its labels.
 
-    def __init__(self, *series: Series) -> None:
+    With `page` they are kept for `text` too, without Ray's prefix and labels: for one machine, one process.
+    """
+
+    def __init__(self, *series: Series, page: bool = False) -> None:
         self._published: dict[str, Any] = {one.name: _create(one) for one in series}
+        self._registry = CollectorRegistry()
+        self._shown: dict[str, Any] = {one.name: _show(one, self._registry) for one in series if page}
 
     def add(self, series: Series, amount: float = 1.0, **labels: str) -> None:
         if amount > 0:
             self._published[series.name].inc(amount, tags=labels)
+            if self._shown:
+                self._on_page(series, labels).inc(amount)
 
     def set(self, series: Series, value: float, **labels: str) -> None:
         self._published[series.name].set(value, tags=labels)
+        if self._shown:
+            self._on_page(series, labels).set(value)
 
     def observe(self, series: Series, value: float, **labels: str) -> None:
         self._published[series.name].observe(value, tags=labels)
+        if self._shown:
+            self._on_page(series, labels).observe(value)
+
+    def text(self) -> bytes:
+        """The page, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _on_page(self, series: Series, labels: Mapping[str, str]) -> Any:
+        shown = self._shown[series.name]
+        return shown.labels(**labels) if labels else shown
 
 
-def gateway_metrics() -> Metrics:
+def gateway_metrics(page: bool = False) -> Metrics:
     return Metrics(
         SESSIONS_LIVE,
         SESSIONS_QUEUED,
@@ -128,6 +179,10 @@ def gateway_metrics() -> Metrics:
         FRAME_SECONDS,
         TRANSCODE_SECONDS,
         FRAMES_DROPPED,
+        UNDERRUNS,
+        STREAM_ERRORS,
+        PROMPT_CHARACTERS,
+        page=page,
     )
 
 
@@ -140,13 +195,23 @@ def replica_metrics() -> Metrics:
         PREFILL_SECONDS,
         FRAMES_LATE,
         FRAMES_DROPPED,
+        TICKS_LATE,
+        INBOX_FRAMES,
         VOICE_CACHE,
+        POSITIONS,
+        DEVICE_BYTES,
+        LOAD_SECONDS,
     )
 
 
 def cause(error: PersonaplexError | None) -> str:
     """The `cause` label of an ended session: the class of our own error, or that the client left."""
     return LEFT if error is None else type(error).__name__
+
+
+def _show(series: Series, registry: CollectorRegistry) -> Any:
+    extra = {"buckets": series.buckets} if series.kind == "histogram" else {}
+    return _PAGE_KINDS[series.kind](series.name, series.help, series.labels, registry=registry, **extra)
 
 
 def _create(series: Series) -> Any:

@@ -56,7 +56,7 @@ class Replica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: Settings, fleet: DeploymentHandle[Any]
     ) -> None:
-        logs.configure(settings.log_level)
+        logs.configure(settings.log_level, settings.log_format)
         self._settings = settings
         self._name = serve.get_replica_context().replica_tag
         self._event_loop = asyncio.get_running_loop()
@@ -65,7 +65,7 @@ class Replica:
         self._linked: dict[Link, _Seat] = {}
         self._open: dict[int, _Seat] = {}  # by the engine loop's number
         self._voices: OrderedDict[str, None] = OrderedDict()  # used last; the engine keeps as many prefixes
-        self._published = {"inbox": 0, "late": 0}
+        self._published: dict[str, int] = {}  # totals as last published
         self._accepting = True
         self._engine = EngineLoop(
             self._load,
@@ -82,7 +82,9 @@ class Replica:
         )
         self._reporter = Reporter(fleet, self._status, self._drain)
         self._publish_slots()
-        logger.info("replica ready: %d slots, %.1f s to load", self._slots, time.monotonic() - began)
+        loaded = time.monotonic() - began
+        self._metrics.set(metrics.LOAD_SECONDS, loaded)
+        logger.info("replica ready: %d slots, %.1f s to load", self._slots, loaded)
 
     async def lease(self, request: LeaseRequest) -> AsyncIterator[Grant | Refusal]:
         """Holds one slot; see the module. Serve admits at most `slots` of these calls at a time."""
@@ -261,12 +263,26 @@ class Replica:
             self._metrics.observe(metrics.TICK_SLOTS, batch.slots)
         elif batch.work == "prefill":
             self._metrics.observe(metrics.PREFILL_SECONDS, batch.seconds)
-        counters = self._engine.counters
-        self._metrics.add(
-            metrics.FRAMES_DROPPED, counters.frames_dropped - self._published["inbox"], place="inbox"
-        )
-        self._metrics.add(metrics.FRAMES_LATE, counters.frames_late - self._published["late"])
-        self._published["inbox"], self._published["late"] = counters.frames_dropped, counters.frames_late
+        counters, usage = self._engine.counters, self._engine.usage
+        self._publish_total(metrics.FRAMES_DROPPED, counters.frames_dropped, place="inbox")
+        self._publish_total(metrics.FRAMES_LATE, counters.frames_late)
+        self._publish_total(metrics.TICKS_LATE, counters.ticks_late)
+        self._publish_total(metrics.VOICE_CACHE, usage.voice_hits, result="hit")
+        self._publish_total(metrics.VOICE_CACHE, usage.voice_misses, result="miss")
+        for series, value in (
+            (metrics.INBOX_FRAMES, counters.frames_waiting),
+            (metrics.POSITIONS, usage.positions),
+            (metrics.DEVICE_BYTES, usage.device_bytes),
+        ):
+            if self._published.get(series.name) != value:
+                self._published[series.name] = value
+                self._metrics.set(series, value)
+
+    def _publish_total(self, series: metrics.Series, total: int, **labels: str) -> None:
+        """Adds to a counter what a total has grown by."""
+        key = series.name + "".join(labels.values())
+        self._metrics.add(series, total - self._published.get(key, 0), **labels)
+        self._published[key] = total
 
 
 def _node_address() -> str:

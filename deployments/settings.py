@@ -183,7 +183,16 @@ class Settings(BaseSettings):
         0, ge=0, le=8, description="Proxies in front that append to X-Forwarded-For; 0 ignores that header."
     )
     query_limit_bytes: int = Field(16_384, ge=1_024, description="Longest query string from a client.")
+
+    # Observation; the fleet's metrics are Ray's and always there
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level logged.")
+    log_format: Literal["text", "json"] = Field("text", description="json: an object a line, for collectors.")
+    metrics_page: bool = Field(
+        False, description="Gateways show their own series at /metrics too: for one machine without Ray's."
+    )
+    tracing: bool = Field(
+        False, description="Gateways export a span per session by OTLP; OTEL_* variables say where to."
+    )
 
     @field_validator("api_keys", "allowed_origins", mode="before")
     @classmethod

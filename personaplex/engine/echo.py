@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from personaplex.config import AGENT, FRAME_SIZE, SILENCE_CODES, SINE_CODES, STREAMS, TEXT_PAD, USER
-from personaplex.engine.interface import Pcm, Tokens
+from personaplex.engine.interface import Pcm, Tokens, Usage
 from personaplex.errors import NoCapacity, PromptTooLong, UnknownVoice
 from personaplex.persona import VOICES, Persona
 
@@ -66,6 +66,11 @@ class EchoEngine:
     @property
     def free(self) -> int:
         return len(self._unused)
+
+    @property
+    def usage(self) -> Usage:
+        """It remembers one frame a slot and has no prompts."""
+        return Usage(positions=len(self._open))
 
     def admit(self, persona: Persona) -> Place:
         """Takes the lowest free slot. Raises UnknownVoice, PromptTooLong, NoCapacity."""

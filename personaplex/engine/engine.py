@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from personaplex.config import FRAME_SIZE, EngineConfig, LMConfig, Sampling
+from personaplex.engine.interface import Usage
 from personaplex.engine.script import Script, compose
 from personaplex.engine.state import EngineState
 from personaplex.engine.step import step
@@ -95,6 +96,15 @@ class Engine:
     def free(self) -> int:
         """Slots that `admit` can still give."""
         return len(self._vacant)
+
+    @property
+    def usage(self) -> Usage:
+        """What it holds now; cheap, but not for every tick."""
+        window = self._model.config.lm.temporal.context
+        held = [min(seat.position + seat.frames, window) for seat in self._seats if seat is not None]
+        device = self._model.device
+        memory = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        return Usage(sum(held), memory, self.voice_hits, self.voice_misses)
 
     def admit(self, persona: Persona, voice: Voice | None = None) -> Slot:
         """Takes a slot and queues its prompt; `voice` replaces the library's voice of that name.

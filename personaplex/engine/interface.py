@@ -7,6 +7,7 @@ thread-safe: one thread owns it, and `step` is its only clock.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,16 @@ from personaplex.persona import Persona
 
 Pcm = npt.NDArray[np.float32]  # one frame, float32 [1920]
 Tokens = npt.NDArray[np.int64]  # one frame's tokens, int64 [17]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an engine holds now, and how often it was spared a voice's prompt since it was made."""
+
+    positions: int = 0  # of prompts and conversation, remembered by all open slots together
+    device_bytes: int = 0  # accelerator memory in use; 0 without one
+    voice_hits: int = 0
+    voice_misses: int = 0
 
 
 class Spoken(Protocol):
@@ -40,6 +51,8 @@ class Stepper(Protocol):
     def slots(self) -> int: ...
     @property
     def free(self) -> int: ...
+    @property
+    def usage(self) -> Usage: ...
     def admit(self, persona: Persona) -> Any:
         """Takes a slot and queues its prompt; NoCapacity, UnknownVoice, PromptTooLong, BadParameter."""
 

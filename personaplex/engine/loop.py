@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from personaplex.config import FRAME_SECONDS
-from personaplex.engine.interface import Pcm, Spoken, Stepper
+from personaplex.engine.interface import Pcm, Spoken, Stepper, Usage
 from personaplex.engine.schedule import Lane, Plan, Waiting, plan
 from personaplex.errors import EngineFault, PersonaplexError
 from personaplex.persona import Persona
 
 logger = logging.getLogger(__name__)
+
+USAGE_TICKS = 25  # between two looks at the engine's usage, while nobody comes or goes
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Counters:
     frames_out: int = 0
     frames_dropped: int = 0  # by a full inbox
     frames_late: int = 0  # answered more than one frame after they were pushed
+    frames_waiting: int = 0  # in all inboxes when the last tick began; not a total
     ticks: int = 0
     ticks_late: int = 0  # longer than one frame
 
@@ -126,6 +129,7 @@ class EngineLoop:
         """`gather_s`: see `schedule.plan`. `inbox_limit`: frames a session may have waiting; beyond it the
         oldest is dropped and counted. `deliver` must not block and must not raise."""
         self.counters = Counters()
+        self.usage = Usage()  # of the engine; written by the loop, read by anybody
         self._make, self._deliver, self._clock = make, deliver, clock
         self._gather_s, self._inbox_limit = gather_s, inbox_limit
         self._numbers = itertools.count()
@@ -250,6 +254,8 @@ class EngineLoop:
         for lane in found.step:
             work.step.append((self._sessions[lane.session], lane.take(now)))
             self._silent += not lane.frames
+        if found.step:
+            self.counters.frames_waiting = sum(len(one.lane.frames) for one in self._sessions.values())
         return work
 
     def _pass(self, engine: Stepper, slots: dict[Any, _Session], work: _Work) -> None:
@@ -261,6 +267,8 @@ class EngineLoop:
             self._tick(engine, slots, work)
         if work.prime:
             self._prime(engine, slots)
+        if work.opens or work.closes or work.prime or self.counters.ticks % USAGE_TICKS == 0:
+            self.usage = engine.usage
 
     def _open(self, engine: Stepper, slots: dict[Any, _Session], session: _Session) -> Event | None:
         try:

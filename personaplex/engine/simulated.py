@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from personaplex.config import PRESET_7B, SILENCE_FRAMES, EngineConfig
 from personaplex.engine.echo import CHARACTERS_PER_TOKEN, Echo, EchoEngine, Place
-from personaplex.engine.interface import Pcm
+from personaplex.engine.interface import Pcm, Usage
 from personaplex.engine.steptimes import StepTimes
 from personaplex.errors import ConfigError
 from personaplex.persona import Persona
@@ -65,8 +65,7 @@ class SimulatedEngine:
         self._waiting: deque[Place] = deque()
         self._fed: list[Place] = []
         self._voices: OrderedDict[str, None] = OrderedDict()  # cached, the last used last
-        self.voice_hits = 0
-        self.voice_misses = 0
+        self._hits = self._misses = 0
 
     @property
     def slots(self) -> int:
@@ -75,6 +74,12 @@ class SimulatedEngine:
     @property
     def free(self) -> int:
         return self._echo.free
+
+    @property
+    def usage(self) -> Usage:
+        """Positions as a model would hold them; no device memory."""
+        positions = sum(memory.filled for memory in self._memory.values())
+        return Usage(positions, 0, self._hits, self._misses)
 
     def admit(self, persona: Persona) -> Place:
         """Takes the lowest free slot. Raises UnknownVoice, PromptTooLong, NoCapacity."""
@@ -130,7 +135,7 @@ class SimulatedEngine:
         if memory.filled < VOICE_POSITIONS:
             if memory.filled == 0 and memory.voice in self._voices:
                 self._voices.move_to_end(memory.voice)
-                self.voice_hits += 1
+                self._hits += 1
                 memory.filled = VOICE_POSITIONS
             else:
                 rest = VOICE_POSITIONS - memory.filled
@@ -140,7 +145,7 @@ class SimulatedEngine:
         return min(memory.prompt - memory.filled, self._config.prefill_chunk)
 
     def _keep_voice(self, voice: str) -> None:
-        self.voice_misses += 1
+        self._misses += 1
         self._voices[voice] = None
         self._voices.move_to_end(voice)
         if len(self._voices) > self._config.voice_cache:

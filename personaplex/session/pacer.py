@@ -30,6 +30,7 @@ class Pacer:
     def __init__(self) -> None:
         self.dropped = 0
         self.trimmed = 0
+        self.late = 0  # pages that left too late to follow their predecessor: gaps for whoever listens
         self._pages: deque[bytes] = deque()
         self._due = float("-inf")  # when the next page may leave
         self._released = 0  # pages since the shortest queue was last reset
@@ -58,7 +59,9 @@ class Pacer:
         """The page that leaves now, or None. At most one per 80 ms, so call it once per deadline."""
         if not self._pages or now < self._due:
             return None
-        grid = self._due if now - self._due <= SLACK_S else now
+        in_time = now - self._due <= SLACK_S
+        self.late += not in_time and self._due > float("-inf")
+        grid = self._due if in_time else now
         self._due = grid + FRAME_SECONDS
         page = self._pages.popleft()
         if self._released >= STANDING and not self._shortest:
