@@ -103,7 +103,7 @@ class World:
                 "apiVersion": "v1",
                 "kind": "Pod",
                 "metadata": {"name": pod, "labels": labels},
-                "spec": {"nodeName": "node-1"},
+                "spec": {"nodeName": "node-1", "containers": []},
                 "status": {"phase": phase},
             }
         )
@@ -380,6 +380,45 @@ def test_a_service_made_anew_stops_the_rollout(world: World, server: ApiServer, 
     server.put({"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": NAME}, "spec": {}})
     with pytest.raises(errors.Failed, match="made anew"):
         run.state()
+
+
+# Permissions
+
+
+def _granted(method: str, path: str) -> bool:
+    """Whether the chart's Role allows a request in the namespace."""
+    role = next(item for item in chart.render("ci/everything-values.yaml") if item["kind"] == "Role")
+    prefix, _, rest = path.partition("/namespaces/speech/")
+    group = "" if prefix == "/api/v1" else prefix.split("/")[2]
+    plural, name, sub = (*rest.split("/"), "", "")[:3]
+    resource = f"{plural}/{sub}" if sub else plural
+    verb = {"GET": "get" if name else "list", "POST": "create", "DELETE": "delete"}[method]
+    return any(
+        group in rule["apiGroups"]
+        and resource in rule["resources"]
+        and verb in rule["verbs"]
+        and name in rule.get("resourceNames", [name])
+        for rule in role["rules"]
+    )
+
+
+def test_the_role_of_the_chart_is_enough_for_all_commands(
+    world: World, server: ApiServer, clock: Clock, run: rollout.Rollout, cluster: Cluster, said: list[str]
+) -> None:
+    world.ray_cluster("old", sessions=0)
+    world.ray_cluster("new", sessions=2)
+    world.service(active="new")
+    run.run()
+    assert tool.main(["sessions", NAME, "-n", "speech"]) == 0
+    clock.events = [lambda: server.remove("Pod", "new-replica")]
+    sessions.drain(cluster, "new-replica", said.append, 60, clock.sleep, clock.now)
+    _ready(server)
+    _levels(cluster)
+    inside = {(method, path) for method, path in server.requests if "/namespaces/" in path}
+    assert {method for method, _ in inside} == {"GET", "POST", "DELETE"}
+    assert [request for request in sorted(inside) if not _granted(*request)] == []
+    assert not _granted("DELETE", "/api/v1/namespaces/speech/pods/x")
+    assert not _granted("GET", "/api/v1/namespaces/speech/secrets/others")
 
 
 # Sessions
