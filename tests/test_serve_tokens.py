@@ -103,7 +103,7 @@ def test_eight_sessions_at_once_each_say_what_they_say_alone(
 
 
 def test_two_replicas_say_the_same(cluster: str, engine: Engine, logs: Path) -> None:
-    """Four sessions on each of two replicas, and a ninth that waits, is told, and gets the first free slot."""
+    """Four sessions on each of two replicas; a ninth waits, is told, and gets the first slot that is free."""
 
     async def run(service: Service) -> list[Client]:
         talking = asyncio.ensure_future(_talk_at_once(service, SESSIONS))

@@ -1,0 +1,117 @@
+"""The floor of the serving benchmark: the same gateway with the engine in its own process.
+
+No lease, no socket between gateway and engine, one process less. What is left is the work nobody can avoid:
+WebSocket, Opus, Ogg, pacing, and the engine's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
+
+from ray import serve
+from ray.serve.deployment import Application
+
+from deployments import media
+from deployments.application import gateway_deployment
+from deployments.gateway import Gateway
+from deployments.lease import Grant, LeaseRequest
+from deployments.media import Kind, Link, OnLost, OnMessage
+from deployments.settings import Settings
+from personaplex.engine.echo import EchoEngine
+from personaplex.engine.loop import Batch, EngineLoop, Ready, Reply
+
+
+class LocalLink:
+    """Takes a gateway's messages and gives them to the engine's thread; see `media.Link`."""
+
+    def __init__(self, engine: EngineLoop, links: dict[int, LocalLink], on_message: OnMessage) -> None:
+        self.dropped = 0
+        self._engine, self._links, self._on_message = engine, links, on_message
+        self._session = -1
+
+    def send(self, kind: Kind, payload: bytes) -> None:
+        _, persona = media.unpack_open(payload)
+        self._session = self._engine.open(persona)
+        self._links[self._session] = self
+
+    def send_frame(self, kind: Kind, payload: bytes) -> None:
+        mark, frame = media.unpack_frame(payload)
+        self._engine.push(self._session, frame, mark)
+
+    def hear(self, kind: Kind, payload: bytes) -> None:
+        self._on_message(cast(Link, self), kind, payload)
+
+    def close(self) -> None:
+        self._links.pop(self._session, None)
+        self._engine.close(self._session)
+
+
+class LocalLease:
+    """Always granted."""
+
+    grant = Grant("", 0, bytes(media.TOKEN_BYTES), "", 0)
+
+    async def wait_freed(self, timeout_s: float) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+class LocalLeases:
+    queued = 0
+
+    async def acquire(self, request: LeaseRequest, tell: Callable[[int], None]) -> LocalLease:
+        return LocalLease()
+
+
+class FloorGateway(Gateway):
+    """A gateway that is its own replica."""
+
+    def __init__(self, settings: Settings, fleet: Any) -> None:
+        super().__init__(settings, fleet, fleet)
+        self._links: dict[int, LocalLink] = {}
+        self._event_loop = asyncio.get_event_loop()
+        self._engine = EngineLoop(
+            lambda: EchoEngine(settings.slots),
+            self._from_engine,
+            gather_s=settings.gather_s,
+            inbox_limit=settings.inbox_frames,
+        )
+        self._engine.start().result()
+        self._leases = cast(Any, LocalLeases())
+        self._services = dataclasses.replace(self._services, leases=self._leases, connect=self._connect)
+
+    async def _connect(self, grant: Grant, on_message: OnMessage, on_lost: OnLost) -> Link:
+        return cast(Link, LocalLink(self._engine, self._links, on_message))
+
+    def _from_engine(self, batch: Batch) -> None:
+        self._event_loop.call_soon_threadsafe(self._dispatch, batch)
+
+    def _dispatch(self, batch: Batch) -> None:
+        for event in batch.events:
+            link = self._links.get(getattr(event, "session", -1))
+            if link is None:
+                continue
+            if isinstance(event, Reply):
+                said = event.spoken
+                reply = media.Reply(said.frame, said.pcm, said.tokens, said.text, event.mark)
+                link.hear(Kind.REPLY, media.pack_reply(reply))
+            elif isinstance(event, Ready):
+                link.hear(Kind.READY, media.pack_ready(event.prefill_s))
+
+
+class NoFleet:
+    """Nobody is there; the floor asks nobody."""
+
+    async def describe(self) -> list[Any]:
+        return []
+
+
+def build_floor(settings: Settings) -> Application:
+    """The floor as an application with one gateway."""
+    fleet = serve.deployment(name="fleet", ray_actor_options={"num_cpus": 0})(NoFleet).bind()
+    return gateway_deployment(settings, FloorGateway).bind(settings, fleet)

@@ -1,0 +1,212 @@
+"""What the service adds to the engine: delay and CPU, beside the floor, in one run.
+
+    python -m benchmarks.serving [--sessions 1 16 64] [--seconds 20] [--output FILE]
+
+The engine does no maths (`echo`), so only the serving path is measured. The floor is the same gateway with
+the engine inside its process (`floor.py`): no replica, no lease, no media link. Both stand behind Serve's
+HAProxy on one machine, which the clients share; they take turns. Clients send one page of 80 ms speech every
+80 ms, each at a phase of its own.
+
+- delay: from sending the page that completes a user frame to receiving the page that answers it, with pacing
+- on time: the answer arrives before the next one is due (80 ms)
+- CPU: of gateway and replica processes, per session and second; the ingress and the clients are not counted
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import websockets
+
+from benchmarks.machine import machine
+from personaplex.audio.transcoder import Transcoder
+from personaplex.config import FRAME_SECONDS, FRAME_SIZE
+
+WARM_UP_S = 2.0  # of each run, not counted
+SLOTS = 64
+PERCENTILES = (50, 95, 99)
+RECORDING = Path(__file__).parent.parent / "tests" / "data" / "mic.ogg"
+
+
+@dataclass
+class Stream:
+    """Speech as pages of one frame, encoded once. `completes[n]` is the page that completes frame n."""
+
+    pages: list[bytes]
+    headers: list[bytes]
+    completes: list[int] = field(default_factory=list)
+
+    @classmethod
+    def make(cls, seconds: float) -> Stream:
+        speech = np.concatenate(Transcoder().receive(RECORDING.read_bytes()))
+        encoder, decoder = Transcoder(), Transcoder()
+        headers = encoder.headers()
+        decoder.receive(b"".join(headers))
+        count = round(seconds / FRAME_SECONDS)
+        frames = np.resize(speech, count * FRAME_SIZE).reshape(count, FRAME_SIZE)
+        stream = cls([encoder.send(frame) for frame in frames], headers)
+        for number, page in enumerate(stream.pages):
+            stream.completes += [number] * len(decoder.receive(page))
+        return stream
+
+
+@dataclass
+class Call:
+    """Times of one conversation, seconds of one clock."""
+
+    sent: list[float] = field(default_factory=list)
+    heard: dict[int, float] = field(default_factory=dict)  # by number of the frame
+
+
+class Caller:
+    """One client, connected and live after `open`."""
+
+    def __init__(self, url: str, stream: Stream) -> None:
+        self.call = Call()
+        self._url, self._stream = url, stream
+
+    async def open(self) -> None:
+        self._socket = await websockets.connect(self._url, compression=None, max_queue=None)
+        for header in self._stream.headers:
+            await self._socket.send(b"\x01" + header)
+        while (await asyncio.wait_for(self._socket.recv(), 30))[0] != 0:
+            pass
+
+    async def talk(self) -> None:
+        listening = asyncio.ensure_future(self._listen())
+        due = time.monotonic() + random.random() * FRAME_SECONDS
+        for page in self._stream.pages:
+            await asyncio.sleep(due - time.monotonic())
+            self.call.sent.append(time.monotonic())
+            await self._socket.send(b"\x01" + page)
+            due += FRAME_SECONDS
+        await asyncio.sleep(0.5)
+        await self._socket.close()
+        await listening
+
+    async def _listen(self) -> None:
+        async for message in self._socket:
+            if message[0] == 1:
+                # A page's sequence number shows which frame it is, also after pages that were left out.
+                number = int.from_bytes(message[19:23], "little") - len(self._stream.headers)
+                self.call.heard[number] = time.monotonic()
+
+
+async def _calls(url: str, count: int, stream: Stream, processes: Sequence[int]) -> tuple[list[Call], float]:
+    """All calls at once, and the CPU seconds `processes` used while they talked after the warm-up."""
+    callers = [Caller(url, stream) for _ in range(count)]
+    await asyncio.gather(*(caller.open() for caller in callers))
+    talking = [asyncio.ensure_future(caller.talk()) for caller in callers]
+    await asyncio.sleep(WARM_UP_S)
+    before = _cpu_seconds(processes)
+    await asyncio.sleep(len(stream.pages) * FRAME_SECONDS - WARM_UP_S)
+    used = _cpu_seconds(processes) - before
+    await asyncio.gather(*talking)
+    return [caller.call for caller in callers], used
+
+
+def measure(url: str, count: int, stream: Stream, processes: Sequence[int]) -> dict[str, float]:
+    """One run of `count` sessions; the keys say their units."""
+    calls, cpu = asyncio.run(_calls(url, count, stream, processes))
+    first = round(WARM_UP_S / FRAME_SECONDS)
+    delays, expected = [], 0
+    for call in calls:
+        for number, page in enumerate(stream.completes[first:], start=first):
+            expected += 1
+            if number in call.heard:
+                delays.append(call.heard[number] - call.sent[page])
+    seconds = len(stream.pages) * FRAME_SECONDS - WARM_UP_S
+    result = {f"delay_p{p}_ms": round(1_000 * float(np.percentile(delays, p)), 2) for p in PERCENTILES}
+    late = sum(delay > FRAME_SECONDS for delay in delays) + expected - len(delays)
+    result["on_time_share"] = round(1 - late / expected, 5)
+    result["cpu_ms_per_session_second"] = round(1_000 * cpu / (count * seconds), 2)
+    return result
+
+
+def _cpu_seconds(processes: Sequence[int]) -> float:
+    ticks = 0
+    for pid in processes:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _processes(app: str) -> list[int]:
+    """Gateways and replicas of an application, by the titles Serve gives them."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            title = (entry / "cmdline").read_bytes().decode(errors="replace")
+            if title.startswith((f"ray::ServeReplica:{app}:gateway", f"ray::ServeReplica:{app}:replica")):
+                found.append(int(entry.name))
+    return found
+
+
+@contextlib.contextmanager
+def _cluster() -> Iterator[int]:
+    """Ray and Serve behind HAProxy with both applications; the port clients connect to."""
+    from personaplex.server import ENVIRONMENT
+
+    os.environ.update(ENVIRONMENT, RAY_SERVE_ENABLE_HA_PROXY="1", RAY_AUTH_MODE="disabled")
+    import ray
+    from ray import serve
+
+    from benchmarks.floor import build_floor
+    from deployments import build
+    from deployments.settings import Settings
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "0.0.0.0", "port": port}, logging_config={"log_level": "WARNING"})
+    settings = Settings(
+        model="echo", slots=SLOTS, replica_num_cpus=0.1, gateway_num_cpus=0.1, session_limit_s=300
+    )
+    serve.run(build(settings), name="service", route_prefix="/service")
+    serve.run(build_floor(settings), name="floor", route_prefix="/floor")
+    time.sleep(3)  # for HAProxy to know both
+    try:
+        yield port
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__.split("\n")[0])
+    parser.add_argument("--sessions", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/serving.json"))
+    options = parser.parse_args()
+    stream = Stream.make(options.seconds)
+    runs: dict[str, Any] = {}
+    with _cluster() as port:
+        for count in options.sessions:
+            for app in ("floor", "service"):
+                url = f"ws://127.0.0.1:{port}/{app}/api/chat"
+                run = measure(url, count, stream, _processes(app))
+                runs.setdefault(str(count), {})[app] = run
+                print(f"{count:4d} sessions {app:8s} {json.dumps(run)}", flush=True)
+    for count, run in runs.items():
+        for key in ("delay_p50_ms", "cpu_ms_per_session_second"):
+            run[f"{key}_times_floor"] = round(run["service"][key] / run["floor"][key], 2)
+        print(f"{count:>4s} sessions", {key: value for key, value in run.items() if "times" in key})
+    result = {"benchmark": "serving", "machine": machine("ray", "uvloop", "websockets"), "sessions": runs}
+    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
