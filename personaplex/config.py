@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from personaplex.errors import ConfigError
 
@@ -226,13 +226,24 @@ class Sampling:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes and limits of one engine."""
+    """Sizes, limits and ways of one engine.
+
+    `kv` "int8" keeps the temporal transformer's keys and values as int8: half the memory of a session, and a
+    little noise. `voice_memory` "host" keeps cached voices in (pinned) host memory instead of the device's.
+    """
 
     slots: int = 1
+    kv: Literal["auto", "int8"] = "auto"
+    graphs: bool = True  # on CUDA, replay ticks as graphs
     prefill_chunk: int = 256  # prompt positions run between two ticks
     prompt_tokens: int = 1_000  # longest text prompt, in tokens
     voice_cache: int = 32  # voices whose KV prefix is kept
+    voice_memory: Literal["device", "host"] = "device"
 
     def __post_init__(self) -> None:
         if self.slots < 1:
             raise ConfigError(f"slots must be at least 1, got {self.slots}")
+        if self.kv not in ("auto", "int8"):
+            raise ConfigError(f"kv must be auto or int8, got {self.kv!r}")
+        if self.voice_memory not in ("device", "host"):
+            raise ConfigError(f"voice_memory must be device or host, got {self.voice_memory!r}")

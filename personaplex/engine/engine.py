@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from personaplex.config import FRAME_SIZE, EngineConfig, LMConfig, Sampling
+from personaplex.engine.graph import Frames, Runner
 from personaplex.engine.interface import Usage
 from personaplex.engine.script import Script, compose
 from personaplex.engine.state import EngineState
-from personaplex.engine.step import step
 from personaplex.errors import BadParameter, EngineFault, NoCapacity, PromptTooLong, SessionLost
-from personaplex.model import Model
+from personaplex.model import Model, layers
+from personaplex.model.ring import copy_in, copy_out
 from personaplex.model.sampling import Caps
 from personaplex.persona import Persona
 from personaplex.text import PieceDecoder, Tokenizer
@@ -80,15 +81,16 @@ class Engine:
     ) -> None:
         self.slots = config.slots
         self._model, self._voices, self._tokenizer, self._config = model, voices, tokenizer, config
-        self._width = 1 if model.device.type == "cuda" else 2  # see layers.linear: a lone row costs a copy
-        self._state = EngineState.allocate(model, max(config.slots, self._width))
+        rows = config.slots if model.device.type == "cuda" else max(config.slots, 2)  # see Runner
+        self._state = EngineState.allocate(model, rows, config.kv)
+        if layers.uses_kernels(self._state.lm.offset):
+            self._warm_prefill()
+        self._runner = Runner(model, self._state, rows, config.graphs)
         self._seats: list[_Seat | None] = [None] * config.slots
         self._generations = [0] * config.slots
         self._vacant = list(range(config.slots))  # a heap: lowest first, so that ticks run on short prefixes
         self._waiting: deque[Slot] = deque()
-        self._prefixes: OrderedDict[str, tuple[Tensor, Tensor]] = OrderedDict()
-        pinned = model.device.type == "cuda"
-        self._pcm = torch.zeros(max(config.slots, self._width), FRAME_SIZE, pin_memory=pinned)
+        self._prefixes: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
         self.voice_hits = 0
         self.voice_misses = 0
 
@@ -169,7 +171,7 @@ class Engine:
             raise BadParameter(f"a frame is {FRAME_SIZE} finite samples")
         if not seat.live or seat.fed:
             raise BadParameter("the slot cannot take a frame now")
-        self._pcm[slot.index] = torch.from_numpy(np.asarray(frame, np.float32))
+        self._runner.pcm[slot.index] = torch.from_numpy(np.asarray(frame, np.float32))
         seat.fed = True
 
     def step(self) -> list[Output]:
@@ -182,19 +184,11 @@ class Engine:
             return []
         lm = self._model.config.lm
         caps = Caps.of([seat.sampling for seat in ready], lm.text_card, lm.card)
-        width = max(ready[-1].slot.index + 1, self._width)
-        active = torch.zeros(width, dtype=torch.bool)
-        active[[seat.slot.index for seat in ready]] = True
-        device = self._model.device
         try:
-            with torch.inference_mode():
-                pcm = self._pcm[:width].to(device, non_blocking=True)
-                out = step(self._model, self._state.rows(0, width), pcm, active.to(device), caps)
-                frames, tokens = out.pcm.cpu().numpy(), out.tokens.cpu().numpy()
-                user_codes = out.user_codes.cpu().numpy()
+            frames = self._runner.run([seat.slot.index for seat in ready], caps)
         except RuntimeError as error:
             raise EngineFault("the engine failed in a step") from error
-        return [self._deliver(seat, frames, tokens, user_codes) for seat in ready]
+        return [self._deliver(seat, frames) for seat in ready]
 
     def close(self, slot: Slot) -> None:
         """Gives the slot back. Closing twice, or closing a slot that has a new user, does nothing."""
@@ -226,10 +220,8 @@ class Engine:
             if seat.position == 0 and cached is not None:
                 self._prefixes.move_to_end(seat.voice)
                 self.voice_hits += 1
-                keys, values = cached
-                ring.k[index, :, :, : script.prefix] = keys
-                ring.v[index, :, :, : script.prefix] = values
-                ring.offset[index] = seat.position = script.prefix
+                copy_in(ring, index, cached)
+                seat.position = script.prefix
             end = script.prefix if seat.position < script.prefix else script.frames - 1
             stop = min(seat.position + self._config.prefill_chunk, end)
             if stop > seat.position:
@@ -239,10 +231,21 @@ class Engine:
             if stop == script.prefix and cached is None and 0 < stop < ring.capacity:
                 self._keep_prefix(seat.voice, index, stop)
 
+    def _warm_prefill(self) -> None:
+        """Has every kernel a prefill may need compiled and loaded before the first session comes."""
+        lm, ring = self._model.lm, self._state.lm.ring
+        with torch.inference_mode():
+            for positions in sorted({1, 17, 33, 65, self._config.prefill_chunk}):
+                x = torch.zeros(1, positions, lm.config.temporal.dim, device=lm.device, dtype=lm.dtype)
+                lm.transformer.prefill(x, ring, 0, 0)
+        self._state.reset(0)
+
     def _keep_prefix(self, voice: str, index: int, length: int) -> None:
-        ring = self._state.lm.ring
+        prefix = copy_out(self._state.lm.ring, index, length)
+        if self._config.voice_memory == "host" and self._model.device.type == "cuda":
+            prefix = tuple(_pinned(part) for part in prefix)
         self.voice_misses += 1
-        self._prefixes[voice] = (ring.k[index, :, :, :length].clone(), ring.v[index, :, :, :length].clone())
+        self._prefixes[voice] = prefix
         while len(self._prefixes) > self._config.voice_cache:
             self._prefixes.popitem(last=False)
 
@@ -256,24 +259,27 @@ class Engine:
     def _deliver(
         self,
         seat: _Seat,
-        frames: NDArray[np.float32],
-        tokens: NDArray[np.int64],
-        user_codes: NDArray[np.int64],
+        frames: Frames,
     ) -> Output:
         index = seat.slot.index
-        row = tokens[index]
+        row = frames.tokens[index]
         output = Output(
             slot=seat.slot,
             frame=seat.frames,
-            pcm=frames[index],
+            pcm=frames.pcm[index],
             tokens=row,
-            user_codes=user_codes[index],
+            user_codes=frames.user_codes[index],
             text=seat.decoder.push(int(row[0])),
         )
         seat.log.append(row, forced=seat.frames == 0)  # the first frame out is the prompt's last
         seat.fed = False
         seat.frames += 1
         return output
+
+
+def _pinned(part: Tensor) -> Tensor:
+    """A copy in host memory that the device can read by itself; complete before the stream's next wait."""
+    return torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
 
 
 def check_sampling(sampling: Sampling, lm: LMConfig) -> None:

@@ -55,7 +55,9 @@ class Script:
         """Input embeddings [1, T, dim] at positions start..stop-1, voice or rest, not both."""
         if self.embeddings is not None and start < self.prefix:
             assert stop <= self.prefix
-            return self.embeddings[start:stop].to(lm.device, lm.dtype)[None]
+            return self.embeddings[start:stop].to(lm.device, lm.dtype, copy=True)[
+                None
+            ]  # a prefill writes to it
         return lm.embed(self.positions[start:stop].to(lm.device))[None]
 
 

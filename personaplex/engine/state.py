@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from personaplex.model import Model
 from personaplex.model.lm import LMState
 from personaplex.model.mimi import MimiState
@@ -17,10 +19,13 @@ class EngineState:
     sampling: SamplingState
 
     @classmethod
-    def allocate(cls, model: Model, slots: int) -> EngineState:
-        """All memory of `slots` sessions, once; with a context of C positions the rings dominate."""
+    def allocate(cls, model: Model, slots: int, kv: str = "auto") -> EngineState:
+        """All memory of `slots` sessions, once; with a context of C positions the rings dominate.
+
+        `kv`: see EngineConfig.
+        """
         return cls(
-            lm=model.lm.allocate(slots),
+            lm=model.lm.allocate(slots, torch.int8 if kv == "int8" else None),
             mimi=model.mimi.allocate(slots, model.device),
             sampling=SamplingState.allocate(slots, model.device),
         )

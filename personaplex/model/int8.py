@@ -37,7 +37,7 @@ def matmul(x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None = No
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _matmul(
     x, codes, scale, out, rows, outputs, INPUTS: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,

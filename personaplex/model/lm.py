@@ -120,14 +120,16 @@ class LM(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.out_norm.alpha.dtype
 
-    def allocate(self, slots: int) -> LMState:
-        """State of `slots` sessions before their first step; keys and values in the weights' dtype."""
+    def allocate(self, slots: int, kv: torch.dtype | None = None) -> LMState:
+        """State of `slots` sessions before their first step; keys and values in the weights' dtype, or as
+        `kv` (see Ring.allocate).
+        """
         shape = (slots, STREAMS, RING_COLUMNS)
         return LMState(
             tokens=torch.full(shape, UNGENERATED, dtype=torch.int64, device=self.device),
             provided=torch.zeros(shape, dtype=torch.bool, device=self.device),
             offset=torch.zeros(slots, dtype=torch.int64, device=self.device),
-            ring=Ring.allocate(self.config.temporal, slots, self.device, self.dtype),
+            ring=Ring.allocate(self.config.temporal, slots, self.device, kv or self.dtype),
         )
 
     def embed(self, tokens: Tensor) -> Tensor:

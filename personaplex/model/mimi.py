@@ -133,7 +133,12 @@ class Mimi(nn.Module):
         self.quantizer = SplitQuantizer(config)
 
     def prepare(self) -> None:
-        """Derives what the steps read; call once, after the weights are loaded."""
+        """Derives what the steps read; call once, after the weights are loaded.
+
+        Convolutions of this process keep the whole of float32 from then on: TF32, which CUDA would use for
+        them, has 10 bits, and a code is the nearest of 2048 vectors by a margin that may be smaller.
+        """
+        torch.backends.cudnn.allow_tf32 = False
         self.encoder.prepare()
         self.decoder.prepare()
         self.encoder_transformer.prepare()

@@ -65,7 +65,7 @@ def resident_bytes(module: nn.Module) -> int:
 
 def _move(module: nn.Module, device: torch.device) -> None:
     for put, tensor in _tensors(module):
-        put(tensor.to(device))
+        put(tensor.to(device).contiguous() if device.type != "cpu" else tensor)  # laid out for a CPU before
 
 
 def _pin(layer: nn.Module, device: torch.device) -> None:

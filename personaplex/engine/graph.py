@@ -1,0 +1,141 @@
+"""One tick as one call: recorded CUDA graphs on prefixes of slots, or the same work launched piece by piece.
+
+Frames go in and out through buffers of fixed address, pinned on the host where the device is CUDA. Between
+them a tick allocates nothing anew, waits for nothing and depends on the host for nothing but which prefix of
+slots it covers: sampling rules, ring offsets and the mask of active slots are read on the device. A graph is
+therefore recorded once a prefix, at start, and replayed for any mixture of sessions.
+
+Without graphs (on a CPU, with weights kept on the host, or when asked) `run` does the same through `step`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from personaplex.config import CODEBOOKS, FRAME_SIZE, STREAMS
+from personaplex.engine.state import EngineState
+from personaplex.engine.step import step
+from personaplex.model import Model
+from personaplex.model.layers import Attention
+from personaplex.model.sampling import Caps
+
+_WARM_UP = 2  # ticks before a recording: kernels are compiled and libraries set up outside of it
+
+
+@dataclass(frozen=True)
+class Frames:
+    """What one tick gave, in memory of its own: pcm float32 [width, 1920], tokens int64 [width, 17] and
+    user_codes int64 [width, 8]. Rows of slots that took no part hold anything.
+    """
+
+    pcm: NDArray[np.float32]
+    tokens: NDArray[np.int64]
+    user_codes: NDArray[np.int64]
+
+
+class Runner:
+    """Runs the ticks of one engine over its state of `slots` slots."""
+
+    def __init__(self, model: Model, state: EngineState, slots: int, graphs: bool) -> None:
+        """Records the graphs, if there are to be any: seconds, and memory for the widest tick."""
+        self._model, self._state, self._slots = model, state, slots
+        device = model.device
+        self._on_gpu = device.type == "cuda"
+        self._narrowest = 1 if self._on_gpu else 2  # see layers.linear: on a CPU a lone row costs a copy
+        self.pcm = torch.zeros(slots, FRAME_SIZE, pin_memory=self._on_gpu)
+        self._active = torch.zeros(slots, dtype=torch.bool, pin_memory=self._on_gpu)
+        self._inputs = [t.to(device) for t in (self.pcm, self._active)]  # the same memory on a CPU
+        outputs = ((FRAME_SIZE, torch.float32), (STREAMS, torch.int64), (CODEBOOKS, torch.int64))
+        self._outputs = [torch.zeros(slots, size, dtype=kind, device=device) for size, kind in outputs]
+        self._results = [torch.zeros_like(t, device="cpu", pin_memory=self._on_gpu) for t in self._outputs]
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        if graphs and self._on_gpu and not _offloaded(model):
+            self._record()
+
+    @property
+    def widths(self) -> list[int]:
+        """The prefixes there are graphs of, narrowest first; none when ticks are launched piece by piece."""
+        return sorted(self._graphs)
+
+    def run(self, slots: list[int], caps: Caps) -> Frames:
+        """One tick over `slots` (ascending), whose frames are in `pcm`. Returns when it is done."""
+        self._active.zero_()
+        self._active[slots] = True
+        width = max(slots[-1] + 1, self._narrowest)
+        graph = None
+        if self._graphs:
+            width = min(w for w in self._graphs if w >= width)
+            graph = self._graphs[width]
+        with torch.inference_mode():
+            if self._on_gpu:
+                for inner, outer in zip(self._inputs, (self.pcm, self._active), strict=True):
+                    inner[:width].copy_(outer[:width], non_blocking=True)
+            if graph is None:
+                self._launch(width, caps)
+            else:
+                graph.replay()
+            for outer, inner in zip(self._results, self._outputs, strict=True):
+                outer[:width].copy_(inner[:width], non_blocking=True)
+            if self._on_gpu:
+                torch.cuda.current_stream(self._model.device).synchronize()
+        pcm, tokens, user_codes = (result[:width].numpy().copy() for result in self._results)
+        return Frames(pcm, tokens, user_codes)
+
+    def _launch(self, width: int, caps: Caps) -> None:
+        """The work between the buffers."""
+        pcm, active = (t[:width] for t in self._inputs)
+        out = step(self._model, self._state.rows(0, width), pcm, active, caps)
+        for kept, new in zip(self._outputs, (out.pcm, out.tokens, out.user_codes), strict=True):
+            kept[:width].copy_(new)
+
+    def _record(self) -> None:
+        """Widest first: the narrower graphs live in its memory, since no two of them ever run at once.
+
+        No slot is active meanwhile, so that nothing but garbage nobody reads is written to the state.
+        """
+        device = self._model.device
+        side, pool = torch.cuda.Stream(device), None
+        with torch.inference_mode():
+            for width in reversed(prefixes(self._slots)):
+                side.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(side):
+                    for _ in range(_WARM_UP):
+                        self._launch(width, NO_CAPS)
+                torch.cuda.current_stream(device).wait_stream(side)
+                torch.cuda.synchronize(device)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
+                    self._launch(width, NO_CAPS)
+                pool = graph.pool()
+                self._graphs[width] = graph
+
+
+NO_CAPS = Caps(0, 0)  # kernels find every slot's rule on the device
+
+
+def prefixes(slots: int) -> list[int]:
+    """Widths to record graphs for: powers of two to 16, then steps of at most half as much, then all slots.
+
+    The cost of a tick grows in steps with its width, mostly by its slots' rings, which are not read for slots
+    without a session; what a wider graph wastes is a few rows of the matrix products.
+    """
+    widths = [1, 2, 4, 8, 16]
+    while widths[-1] < slots:
+        last = widths[-1]
+        power = 1 << (last.bit_length() - 1)
+        widths.append(last + power // 2)
+    return [*(w for w in widths if w < slots), slots]
+
+
+def _offloaded(model: Model) -> bool:
+    """Whether some weights stay on the host: every tick copies them then, which no graph should hold."""
+    matrices: list[Tensor] = []
+    for part in model.lm.transformer.modules():
+        if isinstance(part, Attention):
+            matrices += [m for m in part.inputs if isinstance(m, Tensor)]
+    return any(matrix.device != model.device for matrix in matrices)
