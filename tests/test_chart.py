@@ -15,11 +15,10 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from kube import chart, kuberay, schemas
+from kube import chart, golden, kuberay, schemas
 
 from k8s import sizing
 
-GOLDEN = chart.ROOT / "tests" / "data" / "chart"
 ALL = [(values, sets, version) for values, sets in chart.CASES.items() for version in chart.VERSIONS]
 
 
@@ -39,17 +38,12 @@ def test_every_document_is_valid(values: str, sets: tuple[str, ...], version: st
     assert kuberay.violations(chart.only(documents, "RayService")) == []
 
 
-@pytest.mark.parametrize(
-    ("values", "golden"), [("values-dev.yaml", "dev"), ("ci/everything-values.yaml", "everything")]
-)
-def test_golden_render(values: str, golden: str) -> None:
+@pytest.mark.parametrize("name", golden.RENDERS)
+def test_golden_render(name: str) -> None:
     """Any change of what is rendered is seen in review."""
-    rendered = chart.template(values, chart.CASES[values]).stdout
-    path = GOLDEN / f"{golden}.yaml"
-    expected = path.read_text()
-    difference = "".join(
-        difflib.unified_diff(expected.splitlines(True), rendered.splitlines(True), str(path), "rendered")
-    )
+    path = golden.FOLDER / f"{name}.yaml"
+    expected, rendered = path.read_text().splitlines(True), golden.rendered(name).splitlines(True)
+    difference = "".join(difflib.unified_diff(expected, rendered, str(path), "rendered"))
     assert not difference, f"{difference}\nIf this is wanted: python tests/kube/golden.py"
 
 
