@@ -70,7 +70,7 @@ def test_thresholds_are_buckets() -> None:
     """A quantile at 80 ms is exact only where a bucket ends there."""
     bounds = {float(bound) for text in _expressions(_rules()) for bound in re.findall(r'le="([\d.]+)"', text)}
     assert bounds
-    assert bounds <= set(metrics.TICK_SECONDS.buckets)
+    assert bounds <= set(metrics.TICK_SECONDS.buckets) & set(metrics.FRAME_SECONDS.buckets)
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.name)
