@@ -17,12 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyloudnorm
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from personaplex.audio.wav import read_wav, resample
 from personaplex.config import (
     CODEBOOKS,
     DELAYS,
@@ -142,6 +140,10 @@ def load_voice_wav(path: Path) -> NDArray[np.float32]:
 
     Loudness after ITU-R BS.1770-4. Raises BadAudio when it is unreadable, shorter than 0.4 s or silent.
     """
+    import pyloudnorm  # here, so that an engine without recordings needs no audio libraries
+
+    from personaplex.audio.wav import read_wav, resample
+
     pcm, rate = read_wav(path)
     mono = resample(pcm[0], rate, SAMPLE_RATE)
     if len(mono) < SHORTEST_SECONDS * SAMPLE_RATE:

@@ -17,6 +17,7 @@ from personaplex.config import LMConfig
 from personaplex.errors import CheckpointError
 from personaplex.model.layers import Stack
 from personaplex.model.lm import LM
+from personaplex.model.quantize import Int8Matrix, quantise_layer
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,17 @@ def place(lm: LM, device: torch.device, budget: int) -> int:
     if staying:
         log.info("%d of %d temporal layers stay in host memory", staying, len(layers))
     return staying
+
+
+def place_quantised(lm: LM, device: torch.device) -> None:
+    """Moves a prepared model from the CPU to `device`, its temporal layers as int8 (see quantize.py).
+
+    Layer by layer, so that the device never holds more than one of them in full.
+    """
+    for layer in lm.transformer.layers:
+        _move(layer, device)
+        quantise_layer(layer)
+    _move(lm, device)
 
 
 def gpu_budget(config: LMConfig, slots: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -89,12 +101,16 @@ def _tensors(module: nn.Module) -> list[tuple[Callable[[Tensor], None], Tensor]]
         for name, buffer in part.named_buffers(recurse=False):
             found.append((partial(setattr, part, name), buffer))
         for name, value in vars(part).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Int8Matrix):
+                found += [(partial(setattr, value, n), getattr(value, n)) for n in ("codes", "scale")]
+            elif isinstance(value, Tensor):
                 found.append((partial(setattr, part, name), value))
             elif isinstance(value, list):
-                found += [
-                    (partial(value.__setitem__, i), t) for i, t in enumerate(value) if isinstance(t, Tensor)
-                ]
+                for index, item in enumerate(value):
+                    if isinstance(item, Int8Matrix):
+                        found += [(partial(setattr, item, n), getattr(item, n)) for n in ("codes", "scale")]
+                    elif isinstance(item, Tensor):
+                        found.append((partial(value.__setitem__, index), item))
     return found
 
 

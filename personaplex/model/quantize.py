@@ -28,11 +28,11 @@ class Int8Matrix:
 
     @classmethod
     def of(cls, weight: Tensor) -> Int8Matrix:
-        """The nearest to `weight` [out, in], on its device."""
+        """The nearest to `weight` [out, in], on its device and laid out as it is."""
         wide = weight.float()
         scale = (wide.abs().amax(-1) / _STEPS).clamp(min=torch.finfo(torch.float32).tiny)
         codes = (wide / scale[:, None]).round_().clamp_(-_STEPS, _STEPS).to(torch.int8)
-        return cls(codes.contiguous(), scale)
+        return cls(codes, scale)
 
     @property
     def shape(self) -> torch.Size:

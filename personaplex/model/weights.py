@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, LMConfig, MimiConfig
-from personaplex.errors import CheckpointError
+from personaplex.errors import CheckpointError, ConfigError
 from personaplex.model import Model, tiny
 from personaplex.model.hub import Checkpoint
 from personaplex.model.lm import LM
 from personaplex.model.mimi import Mimi
-from personaplex.model.offload import gpu_budget, place
+from personaplex.model.offload import gpu_budget, place, place_quantised
 
 Network = TypeVar("Network", LM, Mimi)
 Shapes = dict[str, tuple[int, ...]]
@@ -45,16 +45,26 @@ _CODEBOOK_NAMES = {
 
 
 def load_model(
-    checkpoint: Checkpoint, device: torch.device | str, dtype: torch.dtype, offload_slots: int = 0
+    checkpoint: Checkpoint,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    offload_slots: int = 0,
+    weights: str = "auto",
 ) -> Model:
     """Loads a resolved checkpoint.
 
-    With `offload_slots` > 0 weights that do not fit a GPU beside that many sessions stay in host memory.
-    Raises CheckpointError for a damaged file or one with other tensors.
+    With `offload_slots` > 0 weights that do not fit a GPU beside that many sessions stay in host memory. With
+    `weights` "int8" the temporal transformer's are quantised. Raises CheckpointError for a damaged file or
+    one with other tensors, ConfigError for ways that do not go together.
     """
+    if weights not in ("auto", "int8") or (weights == "int8" and offload_slots):
+        raise ConfigError("weights must be auto or int8; int8 leaves nothing to offload")
     device, config = torch.device(device), checkpoint.config
     mimi = load_mimi(checkpoint.mimi, config.mimi, device)
-    if offload_slots and device.type == "cuda":
+    if weights == "int8":
+        lm = load_lm(checkpoint.lm, config.lm, torch.device("cpu"), dtype)
+        place_quantised(lm, device)
+    elif offload_slots and device.type == "cuda":
         lm = load_lm(checkpoint.lm, config.lm, torch.device("cpu"), dtype)
         place(lm, device, gpu_budget(config.lm, offload_slots, device, dtype))
     else:
