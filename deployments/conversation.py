@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 UNSENT_LIMIT = 256  # messages a client may leave unread: 20 s of speech
 CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
 FEED_BYTES = 4_096  # of Ogg decoded at a time: about a second, well under a frame's time to decode
-QUIET = 1e-7  # mean square of speech nobody hears: -70 dBFS
+QUIET = 1e-6  # mean square of speech nobody misses: -60 dBFS
 
 
 Connect = Callable[[Grant, OnMessage, OnLost], Awaitable[Link]]

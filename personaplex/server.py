@@ -134,10 +134,12 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _check_port(host: str, port: int) -> None:
     """Raises ConfigError when nothing can listen there: Ray would only say so in a log."""
+    if not 1 <= port <= 65_535:
+        raise ConfigError(f"--port must be between 1 and 65535, got {port}")
     try:
         with socket.create_server((host, port)):
             pass
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
 
 

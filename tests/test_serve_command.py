@@ -1,0 +1,127 @@
+"""`python -m personaplex.server`: one command from nothing to a page over https, and back."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+import websockets
+from cryptography import x509
+from serving import Client, free_port, speech
+
+from personaplex.errors import ConfigError
+from personaplex.server import CERTIFICATE, KEY, addresses, ensure_certificate, main
+
+
+def test_a_certificate_is_made_once_for_every_name_of_this_machine(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "ssl"
+    certificate, key = ensure_certificate(folder, "192.0.2.7")
+    assert (certificate, key) == (folder / CERTIFICATE, folder / KEY)
+    parsed = x509.load_pem_x509_certificate(certificate.read_bytes())
+    names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert {"localhost", socket.gethostname()} <= set(names.get_values_for_type(x509.DNSName))
+    assert {"127.0.0.1", "192.0.2.7"} <= {str(ip) for ip in names.get_values_for_type(x509.IPAddress)}
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
+    before = certificate.read_bytes()
+    ensure_certificate(folder, "192.0.2.8")
+    assert certificate.read_bytes() == before
+
+
+def test_half_a_certificate_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / KEY).write_text("mine")
+    with pytest.raises(ConfigError, match="both"):
+        ensure_certificate(tmp_path, "192.0.2.7")
+    assert (tmp_path / KEY).read_text() == "mine"
+
+
+def test_addresses_are_those_people_can_open() -> None:
+    assert addresses("localhost", 8998, False, "192.0.2.7") == ["http://localhost:8998"]
+    assert addresses("0.0.0.0", 1, True, "192.0.2.7") == ["https://localhost:1", "https://192.0.2.7:1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--set", "slotz=1"], "slotz"),
+        (["--set", "slots"], "NAME=VALUE"),
+        (["--slots", "many"], "slots"),
+        (["--device", "tpu"], "device"),
+        (["--port", "99999"], "99999"),
+    ],
+)
+def test_a_wrong_option_ends_the_command_in_words(
+    options: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert complaint in error
+    assert "Traceback" not in error
+
+
+def test_a_taken_port_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["--port", str(port), "--model", "echo"]) == 2
+    assert f"localhost:{port}" in capsys.readouterr().err
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, list[str]]]:
+    port, said = free_port(), list[str]()
+    command = [sys.executable, "-m", "personaplex.server", "--model", "echo", "--port", str(port)]
+    command += ["--ssl", str(tmp_path), "--set", "slots=2", "--low-latency"]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        reader = threading.Thread(target=lambda stream: said.extend(stream), args=(process.stdout,))
+        reader.start()
+        deadline = time.monotonic() + 90
+        while not any(line.startswith("Open ") for line in said):
+            assert process.poll() is None, said
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
+        yield process, port, said
+        if process.poll() is None:
+            process.kill()
+        reader.join()
+
+
+def test_the_command_serves_a_page_and_conversations_and_ends(
+    server: tuple[subprocess.Popen[str], int, list[str]], tmp_path: Path
+) -> None:
+    process, port, said = server
+    base = f"https://localhost:{port}"
+    assert f"Open {base}\n" in said
+    page = requests.get(base, verify=tmp_path / CERTIFICATE, timeout=10)
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/html")
+
+    async def talk() -> Client:
+        trust = ssl.create_default_context(cafile=str(tmp_path / CERTIFICATE))
+        async with websockets.connect(f"wss://localhost:{port}/api/chat", ssl=trust) as connection:
+            client = Client(connection)
+            await client.talk(speech(0.8))
+            await connection.close()
+            await client._reader
+        return client
+
+    assert asyncio.run(talk()).heard.pages
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert "closing\n" in said
