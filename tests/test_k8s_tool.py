@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 from kube import chart
-from kube.apiserver import ApiServer, Status
+from kube.apiserver import ApiServer
+from kube.objects import Status
 
 from deployments import metrics
 from k8s import __main__ as tool

@@ -18,47 +18,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
-from kube import protobuf
+from kube.objects import CLUSTER_WIDE, KINDS, PLURALS, RESOURCES, VERBS, Status, body, matches, merge
+from kube.tunnel import tunnel
 
 Key = tuple[str, str, str, str]  # api version, plural, namespace, name
-RESOURCES = {
-    "v1": "pods:Pod services:Service secrets:Secret configmaps:ConfigMap namespaces:Namespace! nodes:Node! "
-    "persistentvolumeclaims:PersistentVolumeClaim serviceaccounts:ServiceAccount events:Event",
-    "apps/v1": "deployments:Deployment",
-    "batch/v1": "jobs:Job",
-    "networking.k8s.io/v1": "networkpolicies:NetworkPolicy ingresses:Ingress",
-    "policy/v1": "poddisruptionbudgets:PodDisruptionBudget",
-    "rbac.authorization.k8s.io/v1": "roles:Role rolebindings:RoleBinding",
-    "ray.io/v1": "rayservices:RayService rayclusters:RayCluster",
-    "gateway.networking.k8s.io/v1": "httproutes:HTTPRoute",
-    "monitoring.coreos.com/v1": "podmonitors:PodMonitor prometheusrules:PrometheusRule",
-}
-KINDS = {
-    (api, word.split(":")[0]): word.split(":")[1].rstrip("!")
-    for api, words in RESOURCES.items()
-    for word in words.split()
-}
-PLURALS = {(api, kind): plural for (api, plural), kind in KINDS.items()}
-CLUSTER_WIDE = {"namespaces", "nodes"}
-VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
-
-
-class Status(Exception):
-    """An answer that is an error."""
-
-    def __init__(self, code: int, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.body = {
-            "kind": "Status",
-            "apiVersion": "v1",
-            "status": "Failure",
-            "reason": reason,
-            "message": message,
-            "code": code,
-        }
 
 
 class ApiServer:
@@ -233,20 +198,20 @@ class ApiServer:
     async def _resource(self, request: web.Request, key: Key, sub: str) -> web.StreamResponse:
         name = key[3]
         if sub == "portforward":
-            return await self._tunnel(request, name)
+            return await tunnel(request, name, self.pages, self.backends)
         if sub == "eviction":
             return self._evict(key, await request.json())
         if not name:
             if request.method == "POST":
-                return self._create(key, await _body(request))
+                return self._create(key, await body(request))
             if request.query.get("watch") in ("true", "1"):
                 return await self._watch(request, key)
             return web.json_response(self._list(key, request.query))
         if request.method == "GET":
             return web.json_response(self._get(key))
         if request.method == "DELETE":
-            return self._delete(key, await _body(request))
-        return self._write(key, request, await _body(request))
+            return self._delete(key, await body(request))
+        return self._write(key, request, await body(request))
 
     def _get(self, key: Key) -> Any:
         with self._lock:
@@ -266,7 +231,7 @@ class ApiServer:
 
     def _selected(self, key: Key, query: Any) -> Iterator[Any]:
         for other, item in self.objects.items():
-            if other[:2] == key[:2] and key[2] in ("", other[2]) and _matches(item, query):
+            if other[:2] == key[:2] and key[2] in ("", other[2]) and matches(item, query):
                 yield item
 
     def _create(self, key: Key, item: Any) -> web.Response:
@@ -333,7 +298,7 @@ class ApiServer:
                 since = version
                 place = (item["apiVersion"], item["metadata"].get("namespace", ""))
                 same = place[0] == key[0] and item["kind"] == KINDS[key[0], key[1]]
-                if same and key[2] in ("", place[1]) and _matches(item, request.query):
+                if same and key[2] in ("", place[1]) and matches(item, request.query):
                     await answer.write(json.dumps({"type": kind, "object": item}).encode() + b"\n")
             try:
                 await asyncio.wait_for(changed.wait(), end - self._loop.time())
@@ -350,50 +315,6 @@ class ApiServer:
         for kind, item in events:
             await answer.write(json.dumps({"type": kind, "object": item}).encode() + b"\n")
         return version
-
-    async def _tunnel(self, request: web.Request, pod: str) -> web.StreamResponse:
-        """The port-forward protocol: channel 0 carries bytes, channel 1 errors, each opened by the port."""
-        port = int(request.query["ports"])
-        socket = web.WebSocketResponse(protocols=["v5.channel.k8s.io", "v4.channel.k8s.io"])
-        await socket.prepare(request)
-        for channel in (b"\x00", b"\x01"):
-            await socket.send_bytes(channel + port.to_bytes(2, "little"))
-        if (pod, port) in self.backends:
-            await self._relay(socket, *self.backends[pod, port])
-        elif (pod, port) in self.pages:
-            await self._page(socket, self.pages[pod, port])
-        else:
-            await socket.send_bytes(b"\x01" + f"nothing listens on {port} in {pod}".encode())
-        await socket.close()
-        return socket
-
-    async def _page(self, socket: web.WebSocketResponse, page: Callable[[], str]) -> None:
-        request = b""
-        while b"\r\n\r\n" not in request:
-            message = await socket.receive()
-            if message.type != WSMsgType.BINARY:
-                return
-            request += message.data[1:]
-        body = page().encode()
-        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
-        await socket.send_bytes(b"\x00" + head + body)
-        await socket.receive()  # the other side closes first, as HTTP clients do
-
-    async def _relay(self, socket: web.WebSocketResponse, host: str, port: int) -> None:
-        reader, writer = await asyncio.open_connection(host, port)
-
-        async def back() -> None:
-            while data := await reader.read(65_536):
-                await socket.send_bytes(b"\x00" + data)
-            await socket.close()
-
-        returning = asyncio.create_task(back())
-        async for message in socket:
-            if message.type == WSMsgType.BINARY and message.data[0] == 0:
-                writer.write(message.data[1:])
-        writer.close()
-        returning.cancel()
-        await asyncio.gather(returning, writer.wait_closed(), return_exceptions=True)
 
     # Discovery
 
@@ -420,41 +341,3 @@ class ApiServer:
             if other == api
         ]
         return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": api, "resources": resources}
-
-
-async def _body(request: web.Request) -> Any:
-    raw = await request.read()
-    if not raw:
-        return {}
-    if raw.startswith(protobuf.MAGIC):
-        return protobuf.decode(raw)
-    return yaml.safe_load(raw) if "yaml" in request.content_type else json.loads(raw)
-
-
-def merge(old: Any, change: Any) -> Any:
-    """RFC 7386."""
-    for name, value in change.items():
-        if value is None:
-            old.pop(name, None)
-        elif isinstance(value, dict) and isinstance(old.get(name), dict):
-            merge(old[name], value)
-        else:
-            old[name] = value
-    return old
-
-
-def _matches(item: Any, query: Any) -> bool:
-    labels = item["metadata"].get("labels", {})
-    for term in filter(None, query.get("labelSelector", "").split(",")):
-        name, unequal, value = term.replace("==", "=").partition("!=" if "!=" in term else "=")
-        if (labels.get(name) == value) is (unequal == "!="):
-            return False
-    for term in filter(None, query.get("fieldSelector", "").split(",")):
-        unequal = "!=" in term
-        path, _, value = term.partition("!=" if unequal else "=")
-        found: Any = item
-        for part in path.split("."):
-            found = found.get(part, "") if isinstance(found, dict) else ""
-        if (found == value) is unequal:
-            return False
-    return True
