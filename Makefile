@@ -36,8 +36,17 @@ libopus:
 serve: install
 	$(BIN)/python -m personaplex.server --model $(MODEL) --port $(PORT)
 
-test: install
+test: install promtool
 	$(BIN)/python -m pytest
+
+# Prometheus' own checker, for the tests of the alerts; without it they are skipped by name.
+.PHONY: promtool
+promtool:
+	@command -v promtool >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get install -y -q prometheus || { apt-get update -q && apt-get install -y -q prometheus; }; \
+	else \
+	  echo "promtool is missing (Debian: apt-get install prometheus): the tests of the alerts are skipped"; \
+	fi
 
 # The web page in a headless Chromium, which this needs and does not install.
 test-browser: install
