@@ -159,7 +159,12 @@ def _cluster() -> Iterator[int]:
     """Ray and Serve behind HAProxy with both applications; the port clients connect to."""
     from personaplex.server import ENVIRONMENT
 
-    os.environ.update(ENVIRONMENT, RAY_SERVE_ENABLE_HA_PROXY="1", RAY_AUTH_MODE="disabled")
+    os.environ.update(
+        ENVIRONMENT,
+        RAY_SERVE_ENABLE_HA_PROXY="1",
+        RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",  # at the end, nobody is left to wait for
+        RAY_AUTH_MODE="disabled",
+    )
     import ray
     from ray import serve
 

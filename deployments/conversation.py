@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -73,6 +73,7 @@ class Services:
     changed: Callable[[], None]  # called when a session went live or joined or left the queue
     trace: Trace | None = None
     live: set[str] = field(default_factory=set)  # names of the sessions past their handshake
+    ending: set[asyncio.Future[None]] = field(default_factory=set)  # sessions that are being wound up
 
 
 class Conversation:
@@ -105,10 +106,13 @@ class Conversation:
         try:
             await self._closed.wait()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self._clean_up()
+            # Serve cancels a handler, more than once, when its client has gone: what frees things comes first
+            # and awaits nothing, what has to wait goes on without us.
+            self._finish(tasks)
+            ending = asyncio.ensure_future(self._wind_up(tasks))
+            self._services.ending.add(ending)
+            ending.add_done_callback(self._services.ending.discard)
+            await asyncio.shield(ending)
 
     # Tasks
 
@@ -282,22 +286,28 @@ class Conversation:
 
     # The end
 
-    async def _clean_up(self) -> None:
+    def _finish(self, tasks: Sequence[asyncio.Future[None]]) -> None:
+        for task in tasks:
+            task.cancel()
         if self._timer is not None:
             self._timer.cancel()
         if self._link is not None:
             self._link.close()
-        if self._lease is not None and self._link is not None:
-            await self._lease.wait_freed(CLOSE_TIMEOUT_S)
-        if self._lease is not None:
-            self._lease.release()
-        states = (self._socket.client_state, self._socket.application_state)
-        if WebSocketState.DISCONNECTED not in states:
-            with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError):
-                await asyncio.wait_for(self._socket.close(1011), CLOSE_TIMEOUT_S)
         self._services.live.discard(self._session)
         self._account.close(self._core.error, self._core.pacer, self._transcoder)
         self._services.keep(self._session, self._log)
+
+    async def _wind_up(self, tasks: Sequence[asyncio.Future[None]]) -> None:
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._lease is not None:
+            if self._link is not None:
+                self._link.close()  # it may have been connecting until just now
+                await self._lease.wait_freed(CLOSE_TIMEOUT_S)
+            self._lease.release()
+        states = (self._socket.client_state, self._socket.application_state)
+        if WebSocketState.DISCONNECTED not in states:
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._socket.close(1011), CLOSE_TIMEOUT_S)
 
 
 def _micros() -> int:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import logging
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import ray
 import requests
 import websockets
 from serving import Heard, Service, connect, running, speech
+from starlette.websockets import WebSocket, WebSocketState
 
+from deployments.conversation import Conversation, Services
 from deployments.doors import Doors, Visitor
+from deployments.lease import Grant
 from deployments.query import SEED_LIMIT, persona_from, read_query
 from personaplex.config import Sampling
 from personaplex.errors import BadParameter, Unauthorized, UnknownVoice
 from personaplex.persona import PROMPTS, VOICES, Persona
+from personaplex.session.core import Limits
 
 # The query
 
@@ -172,6 +179,112 @@ def test_forwarded_addresses_count_only_as_far_as_proxies_are_trusted() -> None:
         doors = _doors(sessions_per_address=1, trusted_proxies=proxies)
         with doors.enter(_visitor(**header)), pytest.raises(Unauthorized), doors.enter(_visitor(address)):
             pass
+
+
+# The end of a session
+
+
+class Silence:
+    """A socket whose client says nothing, as Starlette gives it."""
+
+    client_state = application_state = WebSocketState.CONNECTED
+
+    async def receive(self) -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send_bytes(self, data: bytes) -> None:
+        pass
+
+    async def close(self, code: int, reason: str = "") -> None:
+        self.application_state = WebSocketState.DISCONNECTED
+
+
+class Spy:
+    """A media link and the lease for it; remembers what became of them."""
+
+    grant = Grant("", 0, bytes(16), "", 1)
+    dropped = 0
+
+    def __init__(self) -> None:
+        self.connected, self.closed, self.released = asyncio.Event(), False, asyncio.Event()
+
+    def send(self, kind: Any, payload: bytes) -> None:
+        self.connected.set()
+
+    def close(self) -> None:
+        self.closed = True
+
+    async def wait_freed(self, timeout_s: float) -> bool:
+        await asyncio.sleep(0.05)
+        return self.closed
+
+    def release(self) -> None:
+        self.released.set()
+
+
+class Nothing:
+    """Metrics, traces, callbacks: it and every method of it may be called."""
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return self
+
+
+def test_a_handler_cancelled_again_and_again_gives_everything_back() -> None:
+    """As Serve's direct ingress does when a client goes; the slot was kept for ever once."""
+
+    async def run() -> None:
+        spy, inside = Spy(), []
+
+        async def acquire(*_: Any) -> Any:
+            return spy
+
+        async def connect(*_: Any) -> Any:
+            return spy
+
+        @contextlib.contextmanager
+        def admit() -> Iterator[Persona]:
+            inside.append(1)
+            try:
+                yield Persona()
+            finally:
+                inside.pop()
+
+        services = _services(acquire, connect)
+        conversation = Conversation(cast(WebSocket, Silence()), "s", services)
+        handler = asyncio.ensure_future(conversation.run(admit))
+        await asyncio.wait_for(spy.connected.wait(), 5)
+        for _ in range(4):
+            handler.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await handler
+        assert spy.closed
+        assert not services.live
+        await asyncio.wait_for(spy.released.wait(), 5)
+        await asyncio.sleep(0.01)
+        assert not services.ending
+        assert not inside
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+
+
+def _services(acquire: Any, connect: Any) -> Services:
+    values: dict[str, Any] = {
+        "leases": SimpleNamespace(acquire=acquire),
+        "connect": connect,
+        "limits": Limits(),
+        "low_latency": False,
+        "keep": lambda *_: None,
+    }
+    for field in dataclasses.fields(Services):
+        if field.name not in values and field.default_factory is dataclasses.MISSING:
+            values[field.name] = Nothing()
+    return Services(**values)
 
 
 # A running gateway
