@@ -35,13 +35,13 @@ def place(lm: LM, device: torch.device, budget: int) -> int:
     budget -= resident_bytes(lm)
     if budget < 0:
         raise CheckpointError("the GPU is too small for this model even with --cpu-offload: try --device cpu")
-    _move(lm, device)
+    move(lm, device)
     staying = 0
     for layer in layers:
         size = resident_bytes(layer)
         if not staying and size <= budget:
             budget -= size
-            _move(layer, device)
+            move(layer, device)
         else:
             staying += 1
             _pin(layer, device)
@@ -57,9 +57,9 @@ def place_quantised(lm: LM, device: torch.device) -> None:
     Layer by layer, so that the device never holds more than one of them in full.
     """
     for layer in lm.transformer.layers:
-        _move(layer, device)
+        move(layer, device)
         quantise_layer(layer)
-    _move(lm, device)
+    move(lm, device)
 
 
 def gpu_budget(config: LMConfig, slots: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -75,7 +75,8 @@ def resident_bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for _, tensor in _tensors(module))
 
 
-def _move(module: nn.Module, device: torch.device) -> None:
+def move(module: nn.Module, device: torch.device) -> None:
+    """Moves everything a prepared module reads."""
     for put, tensor in _tensors(module):
         put(tensor.to(device).contiguous() if device.type != "cpu" else tensor)  # laid out for a CPU before
 
