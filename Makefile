@@ -6,7 +6,7 @@ MODEL ?= auto
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install serve test test-browser check format clean
+.PHONY: install serve test test-browser load observe check format clean
 
 install: $(STAMP)
 
@@ -58,6 +58,16 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# A load test against a running service, by default `make serve` on this machine; see loadtest/locustfile.py.
+HOST ?= ws://localhost:$(PORT)
+LOAD ?= --arrivals 60@0.5 --lengths exponential:20
+load: install
+	$(BIN)/locust -f loadtest/locustfile.py --headless --host $(HOST) $(LOAD) --output load
+
+# A real Prometheus over the service that runs on this machine: prints the main series and their values.
+observe: install promtool
+	$(BIN)/python -m loadtest.observe --once
 
 # The figures the documentation names; on an idle machine, please.
 bench: install

@@ -68,7 +68,7 @@ class Forecast:
     seconds: float = 0.0
     replica_seconds: float = 0.0
     live_seconds: float = 0.0
-    scale_outs: int = 0
+    asked: list[float] = field(default_factory=list)  # when each further replica was asked for
     times: list[float] = field(default_factory=list)
     held: list[int] = field(default_factory=list)  # slots
     waiting: list[int] = field(default_factory=list)
@@ -94,7 +94,7 @@ class Forecast:
             "peak_replicas": max(self.replicas, default=0),
             "replica_hours": self.replica_seconds / 3_600,
             "session_hours": self.live_seconds / 3_600,
-            "scale_outs": self.scale_outs,
+            "scale_outs": len(self.asked),
         }
 
 
@@ -241,7 +241,7 @@ class Simulation:
                 self._unwanted -= 1
                 continue
             self._starting += 1
-            self._forecast.scale_outs += 1
+            self._forecast.asked.append(self._now)
             self._at(self._now + self._timing.startup_s, partial(self._come_up, self._now))
         fewer = max(0, self._target - target)
         early = min(fewer, self._starting - self._unwanted)  # those that are not up yet go first

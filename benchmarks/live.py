@@ -1,0 +1,72 @@
+"""A live service in processes of its own, for benchmarks that talk to it as clients do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+START_TIMEOUT_S = 120.0
+ENVIRONMENT = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_AUTH_MODE": "disabled"}
+# HAProxy's own, which are fixed otherwise: one that is still leaving would be in the way
+PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
+
+
+@contextlib.contextmanager
+def service(
+    model: str, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """`python -m personaplex.server` behind HAProxy, on a free port; gives its base address, without path.
+
+    Raises SystemExit when it does not come up.
+    """
+    port, *others = _free_ports(1 + len(PORTS))
+    ports = {name: str(number) for name, number in zip(PORTS, others, strict=True)}
+    flags = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    with tempfile.TemporaryFile("w+") as words:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "personaplex.server", "--port", str(port), "--model", model, *flags],
+            env={**os.environ, **ENVIRONMENT, **ports, **(environment or {})},
+            stdout=subprocess.DEVNULL,
+            stderr=words,
+        )
+        try:
+            base = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while info(base) is None:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    words.seek(0)
+                    raise SystemExit("the service did not start:\n" + "".join(words.readlines()[-20:]))
+                time.sleep(0.5)
+            yield base
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def info(base: str) -> dict[str, Any] | None:
+    """What the service says of itself; None while it says nothing, or has no replica."""
+    try:
+        with urllib.request.urlopen(f"{base}/api/info", timeout=5) as answer:
+            data: dict[str, Any] = json.load(answer)
+    except (OSError, urllib.error.URLError, ValueError):
+        return None
+    return data if data["replicas"] else None
