@@ -154,6 +154,12 @@ def _processes(app: str) -> list[int]:
     return found
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def _cluster() -> Iterator[int]:
     """Ray and Serve behind HAProxy with both applications; the port clients connect to."""
@@ -163,6 +169,8 @@ def _cluster() -> Iterator[int]:
         ENVIRONMENT,
         RAY_SERVE_ENABLE_HA_PROXY="1",
         RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",  # at the end, nobody is left to wait for
+        RAY_SERVE_HAPROXY_METRICS_PORT=str(_free_port()),  # fixed ones otherwise
+        RAY_SERVE_HAPROXY_STATS_PORT=str(_free_port()),
         RAY_AUTH_MODE="disabled",
     )
     import ray
@@ -172,9 +180,7 @@ def _cluster() -> Iterator[int]:
     from deployments import build
     from deployments.settings import Settings
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = _free_port()
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "0.0.0.0", "port": port}, logging_config={"log_level": "WARNING"})
     settings = Settings(
