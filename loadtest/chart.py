@@ -14,7 +14,7 @@ Points = Sequence[tuple[float, float]]
 Kind = Literal["line", "steps", "dots", "bars"]
 
 WIDTH, HEIGHT = 720, 260
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 58, 24, 14, 40
 COLOURS = 6
 
 STYLE = """
@@ -27,7 +27,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; width: 100%; } td, th { text-align: left; padding: .2rem .6rem .2rem 0;
-  border-bottom: 1px solid var(--rule); } td.n { text-align: right; font-variant-numeric: tabular-nums; }
+  border-bottom: 1px solid var(--rule); overflow-wrap: anywhere; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; }
 .bad { color: var(--c4); font-weight: 600; } .soft { color: var(--soft); }
 svg { width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
 svg .grid { stroke: var(--rule); } svg .series { fill: none; stroke-width: 1.6; }

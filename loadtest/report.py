@@ -121,7 +121,7 @@ class Report:
             for one in self.thresholds
         ]
         ended = [
-            (kind, escape(name), str(count))
+            (f"{kind}: {escape(name)}", str(count), "")
             for kind, names in causes(self.outcomes).items()
             for name, count in names.items()
         ]
@@ -135,11 +135,11 @@ class Report:
             "<h2>Time between pages</h2>"
             + chart("milliseconds", "share of pages, %", {"all sessions": _intervals(self.outcomes)}, "bars"),
             "<h2>How sessions ended that did not end as they wished</h2>"
-            + table(("when", "error", "sessions"), ended),
+            + table(("when: error", "sessions", ""), ended),
             "<h2>All figures</h2>"
             + table(("figure", "value", ""), [(name, shown(value), "") for name, value in figures.items()]),
             "<h2>What was asked for</h2>"
-            + table(("option", "", ""), [(escape(n), escape(str(v)), "") for n, v in self.options.items()]),
+            + table(("option", "", ""), [(escape(n), "", escape(str(v))) for n, v in self.options.items()]),
         )
 
 
