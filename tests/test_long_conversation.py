@@ -1,0 +1,74 @@
+"""Thirteen minutes in one slot: 10,000 steps, exact to the ring rule and flat in time.
+
+One layer, whose keys and values depend on the inputs alone: so all of them can be made at once, kept by
+position, and each query given exactly what the rule shows it.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from personaplex.config import TransformerConfig
+from personaplex.model import ring as rings
+from personaplex.model.layers import angles, turned
+from personaplex.model.ring import Ring
+from personaplex.model.temporal import Temporal
+
+CONFIG = TransformerConfig(dim=32, layers=1, heads=2, hidden=48, context=60)
+
+
+def transformer() -> Temporal:
+    net = Temporal(CONFIG)
+    random = torch.Generator().manual_seed(6)
+    for name, weight in net.named_parameters():
+        if name.endswith("alpha"):
+            weight.data.fill_(1.0)
+        else:
+            weight.data.normal_(0.0, 1.5 * weight.shape[-1] ** -0.5, generator=random)
+    net.prepare()
+    return net
+
+
+def by_position(net: Temporal, x: torch.Tensor, kv: str) -> torch.Tensor:
+    """x [1, T, dim] -> [1, T, dim], every key and value kept: those at k are seen at q if k <= q and, once
+    the ring is full, k > q + 1 - C.
+    """
+    layer, steps = net.layers[0], x.shape[1]
+    turn = angles(CONFIG, torch.arange(steps)[None])
+    q, k, v = (t[0].transpose(0, 1) for t in turned(layer.self_attn.project(layer.norm1(x)), turn))
+    if kv == "int8":
+        k, v = (codes * scale.float()[..., None] for codes, scale in map(rings.quantise, (k, v)))
+    query = torch.arange(steps)[:, None]
+    key = query - torch.arange(CONFIG.context)
+    seen = (key >= 0) & ((query + 1 < CONFIG.context) | (key > query + 1 - CONFIG.context))
+    keys, values = (t[:, key.clamp(min=0)] for t in (k, v))  # [heads, T, C, head_dim]
+    scores = (q[:, :, None] * keys).sum(-1) * CONFIG.head_dim**-0.5
+    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
+    return layer.finish(x, (weights[..., None] * values).sum(2)[None])
+
+
+@pytest.mark.parametrize(("kv", "steps"), [("auto", 10_000), ("int8", 1_500)])
+def test_ten_thousand_frames(kv: str, steps: int) -> None:
+    net = transformer()
+    ring = Ring.allocate(CONFIG, 1, torch.device("cpu"), torch.int8 if kv == "int8" else torch.float32)
+    active = torch.ones(1, dtype=torch.bool)
+    x = torch.randn(1, steps, CONFIG.dim, generator=torch.Generator().manual_seed(2))
+    ours, taken = [], []
+    with torch.inference_mode():
+        for position in range(steps):
+            start = time.process_time()
+            ours.append(net.step(x[:, position : position + 1], ring, active))
+            taken.append(time.process_time() - start)
+        difference = (torch.cat(ours, 1) - by_position(net, x, kv)).abs().amax(-1)
+    assert ring.offset.tolist() == [steps]
+    if kv == "auto":
+        assert difference.max() < 2e-5
+    else:  # a key that is the same to the last bit but one may round to the next code
+        assert difference.median() < 2e-5
+        assert difference.max() < 0.2
+    full = torch.tensor(taken[2 * CONFIG.context :])
+    tenth = len(full) // 10
+    assert full[-tenth:].median() < 1.3 * full[:tenth].median()
