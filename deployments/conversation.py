@@ -28,7 +28,7 @@ from deployments.tracing import Trace
 from personaplex.audio.transcoder import Transcoder
 from personaplex.errors import ClientError, PersonaplexError, ProtocolError, SessionLost
 from personaplex.persona import VOICES, Persona
-from personaplex.session.core import Limits, SessionCore, State
+from personaplex.session.core import BACKLOG_LIMIT, Limits, SessionCore, State
 from personaplex.session.events import (
     AgentAudio,
     AgentText,
@@ -96,6 +96,7 @@ class Conversation:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due: float | None = None
         self._unheard: deque[bytes] = deque()  # of the client's stream, to be decoded
+        self._unheard_bytes = 0
         self._decode_seconds = 0.0  # since the last reply
         self._was_live = False
 
@@ -248,6 +249,10 @@ class Conversation:
     def _feed(self, data: bytes) -> None:
         """Queues bytes of the client's stream. A long backlog is decoded in pieces, others in between."""
         idle = not self._unheard
+        self._unheard_bytes += len(data)
+        if self._unheard_bytes > BACKLOG_LIMIT:
+            self._refuse(ProtocolError(f"more than {BACKLOG_LIMIT // 1024} KiB of audio wait to be decoded"))
+            return
         self._unheard.extend(data[start : start + FEED_BYTES] for start in range(0, len(data), FEED_BYTES))
         if idle:
             self._decode()
@@ -259,17 +264,20 @@ class Conversation:
         try:
             frames = self._transcoder.receive(self._unheard[0])
         except PersonaplexError as error:
-            self._unheard.clear()
-            self._on(Failed(error))
+            self._refuse(error)
             return
         self._decode_seconds += time.perf_counter() - began
-        self._unheard.popleft()
+        self._unheard_bytes -= len(self._unheard.popleft())
         for frame in frames:
             dropped = self._link.dropped
             self._link.send_frame(Kind.FRAME, media.pack_frame(_micros() % 2**32, frame))
             self._metrics.add(metrics.FRAMES_DROPPED, self._link.dropped - dropped, place="link_in")
         if self._unheard:
             self._loop.call_soon(self._decode)
+
+    def _refuse(self, error: PersonaplexError) -> None:
+        self._unheard.clear()
+        self._on(Failed(error))
 
     def _set_timer(self, due: float | None) -> None:
         if due == self._timer_due:

@@ -9,6 +9,7 @@ import logging
 import re
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,11 +25,13 @@ from starlette.websockets import WebSocket, WebSocketState
 from deployments.conversation import Conversation, Services
 from deployments.doors import Doors, Visitor
 from deployments.lease import Grant
+from deployments.media import Kind, pack_ready
 from deployments.query import SEED_LIMIT, persona_from, read_query
 from personaplex.config import Sampling
 from personaplex.errors import BadParameter, Unauthorized, UnknownVoice
 from personaplex.persona import PROMPTS, VOICES, Persona
-from personaplex.session.core import Limits
+from personaplex.session.core import BACKLOG_LIMIT, HANDSHAKE_DELAY_S, Limits
+from personaplex.session.wire import Audio, encode
 
 # The query
 
@@ -208,6 +211,7 @@ class Spy:
 
     def __init__(self) -> None:
         self.connected, self.closed, self.released = asyncio.Event(), False, asyncio.Event()
+        self.hear: Any = None
 
     def send(self, kind: Any, payload: bytes) -> None:
         self.connected.set()
@@ -231,6 +235,52 @@ class Nothing:
 
     def __getattr__(self, name: str) -> Any:
         return self
+
+
+class Caller(Silence):
+    """A socket whose client says everything at once, when it may; keeps what it was told at the end."""
+
+    def __init__(self, *said: bytes) -> None:
+        self._said = deque(said)
+        self.may_speak, self.complaint, self.code = asyncio.Event(), "", 0
+
+    async def receive(self) -> dict[str, Any]:
+        await self.may_speak.wait()
+        if self._said:
+            return {"type": "websocket.receive", "bytes": self._said.popleft()}
+        return await super().receive()
+
+    async def close(self, code: int, reason: str = "") -> None:
+        if not self.code:
+            self.code, self.complaint = code, reason
+        await super().close(code, reason)
+
+
+def test_audio_that_waits_to_be_decoded_is_bounded() -> None:
+    """Early audio of the largest size and as much again, before the event loop can decode any of it."""
+
+    async def run() -> Caller:
+        spy, caller = Spy(), Caller(*[encode(Audio(bytes(BACKLOG_LIMIT // 8)))] * 9)
+
+        async def acquire(*_: Any) -> Any:
+            return spy
+
+        async def connect(grant: Grant, hear: Any, lose: Any) -> Any:
+            spy.hear = hear
+            return spy
+
+        conversation = Conversation(cast(WebSocket, caller), "s", _services(acquire, connect))
+        handler = asyncio.ensure_future(conversation.run(lambda: contextlib.nullcontext(Persona())))
+        await asyncio.wait_for(spy.connected.wait(), 5)
+        spy.hear(spy, Kind.READY, pack_ready(0.1))
+        await asyncio.sleep(HANDSHAKE_DELAY_S)
+        caller.may_speak.set()
+        await asyncio.wait_for(handler, 5)
+        return caller
+
+    caller = asyncio.run(run())
+    assert caller.code == 1002
+    assert "wait to be decoded" in caller.complaint
 
 
 def test_a_handler_cancelled_again_and_again_gives_everything_back() -> None:

@@ -14,7 +14,7 @@ import sphn
 
 from personaplex.audio.ogg import FIRST, OggMuxer, checksum
 from personaplex.audio.opus import OpusEncoder
-from personaplex.audio.transcoder import CONCEAL_LIMIT_S, LEAD_LIMIT_S, Transcoder
+from personaplex.audio.transcoder import CONCEAL_LIMIT_S, LEAD_LIMIT_S, STREAM_LIMIT, Transcoder
 from personaplex.errors import BadAudio, PersonaplexError, ProtocolError
 
 DATA = Path(__file__).parent / "data"
@@ -129,6 +129,15 @@ def test_a_chained_stream_starts_afresh() -> None:
     second = transcoder.receive(b"".join(stream([packets], serial=2)))
     assert np.array_equal(np.stack(first), np.stack(second)), "the second stream's decoder knows no first"
     assert transcoder.counters.streams == 2
+
+
+def test_a_flood_of_heads_is_refused() -> None:
+    transcoder = Transcoder(clock=lambda: 0.0)
+    for serial in range(STREAM_LIMIT):
+        transcoder.receive(b"".join(stream([], serial=serial)))
+    with pytest.raises(ProtocolError, match="more than 8 Ogg streams"):
+        transcoder.receive(b"".join(stream([], serial=STREAM_LIMIT)))
+    assert transcoder.counters.streams == STREAM_LIMIT
 
 
 def test_a_corrupt_packet_is_concealed_for_the_duration_of_the_last() -> None:

@@ -2,7 +2,8 @@
 
 Receiving is tolerant: damaged pages are dropped, empty or corrupt packets are concealed for as long as the
 last good packet lasted, a head that appears mid-stream starts a new stream. It is also bounded: by the law of
-real time (`clock`), and by CONCEAL_LIMIT_S, since a page of a few bytes can claim minutes of audio.
+real time (`clock`), by CONCEAL_LIMIT_S, since a page of a few bytes can claim minutes of audio, and by
+STREAM_LIMIT, since every head costs a decoder and no audio.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ Pcm = npt.NDArray[np.float32]
 
 LEAD_LIMIT_S = 10.0  # audio a peer may be ahead of the clock: a device's start-up backlog, not a file
 CONCEAL_LIMIT_S = 2.0  # concealed audio in a row before the stream counts as unreadable
+STREAM_LIMIT = 8  # heads of one session: a client starts a new stream when its device changes, no oftener
 _GRANULES = 48_000 // SAMPLE_RATE  # Ogg counts Opus at 48 kHz whatever the codec's rate
 
 
@@ -89,8 +91,9 @@ class Transcoder:
     def receive(self, data: bytes) -> list[Pcm]:
         """The frames, float32 [1920] each, that `data` completes. `data` may end anywhere in the stream.
 
-        Raises ProtocolError for bytes that are no Ogg stream and for audio faster than real time, BadAudio
-        for a stream that is not Opus or cannot be decoded for longer than CONCEAL_LIMIT_S.
+        Raises ProtocolError for bytes that are no Ogg stream, for audio faster than real time and for more
+        than STREAM_LIMIT streams, BadAudio for a stream that is not Opus or cannot be decoded for longer than
+        CONCEAL_LIMIT_S.
         """
         for item in self._demuxer.feed(data):
             if isinstance(item, Head):
@@ -110,6 +113,8 @@ class Transcoder:
         return frame
 
     def _start_stream(self, head: Head) -> None:
+        if self.counters.streams == STREAM_LIMIT:
+            raise ProtocolError(f"more than {STREAM_LIMIT} Ogg streams in one session")
         if self.counters.streams:
             self._decoder = OpusDecoder()
         self.counters.streams += 1
