@@ -30,6 +30,7 @@ from personaplex.text import Tokenizer
 from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, save_voice
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+_ANY_LENGTH = 2**31  # tokens of a role text: whoever runs this may wait as long as they like
 _TOY_DIM = 256  # below this, handing work to a second thread costs more than it saves
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -78,7 +79,7 @@ def _run(options: argparse.Namespace) -> Report:
     voice = find_voice(options.voice_prompt, checkpoint, library, model, options.save_voice)
     sampling = _sampling(options)
     persona = Persona(text_prompt=options.text_prompt, sampling=sampling)
-    config = EngineConfig(slots=slots)
+    config = EngineConfig(slots=slots, prompt_tokens=_ANY_LENGTH)
     prepare_outputs(jobs)
     started = time.perf_counter()
     report = converse(Engine(model, library, tokenizer, config), tokenizer, persona, voice, jobs)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from personaplex.audio.wav import read_wav, resample, write_wav
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE
-from personaplex.errors import ConfigError
+from personaplex.errors import BadAudio, ConfigError
 from personaplex.files import replacing
 from personaplex.text import Tokenizer
 from personaplex.tokenlog import save_arrays
@@ -82,6 +82,8 @@ class Conversation:
         self.job = job
         self.started = started
         self.samples = resample(pcm[0], rate, SAMPLE_RATE)
+        if not len(self.samples):
+            raise BadAudio("the recording is shorter than one sample at 24 kHz")
         self.frames = -(-len(self.samples) // FRAME_SIZE)
         self._sent = 0
         self._pcm: list[NDArray[np.float32]] = []

@@ -7,7 +7,7 @@ files hold what the model reads of them, embeddings and the token ring, in the f
 from __future__ import annotations
 
 import hashlib
-import pickle
+import logging
 import shutil
 import tarfile
 import tempfile
@@ -35,6 +35,8 @@ from personaplex.config import (
 from personaplex.errors import BadAudio, CheckpointError, UnknownVoice
 from personaplex.files import replacing
 from personaplex.persona import VOICES, voice_name
+
+log = logging.getLogger(__name__)
 
 LOUDNESS = -24.0  # LUFS of a voice recording, as in training
 SHORTEST_SECONDS = 0.4  # one loudness block
@@ -78,17 +80,18 @@ class VoiceLibrary:
     def __init__(self, lm: LMConfig, source: Path | None = None) -> None:
         """`source` is a folder of .pt files or a voices.tgz, which is unpacked beside itself once.
 
-        Without one, the tiny preset has 18 voices of its own and any other model none. Raises CheckpointError
-        for an archive that cannot be unpacked and for a folder without voices.
+        Without one, the tiny preset has 18 voices of its own and any other model none. Files whose names no
+        session could give are left out, with a warning. Raises CheckpointError for an archive that cannot be
+        unpacked.
         """
         self._lm = lm
         self._files: dict[str, Path] = {}
         self._voices: dict[str, Voice] = {}
         if source is not None:
             folder = source if source.is_dir() else unpack(source)
-            self._files = {path.stem: path for path in sorted(folder.glob("*.pt"))}
+            self._files = {path.stem: path for path in sorted(folder.glob("*.pt")) if _has_name(path)}
             if not self._files:
-                raise CheckpointError(f"the voice folder {folder.name} holds no .pt file")
+                log.warning("the voice folder %s holds no voice: sessions can name none", folder.name)
         elif lm == PRESET_TINY.lm:
             self._voices = {name: _built_in(name, lm) for name in VOICES}
 
@@ -121,7 +124,7 @@ def load_voice(path: Path, lm: LMConfig) -> Voice:
     """
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle raises nearly anything; only this session is to end
         raise CheckpointError(f"voice {path.name} cannot be read: {type(error).__name__}") from error
     fault = _fault(data, lm)
     if fault:
@@ -186,6 +189,15 @@ def unpack(archive: Path) -> Path:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _has_name(path: Path) -> bool:
+    try:
+        voice_name(path.stem)
+    except UnknownVoice:
+        log.warning("the voice file %r cannot be named by a session and is left out", path.name)
+        return False
+    return True
 
 
 def _fault(data: object, lm: LMConfig) -> str | None:

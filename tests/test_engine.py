@@ -217,6 +217,7 @@ def test_a_stale_slot_is_an_error_never_a_delivery() -> None:
         (Persona("NATF0", "word " * 50), PromptTooLong),
         (Persona("NATF0", "", Sampling(text_temperature=float("nan"))), BadParameter),
         (Persona("NATF0", "", Sampling(audio_temperature=float("inf"))), BadParameter),
+        (Persona("NATF0", "", Sampling(text_temperature=1e-50)), BadParameter),
         (Persona("NATF0", "", Sampling(text_topk=257)), BadParameter),
         (Persona("NATF0", "", Sampling(audio_topk=-1)), BadParameter),
         (Persona("NATF0", "", Sampling(audio_seed=2**63)), BadParameter),

@@ -119,6 +119,7 @@ def test_a_revision_is_asked_for_by_name(remote: Hub) -> None:
     [
         ((401, "GatedRepo"), None, "set it as HF_TOKEN"),
         ((403, "GatedRepo"), TOKEN, "no access to nvidia/personaplex-7b-v1: open the model page"),
+        ((403, ""), TOKEN, "read gated repositories"),
         ((401, "GatedRepo"), TOKEN, "wrong or has expired"),
         ((401, ""), TOKEN, "wrong or has expired"),
         ((404, "RepoNotFound"), None, "set it as HF_TOKEN"),

@@ -15,9 +15,9 @@ import soundfile
 from golden import GOLDEN, arrays
 
 from personaplex import offline
-from personaplex.errors import ConfigError
+from personaplex.errors import BadAudio, ConfigError
 from personaplex.offline import choose_device, main
-from personaplex.offline_io import Job, plan_jobs
+from personaplex.offline_io import Conversation, Job, plan_jobs
 from personaplex.tokenlog import TokenLog
 
 ROOT = Path(__file__).parent.parent
@@ -267,3 +267,10 @@ def test_tokens_load_as_a_log(tmp_path: Path) -> None:
         log.append(row)
     heard = np.load(tmp_path / "out" / "agent.npz")["user_codes"]
     np.testing.assert_array_equal(log.user_codes[:, 1:], heard[:, :-1])
+
+
+def test_a_recording_of_nothing_is_refused(tmp_path: Path) -> None:
+    """One sample at 96 kHz is none at 24 kHz: there would be no frame to wait for."""
+    soundfile.write(tmp_path / "blip.wav", np.zeros(1, np.float32), 96_000)
+    with pytest.raises(BadAudio, match="shorter than one sample"):
+        Conversation(Job(tmp_path / "blip.wav", tmp_path / "out.wav", None, None), 0.0)

@@ -140,9 +140,33 @@ def test_a_name_never_reaches_the_file_system(folder: Path, name: str) -> None:
         VoiceLibrary(LM, folder).get(name)
 
 
-def test_an_empty_folder_is_no_library(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no \.pt file"):
-        VoiceLibrary(LM, tmp_path)
+def test_an_empty_folder_has_no_voices(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An operator's folder may hold recordings only, for the offline command."""
+    assert VoiceLibrary(LM, tmp_path).names() == []
+    assert "holds no voice" in caplog.text
+
+
+def test_files_no_session_could_name_are_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("v1.2", "._NATF0", "Alice Smith"):
+        (folder / f"{name}.pt").write_bytes((GOLDEN / "voice.pt").read_bytes())
+    assert VoiceLibrary(LM, folder).names() == ["NATF0", "my-voice"]
+    assert caplog.text.count("left out") == 3
+
+
+def test_a_damaged_file_is_a_typed_error(tmp_path: Path) -> None:
+    """Whatever bytes are flipped or missing, no other exception reaches the engine."""
+    whole, random = (GOLDEN / "voice.pt").read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole[: random.integers(1, len(whole))] if random.random() < 0.3 else whole)
+        for place in random.integers(0, len(damaged), 12):
+            damaged[place] = random.integers(0, 256)
+        (tmp_path / "voice.pt").write_bytes(damaged)
+        try:
+            load_voice(tmp_path / "voice.pt", LM)
+        except CheckpointError:
+            refused += 1
+    assert refused > 100
 
 
 def test_only_tiny_has_voices_of_its_own() -> None:

@@ -32,6 +32,8 @@ from personaplex.text import PieceDecoder, Tokenizer
 from personaplex.tokenlog import TokenLog
 from personaplex.voices import Voice, VoiceLibrary
 
+COLDEST = 1e-6  # the lowest temperature that is not greedy; far below, float32 would make it zero
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -285,8 +287,9 @@ def _pinned(part: Tensor) -> Tensor:
 def check_sampling(sampling: Sampling, lm: LMConfig) -> None:
     """Raises BadParameter for a value the model cannot draw with."""
     for name in ("text_temperature", "audio_temperature"):
-        if not math.isfinite(getattr(sampling, name)):
-            raise BadParameter(f"{name} must be a finite number")
+        temperature = getattr(sampling, name)
+        if not math.isfinite(temperature) or 0 < temperature < COLDEST:
+            raise BadParameter(f"{name} must be a finite number, either 0 (greedy) or at least {COLDEST:g}")
     for name, size in (("text_topk", lm.text_card), ("audio_topk", lm.card)):
         if not 0 <= getattr(sampling, name) <= size:
             raise BadParameter(f"{name} must lie between 0 and {size}")

@@ -166,6 +166,9 @@ def _download(repo: str, revision: str | None, filename: str, *, optional: bool)
     try:
         return Path(huggingface_hub.hf_hub_download(repo, filename, revision=revision))
     except LocalEntryNotFoundError as error:
+        refused = error.__cause__  # a token without the right to read gated models looks like no network
+        if isinstance(refused, HfHubHTTPError) and refused.response.status_code == 403:
+            raise CheckpointError(_access_advice(repo, refused)) from error
         raise CheckpointError(
             f"{filename} of {repo} is not in the local cache and the Hugging Face hub cannot be reached: "
             "check the network (and HF_HUB_OFFLINE), or give a directory that holds the files"
@@ -197,7 +200,10 @@ def _access_advice(repo: str, error: HfHubHTTPError) -> str:
         return (
             f"{repo} does not exist, or the access token in HF_TOKEN is wrong or has expired: make a new one"
         )
-    return f"the account of this HF_TOKEN has no access to {repo}: {licence} with it, then try again"
+    return (
+        f"the account of this HF_TOKEN has no access to {repo}: {licence} with it, see that the token may "
+        "read gated repositories, then try again"
+    )
 
 
 def _transfer_advice(repo: str, filename: str, error: BaseException) -> str:
