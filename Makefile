@@ -18,6 +18,7 @@ $(STAMP): pyproject.toml
 	  || $(MAKE) --no-print-directory libopus
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[all]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'moshi==0.2.13' # its client, for the tests
 	@touch $@
 
 # The one thing outside .venv: the Opus codec, a system library.
