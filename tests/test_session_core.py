@@ -56,11 +56,13 @@ from personaplex.session.peer import (
     Show,
 )
 from personaplex.session.wire import (
+    ASIDE_LIMIT,
     Action,
     Audio,
     Control,
     Error,
     Handshake,
+    Kind,
     Message,
     Metadata,
     Ping,
@@ -310,6 +312,35 @@ def test_a_flood_of_messages_is_refused_and_a_quick_client_is_not() -> None:
     assert core.state is LIVE
     with_flood = [core.receive(Received(b"\x06"), 60.0) for _ in range(int(server.MESSAGE_BURST) + 1)]
     assert closes(with_flood[-1])[0].code == 1002
+
+
+def test_a_flood_of_bytes_is_refused_and_the_richest_opus_is_not() -> None:
+    core = in_state(LIVE, Limits(session_s=math.inf))
+    page = bytes((Kind.AUDIO,)) + bytes(1_275 + 33)  # 20 ms at 510 kb/s
+    for number in range(5_000):
+        core.receive(Received(page), 2.0 + number / 50)
+    assert core.state is LIVE
+    piece, now = encode(Audio(bytes(65_535))), 200.0
+    for _ in range(int(server.BYTE_BURST) // len(piece)):
+        core.receive(Received(piece), now)
+    assert core.state is LIVE
+    (close,) = closes(core.receive(Received(piece), now))
+    assert close.code == 1002
+    assert close.reason == "more than 64 KiB per second"
+
+
+@pytest.mark.parametrize("data", [b"\x04{", b"\x02\xff\xfe", b"\x03\x09", b"\x04" + b"[" * ASIDE_LIMIT])
+def test_what_the_server_has_no_use_for_is_not_read(data: bytes) -> None:
+    core = in_state(LIVE)
+    assert core.receive(Received(data), 3.0) == []
+    assert core.state is LIVE
+
+
+@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.AUDIO])
+def test_what_the_server_has_no_use_for_is_short(kind: Kind) -> None:
+    (close,) = closes(in_state(LIVE).receive(Received(bytes((kind,)) + bytes(ASIDE_LIMIT + 1)), 3.0))
+    assert close.code == 1002
+    assert "not audio" in close.reason
 
 
 def test_nothing_but_the_close_follows_an_error() -> None:

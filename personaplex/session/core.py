@@ -16,7 +16,8 @@ Laws:
 3. Audio that comes before LIVE is kept and handed on in order when LIVE begins: a client's stream starts
    with headers that cannot be had twice. More than BACKLOG_LIMIT of it is a ProtocolError.
 4. In LIVE the peer hears something every KEEP_ALIVE_S, if only a ping; agent pages leave by the Pacer.
-5. A peer may send MESSAGES_PER_S on average, in bursts of MESSAGE_BURST.
+5. A peer may send MESSAGES_PER_S and BYTES_PER_S on average, in bursts of MESSAGE_BURST and BYTE_BURST. Of
+   what is not audio only the kind is read.
 6. Every end on our side is an error message, for people, and then a close with a code and a reason. After
    Close nothing is sent; what the engine still delivers is ignored.
 """
@@ -55,8 +56,8 @@ from personaplex.session.wire import (
     Metadata,
     Ping,
     Text,
+    audio_of,
     close_reason,
-    decode,
     encode,
 )
 
@@ -65,6 +66,8 @@ KEEP_ALIVE_S = 5.0  # stock web clients leave after 10 s
 BACKLOG_LIMIT = 524_288  # bytes before LIVE: two minutes at 32 kb/s
 MESSAGES_PER_S = 500.0  # 400 is a page of one 2.5 ms packet per message
 MESSAGE_BURST = 2_000.0
+BYTES_PER_S = 65_536.0  # 510 kb/s, the most Opus has, in pages of one 20 ms packet
+BYTE_BURST = 2.0 * BACKLOG_LIMIT  # all that may be early, and four minutes of a file at 32 kb/s sent at once
 
 
 class State(Enum):
@@ -151,7 +154,8 @@ class SessionCore:
         self._last_sent = now
         self._last_heard = now
         self._refilled_at = now
-        self._allowance = MESSAGE_BURST
+        self._messages_left = MESSAGE_BURST
+        self._bytes_left = BYTE_BURST
 
     def receive(self, event: Event, now: float) -> list[Command]:
         """What to do about `event`, in order. Raises IllegalEvent for one that TABLE does not list."""
@@ -215,24 +219,27 @@ class SessionCore:
                 return self._tick(now)
 
     def _hear(self, data: bytes, now: float) -> list[Command]:
-        self._spend(now)
-        message = decode(data)
-        if not isinstance(message, Audio) or not message.data:
+        self._spend(len(data), now)
+        audio = audio_of(data)
+        if not audio:
             return []
         if self.state is LIVE:
-            return [FeedAudio(message.data)]
-        self._backlog += message.data
+            return [FeedAudio(audio)]
+        self._backlog += audio
         if len(self._backlog) > BACKLOG_LIMIT:
             raise ProtocolError(f"more than {BACKLOG_LIMIT // 1024} KiB of audio before the session was live")
         self._handshake_at = min(self._handshake_at, now)
         return self._go_live_when_due(now)
 
-    def _spend(self, now: float) -> None:
-        refill = (now - self._refilled_at) * MESSAGES_PER_S
-        self._allowance = min(MESSAGE_BURST, self._allowance + refill) - 1
+    def _spend(self, size: int, now: float) -> None:
+        passed = now - self._refilled_at
+        self._messages_left = min(MESSAGE_BURST, self._messages_left + passed * MESSAGES_PER_S) - 1
+        self._bytes_left = min(BYTE_BURST, self._bytes_left + passed * BYTES_PER_S) - size
         self._last_heard = self._refilled_at = now
-        if self._allowance < 0:
+        if self._messages_left < 0:
             raise ProtocolError(f"more than {MESSAGES_PER_S:g} messages per second")
+        if self._bytes_left < 0:
+            raise ProtocolError(f"more than {BYTES_PER_S / 1_024:g} KiB per second")
 
     def _go_live_when_due(self, now: float) -> list[Command]:
         if self.state is not PRIMING or not self._ready or now < self._handshake_at:

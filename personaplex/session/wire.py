@@ -22,6 +22,7 @@ from typing import Any
 from personaplex.errors import ProtocolError
 
 MESSAGE_LIMIT = 131_072  # bytes of one message, either way; the largest Ogg page has 65307
+ASIDE_LIMIT = 1_024  # bytes of a client's payload that is not audio; the server reads none of it
 REASON_LIMIT = 123  # bytes of a close reason (RFC 6455, section 5.5)
 
 
@@ -107,12 +108,8 @@ def decode(data: bytes) -> Message:
     Raises ProtocolError when it is empty or too long, of an unknown kind, or its payload is not what the kind
     asks for.
     """
-    if not data:
-        raise ProtocolError("empty message")
-    if len(data) > MESSAGE_LIMIT:
-        raise ProtocolError(f"message of {len(data)} bytes, at most {MESSAGE_LIMIT} are accepted")
-    payload = data[1:]
-    match data[0]:
+    kind, payload = _kind(data), data[1:]
+    match kind:
         case Kind.AUDIO:
             return Audio(payload)
         case Kind.TEXT:
@@ -127,13 +124,36 @@ def decode(data: bytes) -> Message:
             return Error(_text(payload))
         case Kind.PING:
             return Ping()
-        case kind:
-            raise ProtocolError(f"unknown message kind {kind}")
+
+
+def audio_of(data: bytes) -> bytes:
+    """The piece of a stream in a client's message; b"" for the kinds a server has no use for.
+
+    Of those nothing but the kind is read. Raises ProtocolError when the message is empty or too long, of an
+    unknown kind, or has more than ASIDE_LIMIT bytes that are not audio.
+    """
+    kind = _kind(data)
+    if kind is Kind.AUDIO:
+        return data[1:]
+    if len(data) - 1 > ASIDE_LIMIT:
+        raise ProtocolError(f"more than {ASIDE_LIMIT} bytes in a message that is not audio")
+    return b""
 
 
 def close_reason(message: str) -> str:
     """`message` cut to REASON_LIMIT bytes of UTF-8, between two characters."""
     return message.encode()[:REASON_LIMIT].decode(errors="ignore")
+
+
+def _kind(data: bytes) -> Kind:
+    if not data:
+        raise ProtocolError("empty message")
+    if len(data) > MESSAGE_LIMIT:
+        raise ProtocolError(f"message of {len(data)} bytes, at most {MESSAGE_LIMIT} are accepted")
+    try:
+        return Kind(data[0])
+    except ValueError as error:
+        raise ProtocolError(f"unknown message kind {data[0]}") from error
 
 
 def _text(payload: bytes) -> str:
