@@ -5,6 +5,9 @@ by sessions and context in bfloat16 and int8 keys and values, session starts, jo
 Runs on a machine with torch, triton, numpy, safetensors and sentencepiece and nothing else: the 7B weights
 are random and made on the device. Keeps to `--budget` seconds: parts that no longer fit are under `skipped`.
 
+No result of it is here yet: the kernels have run in Triton's interpreter and compile for an H100/H200
+(`tests/test_kernels.py`), but nothing has been timed on a GPU.
+
 `--dry-run` goes through the same parts with `tiny` on whatever device there is, in seconds; its figures mean
 nothing and say so. `benchmarks/gpu_setup.py` makes the models, `gpu_checks.py` and `gpu_parts.py` hold the
 parts, `gpu_chart.py` draws the plot.

@@ -1,12 +1,18 @@
 """Whether the device computes what it should, before anything is timed on it; and what int8 costs.
 
 Each kernel against the same sums in torch, the device against the CPU on a small model, graphs against the
-same ticks launched piece by piece, int8 keys and values and weights against exact ones.
+same ticks launched piece by piece, int8 keys and values and weights against exact ones. The last needs no
+GPU:
+
+    python -m benchmarks.gpu_checks [--output benchmarks/results/int8-cost-cpu.json]
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_setup import make_engine, persona, random_model, release, talk
+from benchmarks.machine import machine
 from personaplex.config import PRESET_TINY, LMConfig, ModelConfig, TransformerConfig
 from personaplex.engine.engine import Engine
 from personaplex.model import Model
@@ -166,3 +173,20 @@ def _text_logits(config: ModelConfig, weights: str, kv: str, positions: int) -> 
     with torch.inference_mode():
         hidden = [lm.transformer.step(x.clone(), ring, torch.ones(4, dtype=torch.bool)) for x in inputs]
         return lm.text_linear(lm.out_norm(torch.cat(hidden, 1)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, help="write the result here as JSON")
+    arguments = parser.parse_args()
+    result = {"benchmark": "int8 cost", "machine": machine("torch"), **int8_cost()}
+    text = json.dumps(result, indent=1)
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -83,6 +83,8 @@ class Engine:
     ) -> None:
         self.slots = config.slots
         self._model, self._voices, self._tokenizer, self._config = model, voices, tokenizer, config
+        if model.device.type == "cuda":
+            torch.cuda.set_device(model.device)  # kernels are launched on the thread's current device
         rows = config.slots if model.device.type == "cuda" else max(config.slots, 2)  # see Runner
         self._state = EngineState.allocate(model, rows, config.kv)
         if layers.uses_kernels(self._state.lm.offset):

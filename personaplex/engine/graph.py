@@ -5,6 +5,10 @@ them a tick allocates nothing anew, waits for nothing and depends on the host fo
 slots it covers: sampling rules, ring offsets and the mask of active slots are read on the device. A graph is
 therefore recorded once a prefix, at start, and replayed for any mixture of sessions.
 
+Recording itself needs a GPU and has not run on one yet (`benchmarks/gpu.py` will: it compares the two ways
+bit by bit). What is recorded has: tests run it on the CPU, kernels in Triton's interpreter, and on torch's
+meta device, which shows that it never asks for a value.
+
 Without graphs (on a CPU, with weights kept on the host, or when asked) `run` does the same through `step`.
 """
 

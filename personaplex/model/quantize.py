@@ -2,7 +2,7 @@
 
 Each row of a matrix (one output) is int8 codes times one float32 scale, rounded to the nearest; activations
 stay as they are and products are summed in float32. What this costs in quality has to be tried on the real
-weights; `benchmarks/quality.py` measures it on random ones.
+weights; `python -m benchmarks.gpu_checks` measures it on random ones.
 """
 
 from __future__ import annotations

@@ -60,6 +60,8 @@ def load_model(
     if weights not in ("auto", "int8") or (weights == "int8" and offload_slots):
         raise ConfigError("weights must be auto or int8; int8 leaves nothing to offload")
     device, config = torch.device(device), checkpoint.config
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels are launched on the thread's current device
     mimi = load_mimi(checkpoint.mimi, config.mimi, device)
     if weights == "int8":
         lm = load_lm(checkpoint.lm, config.lm, torch.device("cpu"), dtype)
