@@ -206,6 +206,20 @@ def test_audio_in_real_time_may_go_on_for_ever() -> None:
     assert transcoder.counters.frames_in == 20 * 20
 
 
+def test_damage_in_real_time_may_go_on_for_ever() -> None:
+    """Once, a corrupt packet counted twice: with 5 % of them a session ended after 200 s."""
+    now = 100.0
+    transcoder = Transcoder(clock=lambda: now)
+    packets = packets_of(speech(1.6))
+    for position in range(0, len(packets), 4):
+        packets[position] = packets[position][:1] + b"\xff" * 1_300  # 20 ms by its first byte, and too long
+    for page in stream([packets[:40], packets[40:]] * 40):
+        transcoder.receive(page)
+        now += 0.8
+    assert transcoder.counters.concealed == 40 * len(packets) / 4
+    assert transcoder.counters.frames_in == 40 * 20
+
+
 def test_a_small_page_cannot_claim_minutes_of_work() -> None:
     """255 one-byte packets of 60 ms with code 3 and two frames: 30 s of audio from 600 bytes."""
     transcoder = Transcoder(clock=lambda: 0.0)

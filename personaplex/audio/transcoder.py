@@ -124,11 +124,11 @@ class Transcoder:
         self.counters.packets += 1
         try:
             samples = packet_samples(packet)
-            self._account(samples)
             pcm = self._decoder.decode(packet)
         except BadAudio:
             pcm = self._conceal()
         else:
+            self._account(samples)
             self._last_samples, self._concealed = samples, 0
         if self._skip:
             skipped = min(self._skip, len(pcm))
@@ -147,7 +147,8 @@ class Transcoder:
         return self._decoder.conceal(samples)
 
     def _account(self, samples: int) -> None:
-        """Law of real time: audio received <= time since the start + LEAD_LIMIT_S."""
+        """Law of real time: audio received <= time since the start + LEAD_LIMIT_S. Once for each packet, with
+        what is heard of it: a corrupt one may claim another duration than the one concealed."""
         self._received += samples
         if self._clock is None:
             return
