@@ -12,6 +12,8 @@ app version and checksums must never appear in this file.
 - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
 # Ray lowers the priority of its workers by default, which costs a busy node tens of milliseconds.
 - {name: RAY_worker_niceness, value: "0"}
+# A role text of 1000 Chinese characters makes a request line of 9 KB.
+- {name: WEBSOCKETS_MAX_LINE_LENGTH, value: "32768"}
 - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ $timeouts.drain | quote }}}
 # Serve learns of new sessions every 10 s by default: too late for people who wait.
 - {name: RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S, value: "1"}
