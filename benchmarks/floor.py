@@ -33,7 +33,7 @@ class LocalLink:
         self._session = -1
 
     def send(self, kind: Kind, payload: bytes) -> None:
-        _, persona = media.unpack_open(payload)
+        persona = media.unpack_open(payload)
         self._session = self._engine.open(persona)
         self._links[self._session] = self
 

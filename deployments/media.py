@@ -90,12 +90,19 @@ def pack_open(token: bytes, persona: Persona) -> bytes:
     return token + json.dumps(dataclasses.asdict(persona)).encode()
 
 
-def unpack_open(payload: bytes) -> tuple[bytes, Persona]:
+def open_token(payload: bytes) -> bytes:
+    """The token of an opening message, to be checked before the rest is read. Raises ProtocolError."""
+    if len(payload) < TOKEN_BYTES:
+        raise ProtocolError("an opening message of the wrong shape")
+    return payload[:TOKEN_BYTES]
+
+
+def unpack_open(payload: bytes) -> Persona:
     """Raises ProtocolError for anything `pack_open` does not make."""
     try:
         fields = json.loads(payload[TOKEN_BYTES:])
-        return payload[:TOKEN_BYTES], Persona(**{**fields, "sampling": Sampling(**fields["sampling"])})
-    except (ValueError, TypeError, KeyError) as error:
+        return Persona(**{**fields, "sampling": Sampling(**fields["sampling"])})
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ProtocolError("an opening message of the wrong shape") from error
 
 
@@ -182,8 +189,9 @@ class Link(asyncio.Protocol):
 
     def close(self, error: PersonaplexError | None = None) -> None:
         """Says why, sends what is waiting and closes; a peer that does not read is cut off after a while by
-        the kernel. Idempotent."""
+        the kernel. A link that is not connected yet never will be. Idempotent."""
         if self._transport is None or self._closing:
+            self._closing = True
             return
         self.send(Kind.CLOSE, b"{}" if error is None else pack_error(error))
         self._closing = True
@@ -198,6 +206,8 @@ class Link(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=2 * _FRAME_BYTES)  # beyond it frames wait in the outbox
         tune(cast(socket.socket, transport.get_extra_info("socket")))
+        if self._closing:
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._received += data

@@ -35,6 +35,8 @@ from personaplex.errors import EngineFault, PersonaplexError, ProtocolError, Ses
 
 logger = logging.getLogger(__name__)
 
+STRANGERS_SPARE = 16  # links without a lease beyond two per slot
+
 _ANYWHERE = ("0.0.0.0", "::")
 _Packed = tuple[Event, bytes | None]
 
@@ -62,6 +64,7 @@ class Replica:
         self._event_loop = asyncio.get_running_loop()
         self._metrics = metrics.replica_metrics()
         self._unclaimed: dict[bytes, _Seat] = {}  # by one-time token
+        self._strangers: dict[Link, asyncio.TimerHandle] = {}  # without a lease yet, the oldest first
         self._linked: dict[Link, _Seat] = {}
         self._open: dict[int, _Seat] = {}  # by the engine loop's number
         self._voices: OrderedDict[str, None] = OrderedDict()  # used last; the engine keeps as many prefixes
@@ -142,12 +145,18 @@ class Replica:
 
     def _accept(self) -> Link:
         link = Link(self._message, self._lost)
-        self._event_loop.call_later(self._settings.lease_timeout_s, self._expect_claim, link)
+        self._strangers[link] = self._event_loop.call_later(
+            self._settings.lease_timeout_s, self._turn_away, link, ProtocolError("nothing was said in time")
+        )
+        # A gateway claims as soon as it is connected, so the oldest is the likeliest never to.
+        if len(self._strangers) > 2 * self._slots + STRANGERS_SPARE:
+            oldest = next(iter(self._strangers))
+            self._turn_away(oldest, ProtocolError("too many connections without a lease"))
         return link
 
-    def _expect_claim(self, link: Link) -> None:
-        if link.open and link not in self._linked:
-            link.close(ProtocolError("nothing was said in time"))
+    def _turn_away(self, link: Link, error: PersonaplexError) -> None:
+        self._strangers.pop(link).cancel()
+        link.close(error)
 
     def _message(self, link: Link, kind: Kind, payload: bytes) -> None:
         seat = self._linked.get(link)
@@ -164,10 +173,13 @@ class Replica:
     def _claim(self, link: Link, kind: Kind, payload: bytes) -> None:
         if kind is not Kind.OPEN:
             raise ProtocolError("the first message must open the session")
-        token, persona = media.unpack_open(payload)
-        seat = self._unclaimed.pop(token, None)
-        if seat is None:
-            raise ProtocolError("this lease is not known")
+        token = media.open_token(payload)
+        if token not in self._unclaimed:
+            self._turn_away(link, SessionLost("the lease ran out; please connect again"))
+            return
+        persona = media.unpack_open(payload)
+        seat = self._unclaimed.pop(token)
+        self._strangers.pop(link).cancel()
         seat.link = link
         self._linked[link] = seat
         try:
@@ -182,6 +194,8 @@ class Replica:
             self._voices.popitem(last=False)
 
     def _lost(self, link: Link) -> None:
+        if link in self._strangers:
+            self._strangers.pop(link).cancel()
         seat = self._linked.pop(link, None)
         if seat is None:
             return

@@ -51,7 +51,8 @@ def test_a_reply_arrives_whole() -> None:
 def test_a_persona_arrives_as_it_was() -> None:
     persona = Persona("VARM4", 'Quotes " and 你好\n', Sampling(0.1, 2, 0.3, 4, 2**63 - 1, 6))
     token = bytes(range(16))
-    assert media.unpack_open(media.pack_open(token, persona)) == (token, persona)
+    payload = media.pack_open(token, persona)
+    assert (media.open_token(payload), media.unpack_open(payload)) == (token, persona)
 
 
 @pytest.mark.parametrize("error", [PromptTooLong("too long"), SessionLost("gone"), NoCapacity("full", 3.0)])
@@ -79,7 +80,9 @@ def test_an_error_that_cannot_be_read_is_a_lost_session(payload: bytes) -> None:
         (media.unpack_reply, b""),
         (media.unpack_reply, bytes(4 * FRAME_SIZE)),
         (media.unpack_reply, media.pack_reply(media.Reply(0, _noise(), np.zeros(17, int), "", 0)) + b"\xff"),
+        (media.open_token, bytes(15)),
         (media.unpack_open, b""),
+        (media.unpack_open, bytes(16) + b"[" * 60_000),
         (media.unpack_open, bytes(16) + b"{}"),
         (media.unpack_open, bytes(16) + b'{"voice": "NATF2", "sampling": {"top_p": 1}}'),
         (media.unpack_ready, b"{}"),
@@ -219,6 +222,19 @@ def test_a_peer_that_does_not_read_costs_a_bounded_queue() -> None:
         writer.close()
 
     _with_server(run)
+
+
+def test_a_link_closed_before_it_is_connected_never_is() -> None:
+    async def run() -> None:
+        closed, heard = End(), End()
+        closed.link.close()
+        server, port = await media.listen(lambda: closed.link, "127.0.0.1")
+        async with server:
+            await asyncio.get_running_loop().create_connection(lambda: heard.link, "127.0.0.1", port)
+            await asyncio.wait_for(asyncio.gather(closed.lost.wait(), heard.lost.wait()), 5)
+        assert not closed.link.open
+
+    asyncio.run(run())
 
 
 def test_a_peer_that_does_not_read_is_cut_off_on_close() -> None:

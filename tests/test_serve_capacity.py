@@ -19,6 +19,7 @@ from serving import Client, Heard, Service, connect, running, speech
 from deployments import media
 from deployments.lease import Grant, LeaseRequest
 from deployments.media import Kind
+from deployments.replica import STRANGERS_SPARE
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS
 from personaplex.persona import Persona
@@ -142,9 +143,41 @@ def test_a_lease_nobody_claims_expires(pair: Service) -> None:
     with socket.create_connection((grant.host, grant.port)) as stranger:
         opening = media.pack_open(bytes(media.TOKEN_BYTES), Persona())
         stranger.sendall(struct.pack("<IB", 1 + len(opening), Kind.OPEN) + opening)
-        assert b"not known" in stranger.recv(4_096)
+        assert _farewell(stranger) == ("SessionLost", "the lease ran out; please connect again")
     pair.wait(lambda seen: sum(one.used for one in seen) == 1)
     assert 3.0 < pair.wait_idle(7.0) < 6.0
+
+
+def test_connections_without_a_lease_are_bounded(pair: Service) -> None:
+    """The oldest goes first, and a gateway still comes through."""
+    call = pair.handle("replica").options(method_name="lease", stream=True)
+    response = call.remote(LeaseRequest("none", ""))
+    grant = next(iter(response))
+    with contextlib.ExitStack() as stack:
+        strangers = [
+            stack.enter_context(socket.create_connection((grant.host, grant.port)))
+            for _ in range(2 * 2 + STRANGERS_SPARE + 1)
+        ]
+        assert _farewell(strangers[0]) == ("ProtocolError", "too many connections without a lease")
+        strangers[1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            strangers[1].recv(1)
+        opening = media.pack_open(grant.token, Persona())
+        strangers[-1].sendall(struct.pack("<IB", 1 + len(opening), Kind.OPEN) + opening)
+        strangers[-1].settimeout(5.0)
+        assert strangers[-1].recv(5)[4] == Kind.READY
+    pair.wait_idle()
+
+
+def _farewell(stranger: socket.socket) -> tuple[str, str]:
+    """Class and words of the error a replica closes a connection with."""
+    stranger.settimeout(2.0)
+    data = b""
+    while piece := stranger.recv(4_096):
+        data += piece
+    assert data[4] == Kind.CLOSE
+    error = media.unpack_error(data[5:])
+    return type(error).__name__, str(error)
 
 
 def test_a_stalled_client_slows_nobody(pair: Service) -> None:
