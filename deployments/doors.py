@@ -12,15 +12,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from starlette.datastructures import Headers
+
 from personaplex.errors import Unauthorized
 
 
 @dataclass(frozen=True)
 class Visitor:
-    """What a request says of itself. `headers` have lower-case names; `forwarded` is X-Forwarded-For."""
+    """What a request says of itself. Names of `headers` may be in any case; a header may be there twice."""
 
     address: str
-    headers: Mapping[str, str]
+    headers: Headers
     query: Mapping[str, str]
 
 
@@ -78,7 +80,9 @@ class Doors:
         return shown
 
     def _address(self, visitor: Visitor) -> str:
-        forwarded = [part.strip() for part in visitor.headers.get("x-forwarded-for", "").split(",")]
+        # A proxy may add a line of its own below the client's: what counts is the end of all of them.
+        lines = ",".join(visitor.headers.getlist("x-forwarded-for"))
+        forwarded = [part.strip() for part in lines.split(",")]
         if self._trusted_proxies and len(forwarded) >= self._trusted_proxies:
             return forwarded[-self._trusted_proxies] or visitor.address
         return visitor.address

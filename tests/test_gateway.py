@@ -20,6 +20,7 @@ import ray
 import requests
 import websockets
 from serving import Heard, Service, connect, running, speech
+from starlette.datastructures import Headers
 from starlette.websockets import WebSocket, WebSocketState
 
 from deployments.conversation import Conversation, Services
@@ -105,7 +106,8 @@ def _doors(**options: Any) -> Doors:
 
 
 def _visitor(address: str = "192.0.2.1", query: dict[str, str] | None = None, **headers: str) -> Visitor:
-    return Visitor(address, {name.replace("_", "-"): value for name, value in headers.items()}, query or {})
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Visitor(address, Headers(named), query or {})
 
 
 @pytest.mark.parametrize(
@@ -181,6 +183,15 @@ def test_forwarded_addresses_count_only_as_far_as_proxies_are_trusted() -> None:
     for proxies, address in ((0, "192.0.2.1"), (1, "10.0.0.1"), (2, "198.51.100.7"), (4, "192.0.2.1")):
         doors = _doors(sessions_per_address=1, trusted_proxies=proxies)
         with doors.enter(_visitor(**header)), pytest.raises(Unauthorized), doors.enter(_visitor(address)):
+            pass
+
+
+def test_a_forwarded_header_of_the_client_does_not_hide_the_proxys() -> None:
+    lines = [(b"x-forwarded-for", b"203.0.113.9"), (b"x-forwarded-for", b"198.51.100.7, 10.0.0.1")]
+    twice = Visitor("192.0.2.1", Headers(raw=lines), {})
+    for proxies, address in ((1, "10.0.0.1"), (2, "198.51.100.7"), (3, "203.0.113.9")):
+        doors = _doors(sessions_per_address=1, trusted_proxies=proxies)
+        with doors.enter(twice), pytest.raises(Unauthorized), doors.enter(_visitor(address)):
             pass
 
 
