@@ -301,8 +301,14 @@ def test_a_lost_engine_is_not_the_clients_fault(state: State) -> None:
 
 
 def test_failures_carry_their_own_code_and_words() -> None:
-    commands = in_state(OPENING).receive(Failed(NoCapacity("all slots are taken")), 1.0)
-    assert commands == [Send(encode(Error("all slots are taken"))), Close(1013, "all slots are taken")]
+    commands = in_state(LIVE).receive(Failed(SessionLost("it is gone")), 3.0)
+    assert commands == [Send(encode(Error("it is gone"))), Close(1012, "it is gone")]
+
+
+def test_where_there_is_no_room_the_client_is_told_when_to_come_back() -> None:
+    commands = in_state(OPENING).receive(Failed(NoCapacity("all slots are taken", 7.5)), 1.0)
+    words = "all slots are taken; try again in 7.5 s"
+    assert commands == [Send(encode(Error(words))), Close(1013, words)]
 
 
 def test_a_flood_of_messages_is_refused_and_a_quick_client_is_not() -> None:
@@ -531,6 +537,6 @@ def test_keep_alives_hold_a_quiet_session_together() -> None:
 
 def test_an_error_reaches_the_user_in_words() -> None:
     wire = Wire()
-    wire.tell_server(Failed(NoCapacity("all slots are taken; try again in 5 s")))
+    wire.tell_server(Failed(NoCapacity("all slots are taken")))
     assert wire.out == [Complain("all slots are taken; try again in 5 s")]
     assert (wire.server.state, wire.client.state) == (CLOSED, CLOSED)

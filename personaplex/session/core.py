@@ -18,8 +18,9 @@ Laws:
 4. In LIVE the peer hears something every KEEP_ALIVE_S, if only a ping; agent pages leave by the Pacer.
 5. A peer may send MESSAGES_PER_S and BYTES_PER_S on average, in bursts of MESSAGE_BURST and BYTE_BURST. Of
    what is not audio only the kind is read.
-6. Every end on our side is an error message, for people, and then a close with a code and a reason. After
-   Close nothing is sent; what the engine still delivers is ignored.
+6. Every end on our side is an error message, for people, and then a close with a code and a reason; where
+   there was no room both say when to come back. After Close nothing is sent; what the engine still delivers
+   is ignored.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from personaplex.errors import PersonaplexError, ProtocolError, SessionExpired, SessionLost
+from personaplex.errors import NoCapacity, PersonaplexError, ProtocolError, SessionExpired, SessionLost
 from personaplex.session.events import (
     AgentAudio,
     AgentText,
@@ -279,7 +280,10 @@ class SessionCore:
     def _end(self, error: PersonaplexError) -> list[Command]:
         self.state, self.error = CLOSING, error
         self._backlog.clear()
-        return [Send(encode(Error(str(error)))), Close(error.close_code, close_reason(str(error)))]
+        words = str(error)
+        if isinstance(error, NoCapacity):
+            words += f"; try again in {error.retry_after_s:g} s"
+        return [Send(encode(Error(words))), Close(error.close_code, close_reason(words))]
 
 
 def _place(position: int) -> Send:
