@@ -69,7 +69,8 @@ class Services:
     limits: Limits
     low_latency: bool
     connect: Connect
-    keep: Callable[[str, TokenLog], None]  # called at the end with the session's name and tokens
+    connect_timeout_s: float  # for `connect`: as long as a replica holds a lease nobody claims
+    keep: Callable[[str, TokenLog], Awaitable[None]]  # called at the end with the session's name and tokens
     changed: Callable[[], None]  # called when a session went live or joined or left the queue
     trace: Trace | None = None
     live: set[str] = field(default_factory=set)  # names of the sessions past their handshake
@@ -157,23 +158,53 @@ class Conversation:
     async def _open(self, persona: Persona) -> None:
         voice = persona.voice if persona.voice in VOICES else ""
         self._metrics.observe(metrics.PROMPT_CHARACTERS, len(persona.text_prompt))
-        began = time.monotonic()
-        self._lease = await self._services.leases.acquire(LeaseRequest(self._session, voice), self._queue)
-        self._services.changed()
-        self._account.phase("queue" if self._account.queued else "lease", time.monotonic() - began)
-        self._account.note(replica=self._lease.grant.replica, prompt_characters=len(persona.text_prompt))
+        request = LeaseRequest(self._session, voice)
+        try:
+            grant, link = await self._join(request)
+        except OSError:  # the replica has just ended or is out of reach; another one may do better
+            grant, link = await self._join(request)
+        self._account.note(replica=grant.replica, prompt_characters=len(persona.text_prompt))
         self._metrics.add(metrics.SESSIONS_ADMITTED)
         self._on(LeaseGranted())
-        grant, began = self._lease.grant, time.monotonic()
-        self._link = await self._services.connect(grant, self._hear_link, self._lose_link)
-        self._link.send(Kind.OPEN, media.pack_open(grant.token, persona))
-        self._account.phase("connect", time.monotonic() - began)
+        link.send(Kind.OPEN, media.pack_open(grant.token, persona))
         self._details = {
             "session": self._session,
             "voice": persona.voice,
             "text_seed": persona.sampling.text_seed,
             "audio_seed": persona.sampling.audio_seed,
         }
+
+    async def _join(self, request: LeaseRequest) -> tuple[Grant, Link]:
+        """A lease and the link to its replica. Raises NoCapacity, OSError once the lease is given back."""
+        began = time.monotonic()
+        self._lease = lease = await self._services.leases.acquire(request, self._queue)
+        self._services.changed()
+        self._account.phase("queue" if self._account.queued else "lease", time.monotonic() - began)
+        began = time.monotonic()
+        try:
+            link = await self._connect(lease.grant)
+        except OSError:
+            lease.release()
+            self._lease = None
+            raise
+        self._account.phase("connect", time.monotonic() - began)
+        return lease.grant, link
+
+    async def _connect(self, grant: Grant) -> Link:
+        """The link, once it is there. Raises OSError, TimeoutError among them."""
+        # asyncio.wait_for may swallow the cancellation of a session that ends just when the link is there.
+        connecting = asyncio.ensure_future(self._keep_link(grant))
+        try:
+            if not (await asyncio.wait({connecting}, timeout=self._services.connect_timeout_s))[0]:
+                raise TimeoutError("the replica did not answer in time")
+            return connecting.result()
+        finally:
+            connecting.cancel()
+            await asyncio.wait({connecting})
+
+    async def _keep_link(self, grant: Grant) -> Link:
+        self._link = await self._services.connect(grant, self._hear_link, self._lose_link)
+        return self._link
 
     def _queue(self, place: int) -> None:
         self._account.queued = True
@@ -197,7 +228,8 @@ class Conversation:
                 raise ProtocolError("a message that does not belong here")
 
     def _lose_link(self, link: Link) -> None:
-        if self._core.state not in (State.CLOSING, State.CLOSED):
+        # One that was given up while it was connecting is of no account.
+        if link is self._link and self._core.state not in (State.CLOSING, State.CLOSED):
             self._on(EngineLost())
 
     def _say(self, reply: media.Reply) -> None:
@@ -303,7 +335,6 @@ class Conversation:
             self._link.close()
         self._services.live.discard(self._session)
         self._account.close(self._core.error, self._core.pacer, self._transcoder)
-        self._services.keep(self._session, self._log)
 
     async def _wind_up(self, tasks: Sequence[asyncio.Future[None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -316,6 +347,7 @@ class Conversation:
         if WebSocketState.DISCONNECTED not in states:
             with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._socket.close(1011), CLOSE_TIMEOUT_S)
+        await self._services.keep(self._session, self._log)  # last: whatever becomes of it, all else is done
 
 
 def _micros() -> int:

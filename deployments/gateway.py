@@ -76,6 +76,7 @@ class Gateway:
             limits=Limits(session_s=settings.session_limit_s, idle_s=settings.idle_limit_s),
             low_latency=settings.low_latency,
             connect=lambda grant, *heard: media.connect(grant.host, grant.port, *heard),
+            connect_timeout_s=settings.lease_timeout_s,
             keep=self._keep,
             changed=self._publish,
             trace=tracing.connect() if settings.tracing else None,
@@ -164,12 +165,13 @@ class Gateway:
         self._metrics.set(metrics.SESSIONS_LIVE, len(self._services.live))
         self._metrics.set(metrics.SESSIONS_QUEUED, self._leases.queued)
 
-    def _keep(self, session: str, log: TokenLog) -> None:
+    async def _keep(self, session: str, log: TokenLog) -> None:
         folder = self._settings.token_log_dir
         if folder is None or not len(log):
             return
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            log.save(folder / f"{session}.npz")
+            await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+            # Packing an hour takes a quarter of a second: three frames of every other session.
+            await asyncio.to_thread(log.save, folder / f"{session}.npz")
         except OSError:
             logger.exception("the tokens of session %s could not be saved", session)

@@ -266,6 +266,8 @@ async def connect(host: str, port: int, on_message: OnMessage, on_lost: OnLost) 
     """A link to a listening replica. Raises OSError."""
     link = Link(on_message, on_lost)
     await asyncio.get_running_loop().create_connection(lambda: link, host, port)
+    if not link.open:
+        raise ConnectionError("the replica hung up at once")
     return link
 
 

@@ -146,12 +146,12 @@ class Replica:
     def _accept(self) -> Link:
         link = Link(self._message, self._lost)
         self._strangers[link] = self._event_loop.call_later(
-            self._settings.lease_timeout_s, self._turn_away, link, ProtocolError("nothing was said in time")
+            self._settings.lease_timeout_s, self._turn_away, link, SessionLost("nothing was said in time")
         )
         # A gateway claims as soon as it is connected, so the oldest is the likeliest never to.
         if len(self._strangers) > 2 * self._slots + STRANGERS_SPARE:
             oldest = next(iter(self._strangers))
-            self._turn_away(oldest, ProtocolError("too many connections without a lease"))
+            self._turn_away(oldest, SessionLost("too many connections without a lease"))
         return link
 
     def _turn_away(self, link: Link, error: PersonaplexError) -> None:

@@ -294,6 +294,74 @@ def test_audio_that_waits_to_be_decoded_is_bounded() -> None:
     assert "wait to be decoded" in caller.complaint
 
 
+def test_a_replica_that_does_not_answer_costs_a_lease_and_not_the_session() -> None:
+    async def run() -> None:
+        deaf, good = Spy(), Spy()
+        leases, tries = [deaf, good], [deaf, good]
+
+        async def acquire(*_: Any) -> Any:
+            return leases.pop(0)
+
+        async def connect(*_: Any) -> Any:
+            if tries.pop(0) is deaf:
+                await asyncio.Event().wait()
+            return good
+
+        conversation = Conversation(cast(WebSocket, Silence()), "s", _services(acquire, connect))
+        handler = asyncio.ensure_future(conversation.run(lambda: contextlib.nullcontext(Persona())))
+        await asyncio.wait_for(good.connected.wait(), 5)
+        assert deaf.released.is_set()
+        assert not good.released.is_set()
+        handler.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await handler
+        await asyncio.wait_for(good.released.wait(), 5)
+
+    asyncio.run(run())
+
+
+def test_replicas_that_do_not_answer_are_a_lost_session() -> None:
+    async def run() -> None:
+        spies, caller = [Spy(), Spy()], Caller()
+        leases = list(spies)
+
+        async def acquire(*_: Any) -> Any:
+            return leases.pop(0)
+
+        async def connect(*_: Any) -> Any:
+            await asyncio.Event().wait()
+
+        conversation = Conversation(cast(WebSocket, caller), "s", _services(acquire, connect))
+        handler = asyncio.ensure_future(conversation.run(lambda: contextlib.nullcontext(Persona())))
+        await asyncio.wait_for(handler, 5)
+        assert caller.code == 1012
+        assert all(spy.released.is_set() for spy in spies)
+
+    asyncio.run(run())
+
+
+def test_tokens_that_cannot_be_kept_cost_no_slot() -> None:
+    async def run() -> None:
+        spy = Spy()
+
+        async def find(*_: Any) -> Any:
+            return spy
+
+        async def keep(*_: Any) -> None:
+            raise MemoryError
+
+        services = dataclasses.replace(_services(find, find), keep=keep)
+        conversation = Conversation(cast(WebSocket, Silence()), "s", services)
+        handler = asyncio.ensure_future(conversation.run(lambda: contextlib.nullcontext(Persona())))
+        await asyncio.wait_for(spy.connected.wait(), 5)
+        handler.cancel()
+        with pytest.raises(MemoryError):
+            await handler
+        assert spy.released.is_set()
+
+    asyncio.run(run())
+
+
 def test_a_handler_cancelled_again_and_again_gives_everything_back() -> None:
     """As Serve's direct ingress does when a client goes; the slot was kept for ever once."""
 
@@ -334,13 +402,18 @@ def test_a_handler_cancelled_again_and_again_gives_everything_back() -> None:
     asyncio.run(run())
 
 
+async def _forget(*_: Any) -> None:
+    pass
+
+
 def _services(acquire: Any, connect: Any) -> Services:
     values: dict[str, Any] = {
         "leases": SimpleNamespace(acquire=acquire),
         "connect": connect,
         "limits": Limits(),
         "low_latency": False,
-        "keep": lambda *_: None,
+        "keep": _forget,
+        "connect_timeout_s": 0.1,
     }
     for field in dataclasses.fields(Services):
         if field.name not in values and field.default_factory is dataclasses.MISSING:

@@ -158,7 +158,7 @@ def test_connections_without_a_lease_are_bounded(pair: Service) -> None:
             stack.enter_context(socket.create_connection((grant.host, grant.port)))
             for _ in range(2 * 2 + STRANGERS_SPARE + 1)
         ]
-        assert _farewell(strangers[0]) == ("ProtocolError", "too many connections without a lease")
+        assert _farewell(strangers[0]) == ("SessionLost", "too many connections without a lease")
         strangers[1].setblocking(False)
         with pytest.raises(BlockingIOError):
             strangers[1].recv(1)
