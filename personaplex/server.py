@@ -137,7 +137,8 @@ def _check_port(host: str, port: int) -> None:
     if not 1 <= port <= 65_535:
         raise ConfigError(f"--port must be between 1 and 65535, got {port}")
     try:
-        with socket.create_server((host, port)):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family):
             pass
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error

@@ -79,6 +79,17 @@ def test_a_taken_port_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"localhost:{port}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("host", ["::", "::1", "0.0.0.0", "localhost"])
+def test_addresses_of_either_family_can_be_listened_on(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, `--host ::` was refused whatever the port."""
+    if ":" in host and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+    served = []
+    monkeypatch.setattr("personaplex.server._serve", lambda *options: served.append(options[0]))
+    assert main(["--host", host, "--port", str(free_port()), "--model", "echo"]) == 0
+    assert served == [host]
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, list[str]]]:
     port, said = free_port(), list[str]()
