@@ -79,7 +79,7 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     live = [one for one in outcomes if one.live]
     refused, lost = sum(one.refused for one in outcomes), sum(one.lost for one in outcomes)
     sent, talked = sum(one.sent for one in live), sum(one.talked_s for one in live)
-    intervals, answers = _merge(one.intervals for one in live), _merge(one.answers for one in live)
+    intervals, answers = merged(one.intervals for one in live), merged(one.answers for one in live)
     minutes = talked / 60
     return {
         "offered": offered,
@@ -133,7 +133,8 @@ def _times(name: str, values: Sequence[float | None]) -> dict[str, float | None]
     return {f"{name}_mean_s": mean, **levels}
 
 
-def _merge(histograms: Iterable[Mapping[int, int]]) -> Counter[int]:
+def merged(histograms: Iterable[Mapping[int, int]]) -> Counter[int]:
+    """One histogram of all."""
     total: Counter[int] = Counter()
     for histogram in histograms:
         total.update(histogram)

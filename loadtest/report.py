@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.chart import STYLE, chart
-from loadtest.outcome import Outcome, causes, summary
+from loadtest.outcome import Outcome, causes, merged, summary
 from personaplex.errors import ConfigError
 from personaplex.files import replacing
 
@@ -100,12 +100,16 @@ class Report:
             ],
             "summary": figures,
             "causes": causes(self.outcomes),
-            "sessions": [one.packed() for one in sorted(self.outcomes, key=lambda one: one.number)],
+            "histograms": {
+                "interval_ms": dict(sorted(merged(one.intervals for one in self.outcomes).items())),
+                "answer_ms": dict(sorted(merged(one.answers for one in self.outcomes).items())),
+            },
+            "sessions": [_facts(one) for one in sorted(self.outcomes, key=lambda one: one.number)],
         }
 
     def write(self, stem: Path) -> list[Path]:
         """Writes STEM.json and STEM.html whole or not at all; gives their paths."""
-        contents = {".json": json.dumps(self.data(), indent=1) + "\n", ".html": self.html()}
+        contents = {".json": _lines(self.data()), ".html": self.html()}
         paths = [stem.with_name(stem.name + suffix) for suffix in contents]
         for path, text in zip(paths, contents.values(), strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +145,18 @@ class Report:
             "<h2>What was asked for</h2>"
             + table(("option", "", ""), [(escape(n), "", escape(str(v))) for n, v in self.options.items()]),
         )
+
+
+def _facts(outcome: Outcome) -> dict[str, Any]:
+    """One session without its histograms."""
+    return {name: value for name, value in outcome.packed().items() if name not in ("intervals", "answers")}
+
+
+def _lines(data: Mapping[str, Any]) -> str:
+    """JSON with one line a session."""
+    head = json.dumps({name: value for name, value in data.items() if name != "sessions"}, indent=1)
+    sessions = ",\n".join(json.dumps(session, separators=(",", ":")) for session in data["sessions"])
+    return f'{head[:-2]},\n "sessions": [\n{sessions}\n ]\n}}\n'
 
 
 def page(title: str, *parts: str) -> str:
@@ -203,9 +219,7 @@ def _ready_over_time(outcomes: Sequence[Outcome]) -> dict[str, list[tuple[float,
 
 
 def _intervals(outcomes: Sequence[Outcome]) -> list[tuple[float, float]]:
-    total: Counter[int] = Counter()
-    for one in outcomes:
-        total.update(one.intervals)
+    total = merged(one.intervals for one in outcomes)
     pages = total.total()
     shown: Counter[int] = Counter()
     for ms, count in total.items():
