@@ -173,7 +173,7 @@ def _attend_chunk(
     start = split * CHUNK
     if start >= filled:
         return
-    wraps = written >= capacity
+    shown = tl.where(written >= capacity, capacity - 1, capacity)  # a full ring hides its oldest position
     newest = ((written - 1) % capacity).to(tl.int32)
     ahead = STEPS - 1 - row % STEPS  # positions this step wrote after the query's own
 
@@ -191,7 +191,7 @@ def _attend_chunk(
         column = start + piece + lane
         age = newest - column  # positions since the one in this column
         age = tl.where(age < 0, age + capacity, age)
-        seen = (column < filled) & (age >= ahead) & ((age < capacity - 1) | (wraps == 0))
+        seen = (column < filled) & (age >= ahead) & (age < shown)
         place = base + column[:, None].to(tl.int64) * SIZE + d[None, :]
         mask = seen[:, None] & inside[None, :]
         k = tl.load(keys + place, mask, other=0.0).to(tl.float32)
