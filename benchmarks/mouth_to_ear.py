@@ -11,6 +11,7 @@ loudspeaker but the devices. All other sessions are a load test's, in a process 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import numpy.typing as npt
 
 from benchmarks.live import service
 from benchmarks.machine import machine
+from loadtest import arrivals
 from loadtest.connection import Connection
 from loadtest.exchange import address
 from loadtest.listener import Listener, percentile
@@ -39,10 +41,11 @@ Pcm = npt.NDArray[np.float32]
 
 LOCUSTFILE = Path(__file__).parent.parent / "loadtest" / "locustfile.py"
 PROBES = 4  # of the sessions, where there are so many
-CHIRP_S = 0.03
+CHIRP_S = 0.04
+SWEEPS = ((400, 1_500), (1_500, 400), (1_700, 3_200), (3_200, 1_700))  # Hz; told apart by correlation
 EVERY_S = 0.6  # between two chirps, and up to a frame more, so that they fall anywhere in a frame
-LONGEST_S = 0.55  # a chirp that is not back by then is missed
-CLEAR = 0.5  # correlation of a chirp that was found
+LONGEST_S = 1.8  # a chirp that is not back by then is missed; less than until the next of its kind
+CLEAR = 0.6  # correlation of a chirp that was found
 RAMP_S = 5.0
 PERCENTILES = (50, 95, 99)
 
@@ -58,19 +61,26 @@ def known_parts() -> dict[str, float]:
     }
 
 
-def chirps(seconds: float, seed: int) -> tuple[Pcm, Pcm, list[int]]:
-    """A recording of chirps in silence, one chirp, and the samples where each begins."""
-    time_s = np.arange(round(CHIRP_S * SAMPLE_RATE)) / SAMPLE_RATE
-    sweep = np.sin(2 * np.pi * (400 * time_s + (2_600 / CHIRP_S) * time_s**2 / 2))
-    chirp = (0.5 * sweep * np.hanning(len(sweep))).astype(np.float32)
+def chirps(seconds: float, seed: int) -> tuple[Pcm, list[Pcm], list[int]]:
+    """A recording of chirps in silence, their kinds in turn, and the samples where each begins."""
+    kinds = [_sweep(low, high) for low, high in SWEEPS]
     chance = np.random.default_rng(seed)
     recording = np.zeros(round(seconds / FRAME_SECONDS) * FRAME_SIZE, np.float32)
-    starts, at = [], SAMPLE_RATE
-    while at + SAMPLE_RATE < len(recording):
-        recording[at : at + len(chirp)] = chirp
+    starts: list[int] = []
+    at = SAMPLE_RATE
+    while at + 2 * SAMPLE_RATE < len(recording):
+        kind = kinds[len(starts) % len(kinds)]
+        recording[at : at + len(kind)] = kind
         starts.append(at)
         at += round((EVERY_S + chance.random() * FRAME_SECONDS) * SAMPLE_RATE)
-    return recording, chirp, starts
+    return recording, kinds, starts
+
+
+def _sweep(low: float, high: float) -> Pcm:
+    """A short tone that glides from `low` to `high` Hz."""
+    time_s = np.arange(round(CHIRP_S * SAMPLE_RATE)) / SAMPLE_RATE
+    phase = 2 * np.pi * (low * time_s + (high - low) / CHIRP_S * time_s**2 / 2)
+    return np.asarray(0.5 * np.sin(phase) * np.hanning(len(time_s)), np.float32)
 
 
 class Probe:
@@ -80,7 +90,7 @@ class Probe:
         self.listener = Listener()
         self.first_audio_ms: float | None = None
         self._url = url
-        self._recording, self._chirp, self._starts = chirps(seconds, seed)
+        self._recording, self._kinds, self._starts = chirps(seconds, seed)
         self._heard: list[tuple[float, bytes]] = []  # moment and page
         self._began = 0.0
         self._thread = threading.Thread(target=self._run)
@@ -94,14 +104,13 @@ class Probe:
         heard = self._played()
         size = round(LONGEST_S * SAMPLE_RATE)
         found = []
-        for start in self._starts:
+        for number, start in enumerate(self._starts):
+            chirp = self._kinds[number % len(self._kinds)]
             part = heard[start : start + size]
             if len(part) < size:
                 continue
-            energy = np.convolve(part**2, np.ones(len(self._chirp)), "valid")
-            scores = np.correlate(part, self._chirp, "valid") / np.sqrt(
-                energy * (self._chirp**2).sum() + 1e-9
-            )
+            energy = np.convolve(part**2, np.ones(len(chirp)), "valid")
+            scores = np.correlate(part, chirp, "valid") / np.sqrt(energy * (chirp**2).sum() + 1e-9)
             best = int(scores.argmax())
             if scores[best] > CLEAR:
                 found.append(1e3 * best / SAMPLE_RATE)
@@ -191,7 +200,7 @@ def measure(base: str, sessions: int, seconds: float) -> dict[str, Any]:
     delays = [delay for probe in running for delay in probe.delays()]
     intervals = sum((probe.listener.intervals for probe in running), start=Counter[int]())
     return {
-        "sessions": sessions,
+        "sessions": probes + late.get("load_live", 0),
         "chirps": sum(probe.sent for probe in running),
         "found": len(delays),
         "least_ms": round(min(delays), 1),
@@ -206,9 +215,12 @@ def measure(base: str, sessions: int, seconds: float) -> dict[str, Any]:
 
 
 def _others(url: str, sessions: int, seconds: float, stem: Path) -> subprocess.Popen[bytes]:
+    profile, length = f"{RAMP_S}@{sessions / RAMP_S}", f"fixed:{seconds}"
+    pieces, drawn = arrivals.profile(profile), arrivals.lengths(length)
+    seed = next(n for n in itertools.count(1) if len(arrivals.draw(pieces, drawn, n)) == sessions)
     command = [
         *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", url),
-        *("--arrivals", f"{RAMP_S}@{sessions / RAMP_S}", "--lengths", f"fixed:{seconds}"),
+        *("--arrivals", profile, "--lengths", length, "--draw-seed", str(seed)),
         *("--output", str(stem), "--require"),
     ]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
