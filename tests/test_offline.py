@@ -182,7 +182,6 @@ def test_jobs_of_files_and_folders(tmp_path: Path) -> None:
         (["--topk-text", "513"], "text_topk must lie between 0 and 512"),
         (["--temp-audio", "nan"], "audio_temperature must be a finite number"),
         (["--tokenizer", str(GOLDEN / "tokenizer.model")], "256 pieces, the model needs 512"),
-        (["--text-prompt", "word " * 2_000], "tokens"),
     ],
 )
 def test_a_wrong_set_up_is_one_line(
@@ -274,3 +273,10 @@ def test_a_recording_of_nothing_is_refused(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "blip.wav", np.zeros(1, np.float32), 96_000)
     with pytest.raises(BadAudio, match="shorter than one sample"):
         Conversation(Job(tmp_path / "blip.wav", tmp_path / "out.wav", None, None), 0.0)
+
+
+def test_a_role_text_of_any_length(tmp_path: Path) -> None:
+    """Here nobody else waits: a text far longer than the service takes is prefilled all the same."""
+    sine(tmp_path / "user.wav", 0.2)
+    tokens = tiny_run(tmp_path, "long", "--text-prompt", "word " * 1_500)
+    assert len(tokens) == 3
