@@ -55,6 +55,7 @@ def prometheus(targets: Sequence[str], port: int) -> Iterator[str]:
         raise ConfigError("prometheus is missing (Debian: apt-get install prometheus)")
     if not targets and not DISCOVERY.exists():
         raise ConfigError("no Ray is running on this machine; start the service, or name a --target")
+    _check_port(port)  # else whoever listens there would be taken for ours
     jobs = {"static_configs": [{"targets": list(targets)}]} if targets else _discovered()
     config = {
         "global": {"scrape_interval": f"{SCRAPE_S}s", "evaluation_interval": f"{SCRAPE_S}s"},
@@ -109,6 +110,14 @@ def _wait_until_up(process: subprocess.Popen[bytes], address: str) -> str:
             return address
         time.sleep(0.2)
     raise ConfigError("prometheus did not start; is its port taken?")
+
+
+def _check_port(port: int) -> None:
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+    except OSError as error:
+        raise ConfigError(f"prometheus cannot listen on port {port}: {error.strerror}") from error
 
 
 def _free_port() -> int:
