@@ -24,6 +24,7 @@ from personaplex.voices import VoiceLibrary
 
 SESSIONS = 8
 SECONDS = 3.2
+PATIENT = {"inbox_frames": 250}  # a busy machine may be late: these tests are about what is said, not when
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(cluster: str, logs: Path) -> Iterator[Service]:
-    with running(cluster, model="tiny", slots=SESSIONS, token_log_dir=logs) as service:
+    with running(cluster, model="tiny", slots=SESSIONS, token_log_dir=logs, **PATIENT) as service:
         yield service
 
 
@@ -115,7 +116,7 @@ def test_two_replicas_say_the_same(cluster: str, engine: Engine, logs: Path) -> 
         return [*await talking, ninth]
 
     with running(
-        cluster, model="tiny", slots=4, replicas_min=2, replicas_max=2, token_log_dir=logs
+        cluster, model="tiny", slots=4, replicas_min=2, replicas_max=2, token_log_dir=logs, **PATIENT
     ) as service:
         clients = asyncio.run(run(service))
     for number, client in enumerate(clients):
