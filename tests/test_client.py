@@ -246,7 +246,14 @@ def test_an_interrupt_keeps_what_was_heard_and_leaves_no_half_file(tmp_path: Pat
     with EchoService() as service:
         program = [sys.executable, "-m", "personaplex.client", "--url", service.url]
         program += ["--input-wav", str(tmp_path / "long.wav"), "--output-wav", str(folder / "out.wav")]
-        with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        with subprocess.Popen(
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_DFL
+            ),  # background shells pass on SIG_IGN
+            args=program,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as process:
             assert process.stdout is not None
             assert process.stdout.read(4)  # text arrives: the session is live
             process.send_signal(signal.SIGINT)
