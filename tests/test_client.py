@@ -247,12 +247,11 @@ def test_an_interrupt_keeps_what_was_heard_and_leaves_no_half_file(tmp_path: Pat
         program = [sys.executable, "-m", "personaplex.client", "--url", service.url]
         program += ["--input-wav", str(tmp_path / "long.wav"), "--output-wav", str(folder / "out.wav")]
         with subprocess.Popen(
-            preexec_fn=lambda: signal.signal(
-                signal.SIGINT, signal.SIG_DFL
-            ),  # background shells pass on SIG_IGN
-            args=program,
+            program,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            # a background shell passes on that SIGINT is ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ) as process:
             assert process.stdout is not None
             assert process.stdout.read(4)  # text arrives: the session is live
