@@ -9,6 +9,7 @@ certificate.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import ipaddress
 import logging
@@ -16,8 +17,9 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +30,15 @@ if TYPE_CHECKING:
 
 CERTIFICATE, KEY = "cert.pem", "key.pem"
 CERTIFICATE_DAYS = 365
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray otherwise sets it there
     "RAY_worker_niceness": "0",  # Ray's 15 lets any other process make speech late
     "RAY_USAGE_STATS_ENABLED": "0",
+    # A busy gateway answers a proxy late; at Serve's 1 s it is asked again and again, and nobody new gets in.
+    "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "10",
     "WEBSOCKETS_MAX_LINE_LENGTH": "32768",  # a role text of 1000 Chinese characters is 9 KB of URL
 }
+HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own
 # Options that are settings of the same name.
 _SETTINGS = (
     *("model", "device", "slots", "static"),
@@ -48,12 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = _settings(options)
         _check_port(options.host, options.port)
         certificate = None
+        if options.ssl is not None and options.haproxy:
+            raise ConfigError("--haproxy speaks no https: leave out --ssl, and end https in front of it")
         if options.ssl is not None:
             certificate = ensure_certificate(options.ssl, lan_address())
-        _serve(options.host, options.port, certificate, settings)
+        with _environment(options.haproxy, settings):
+            _serve(options.host, options.port, certificate, settings)
     except PersonaplexError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while it started
+        return INTERRUPTED
     return 0
 
 
@@ -95,6 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="localhost", help="address to listen on; 0.0.0.0 is all")
     parser.add_argument("--port", type=int, default=8998)
     parser.add_argument("--ssl", type=Path, metavar="DIR", help="https; makes a certificate in DIR if needed")
+    parser.add_argument(
+        "--haproxy", action="store_true", help="HAProxy carries the sockets: for many sessions; without --ssl"
+    )
     parser.add_argument("--model", help="auto, 7b, tiny, echo or a directory with a checkpoint")
     parser.add_argument("--device", help="auto, cpu or cuda")
     parser.add_argument("--slots", help="sessions at once")
@@ -110,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--voice-prompt-dir", help="directory of voices, in place of the repository's")
     parser.add_argument("--static", metavar="DIR|none", help="directory of another web page, or none")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting")
+    parser.set_defaults(haproxy=os.environ.get(HAPROXY_SWITCH) == "1")
     return parser
 
 
@@ -144,9 +159,28 @@ def _check_port(host: str, port: int) -> None:
         raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
 
 
+@contextlib.contextmanager
+def _environment(behind_haproxy: bool, settings: Settings) -> Iterator[None]:
+    """Serve's environment, as it has to be before Ray starts; what is set already stays as it is."""
+    from deployments import haproxy
+
+    wanted, before = dict(ENVIRONMENT), dict(os.environ)
+    with contextlib.ExitStack() as stack:
+        if behind_haproxy:
+            # Not TMPDIR: a Unix socket's path has at most 107 bytes, and Serve adds 70 to this.
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp"))
+            os.environ[HAPROXY_SWITCH] = "1"
+            wanted |= haproxy.environment(Path(folder), settings.drain_timeout_s)
+        for name, value in wanted.items():
+            os.environ.setdefault(name, value)
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
 def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings: Settings) -> None:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     import ray
     from ray import serve
 

@@ -14,6 +14,8 @@ app version and checksums must never appear in this file.
 - {name: RAY_worker_niceness, value: "0"}
 # A role text of 1000 Chinese characters makes a request line of 9 KB.
 - {name: WEBSOCKETS_MAX_LINE_LENGTH, value: "32768"}
+# A busy gateway answers a proxy late; at Serve's 1 s it is asked again and again, and nobody new gets in.
+- {name: RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S, value: "10"}
 - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ $timeouts.drain | quote }}}
 # Serve learns of new sessions every 10 s by default: too late for people who wait.
 - {name: RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S, value: "1"}
@@ -22,6 +24,8 @@ app version and checksums must never appear in this file.
 {{- if $root.Values.serve.haProxy }}
 # A reload of HAProxy leaves old sockets to the old process: it must outlive the longest session.
 - {name: RAY_SERVE_ENABLE_HA_PROXY, value: "1"}
+# HAProxy that goes with the actor it is a child of; Serve's own stays and holds the ports.
+- {name: RAY_SERVE_HAPROXY_BINARY_PATH, value: /opt/personaplex/bin/personaplex-haproxy}
 - {name: RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S, value: {{ $timeouts.graceful | quote }}}
 - {name: RAY_SERVE_PORT_QUARANTINE_S, value: {{ add $timeouts.graceful 30 | quote }}}
 - {name: RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S, value: {{ $timeouts.graceful | quote }}}

