@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from deployments.settings import Settings
-from personaplex.config import FRAME_SIZE, EngineConfig
+from personaplex.config import FRAME_SIZE
 from personaplex.engine.echo import EchoEngine
 from personaplex.engine.interface import Stepper
 from personaplex.engine.simulated import SimulatedEngine
 from personaplex.engine.steptimes import StepTimes
-from personaplex.errors import CheckpointError
+from personaplex.errors import CheckpointError, PromptTooLong
 from personaplex.persona import DEFAULT_VOICE, VOICES, Persona
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def load(settings: Settings) -> Loaded:
     if settings.model == "echo":
         return Loaded(EchoEngine(settings.slots, settings.prompt_tokens), "echo", VOICES)
     if settings.step_times is not None:
-        config = EngineConfig(slots=settings.slots, prompt_tokens=settings.prompt_tokens)
-        engine = SimulatedEngine(StepTimes.load(settings.step_times), config)
+        engine = SimulatedEngine(StepTimes.load(settings.step_times), settings.engine_config)
         return Loaded(engine, "simulated", VOICES)
     loaded = _load_model(settings)
     warm_up(loaded)
@@ -58,7 +57,10 @@ def warm_up(loaded: Loaded) -> None:
         return
     voice = DEFAULT_VOICE if DEFAULT_VOICE in loaded.voices else loaded.voices[0]
     engine, silence = loaded.engine, np.zeros(FRAME_SIZE, np.float32)
-    slot = engine.admit(Persona(voice=voice))
+    try:
+        slot = engine.admit(Persona(voice=voice))
+    except PromptTooLong:  # where only short role texts may be asked for
+        slot = engine.admit(Persona(voice=voice, text_prompt=""))
     while engine.prime() != slot:
         pass
     for _ in range(WARM_UP_FRAMES):
@@ -84,9 +86,9 @@ def _load_model(settings: Settings) -> Loaded:
     voices = VoiceLibrary(checkpoint.config.lm, checkpoint.voices)
     dtype = choose_dtype(settings.dtype, device)
     offload_slots = settings.slots if settings.cpu_offload else 0
-    model = load_model(checkpoint, device, dtype, offload_slots)
-    config = EngineConfig(slots=settings.slots, prompt_tokens=settings.prompt_tokens)
-    return Loaded(Engine(model, voices, tokenizer, config), checkpoint.name, voices.names())
+    model = load_model(checkpoint, device, dtype, offload_slots, settings.weights, settings.kv)
+    engine = Engine(model, voices, tokenizer, settings.engine_config)
+    return Loaded(engine, checkpoint.name, voices.names())
 
 
 def _checkpoint(settings: Settings, on_cuda: bool) -> Checkpoint:

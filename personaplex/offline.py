@@ -75,11 +75,13 @@ def _run(options: argparse.Namespace) -> Report:
         device,
         choose_dtype(options.dtype, device),
         offload_slots=slots if options.cpu_offload else 0,
+        weights=options.weights,
+        kv=options.kv,
     )
     voice = find_voice(options.voice_prompt, checkpoint, library, model, options.save_voice)
     sampling = _sampling(options)
     persona = Persona(text_prompt=options.text_prompt, sampling=sampling)
-    config = EngineConfig(slots=slots, prompt_tokens=_ANY_LENGTH)
+    config = EngineConfig(slots=slots, kv=options.kv, prompt_tokens=_ANY_LENGTH)
     prepare_outputs(jobs)
     started = time.perf_counter()
     report = converse(Engine(model, library, tokenizer, config), tokenizer, persona, voice, jobs)
@@ -194,8 +196,16 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs recorded users through PersonaPlex and writes what the agent said.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    files = parser.add_argument_group("files")
-    files.add_argument(
+    _add_files(parser.add_argument_group("files"))
+    _add_checkpoint(parser.add_argument_group("checkpoint"))
+    _add_engine(parser.add_argument_group("engine"))
+    _add_persona(parser.add_argument_group("persona"))
+    _add_sampling(parser.add_argument_group("sampling"))
+    return parser
+
+
+def _add_files(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--input-wav",
         type=Path,
         nargs="+",
@@ -203,68 +213,85 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="recordings, or folders of them",
     )
-    files.add_argument(
+    group.add_argument(
         "--output-wav",
         type=Path,
         required=True,
         metavar="PATH",
         help="the agent's sound, as long as the input; a folder when there are several inputs",
     )
-    files.add_argument("--output-text", type=Path, metavar="PATH", help="JSON list of one text piece a frame")
-    files.add_argument(
+    group.add_argument("--output-text", type=Path, metavar="PATH", help="JSON list of one text piece a frame")
+    group.add_argument(
         "--output-tokens", type=Path, metavar="PATH", help=".npz with tokens [n, 17] and user_codes [8, n]"
     )
-    model = parser.add_argument_group("model")
-    model.add_argument(
+
+
+def _add_checkpoint(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--model", default="7b", help="7b (from Hugging Face), tiny (built in, untrained) or a directory"
     )
-    model.add_argument("--hf-repo", default=DEFAULT_REPO, help="Hugging Face repository of 7b")
-    model.add_argument("--revision", help="branch, tag or commit in that repository")
-    model.add_argument(
+    group.add_argument("--hf-repo", default=DEFAULT_REPO, help="Hugging Face repository of 7b")
+    group.add_argument("--revision", help="branch, tag or commit in that repository")
+    group.add_argument(
         "--moshi-weight", type=Path, metavar="FILE", help="language model, in place of the checkpoint's"
     )
-    model.add_argument("--mimi-weight", type=Path, metavar="FILE", help="codec, in place of the checkpoint's")
-    model.add_argument(
+    group.add_argument("--mimi-weight", type=Path, metavar="FILE", help="codec, in place of the checkpoint's")
+    group.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="tokenizer, in place of the checkpoint's"
     )
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    model.add_argument(
+
+
+def _add_engine(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", *_DTYPES),
         help="of the language model; auto is bfloat16 on CUDA, float32 on a CPU",
     )
-    model.add_argument(
+    group.add_argument(
+        "--weights", default="auto", choices=("auto", "int8"), help="int8: smaller, at some cost in quality"
+    )
+    group.add_argument(
+        "--kv",
+        default="auto",
+        choices=("auto", "int8"),
+        help="int8: half a conversation's memory, a little noise",
+    )
+    group.add_argument(
         "--cpu-offload", action="store_true", help="keep what does not fit the GPU in host memory; slower"
     )
-    model.add_argument(
+    group.add_argument(
         "--batch-size", type=int, default=1, metavar="N", help="conversations run at once; changes no result"
     )
-    persona = parser.add_argument_group("persona")
-    persona.add_argument(
+
+
+def _add_persona(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--voice-prompt",
         default=f"{DEFAULT_VOICE}.pt",
         metavar="VOICE",
         help="a voice's name, a .pt voice file or a recording",
     )
-    persona.add_argument(
+    group.add_argument(
         "--voice-prompt-dir", type=Path, metavar="DIR", help="voices, in place of the checkpoint's"
     )
-    persona.add_argument(
+    group.add_argument(
         "--save-voice", type=Path, metavar="FILE", help="write the voice of a recording as a .pt voice file"
     )
-    persona.add_argument(
+    group.add_argument(
         "--text-prompt", default=Persona().text_prompt, metavar="TEXT", help="the agent's role; may be empty"
     )
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--seed", type=int, default=-1, help="-1 draws one")
-    sampling.add_argument("--greedy", action="store_true", help="always the likeliest token")
+
+
+def _add_sampling(group: argparse._ArgumentGroup) -> None:
     defaults = Sampling()
-    sampling.add_argument("--temp-audio", type=float, default=defaults.audio_temperature, metavar="T")
-    sampling.add_argument("--temp-text", type=float, default=defaults.text_temperature, metavar="T")
-    sampling.add_argument("--topk-audio", type=int, default=defaults.audio_topk, metavar="K", help="0: all")
-    sampling.add_argument("--topk-text", type=int, default=defaults.text_topk, metavar="K", help="0: all")
-    return parser
+    group.add_argument("--seed", type=int, default=-1, help="-1 draws one")
+    group.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    group.add_argument("--temp-audio", type=float, default=defaults.audio_temperature, metavar="T")
+    group.add_argument("--temp-text", type=float, default=defaults.text_temperature, metavar="T")
+    group.add_argument("--topk-audio", type=int, default=defaults.audio_topk, metavar="K", help="0: all")
+    group.add_argument("--topk-text", type=int, default=defaults.text_topk, metavar="K", help="0: all")
 
 
 if __name__ == "__main__":

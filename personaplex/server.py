@@ -41,7 +41,7 @@ ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray other
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own
 # Options that are settings of the same name.
 _SETTINGS = (
-    *("model", "device", "slots", "static"),
+    *("model", "device", "slots", "weights", "kv", "static"),
     *("hf_repo", "hf_revision", "moshi_weight", "mimi_weight", "tokenizer", "voice_prompt_dir"),
 )
 
@@ -112,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="auto, 7b, tiny, echo or a directory with a checkpoint")
     parser.add_argument("--device", help="auto, cpu or cuda")
     parser.add_argument("--slots", help="sessions at once")
+    parser.add_argument(
+        "--weights", help="auto or int8: half the bytes of most weights, at some cost in quality"
+    )
+    parser.add_argument("--kv", help="auto or int8: half the memory of a session, for a little noise")
     parser.add_argument(
         "--cpu-offload", action="store_true", help="keep weights that do not fit in host memory"
     )

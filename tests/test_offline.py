@@ -121,6 +121,16 @@ def test_seed_voice_and_role_decide_the_conversation(
         assert (tiny_run(tmp_path, name, *options) != one).any(), name
 
 
+def test_smaller_keys_values_and_weights_are_other_numbers(tmp_path: Path) -> None:
+    sine(tmp_path / "user.wav", 0.8)
+    plain = tiny_run(tmp_path, "plain", "--seed", "1")
+    for option in ("--kv", "--weights"):
+        small = tiny_run(tmp_path, option, "--seed", "1", option, "int8")
+        assert small.shape == plain.shape
+        assert np.isfinite(small).all()
+        assert not np.array_equal(small, plain)
+
+
 def test_greedy_needs_no_seed(tmp_path: Path) -> None:
     sine(tmp_path / "user.wav", 0.5)
     one, two = (tiny_run(tmp_path, name, "--greedy") for name in ("one", "two"))

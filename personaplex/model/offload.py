@@ -18,6 +18,7 @@ from personaplex.errors import CheckpointError
 from personaplex.model.layers import Stack
 from personaplex.model.lm import LM
 from personaplex.model.quantize import Int8Matrix, quantise_layer
+from personaplex.model.ring import Ring
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +63,12 @@ def place_quantised(lm: LM, device: torch.device) -> None:
     move(lm, device)
 
 
-def gpu_budget(config: LMConfig, slots: int, device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes of `device` that weights may take, beside the key-value rings of `slots` sessions."""
+def gpu_budget(config: LMConfig, slots: int, device: torch.device, dtype: torch.dtype, kv: str) -> int:
+    """Bytes of `device` that weights may take beside the rings of `slots` sessions, kept as `kv` says."""
     free, _ = torch.cuda.mem_get_info(device)
-    temporal = config.temporal
-    ring = 2 * temporal.layers * temporal.dim * temporal.context * dtype.itemsize
-    return free - slots * ring - _WORKSPACE
+    kind = torch.int8 if kv == "int8" else dtype
+    ring = Ring.allocate(config.temporal, 1, torch.device("meta"), kind)
+    return free - slots * sum(part.nbytes for part in ring.contents) - _WORKSPACE
 
 
 def resident_bytes(module: nn.Module) -> int:

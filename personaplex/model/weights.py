@@ -50,11 +50,13 @@ def load_model(
     dtype: torch.dtype,
     offload_slots: int = 0,
     weights: str = "auto",
+    kv: str = "auto",
 ) -> Model:
     """Loads a resolved checkpoint.
 
-    With `offload_slots` > 0 weights that do not fit a GPU beside that many sessions stay in host memory. With
-    `weights` "int8" the temporal transformer's are quantised. Raises CheckpointError for a damaged file or
+    With `offload_slots` > 0 weights that do not fit a GPU beside that many sessions, whose keys and values
+    are kept as `kv` says (see EngineConfig), stay in host memory. With `weights` "int8" the temporal
+    transformer's are quantised. Raises CheckpointError for a damaged file or
     one with other tensors, ConfigError for ways that do not go together.
     """
     if weights not in ("auto", "int8") or (weights == "int8" and offload_slots):
@@ -68,7 +70,7 @@ def load_model(
         place_quantised(lm, device)
     elif offload_slots and device.type == "cuda":
         lm = load_lm(checkpoint.lm, config.lm, torch.device("cpu"), dtype)
-        place(lm, device, gpu_budget(config.lm, offload_slots, device, dtype))
+        place(lm, device, gpu_budget(config.lm, offload_slots, device, dtype, kv))
     else:
         lm = load_lm(checkpoint.lm, config.lm, device, dtype)
     return Model(lm, mimi, config)
