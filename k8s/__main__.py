@@ -45,9 +45,15 @@ def _parser() -> argparse.ArgumentParser:
         "serve-config", _serve_config, "print the Serve config inside a rendered manifest", local=True
     )
     command.add_argument("-f", "--manifest", default="-", help="output of helm template; - is standard input")
-    command = add("slots", _slots, "how many sessions a card holds, computed", local=True)
+    command = add(
+        "slots", _slots, "how many sessions a card holds: computed, or from a measurement", local=True
+    )
     command.add_argument("--memory-gib", type=float, required=True)
-    command.add_argument("--bandwidth-gbs", type=float, required=True, help="GB/s of the data sheet")
+    how = command.add_mutually_exclusive_group(required=True)
+    how.add_argument("--bandwidth-gbs", type=float, default=0.0, help="GB/s of the data sheet")
+    how.add_argument("--measured", type=Path, metavar="FILE", help="report of benchmarks/gpu.py on that card")
+    command.add_argument("--kv", choices=sizing.KINDS, default="auto", help="as the setting")
+    command.add_argument("--weights", choices=sizing.KINDS, default="auto", help="as the setting")
     return parser
 
 
@@ -131,7 +137,13 @@ def _serve_config(args: argparse.Namespace) -> None:
 
 
 def _slots(args: argparse.Namespace) -> None:
-    print(sizing.slots(sizing.Card(args.memory_gib * 2**30, args.bandwidth_gbs * 1e9)))
+    card = sizing.Card(args.memory_gib * 2**30, args.bandwidth_gbs * 1e9)
+    steps, source = None, "computed from the model's shapes and the data sheet, not measured"
+    if args.measured is not None:
+        steps, gpu = sizing.read_measured(args.measured, args.kv)
+        source = f"steps measured on {gpu} with bf16 weights, memory computed"
+    print(source, file=sys.stderr)
+    print(sizing.slots(card, args.kv, args.weights, steps))
 
 
 def main(arguments: list[str] | None = None) -> int:
