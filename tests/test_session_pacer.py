@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 
 import pytest
 
-from personaplex.session.pacer import HIGH_WATER, LONG_STANDING, SLACK_S, STANDING, Pacer
+from personaplex.session.pacer import (
+    HIGH_WATER,
+    LEAD_S,
+    LONG_STANDING,
+    SLACK_S,
+    STANDING,
+    Pacer,
+)
 
 FRAME = 0.08
 
@@ -30,7 +38,7 @@ def play(
 
     for number, arrival in enumerate(arrivals):
         run_until(arrival)
-        pacer.push(str(number).encode())
+        pacer.push(str(number).encode(), arrival)
         release(arrival)
     run_until(float("inf"))
     return left
@@ -75,52 +83,101 @@ def test_never_two_pages_closer_than_the_slack_allows() -> None:
         assert numbers == sorted(set(numbers))
 
 
-def test_standing_latency_is_given_back_in_a_quiet_page() -> None:
+def converse(
+    pacer: Pacer, frames: int, *, late: float, quiet: Callable[[int], bool], start: int = 0
+) -> list[float]:
+    """Frames that come `late` seconds after their time, each page leaving as soon as it may. Returns when
+    pages left, counted from the time of the frame that came last."""
+    left = []
+    for number in range(start, start + frames):
+        now = number * FRAME + late
+        while (due := pacer.deadline()) is not None and due < now:
+            pacer.release(due)
+            left.append(due - (number - 1) * FRAME)
+        pacer.push(b"page", now, quiet(number))
+        if pacer.release(now) is not None:
+            left.append(late)
+    return left
+
+
+def always(number: int) -> bool:
+    return True
+
+
+def never(number: int) -> bool:
+    return False
+
+
+def test_a_player_is_kept_supplied_ahead_of_its_need() -> None:
+    """Pages that come a little earlier than the first leave early, but not by more than a player can hold."""
     pacer = Pacer()
-    pacer.push(b"0")
-    pacer.push(b"1")
-    now = 0.0
-    for number in range(2, STANDING + 1):
-        assert pacer.release(now) is not None
-        pacer.push(str(number).encode(), quiet=True)
-        now += FRAME
-    assert pacer.trimmed == 0, "one page standing for less than STANDING pages is not yet latency"
-    assert pacer.release(now) is not None
-    pacer.push(b"loud", quiet=False)
-    assert (pacer.waiting, pacer.trimmed) == (2, 0)
-    assert pacer.release(now + FRAME) is not None
-    pacer.push(b"quiet", quiet=True)
-    assert (pacer.waiting, pacer.trimmed) == (1, 1)
+    for number, arrival in enumerate((0.0, FRAME - 0.005, 2 * FRAME - 0.03)):
+        pacer.push(b"page", arrival)
+        assert (pacer.release(arrival) is not None) == (number < 2)
+    assert pacer.deadline() == pytest.approx(2 * FRAME - LEAD_S)
 
 
-def test_standing_latency_is_given_back_at_last_where_there_is_no_quiet() -> None:
+def test_standing_delay_is_given_back_between_quiet_pages() -> None:
     pacer = Pacer()
-    for _ in range(4):
-        pacer.push(b"loud")
-    counts, now = [], 0.0
-    for _ in range(5 * LONG_STANDING):
-        assert pacer.release(now) is not None
-        now += FRAME
-        pacer.push(b"loud")
-        counts.append(pacer.trimmed)
-    assert [counts.index(trims) for trims in (1, 2, 3)] == [n * LONG_STANDING - 1 for n in (1, 2, 3)]
-    assert (pacer.waiting, pacer.trimmed, pacer.dropped) == (1, 3, 0), "an empty queue is the floor"
+    converse(pacer, 1, late=0.06, quiet=never)  # something held the first page up, and nothing since
+    assert converse(pacer, STANDING + 5, late=0.0, quiet=never, start=1)[-1] == pytest.approx(0.05)
+    one = STANDING + 6
+    alone = converse(pacer, 3, late=0.0, quiet=lambda number: number == one, start=one)
+    assert alone == pytest.approx([0.05] * 3), "what was said before it would be lost"
+    delays = converse(pacer, 5, late=0.0, quiet=always, start=one + 3)
+    assert delays == pytest.approx([0.05, 0.05, 0.03, 0.01, 0.0], abs=1e-9)
+    assert (pacer.trimmed, pacer.late, pacer.dropped) == (0, 0, 0)
 
 
-def test_a_queue_that_was_empty_once_is_not_standing_until_a_whole_period_later() -> None:
+def test_delay_that_was_needed_once_is_kept_for_a_whole_period() -> None:
     pacer = Pacer()
-    now = 0.0
-    for _ in range(STANDING - 1):
-        pacer.push(b"on time", quiet=True)
-        assert pacer.release(now) is not None
-        now += FRAME
-    for _ in range(3 * STANDING):
-        pacer.push(b"late", quiet=True)
-        pacer.push(b"late", quiet=True)
-        pacer.release(now)
-        now += FRAME
-        while pacer.waiting > 1:
-            pacer.release(now)
-            now += FRAME
-    assert pacer.trimmed >= 1
-    assert pacer.dropped == 0
+    converse(pacer, 1, late=0.05, quiet=always)
+    at = 1
+    for _ in range(4):  # one frame in each period needs all of it
+        converse(pacer, STANDING - 1, late=0.0, quiet=always, start=at)
+        assert converse(pacer, 1, late=0.04, quiet=always, start=at + STANDING - 1)[-1] == pytest.approx(0.04)
+        at += STANDING
+    assert (pacer.trimmed, pacer.late) == (0, 0)
+    converse(pacer, 1, late=0.0, quiet=always, start=at)
+    assert pacer.deadline() == pytest.approx(at * FRAME + 0.04), "nothing was given back"
+
+
+def test_a_long_stall_is_made_up_for_within_one_pause() -> None:
+    pacer = Pacer()
+    converse(pacer, 1, late=0.3, quiet=never)
+    converse(pacer, STANDING, late=0.0, quiet=never, start=1)
+    assert pacer.waiting == 4
+    left = converse(pacer, 8, late=0.0, quiet=always, start=STANDING + 1)
+    assert pacer.trimmed == 3, "0.29 s: three pages, and the rest by leaving early"
+    assert left[-1] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_standing_delay_is_given_back_at_last_where_there_is_no_quiet() -> None:
+    pacer = Pacer()
+    converse(pacer, 1, late=0.3, quiet=never)
+    trims = []
+    for number in range(1, 5 * LONG_STANDING):
+        before = pacer.trimmed
+        converse(pacer, 1, late=0.0, quiet=never, start=number)
+        trims += [number] * (pacer.trimmed - before)
+    assert trims == [n * LONG_STANDING for n in (1, 2, 3)]
+    assert (pacer.waiting, pacer.dropped) == (1, 0), "less than a page of it is left"
+
+
+def test_giving_back_is_never_heard() -> None:
+    """Whatever the arrivals: never closer than the slack allows, and less only between two quiet pages."""
+    dice = random.Random(2)
+    for _ in range(30):
+        pacer, left, hushes = Pacer(), [], [dice.random() < 0.3 for _ in range(1_500)]
+        for number, quiet in enumerate(hushes):
+            late = dice.choice((0.0, 0.01)) + (0.12 if dice.random() < 0.01 else 0.0)
+            now = max(number * FRAME + late, left[-1][0] if left else 0.0)
+            while (due := pacer.deadline()) is not None and due < now:
+                left.append((due, pacer.release(due)))
+            pacer.push(b"%d" % number, now, quiet)
+            left.append((now, pacer.release(now)))
+        pages = [(moment, int(page)) for moment, page in left if page is not None]
+        for (before, first), (after, second) in itertools.pairwise(pages):
+            assert after - before >= FRAME - SLACK_S - 1e-9
+            assert second == first + 1 or not any(not hushes[lost] for lost in range(first + 1, second))
+        assert pacer.dropped == 0

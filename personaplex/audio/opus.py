@@ -1,8 +1,9 @@
 """Opus at 24 kHz mono through libopus: one encoder, one decoder, and the arithmetic of packet durations.
 
 Calls go to libopus by ctypes into buffers allocated once, because opuslib's own `decode` copies every sample
-through a Python list and costs three times the codec itself. ctypes releases the GIL during a call. A codec
-object belongs to one session and one thread at a time.
+through a Python list and costs three times the codec itself. They keep the interpreter's lock: a call takes
+20 to 80 us, and a thread that gives the lock away so often gets it back late whenever another one is awake. A
+codec object belongs to one session and one thread at a time.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ except Exception as error:  # opuslib raises a bare Exception when it finds no s
     ) from error
 
 Pcm = npt.NDArray[np.float32]
+
+_LIBOPUS = ctypes.PyDLL(opuslib.api.libopus._name, handle=opuslib.api.libopus._handle)
+_ADDRESS = ctypes.c_void_p
+_encode = _LIBOPUS.opus_encode_float
+_encode.argtypes = (_ADDRESS, _ADDRESS, ctypes.c_int, _ADDRESS, ctypes.c_int32)
+_decode = _LIBOPUS.opus_decode_float
+_decode.argtypes = (_ADDRESS, ctypes.c_char_p, ctypes.c_int32, _ADDRESS, ctypes.c_int, ctypes.c_int)
 
 PACKET_SAMPLES = 480  # 20 ms, the packet we send
 LONGEST_SAMPLES = 2_880  # 120 ms, the longest packet there is
@@ -75,13 +83,13 @@ class OpusDecoder:
     def __init__(self) -> None:
         self._state = opuslib.api.decoder.create_state(SAMPLE_RATE, 1)
         weakref.finalize(self, opuslib.api.decoder.destroy, self._state)
-        self._decode = opuslib.api.decoder.libopus_decode_float
+        self._address = ctypes.cast(self._state, _ADDRESS)
         self._pcm: Pcm = np.zeros(LONGEST_SAMPLES, np.float32)
-        self._pointer = self._pcm.ctypes.data_as(opuslib.api.c_float_pointer)
+        self._samples = self._pcm.ctypes.data
 
     def decode(self, packet: bytes) -> Pcm:
         """float32 [samples]: a view that the next call overwrites. Raises BadAudio for a corrupt packet."""
-        count = self._decode(self._state, packet, len(packet), self._pointer, LONGEST_SAMPLES, 0)
+        count = _decode(self._address, packet, len(packet), self._samples, LONGEST_SAMPLES, 0)
         if count < 0:
             raise BadAudio("corrupt Opus packet")
         return self._pcm[:count]
@@ -89,7 +97,7 @@ class OpusDecoder:
     def conceal(self, samples: int) -> Pcm:
         """What libopus puts in place of `samples` lost ones (a multiple of 60, at most 2880); a view too."""
         assert samples in range(SHORTEST_SAMPLES, LONGEST_SAMPLES + 1, SHORTEST_SAMPLES), samples
-        count = self._decode(self._state, None, 0, self._pointer, samples, 0)
+        count = _decode(self._address, None, 0, self._samples, samples, 0)
         assert count == samples, (count, samples)
         return self._pcm[:count]
 
@@ -112,16 +120,16 @@ class OpusEncoder:
         except opuslib.OpusError as error:
             raise ConfigError(f"Opus refuses bitrate {bitrate}, complexity {complexity}") from error
         self.lookahead: int = self._control(opuslib.api.ctl.get_lookahead)  # samples at 24 kHz
-        self._encode = opuslib.api.encoder.libopus_encode_float
+        self._address = ctypes.cast(self._state, _ADDRESS)
         self._pcm: Pcm = np.zeros(LONGEST_SAMPLES, np.float32)
-        self._pointer = self._pcm.ctypes.data_as(opuslib.api.c_float_pointer)
+        self._samples = self._pcm.ctypes.data
         self._packet = ctypes.create_string_buffer(_ENCODED_LIMIT)
 
     def encode(self, pcm: Pcm) -> bytes:
         """One packet from float32 [samples]: 60, 120, 240, 480, 960, 1440 or 2880 of them (2.5 to 120 ms)."""
         samples = len(pcm)
         self._pcm[:samples] = pcm
-        size = self._encode(self._state, self._pointer, samples, self._packet, _ENCODED_LIMIT)
+        size = _encode(self._address, self._samples, samples, self._packet, _ENCODED_LIMIT)
         assert size > 0, (size, samples)
         return ctypes.string_at(self._packet, size)
 

@@ -206,7 +206,7 @@ class SessionCore:
                 session = Send(encode(Metadata({"type": "session", **details})))
                 return [session, *self._go_live_when_due(now)]
             case AgentAudio(page, quiet):
-                self.pacer.push(page, quiet)
+                self.pacer.push(page, now, quiet)
                 return self._release(now)
             case AgentText(text):
                 return [Send(encode(Text(text)))] if text else []
