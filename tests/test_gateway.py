@@ -120,8 +120,13 @@ def _visitor(address: str = "192.0.2.1", query: dict[str, str] | None = None, **
     ],
 )
 def test_a_key_opens_wherever_clients_put_it(visitor: Visitor) -> None:
-    with _doors(keys=("other", "good")).enter(visitor):
-        pass
+    """And it is the key that is counted, wherever it was."""
+    doors = _doors(keys=("other", "good"), sessions_per_key=1)
+    with doors.enter(visitor):
+        assert doors.inside == 2, "the address and the key"
+        with pytest.raises(Unauthorized, match="key holds"), doors.enter(_visitor(x_api_key="good")):
+            pass
+    assert doors.inside == 0
 
 
 @pytest.mark.parametrize(
@@ -141,8 +146,10 @@ def test_no_other_key_does(visitor: Visitor) -> None:
 
 
 def test_without_keys_everybody_may_enter() -> None:
-    with _doors().enter(_visitor()):
-        pass
+    doors = _doors()
+    with doors.enter(_visitor()), doors.enter(_visitor(x_api_key="whatever")):
+        assert doors.inside == 1, "the address alone: no key is looked at"
+    assert doors.inside == 0
 
 
 def test_only_allowed_origins_may_but_programs_have_none() -> None:

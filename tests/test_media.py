@@ -244,8 +244,15 @@ def test_a_peer_that_does_not_read_is_cut_off_on_close() -> None:
         for _ in range(2_000):
             server.link.send_frame(Kind.REPLY, bytes(7_700))
         server.link.close()
+        assert server.link.dropped > 1_000, "frames nobody reads are not kept"
         await asyncio.wait_for(server.lost.wait(), 1)
-        silent.close()
+        assert not server.link.open
+        silent.settimeout(1.0)
+        heard = 0
+        with silent:
+            while piece := silent.recv(1 << 20):
+                heard += len(piece)
+        assert heard < 2_000 * 7_700 / 2, "what the kernel held, and no more"
 
     _with_server(run)
 

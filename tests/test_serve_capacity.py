@@ -113,7 +113,8 @@ def test_a_client_that_vanishes_frees_its_slot(pair: Service) -> None:
             await client.until(lambda heard: heard.live)
             await asyncio.to_thread(pair.wait, lambda seen: sum(one.used for one in seen) == 1)
             client.socket.transport.abort()
-            await asyncio.to_thread(pair.wait_idle, 2.0)
+            assert await asyncio.to_thread(pair.wait_idle, 2.0) < 2.0
+            assert await asyncio.to_thread(pair.used) == [0, 0]
 
     asyncio.run(run())
 
