@@ -19,6 +19,7 @@ $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[all]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps 'moshi==0.2.13' # its client, for the tests
+	$(BIN)/python -c 'import personaplex.model.host' # compiles the CPU's kernels, once for this machine
 	@touch $@
 
 # The one thing outside .venv: the Opus codec, a system library.

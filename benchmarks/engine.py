@@ -136,18 +136,18 @@ class LiveLM:
         for _ in range(slots):
             engine.open(persona, voice)
         self.state, self.sampling = engine._state.lm, engine._state.sampling
-        self.active = torch.arange(len(self.state.offset)) < slots  # an engine may hold more rows than slots
+        self.active = torch.ones(slots, dtype=torch.bool)
         self.caps = Caps.of([sampling], MIDDLE.text_card, MIDDLE.card)
 
     @torch.inference_mode()
     def step(self, codes: Tensor) -> Tensor:
         """User codes [slots, 8] -> tokens [slots, 17]."""
-        tokens = torch.zeros(len(self.active), STREAMS, dtype=torch.int64)
+        tokens = torch.zeros(len(codes), STREAMS, dtype=torch.int64)
         given = torch.zeros_like(tokens, dtype=torch.bool)
-        tokens[: len(codes), USER], given[:, USER] = codes, True
+        tokens[:, USER], given[:, USER] = codes, True
         inputs = LMInputs(tokens, given)
         out = lm.step(self.network, self.state, inputs, self.sampling, self.active, self.caps, CODEBOOKS)
-        return out.tokens[: len(codes)]
+        return out.tokens
 
     def fill(self, positions: int) -> None:
         """Moves every session on to `positions`, as if that much had been said."""

@@ -76,7 +76,7 @@ def kernels(device: torch.device, capacity: int = 1_000) -> dict[str, float]:
     found["silu_multiply"] = _worst(pointwise.silu_multiply(x.to(device)), F.silu(a) * b)
     matrix = Int8Matrix.of(torch.randn(96, 1_024))
     ours = int8.matmul(x.to(device), matrix.codes.to(device), matrix.scale.to(device))
-    found["int8_product"] = _worst(ours, matrix.product(x))
+    found["int8_product"] = _worst(ours, x @ matrix.numbers(torch.float32).t())
     logits, keys = 3 * torch.randn(8, 2_048), torch.randint(0, 2**62, (8,))
     score = (logits / 0.8 - log_noise(keys, torch.arange(2_048))).masked_fill(
         logits < logits.topk(250).values[:, -1:], -torch.inf
@@ -167,12 +167,12 @@ def int8_cost(positions: int = 200) -> dict[str, Any]:
 
 def _text_logits(config: ModelConfig, weights: str, kv: str, positions: int) -> Tensor:
     random = torch.Generator().manual_seed(3)
-    inputs = torch.randn(positions, 4, 1, config.lm.temporal.dim, generator=random)
+    inputs = torch.randn(positions, 4, config.lm.temporal.dim, generator=random)
     lm = random_model(config, CPU, torch.float32, weights).lm
     ring = lm.allocate(4, torch.int8 if kv == "int8" else None).ring
     with torch.inference_mode():
         hidden = [lm.transformer.step(x.clone(), ring, torch.ones(4, dtype=torch.bool)) for x in inputs]
-        return lm.text_linear(lm.out_norm(torch.cat(hidden, 1)))
+        return lm.text_linear(lm.out_norm(torch.stack(hidden, 1)))
 
 
 def main() -> None:

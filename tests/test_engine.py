@@ -313,7 +313,7 @@ def test_long_conversation_stays_exact_to_the_ring_rule() -> None:
     with torch.inference_mode():
         for position in range(script.frames - 1):
             model().lm.transformer.step(
-                model().lm.embed(script.positions[position])[None, None],
+                model().lm.embed(script.positions[position])[None],
                 state.ring,
                 torch.ones(1, dtype=torch.bool),
             )

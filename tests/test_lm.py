@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from personaplex.config import SILENCE_CODES, SINE_CODES, STREAMS, USER, EngineConfig, ModelConfig
 from personaplex.engine.engine import Engine
 from personaplex.engine.script import Script, compose, embed_voice
-from personaplex.model import Model, lm, ring
+from personaplex.model import Model, host, layers, lm, ring
 from personaplex.model.depth import DepthPass
 from personaplex.model.lm import LM, LMInputs, LMState
 from personaplex.model.sampling import Caps, SamplingState
@@ -147,6 +147,15 @@ def test_run(name: str, route: str) -> None:
         check_run(net, state, name, vectors, depth_steps=16)
 
 
+@pytest.fixture(params=["numba", "torch"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Steps by Numba's kernels, or by torch, as where there is no Numba."""
+    if request.param == "torch":
+        monkeypatch.setattr(layers, "uses_host_kernels", lambda _: False)
+    return bool(request.param == "numba")
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("name", ["voicewav", "batch"])
 def test_eight_depth_steps_are_enough_when_the_user_is_heard(name: str) -> None:
     vectors, net = arrays(f"lm_run_{name}"), build_lm()
@@ -156,24 +165,39 @@ def test_eight_depth_steps_are_enough_when_the_user_is_heard(name: str) -> None:
         check_run(net, state, name, vectors, depth_steps=8)
 
 
-def test_stages() -> None:
+def record(net: LM, compiled: bool, patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What each layer gives, one after the other, as the temporal transformer steps."""
+    kept: list[torch.Tensor] = []
+    if compiled:
+        step_layer = host.step_layer
+
+        def watched(x: Any, *rest: Any) -> None:
+            step_layer(x, *rest)
+            kept.append(torch.from_numpy(x.copy()))
+
+        patch.setattr(host, "step_layer", watched)
+    else:
+        for layer in net.transformer.layers:
+            finish = layer.finish
+            layer.finish = lambda *parts, finish=finish: kept.append(finish(*parts)) or kept[-1]
+    return kept
+
+
+def test_stages(compiled: bool) -> None:
     """One parallel call: embeddings (with -1 entries), every layer, the depth transformer's 16 steps."""
     z, net = arrays("lm_stage"), build_lm()
     with torch.inference_mode():
         x = net.embed(torch.from_numpy(z["codes"]).transpose(1, 2))
         assert difference(x, z["embeddings"]) < 1e-6
         state, active = net.allocate(2), torch.ones(2, dtype=torch.bool)
-        layers: dict[int, list[torch.Tensor]] = {0: [], 1: []}
-        for index, layer in enumerate(net.transformer.layers):
-            finish = layer.finish
-            layer.finish = lambda x, heads, finish=finish, kept=layers[index]: (
-                kept.append(finish(x, heads)) or kept[-1]
-            )
-        for position in range(x.shape[1]):
-            net.transformer.step(x[:, position : position + 1], state.ring, active)
-        for index, outputs in layers.items():
-            assert difference(torch.cat(outputs, 1), z[f"transformer.layers.{index}"]) < HIDDEN
-        normed = net.out_norm(torch.cat(layers[1], 1))
+        with pytest.MonkeyPatch.context() as patch:
+            kept = record(net, compiled, patch)
+            for position in range(x.shape[1]):
+                net.transformer.step(x[:, position].clone(), state.ring, active)
+        assert len(kept) == 2 * x.shape[1]
+        for index in (0, 1):
+            assert difference(torch.stack(kept[index::2], 1), z[f"transformer.layers.{index}"]) < HIDDEN
+        normed = net.out_norm(torch.stack(kept[1::2], 1))
         assert difference(normed, z["out_norm"]) < HIDDEN
         assert difference(net.text_linear(normed), z["text_logits"]) < TEXT
 

@@ -31,7 +31,7 @@ def test_loaded_as_int8_it_still_speaks() -> None:
     )  # alpha and its float32 copy
     assert sum(resident_bytes(layer) for layer in layers) == temporal_bytes(CONFIG.lm, 8) + norms
     exact = build_lm()
-    x = torch.randn(2, 1, CONFIG.lm.temporal.dim, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, CONFIG.lm.temporal.dim, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         hidden = [
             m.transformer.step(x.clone(), m.allocate(2).ring, torch.ones(2).bool()) for m in (exact, net.lm)
@@ -43,7 +43,7 @@ def test_loaded_as_int8_it_still_speaks() -> None:
 def test_rows_of_an_int8_product_do_not_depend_on_the_batch() -> None:
     lm = build_lm()
     place_quantised(lm, CPU)
-    x = torch.randn(5, 1, CONFIG.lm.temporal.dim, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, CONFIG.lm.temporal.dim, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         whole = lm.transformer.step(x.clone(), lm.allocate(5).ring, torch.ones(5).bool())
         for row in range(5):

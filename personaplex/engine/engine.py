@@ -85,11 +85,10 @@ class Engine:
         self._model, self._voices, self._tokenizer, self._config = model, voices, tokenizer, config
         if model.device.type == "cuda":
             torch.cuda.set_device(model.device)  # kernels are launched on the thread's current device
-        rows = config.slots if model.device.type == "cuda" else max(config.slots, 2)  # see Runner
-        self._state = EngineState.allocate(model, rows, config.kv)
+        self._state = EngineState.allocate(model, config.slots, config.kv)
         if layers.uses_kernels(self._state.lm.offset):
             self._warm_prefill()
-        self._runner = Runner(model, self._state, rows, config.graphs)
+        self._runner = Runner(model, self._state, config.slots, config.graphs)
         self._seats: list[_Seat | None] = [None] * config.slots
         self._generations = [0] * config.slots
         self._vacant = list(range(config.slots))  # a heap: lowest first, so that ticks run on short prefixes

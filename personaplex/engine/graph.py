@@ -50,7 +50,6 @@ class Runner:
         self._model, self._state, self._slots = model, state, slots
         device = model.device
         self._on_gpu = device.type == "cuda"
-        self._narrowest = 1 if self._on_gpu else 2  # see layers.linear: on a CPU a lone row costs a copy
         self.pcm = torch.zeros(slots, FRAME_SIZE, pin_memory=self._on_gpu)
         self._active = torch.zeros(slots, dtype=torch.bool, pin_memory=self._on_gpu)
         self._inputs = [t.to(device) for t in (self.pcm, self._active)]  # the same memory on a CPU
@@ -70,7 +69,7 @@ class Runner:
         """One tick over `slots` (ascending), whose frames are in `pcm`. Returns when it is done."""
         self._active.zero_()
         self._active[slots] = True
-        width = max(slots[-1] + 1, self._narrowest)
+        width = slots[-1] + 1
         graph = None
         if self._graphs:
             width = min(w for w in self._graphs if w >= width)

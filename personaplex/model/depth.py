@@ -5,13 +5,16 @@ Its keys and values live for one frame only. The caller draws the tokens; `Depth
 
 from __future__ import annotations
 
+from functools import cached_property
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
 from personaplex.model import layers
-from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm, Stack, linear_add
+from personaplex.model.layers import Array, Attention, GatedFeedForward, RMSNorm, Stack, linear_add
 
 
 class DepthLayer(nn.Module):
@@ -26,8 +29,16 @@ class DepthLayer(nn.Module):
         self.gating = Stack(GatedFeedForward(config.dim, config.hidden) for _ in range(steps))
 
     def prepare(self) -> None:
-        for part in (self.norm1, self.self_attn, self.norm2, *self.gating):
+        for part in (self.norm1, self.self_attn, self.norm2):
             part.prepare()
+
+    @cached_property
+    def arrays(self) -> list[tuple[Array, ...] | None]:
+        """The weights of each step, see `layers.host_arrays`."""
+        return [
+            layers.host_arrays(self.norm1, self.self_attn, self.norm2, gating, step)
+            for step, gating in enumerate(self.gating)
+        ]
 
 
 class Depth(nn.Module):
@@ -40,6 +51,11 @@ class Depth(nn.Module):
         for layer in self.layers:
             layer.prepare()
 
+    @cached_property
+    def on_host(self) -> bool:
+        """Whether `host.step_layer` can take all layers."""
+        return all(arrays is not None for layer in self.layers for arrays in layer.arrays)
+
 
 class DepthPass:
     """One frame's walk through the steps."""
@@ -47,16 +63,35 @@ class DepthPass:
     def __init__(self, depth: Depth) -> None:
         self.depth = depth
         self.done = 0
-        self.held: list[Tensor] = []  # each layer's keys and values so far, [N, 2, heads, steps, head_dim]
+        self.held: list[Tensor] = []  # each layer's keys and values so far, [N, 2, heads, steps, head_dim];
+        # on a CPU in float32 all layers', [2, N, layers, heads, context, head_dim]
 
     def step(self, x: Tensor) -> Tensor:
         """x [N, dim] = input of the next step, used up -> [N, dim]."""
         step = self.done
+        if layers.uses_host_kernels(x) and self.depth.on_host:
+            return self._step_on_host(x)
         for index, layer in enumerate(self.depth.layers):
             qkv = layer.self_attn.project(layer.norm1(x), step)  # [N, 3, heads, head_dim]
             heads = self._attend_fixed(index, qkv) if layers.uses_kernels(x) else self._attend(index, qkv)
             x = linear_add(x, heads.reshape(x.shape), layer.self_attn.outputs[step])
             x = layer.gating[step].add_to(x, layer.norm2(x))
+        self.done += 1
+        return x
+
+    def _step_on_host(self, x: Tensor) -> Tensor:
+        from personaplex.model import host  # only where there is Numba
+
+        n, config, parts = len(x), self.depth.config, self.depth.layers
+        if not self.done:
+            shape = (2, n, len(parts), config.heads, config.context, config.head_dim)
+            self.held.append(torch.empty(shape))
+        keys, values = self.held[0].numpy()
+        written, active, unturned = np.full(n, self.done), np.ones(n, np.bool_), np.empty((n, 0), np.float32)
+        for index, layer in enumerate(parts):
+            arrays = layer.arrays[self.done]
+            assert arrays is not None
+            host.step_layer(x.numpy(), arrays, keys, values, index, written, active, unturned, unturned)
         self.done += 1
         return x
 

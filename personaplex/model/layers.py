@@ -1,25 +1,33 @@
 """The pieces both transformers and the codec are made of: linear maps, norms, rotary positions, feed-forward.
 
-Modules hold weights under the checkpoint's own names; `prepare()` turns freshly loaded weights into the
-layout the steps read. Rows of a batch never influence each other, not even by rounding (see `linear`).
+Modules hold weights under the checkpoint's own names; `prepare()` turns freshly loaded weights into what the
+steps read.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
 from personaplex.model.quantize import Int8Matrix
 
+Array = NDArray[np.float32]
 Matrix = Tensor | Int8Matrix  # [out, in]
 
 M = TypeVar("M", bound=nn.Module)
+
+_NUMBA = importlib.util.find_spec("numba") is not None
+
+LARGE = 1 << 22  # weights of a matrix from which on it is worth more than one thread
 
 RMS_EPS = 1e-8
 LAYER_NORM_EPS = 1e-5
@@ -34,60 +42,44 @@ def uses_kernels(x: Tensor) -> bool:
     return x.is_cuda
 
 
+def uses_host_kernels(x: Tensor) -> bool:
+    """Whether Numba's kernels (`host.py`) do the work of steps: in float32 on a CPU."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and _NUMBA and not uses_kernels(x)
+
+
 def linear(x: Tensor, weight: Matrix) -> Tensor:
     """`x @ weight.T` for x [..., in], weight [out, in].
 
-    On a CPU one row alone would take a matrix-vector kernel, which sums in another order than the matrix
-    kernel that serves several rows. A lone row is therefore doubled, so that a session's numbers are the same
-    to the last bit whoever shares its batch.
+    x [N, in] is one row of each slot: on a CPU in float32 no row's result depends, even by rounding, on how
+    many there are. Any other shape is a sequence of one slot.
     """
-    if _lone(x):
-        return linear(_doubled(x), weight)[:1].view(*x.shape[:-1], -1)
     if isinstance(weight, Int8Matrix):
-        return weight.product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        if x.is_cuda:
+            return weight.product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return linear(x, weight.numbers(x.dtype))
+    if x.dim() == 2 and uses_host_kernels(x):
+        from personaplex.model import host  # only where there is Numba
+
+        return host.product(x, weight)
     return F.linear(x, _fetched(weight, x))
 
 
 def linear_add(residual: Tensor, x: Tensor, weight: Matrix) -> Tensor:
     """`residual + x @ weight.T` for residual [..., out], x [..., in]; rows as independent as in `linear`.
 
-    Where kernels do the work the sum takes the place of `residual`, which spares a copy.
+    Where Triton's kernels do the work the sum takes the place of `residual`, which spares a copy.
     """
-    if _lone(x):
-        return linear_add(_doubled(residual), _doubled(x), weight)[:1].view(residual.shape)
+    if not uses_kernels(x):
+        return residual + linear(x, weight)
     rows, inner = residual.flatten(0, -2), x.flatten(0, -2)
     if isinstance(weight, Int8Matrix):
         return weight.product(inner, rows).view(residual.shape)
-    matrix = _fetched(weight, x).t()
-    if uses_kernels(x):
-        return rows.addmm_(inner, matrix).view(residual.shape)
-    return torch.addmm(rows, inner, matrix).view(residual.shape)
-
-
-def _lone(x: Tensor) -> bool:
-    return x.numel() == x.shape[-1] and not uses_kernels(x)
-
-
-def _doubled(x: Tensor) -> Tensor:
-    return x.reshape(1, -1).expand(2, -1)
+    return rows.addmm_(inner, _fetched(weight, x).t()).view(residual.shape)
 
 
 def _fetched(weight: Tensor, x: Tensor) -> Tensor:
     """The weight on x's device: one kept on the host (see offload.py) is copied for this product only."""
     return weight if weight.device == x.device else weight.to(x.device, non_blocking=True)
-
-
-def column_major(weight: Tensor) -> Tensor:
-    """The same [out, in] matrix with `in` as the slow axis: what a CPU reads fastest for few rows."""
-    return weight.t().contiguous().t()
-
-
-def prepare_linear(module: nn.Module, name: str = "weight") -> None:
-    """Lays out one matrix for its device and drops its gradient."""
-    weight = getattr(module, name).detach()
-    if weight.device.type == "cpu":
-        weight = column_major(weight)
-    setattr(module, name, nn.Parameter(weight, requires_grad=False))
 
 
 class Stack(nn.ModuleList, Generic[M]):
@@ -110,9 +102,6 @@ class Linear(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs), requires_grad=False)
-
-    def prepare(self) -> None:
-        prepare_linear(self)
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
@@ -148,6 +137,10 @@ def rms_norm(x: Tensor, alpha: Tensor) -> Tensor:
         from personaplex.model import pointwise  # only where there is Triton
 
         return pointwise.rms_norm(x, alpha, RMS_EPS)
+    if x.dim() == 2 and uses_host_kernels(x):
+        from personaplex.model import host  # only where there is Numba
+
+        return host.rms_norm(x.contiguous(), alpha)
     return F.rms_norm(x.float(), alpha.shape, alpha, RMS_EPS).to(x.dtype)
 
 
@@ -179,12 +172,9 @@ class Attention(nn.Module):
         self.outputs: list[Matrix] = []
 
     def prepare(self) -> None:
-        """Splits the stacked weights into one matrix a step, laid out for the device."""
-        stacked_in, stacked_out = self.in_proj_weight.detach(), self.out_proj.weight.detach()
-        on_cpu = stacked_in.device.type == "cpu"
-        layout = column_major if on_cpu else torch.Tensor.contiguous
-        self.inputs = [layout(w) for w in stacked_in.chunk(self.steps)]
-        self.outputs = [layout(w) for w in stacked_out.chunk(self.steps)]
+        """Splits the stacked weights into one matrix a step."""
+        self.inputs = [*self.in_proj_weight.detach().contiguous().chunk(self.steps)]
+        self.outputs = [*self.out_proj.weight.detach().contiguous().chunk(self.steps)]
         del self.in_proj_weight, self.out_proj
 
     def project(self, x: Tensor, step: int = 0) -> Tensor:
@@ -201,8 +191,8 @@ class Attention(nn.Module):
         return linear(heads.transpose(1, 2).flatten(2), self.outputs[0])
 
     def add_to(self, residual: Tensor, heads: Tensor) -> Tensor:
-        """residual [N, T, dim] + the heads [N, H, T, head_dim], merged."""
-        return linear_add(residual, heads.transpose(1, 2).flatten(2), self.outputs[0])
+        """residual [N, T, dim] + the heads [N, H, T, head_dim], merged; of one position T may be left out."""
+        return linear_add(residual, heads.transpose(1, 2).reshape(residual.shape), self.outputs[0])
 
 
 class GatedFeedForward(nn.Module):
@@ -213,13 +203,28 @@ class GatedFeedForward(nn.Module):
         self.linear_in = Linear(dim, 2 * hidden)
         self.linear_out = Linear(hidden, dim)
 
-    def prepare(self) -> None:
-        self.linear_in.prepare()
-        self.linear_out.prepare()
-
     def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + the feed-forward of x, both [..., dim]."""
         return linear_add(residual, silu_multiply(self.linear_in(x)), self.linear_out.weight)
+
+
+def host_arrays(
+    norm1: RMSNorm, attention: Attention, norm2: RMSNorm, gating: GatedFeedForward, step: int = 0
+) -> tuple[Array, ...] | None:
+    """A layer's weights as `host.step_layer` takes them, which runs on one thread; None when more threads do
+    better, or when the weights are not all float32 on the CPU.
+    """
+    parts: list[Array] = []
+    for part in (
+        *(norm1.gain, attention.inputs[step], attention.outputs[step]),
+        *(norm2.gain, gating.linear_in.weight, gating.linear_out.weight),
+    ):
+        if not isinstance(part, Tensor) or not uses_host_kernels(part):
+            return None
+        if part.numel() >= LARGE and torch.get_num_threads() > 1:
+            return None
+        parts.append(part.detach().numpy())
+    return tuple(parts)
 
 
 def silu_multiply(x: Tensor) -> Tensor:

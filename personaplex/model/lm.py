@@ -102,13 +102,11 @@ class LM(nn.Module):
         del self.emb
         self.transformer.prepare()
         self.depformer.prepare()
-        for part in (self.out_norm, self.text_linear, *self.linears):
-            part.prepare()
+        self.out_norm.prepare()
         self.depth_inputs = Linear(self.config.temporal.dim, self.config.depth_steps * self.config.depth.dim)
         self.depth_inputs.weight = nn.Parameter(
             torch.cat([m.weight for m in self.depformer_in]), requires_grad=False
         )
-        self.depth_inputs.prepare()
         del self.depformer_in
         self.requires_grad_(False)
 
@@ -183,7 +181,7 @@ def step(
     source = (n - 1).clamp(min=0) % RING_COLUMNS
     previous = source[:, None].expand(-1, STREAMS)
     x = lm.embed(_read(state.tokens, previous))
-    hidden = lm.out_norm(lm.transformer.step(x[:, None], state.ring, runs))[:, 0]
+    hidden = lm.out_norm(lm.transformer.step(x, state.ring, runs))
 
     target_tokens, target_provided = _read(state.tokens, target), _read(state.provided, target)
     text_logits = lm.text_linear(hidden)

@@ -80,8 +80,6 @@ class MimiLayer(nn.Module):
 
     def prepare(self) -> None:
         self.self_attn.prepare()
-        self.linear1.prepare()
-        self.linear2.prepare()
 
     def forward(
         self, x: Tensor, turn: tuple[Tensor, Tensor], ring: Ring, layer: int, view: Window | None

@@ -50,16 +50,14 @@ class Int8Matrix:
         return (self.codes * self.scale[:, None]).to(dtype)
 
     def product(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """`x @ self.T` for x [rows, in], plus `residual` [rows, out] if given -> [rows, out] in x's type."""
-        if x.is_cuda and x.shape[0] <= _KERNEL_ROWS:
+        """`x @ self.T` for x [rows, in] on a GPU, plus `residual` [rows, out] if given -> [rows, out] in x's
+        type."""
+        if x.shape[0] <= _KERNEL_ROWS:
             from personaplex.model import int8  # only where there is Triton
 
             return int8.matmul(x.contiguous(), self.codes, self.scale, residual)
-        if x.is_cuda:
-            out = F.linear(x, self.numbers(x.dtype))
-            return out if residual is None else residual + out
-        wide = F.linear(x.float(), self.codes.float()) * self.scale
-        return (wide if residual is None else residual + wide).to(x.dtype)
+        out = F.linear(x, self.numbers(x.dtype))
+        return out if residual is None else residual + out
 
 
 def quantise_layer(layer: nn.Module) -> None:
@@ -73,6 +71,7 @@ def quantise_layer(layer: nn.Module) -> None:
         assert isinstance(weight, Tensor)
         del module.weight
         module.__dict__["weight"] = Int8Matrix.of(weight.detach())
+    layer.__dict__.pop("arrays", None)  # a view of what was
 
 
 def temporal_bytes(config: LMConfig, bits: int) -> int:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, MimiConfig
-from personaplex.model.layers import Stack, column_major, linear
+from personaplex.model.layers import Stack, linear
 
 USAGE_FLOOR = 1e-5
 
@@ -62,18 +62,17 @@ class Quantizer(nn.Module):
         self.register_buffer(
             "half_norms", self.vectors.double().square().sum(-1).float() / 2, persistent=False
         )
-        self.matrices = [column_major(level) for level in self.vectors]
-        self.matrix_in = column_major(self.input_proj.weight.detach()[:, :, 0])
-        self.matrix_out = column_major(self.output_proj.weight.detach()[:, :, 0])
+        self.matrix_in = self.input_proj.weight.detach()[:, :, 0].contiguous()
+        self.matrix_out = self.output_proj.weight.detach()[:, :, 0].contiguous()
         del self.vq, self.input_proj, self.output_proj
 
     def encode(self, latent: Tensor) -> Tensor:
         """latent [N, dim] -> codes [N, used]; nearest vector, lowest index on a tie."""
         residual = linear(latent, self.matrix_in)
         codes = []
-        for level, matrix in enumerate(self.matrices):
-            code = (self.half_norms[level] - linear(residual, matrix)).argmin(-1)
-            residual = residual - F.embedding(code, self.vectors[level])
+        for level, vectors in enumerate(self.vectors):
+            code = (self.half_norms[level] - linear(residual, vectors)).argmin(-1)
+            residual = residual - F.embedding(code, vectors)
             codes.append(code)
         return torch.stack(codes, dim=-1)
 

@@ -102,8 +102,8 @@ class Draws:
     def __init__(self, state: SamplingState, steps: Tensor, codebooks: int, card: int, caps: Caps) -> None:
         """steps [N] int64: the slots' step numbers. `caps` holds for all of them; kernels need none."""
         self._state, self._keys = state, draw_keys(state, steps, 1 + codebooks)
-        self._kernels = layers.uses_kernels(steps)
-        if self._kernels:
+        self._fixed = _fixed_draw(state.text_temperature)
+        if self._fixed is not None:
             return
         self._text = Rule.of(state.text_temperature, state.text_topk, caps.text, caps.greedy)
         self._audio = Rule.of(state.audio_temperature, state.audio_topk, caps.audio, caps.greedy)
@@ -113,22 +113,29 @@ class Draws:
     def text(self, logits: Tensor) -> Tensor:
         """logits [N, text_card] -> tokens [N] int64."""
         state = self._state
-        if self._kernels:
-            return _draw_fixed(logits, state.text_temperature, state.text_topk, self._keys[:, 0])
+        if self._fixed is not None:
+            return self._fixed(logits, state.text_temperature, state.text_topk, self._keys[:, 0])
         return draw(logits, self._text, lambda tokens: log_noise(self._keys[:, 0], tokens))
 
     def audio(self, index: int, logits: Tensor) -> Tensor:
         """logits [N, card] of codebook `index` -> codes [N] int64."""
         state = self._state
-        if self._kernels:
-            return _draw_fixed(logits, state.audio_temperature, state.audio_topk, self._keys[:, 1 + index])
+        if self._fixed is not None:
+            return self._fixed(logits, state.audio_temperature, state.audio_topk, self._keys[:, 1 + index])
         return draw(logits, self._audio, lambda codes: self._noise[:, index].gather(1, codes))
 
 
-def _draw_fixed(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor) -> Tensor:
-    from personaplex.model import pointwise  # only where there is Triton
+def _fixed_draw(x: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None:
+    """The kernel that draws where x is, with the slots' own rules: (logits, temperature, topk, keys)."""
+    if layers.uses_kernels(x):
+        from personaplex.model import pointwise  # only where there is Triton
 
-    return pointwise.draw(logits, temperature, topk, keys)
+        return pointwise.draw
+    if layers.uses_host_kernels(x):
+        from personaplex.model import host  # only where there is Numba
+
+        return host.draw
+    return None
 
 
 def draw(logits: Tensor, rule: Rule, noise: Callable[[Tensor], Tensor]) -> Tensor:

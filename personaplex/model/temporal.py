@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
+from personaplex.model import layers
 from personaplex.model import ring as rings
-from personaplex.model.layers import Attention, GatedFeedForward, RMSNorm, Stack, angles, turned
+from personaplex.model.layers import Array, Attention, GatedFeedForward, RMSNorm, Stack, angles, turned
 from personaplex.model.ring import Ring
 
 
@@ -23,8 +26,13 @@ class TemporalLayer(nn.Module):
         self.gating = GatedFeedForward(config.dim, config.hidden)
 
     def prepare(self) -> None:
-        for part in (self.norm1, self.self_attn, self.norm2, self.gating):
+        for part in (self.norm1, self.self_attn, self.norm2):
             part.prepare()
+
+    @cached_property
+    def arrays(self) -> tuple[Array, ...] | None:
+        """The weights, see `layers.host_arrays`."""
+        return layers.host_arrays(self.norm1, self.self_attn, self.norm2, self.gating)
 
     def finish(self, x: Tensor, heads: Tensor) -> Tensor:
         """The rest of the layer, once its heads [N, H, T, head_dim] have read the ring."""
@@ -43,16 +51,30 @@ class Temporal(nn.Module):
             layer.prepare()
 
     def step(self, x: Tensor, ring: Ring, active: Tensor) -> Tensor:
-        """x [N, 1, dim], one position a slot -> [N, 1, dim] before the last norm; offsets move for active
+        """x [N, dim], one position a slot, used up -> [N, dim] before the last norm; offsets move for active
         slots.
         """
-        view = rings.window(ring, 1, active)
         turn = angles(self.config, ring.offset[:, None])
-        for index, layer in enumerate(self.layers):
-            qkv = layer.self_attn.project(layer.norm1(x))
-            x = layer.finish(x, rings.attend(ring, index, qkv, turn, view))
+        if layers.uses_host_kernels(x) and ring.k_scale is None and self.layers[0].arrays is not None:
+            self._step_on_host(x, ring, active, turn)
+        else:
+            view = rings.window(ring, 1, active)
+            for index, layer in enumerate(self.layers):
+                qkv = layer.self_attn.project(layer.norm1(x))[:, None]
+                x = layer.finish(x, rings.attend(ring, index, qkv, turn, view))
         ring.offset += active
         return x
+
+    def _step_on_host(self, x: Tensor, ring: Ring, active: Tensor, turn: tuple[Tensor, Tensor]) -> None:
+        from personaplex.model import host  # only where there is Numba
+
+        keys, values = ring.k.numpy(), ring.v.numpy()
+        cos, sin = (part.view(len(x), -1).numpy() for part in turn)
+        for index, layer in enumerate(self.layers):
+            assert layer.arrays is not None
+            host.step_layer(
+                x.numpy(), layer.arrays, keys, values, index, ring.offset.numpy(), active.numpy(), cos, sin
+            )
 
     def prefill(self, x: Tensor, ring: Ring, slot: int, start: int) -> None:
         """x [1, T, dim] = positions start.. of one slot, all at once; only keys and values are kept.

@@ -1,0 +1,300 @@
+"""The work of single steps on a CPU in float32, compiled by Numba; `layers.py`, `ring.py` and `depth.py` hold
+the same in torch.
+
+torch sums one row in another order than several, and calling it costs more than a small layer's work. Here
+every row of a batch goes through the same instructions whoever stands beside it, so that a session's numbers
+are the same to the last bit in any company, and a weight is read from memory once for all rows.
+
+The compiler may reorder sums, once and for all; NaN and infinities keep their meaning. Compiled code is kept
+on disk (Numba's cache), for one kind of CPU. Where there is no Numba torch does the work, equal up to
+rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+from personaplex.model import layers
+from personaplex.model.layers import RMS_EPS, Array
+from personaplex.model.sampling import UNIFORM_BITS
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_OPTIONS = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True, "error_model": "numpy"}
+
+
+def _kernel(signature: str | None = None) -> Callable[[Callable[..., Any]], Any]:
+    """Compiles when this module is imported, or takes from the disk what an earlier import compiled."""
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        compiler: Any = njit
+        try:
+            return compiler(signature, cache=True, **_OPTIONS)(function)
+        except (RuntimeError, OSError):  # there is no folder to keep it in
+            return compiler(signature, **_OPTIONS)(function)
+
+    return compiled
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` for x [N, in], weight [out, in] -> [N, out]."""
+    outputs, threads = weight.shape[0], torch.get_num_threads()
+    out = x.new_empty(x.shape[0], outputs)
+    arrays = x.contiguous().numpy(), weight.contiguous().numpy(), out.numpy()
+    if threads == 1 or weight.numel() < layers.LARGE:
+        _product(*arrays, 0, outputs)
+        return out
+    # pieces begin where blocks of outputs do, so that each is summed as it would be alone
+    bounds = [8 * (outputs // 8 * part // threads) for part in range(threads)] + [outputs]
+    work: Callable[[int, int], None] = functools.partial(_product, *arrays)
+    pieces = [_pool(threads).submit(work, start, stop) for start, stop in itertools.pairwise(bounds)]
+    for piece in pieces:
+        piece.result()
+    return out
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="product")
+
+
+def step_layer(
+    x: Array,
+    weights: tuple[Array, ...],
+    keys: Array,
+    values: Array,
+    layer: int,
+    written: NDArray[np.int64],
+    active: NDArray[np.bool_],
+    cos: Array,
+    sin: Array,
+) -> None:
+    """One position a slot through one pre-norm layer of either transformer; x [N, dim] is replaced.
+
+    `weights`: gain of norm1 [dim], in_proj [3 dim, dim], out_proj [dim, dim], gain of norm2, linear_in
+    [2 hidden, dim], linear_out [dim, hidden]. keys, values [N, layers, H, C, head_dim] are a ring that holds
+    `written` [N] positions and takes one more of each slot that is `active` [N]; rows of the others hold
+    anything afterwards. cos, sin [N, head_dim / 2] turn q and k, or [N, 0].
+    """
+    _step_layer(x, *weights, keys, values, layer, written, active, cos, sin)
+
+
+def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
+    """x [N, dim] contiguous, gain [dim] -> x * gain / rms(x)."""
+    out = torch.empty_like(x)
+    _rms_norm(x.numpy(), gain.numpy(), out.numpy())
+    return out
+
+
+def draw(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor) -> Tensor:
+    """logits [N, V], temperature [N], topk [N] int64, keys [N] int64 -> tokens [N] int64. `sampling.draw`."""
+    tokens = topk.new_empty(len(topk))
+    _draw(
+        logits.numpy(), temperature.numpy(), topk.numpy(), keys.contiguous().numpy().view(np.uint64),
+        tokens.numpy(),
+    )  # fmt: skip
+    return tokens
+
+
+_1, _2, _4, _5 = (f"float32[{'' if d == 1 else ','.join(':' * (d - 1)) + ','}::1]" for d in (1, 2, 4, 5))
+
+
+@_kernel(f"void({_2}, {_2}, {_2}, int64, int64)")
+def _product(x, weight, out, start, stop):
+    # Two rows by eight outputs in registers. The last of an odd number of rows is its own partner: what is
+    # done for a row must not depend on how many there are.
+    rows, inner = x.shape
+    whole = start + (stop - start) // 8 * 8
+    for o in range(start, whole, 8):
+        for n in range(0, rows, 2):
+            m = min(n + 1, rows - 1)
+            a = b = c = d = e = f = g = h = np.float32(0)
+            p = q = r = s = t = u = v = w = np.float32(0)
+            for i in range(inner):
+                y, z = x[n, i], x[m, i]
+                a += y * weight[o, i]
+                p += z * weight[o, i]
+                b += y * weight[o + 1, i]
+                q += z * weight[o + 1, i]
+                c += y * weight[o + 2, i]
+                r += z * weight[o + 2, i]
+                d += y * weight[o + 3, i]
+                s += z * weight[o + 3, i]
+                e += y * weight[o + 4, i]
+                t += z * weight[o + 4, i]
+                f += y * weight[o + 5, i]
+                u += z * weight[o + 5, i]
+                g += y * weight[o + 6, i]
+                v += z * weight[o + 6, i]
+                h += y * weight[o + 7, i]
+                w += z * weight[o + 7, i]
+            out[n, o], out[n, o + 1], out[n, o + 2], out[n, o + 3] = a, b, c, d
+            out[n, o + 4], out[n, o + 5], out[n, o + 6], out[n, o + 7] = e, f, g, h
+            out[m, o], out[m, o + 1], out[m, o + 2], out[m, o + 3] = p, q, r, s
+            out[m, o + 4], out[m, o + 5], out[m, o + 6], out[m, o + 7] = t, u, v, w
+    for o in range(whole, stop):
+        for n in range(rows):
+            a = np.float32(0)
+            for i in range(inner):
+                a += x[n, i] * weight[o, i]
+            out[n, o] = a
+
+
+@_kernel(f"void({_2}, {_1}, {_2})")
+def _rms_norm(x, gain, out):
+    rows, dim = x.shape
+    for n in range(rows):
+        squares = np.float32(0)
+        for i in range(dim):
+            squares += x[n, i] * x[n, i]
+        scale = np.float32(1 / np.sqrt(squares / dim + RMS_EPS))
+        for i in range(dim):
+            out[n, i] = x[n, i] * (gain[i] * scale)
+
+
+@_kernel()
+def _turn(head, cos, sin):
+    """Rotates the interleaved pairs of one head."""
+    for i in range(len(cos)):
+        a, b = head[2 * i], head[2 * i + 1]
+        head[2 * i] = a * cos[i] - b * sin[i]
+        head[2 * i + 1] = a * sin[i] + b * cos[i]
+
+
+@_kernel()
+def _attend(query, k, v, filled, hidden, scores, out):
+    """query, out [head_dim], k, v [C, head_dim]: reads the `filled` first columns but for `hidden`."""
+    size = len(query)
+    scale = np.float32(size**-0.5)
+    largest = np.float32(-np.inf)
+    for c in range(filled):
+        score = np.float32(0)
+        for i in range(size):
+            score += query[i] * k[c, i]
+        scores[c] = score * scale if c != hidden else np.float32(-np.inf)
+        largest = max(largest, scores[c])
+    total = np.float32(0)
+    for c in range(filled):
+        scores[c] = np.exp(scores[c] - largest)
+        total += scores[c]
+    for c in range(filled):
+        for i in range(size):
+            out[i] += scores[c] * v[c, i]
+    for i in range(size):
+        out[i] /= total
+
+
+@_kernel(
+    f"void({_2}, {_1}, {_2}, {_2}, {_1}, {_2}, {_2}, {_5}, {_5}, int64, int64[::1], boolean[::1], {_2}, {_2})"
+)
+def _step_layer(
+    x, norm1, in_proj, out_proj, norm2, linear_in, linear_out,
+    keys, values, layer, written, active, cos, sin,
+):  # fmt: skip
+    rows, dim = x.shape
+    heads, capacity, size = keys.shape[2:]
+    hidden = linear_out.shape[1]
+    normed, scores = np.empty((rows, dim), np.float32), np.empty(capacity, np.float32)
+    qkv, read = np.empty((rows, 3 * dim), np.float32), np.zeros((rows, dim), np.float32)
+    both, gated = np.empty((rows, 2 * hidden), np.float32), np.empty((rows, hidden), np.float32)
+
+    _rms_norm(x, norm1, normed)
+    _product(normed, in_proj, qkv, 0, 3 * dim)
+    for n in range(rows):
+        if not active[n]:
+            continue
+        column = written[n] % capacity
+        after = written[n] + 1
+        out_of_sight = after % capacity if after >= capacity else -1  # see ring.py
+        for h in range(heads):
+            one = slice(h * size, (h + 1) * size)
+            q, k, v = qkv[n, :dim][one], qkv[n, dim : 2 * dim][one], qkv[n, 2 * dim :][one]
+            _turn(q, cos[n], sin[n])
+            _turn(k, cos[n], sin[n])
+            keys[n, layer, h, column] = k
+            values[n, layer, h, column] = v
+            _attend(
+                q, keys[n, layer, h], values[n, layer, h], min(after, capacity), out_of_sight, scores,
+                read[n, one],
+            )  # fmt: skip
+    _product(read, out_proj, normed, 0, dim)
+    for n in range(rows):
+        for i in range(dim):
+            x[n, i] += normed[n, i]
+
+    _rms_norm(x, norm2, normed)
+    _product(normed, linear_in, both, 0, 2 * hidden)
+    for n in range(rows):
+        for i in range(hidden):
+            a = both[n, i]
+            gated[n, i] = a / (1 + np.exp(-a)) * both[n, hidden + i]
+    _product(gated, linear_out, normed, 0, dim)
+    for n in range(rows):
+        for i in range(dim):
+            x[n, i] += normed[n, i]
+
+
+@_kernel("uint64(uint64)")
+def _mix(x):
+    """splitmix64's finaliser; `sampling._mix`."""
+    x += _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@_kernel()
+def _kth_largest(row, k):
+    """The k-th largest of float32 [V], found bit by bit among the integers that are ordered as floats are."""
+    ordered = row.view(np.int32).copy()
+    for v in range(len(ordered)):
+        ordered[v] ^= (ordered[v] >> 31) & 0x7FFFFFFF
+    low, high = np.int64(-(1 << 31)), np.int64(1 << 31)  # at least k are >= low, fewer than k are >= high
+    while high - low > 1:
+        middle = (low + high) >> 1
+        bound, count = np.int32(middle), 0
+        for v in range(len(ordered)):
+            count += ordered[v] >= bound
+        if count >= k:
+            low = middle
+        else:
+            high = middle
+    for v in range(len(ordered)):
+        if ordered[v] == low:
+            return row[v]
+    return row[0]  # not reached
+
+
+@_kernel(f"void({_2}, {_1}, int64[::1], uint64[::1], int64[::1])")
+def _draw(logits, temperature, topk, keys, tokens):
+    rows, size = logits.shape
+    for n in range(rows):
+        row, cold = logits[n], temperature[n] <= 0
+        least, room = np.float32(-np.inf), size  # of the candidates, and how many may be as small as that
+        if not cold and 0 < topk[n] < size:
+            least = _kth_largest(row, topk[n])
+            room = topk[n]
+            for v in range(size):
+                room -= row[v] > least
+        best, token = np.float32(-np.inf), 0
+        for v in range(size):
+            score = row[v]
+            if not cold:
+                if score < least or (score == least and room <= 0):
+                    continue
+                room -= score == least
+                bits = _mix(keys[n] + np.uint64(v) * _GOLDEN) & np.uint64((1 << UNIFORM_BITS) - 1)
+                uniform = (np.float32(bits) + np.float32(0.5)) / np.float32(1 << UNIFORM_BITS)
+                score = score / temperature[n] - np.log(-np.log(uniform))
+            if score > best:
+                best, token = score, v
+        tokens[n] = token
