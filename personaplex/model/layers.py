@@ -25,7 +25,7 @@ Matrix = Tensor | Int8Matrix  # [out, in]
 
 M = TypeVar("M", bound=nn.Module)
 
-_NUMBA = importlib.util.find_spec("numba") is not None
+NUMBA = importlib.util.find_spec("numba") is not None
 
 LARGE = 1 << 22  # weights of a matrix from which on it is worth more than one thread
 
@@ -44,7 +44,7 @@ def uses_kernels(x: Tensor) -> bool:
 
 def uses_host_kernels(x: Tensor) -> bool:
     """Whether Numba's kernels (`host.py`) do the work of steps: in float32 on a CPU."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and _NUMBA and not uses_kernels(x)
+    return x.device.type == "cpu" and x.dtype == torch.float32 and NUMBA and not uses_kernels(x)
 
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:
