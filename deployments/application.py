@@ -44,6 +44,10 @@ def build(settings: Settings) -> Application:
     logger.info("settings: %s", json.dumps(settings.public(), sort_keys=True))
     if not settings.guarded:
         logger.info("no API key is needed: whoever reaches this service may use it")
+    slots = settings.slots * settings.replicas_max
+    room = settings.sessions_per_gateway * settings.gateways_max
+    if slots > room:
+        logger.warning("gateways hold %d sessions at most, replicas %d: see gateways_max", room, slots)
     fleet = _fleet().bind()
     replicas = _replica(settings).bind(settings, fleet)
     application: Application = gateway_deployment(settings).bind(settings, replicas, fleet)

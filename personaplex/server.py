@@ -34,6 +34,8 @@ INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray otherwise sets it there
     "RAY_worker_niceness": "0",  # Ray's 15 lets any other process make speech late
     "RAY_USAGE_STATS_ENABLED": "0",
+    # A proxy that died is replaced after three of these; Serve's 10 s make that half a minute of refusals.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # A busy gateway answers a proxy late; at Serve's 1 s it is asked again and again, and nobody new gets in.
     "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "10",
     "WEBSOCKETS_MAX_LINE_LENGTH": "32768",  # a role text of 1000 Chinese characters is 9 KB of URL

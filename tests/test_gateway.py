@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -23,16 +25,20 @@ from serving import Heard, Service, connect, running, speech
 from starlette.datastructures import Headers
 from starlette.websockets import WebSocket, WebSocketState
 
+from deployments.application import build
 from deployments.conversation import Conversation, Services
 from deployments.doors import Doors, Visitor
+from deployments.gateway import Gateway
 from deployments.lease import Grant
 from deployments.media import Kind, pack_ready
 from deployments.query import SEED_LIMIT, persona_from, read_query
+from deployments.settings import Settings
 from personaplex.config import Sampling
 from personaplex.errors import BadParameter, Unauthorized, UnknownVoice
 from personaplex.persona import PROMPTS, VOICES, Persona
 from personaplex.session.core import BACKLOG_LIMIT, HANDSHAKE_DELAY_S, Limits
 from personaplex.session.wire import Audio, encode
+from personaplex.tokenlog import TokenLog
 
 # The query
 
@@ -557,3 +563,31 @@ def test_settings_are_printed_without_keys(caplog: pytest.LogCaptureFixture) -> 
     assert re.search(r'"slots": 4', caplog.text)
     assert "do-not-show" not in caplog.text
     assert "whoever reaches this service may use it" in caplog.text
+
+
+@pytest.mark.parametrize("trouble", [errno.ENOSPC, errno.EROFS])
+def test_a_token_log_that_cannot_be_written_ends_no_session(
+    trouble: int, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk, one that may only be read: said, and nothing half written stays."""
+
+    def save(log: TokenLog, path: Path) -> None:
+        raise OSError(trouble, os.strerror(trouble))
+
+    gateway = object.__new__(Gateway)
+    gateway._settings = Settings(token_log_dir=tmp_path / "logs")
+    log = TokenLog()
+    log.append(range(17), forced=False)
+    asyncio.run(gateway._keep("whole", log))
+    monkeypatch.setattr(TokenLog, "save", save)
+    asyncio.run(gateway._keep("lost", log))
+    assert "tokens of session lost could not be saved" in caplog.text
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == ["whole.npz"]
+
+
+def test_slots_no_gateway_has_room_for_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        build(Settings(model="echo", slots=80, sessions_per_gateway=40, gateways_max=2))
+        assert "gateways hold" not in caplog.text
+        build(Settings(model="echo", slots=81, sessions_per_gateway=40, gateways_max=2))
+    assert "gateways hold 80 sessions at most, replicas 81" in caplog.text
