@@ -34,10 +34,11 @@ from starlette.websockets import WebSocket
 import personaplex
 from deployments import logs, media, metrics, tracing
 from deployments.catalogue import prompt_list, voice_list
-from deployments.conversation import Conversation, Services
+from deployments.conversation import Conversation
 from deployments.doors import Doors, Visitor
 from deployments.fleet import Observer
 from deployments.lease import Leases
+from deployments.line import Services
 from deployments.query import persona_from, read_query
 from deployments.settings import Settings
 from personaplex.errors import ConfigError, NoCapacity

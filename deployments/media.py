@@ -6,7 +6,7 @@ Every message is `length: uint32 LE | kind: uint8 | payload`, length counting th
                          FRAME  mark uint32, the user's frame float32 LE [1920]: bit for bit as decoded
                          CLOSE  JSON; the slot may go
     replica -> gateway   READY  JSON; the prompt is done, frames count from here
-                         REPLY  number uint32, mark of the user's frame it answers uint32, tokens int16 [17],
+                         REPLY  number uint32, mark of the user's frame it answers uint32, tokens int32 [17],
                                 frame float32 [1920], text UTF-8
                          CLOSE  JSON with the error that ended the session
 
@@ -44,7 +44,7 @@ PEER_GONE_S = 2
 MESSAGE_LIMIT = 65_536  # bytes; no message of this protocol comes near
 
 _LENGTH = _MARK = struct.Struct("<I")
-_REPLY = struct.Struct(f"<II{STREAMS}h")
+_REPLY = struct.Struct(f"<II{4 * STREAMS}s")
 _FRAME_BYTES = 4 * FRAME_SIZE
 
 Pcm = npt.NDArray[np.float32]
@@ -70,7 +70,7 @@ class Reply:
 
 
 def pack_reply(reply: Reply) -> bytes:
-    head = _REPLY.pack(reply.frame, reply.mark, *reply.tokens.tolist())
+    head = _REPLY.pack(reply.frame, reply.mark, reply.tokens.astype("<i4").tobytes())
     pcm = np.ascontiguousarray(reply.pcm, "<f4").tobytes()
     return b"".join((head, pcm, reply.text.encode()))
 
@@ -78,12 +78,12 @@ def pack_reply(reply: Reply) -> bytes:
 def unpack_reply(payload: bytes) -> Reply:
     """Raises ProtocolError for anything `pack_reply` does not make."""
     try:
-        frame, mark, *tokens = _REPLY.unpack_from(payload)
+        frame, mark, tokens = _REPLY.unpack_from(payload)
         pcm = np.frombuffer(payload, "<f4", FRAME_SIZE, _REPLY.size)
         text = payload[_REPLY.size + _FRAME_BYTES :].decode()
     except (struct.error, ValueError) as error:
         raise ProtocolError("a reply of the wrong shape") from error
-    return Reply(frame, pcm, np.array(tokens, np.int64), text, mark)
+    return Reply(frame, pcm, np.frombuffer(tokens, "<i4").astype(np.int64), text, mark)
 
 
 def pack_open(token: bytes, persona: Persona) -> bytes:

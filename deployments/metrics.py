@@ -55,14 +55,14 @@ READY_SECONDS = Series(
 FRAME_SECONDS = Series(
     "personaplex_frame_latency_seconds",
     "histogram",
-    "Added by the service: from a user's decoded frame to the agent's frame that answers it.",
+    "Added by the service: from a user's decoded frame to the agent's frame that answers it; one in four.",
     (),
     LATENCY_BUCKETS,
 )
 TRANSCODE_SECONDS = Series(
     "personaplex_transcode_seconds",
     "histogram",
-    "Opus and Ogg work of one frame, both ways.",
+    "Opus and Ogg work of one frame, both ways; one in four.",
     (),
     (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05),
 )

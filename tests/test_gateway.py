@@ -26,10 +26,11 @@ from starlette.datastructures import Headers
 from starlette.websockets import WebSocket, WebSocketState
 
 from deployments.application import build
-from deployments.conversation import Conversation, Services
+from deployments.conversation import Conversation
 from deployments.doors import Doors, Visitor
 from deployments.gateway import Gateway
 from deployments.lease import Grant
+from deployments.line import Services
 from deployments.media import Kind, pack_ready
 from deployments.query import SEED_LIMIT, persona_from, read_query
 from deployments.settings import Settings

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any
 
 from personaplex.errors import NoCapacity, PersonaplexError, ProtocolError, SessionExpired, SessionLost
 from personaplex.session.events import (
@@ -84,6 +85,19 @@ class IllegalEvent(RuntimeError):
 
 
 OPENING, PRIMING, LIVE, CLOSING, CLOSED = State
+
+
+def after(
+    state: State, event: object, table: Mapping[State, Mapping[Any, tuple[State, ...]]]
+) -> tuple[State, ...]:
+    """The states `event` may lead to in `state`. Raises IllegalEvent for one that `table` does not list."""
+    allowed = table[state].get(type(event))
+    if allowed is None:
+        legal = ", ".join(sorted(kind.__name__ for kind in table[state]))
+        raise IllegalEvent(f"{type(event).__name__} in {state.name}; expected one of: {legal}")
+    return allowed
+
+
 _LATE = (Queued, LeaseGranted, Ready, AgentAudio, AgentText, Failed, EngineLost, Drain, Tick)
 
 TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
@@ -160,10 +174,7 @@ class SessionCore:
 
     def receive(self, event: Event, now: float) -> list[Command]:
         """What to do about `event`, in order. Raises IllegalEvent for one that TABLE does not list."""
-        allowed = TABLE[self.state].get(type(event))
-        if allowed is None:
-            legal = ", ".join(sorted(kind.__name__ for kind in TABLE[self.state]))
-            raise IllegalEvent(f"{type(event).__name__} in {self.state.name}; expected one of: {legal}")
+        allowed = after(self.state, event, TABLE)
         if isinstance(event, PeerClosed):
             self.state = CLOSED
             commands: list[Command] = []

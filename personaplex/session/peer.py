@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from personaplex.errors import PersonaplexError, ProtocolError, SessionLost
-from personaplex.session.core import CLOSED, CLOSING, LIVE, OPENING, PRIMING, IllegalEvent, State
+from personaplex.session.core import CLOSED, CLOSING, LIVE, OPENING, PRIMING, State, after
 from personaplex.session.events import Close, PeerClosed, Received, ReceivedText, Send, Tick
 from personaplex.session.wire import Audio, Error, Handshake, Metadata, Text, close_reason, decode, encode
 
@@ -122,10 +122,7 @@ class ClientCore:
 
     def receive(self, event: PeerEvent, now: float) -> list[PeerCommand]:
         """What to do about `event`, in order. Raises IllegalEvent for one that PEER_TABLE does not list."""
-        allowed = PEER_TABLE[self.state].get(type(event))
-        if allowed is None:
-            legal = ", ".join(sorted(kind.__name__ for kind in PEER_TABLE[self.state]))
-            raise IllegalEvent(f"{type(event).__name__} in {self.state.name}; expected one of: {legal}")
+        allowed = after(self.state, event, PEER_TABLE)
         if isinstance(event, PeerClosed):
             self.state = CLOSED
             commands: list[PeerCommand] = []
