@@ -88,17 +88,17 @@ def attention_sizes(config: TransformerConfig, device: torch.device, slots: int)
         ring.offset.fill_(config.context + 5)
         size = sum(part.nbytes for part in ring.contents)
         qkv = torch.randn(slots, 1, 3, one.heads, one.head_dim, device=device, dtype=torch.bfloat16)
-        turn = angles(one, ring.offset[:, None])
-        for chunk, block, warps in [(256, 32, 4), (256, 64, 4), (256, 16, 2), (512, 32, 4), (1024, 64, 8),
-                                    (128, 32, 4), (256, 32, 2), (512, 64, 8)]:  # fmt: skip
+        turn, everyone = angles(one, ring.offset[:, None]), torch.ones(slots, dtype=torch.bool, device=device)
+        for chunk, block, warps, stages in [(256, 32, 4, 3), (256, 32, 4, 1), (256, 32, 4, 2), (256, 32, 4, 4),
+                                            (256, 64, 8, 3), (256, 16, 4, 4), (512, 32, 4, 3),
+                                            (128, 32, 4, 3)]:  # fmt: skip
+            sizes = {"chunk": chunk, "block": block, "warps": warps, "stages": stages}
             seconds = timed(
-                lambda r=ring, c=chunk, b=block, w=warps, q=qkv, t=turn: attention.attend(
-                    r, 0, q, t, chunk=c, block=b, warps=w
-                ),
+                lambda r=ring, s=sizes, q=qkv, t=turn, a=everyone: attention.attend(r, 0, q, t, a, **s),
                 device,
                 5,
             )
-            found.append({"kv": name, "chunk": chunk, "block": block, "warps": warps,
+            found.append({"kv": name, **sizes,
                           "us": round(1e6 * seconds, 1), "gb_s": round(size / seconds / 1e9, 1)})  # fmt: skip
         if kind == torch.bfloat16:
             seen = torch.ones(slots, 1, 1, config.context, dtype=torch.bool, device=device)

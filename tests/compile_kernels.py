@@ -69,7 +69,8 @@ def main() -> None:
     ]:
         ring = Ring.allocate(config, 1, cpu, kind)
         qkv = torch.zeros(1, steps, 3, config.heads, config.head_dim, dtype=dtype)
-        attention.attend(ring, 0, qkv, angles(config, torch.zeros(1, steps, dtype=torch.int64)))
+        turn = angles(config, torch.zeros(1, steps, dtype=torch.int64))
+        attention.attend(ring, 0, qkv, turn, torch.ones(1, dtype=torch.bool))
     assert temporal.head_dim == one_layer.head_dim
     depth = PRESET_7B.lm.depth
     cache = torch.zeros(2, 1, depth.heads, depth.context, depth.head_dim, dtype=torch.bfloat16)

@@ -44,7 +44,7 @@ class OnTheDeviceOnly(TorchDispatchMode):
 def stand_ins(patch: pytest.MonkeyPatch) -> None:
     """Kernel launches without kernels: outputs of the right shape, type and place."""
 
-    def attend(ring: Any, _layer: int, qkv: Tensor, _turn: Any) -> Tensor:
+    def attend(ring: Any, _layer: int, qkv: Tensor, _turn: Any, _active: Tensor) -> Tensor:
         n, steps, _, heads, size = qkv.shape
         return qkv.new_empty(n, steps, heads, size).transpose(1, 2)
 

@@ -78,7 +78,7 @@ def test_ring_attention(kind: torch.dtype, steps: int, capacity: int) -> None:
     limit = 1e-2 if kind == torch.bfloat16 else 3e-6
     for chunk, block in [(16, 16), (64, 64)]:  # the latter: all in one piece
         written = copied(twin)
-        ours = attention.attend(written, LAYER, qkv, turn, chunk=chunk, block=block)
+        ours = attention.attend(written, LAYER, qkv, turn, everyone, chunk=chunk, block=block)
         assert ours.shape == expected.shape
         assert (ours - expected).abs().max() < limit
     for part, other in zip(ring.contents, written.contents, strict=True):
@@ -91,13 +91,35 @@ def test_ring_attention_does_not_depend_on_its_neighbours() -> None:
     ring = filled_ring(config, [30, 90, 3], torch.float32)
     qkv = torch.randn(3, 1, 3, 2, 16, generator=torch.Generator().manual_seed(9))
     turn = angles(config, ring.offset[:, None])
-    whole = attention.attend(copied(ring), LAYER, qkv, turn, chunk=16, block=8)
+    everyone = torch.ones(3, dtype=torch.bool)
+    whole = attention.attend(copied(ring), LAYER, qkv, turn, everyone, chunk=16, block=8)
     for row in range(3):
         one = slice(row, row + 1)
         alone = attention.attend(
-            copied(ring).rows(row, row + 1), LAYER, qkv[one], (turn[0][one], turn[1][one]), chunk=16, block=8
+            *(copied(ring).rows(row, row + 1), LAYER, qkv[one], (turn[0][one], turn[1][one]), everyone[one]),
+            **{"chunk": 16, "block": 8},
         )
         assert torch.equal(alone, whole[one])
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_ring_attention_leaves_alone_who_takes_no_part(chunk: int) -> None:
+    """Their rings are not written, not read (they hold NaN), and give zeros; the others do not notice."""
+    config = TransformerConfig(dim=32, layers=2, heads=2, hidden=1, context=40)
+    ring = filled_ring(config, [30, 90, 3], torch.float32)
+    qkv = torch.randn(3, 1, 3, 2, 16, generator=torch.Generator().manual_seed(9))
+    turn = angles(config, ring.offset[:, None])
+    sizes = {"chunk": chunk, "block": 8}
+    whole = attention.attend(copied(ring), LAYER, qkv, turn, torch.ones(3, dtype=torch.bool), **sizes)
+    for part in ring.contents:
+        part[1] = torch.nan
+    before = copied(ring)
+    some = attention.attend(ring, LAYER, qkv, turn, torch.tensor([True, False, True]), **sizes)
+    assert torch.equal(some[[0, 2]], whole[[0, 2]])
+    assert (some[1] == 0).all()
+    for part, old in zip(ring.contents, before.contents, strict=True):
+        assert torch.equal(part[1].nan_to_num(7.0), old[1].nan_to_num(7.0))
+        assert not torch.equal(part[0], old[0])
 
 
 @pytest.mark.parametrize("context", [5, 16])

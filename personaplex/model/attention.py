@@ -3,7 +3,9 @@
 A step reads a ring in pieces of CHUNK columns, one program a slot, head, query and piece, so that one long
 session keeps as many programs busy as many short ones; a second kernel joins the pieces. Only what a slot
 has filled is read, by its offset on the device: shapes never depend on how long a session is, nothing is
-copied to the host, and a slot's result does not depend on how many others share the step.
+copied to the host, and a slot's result does not depend on how many others share the step. Slots that take no
+part in it cost next to nothing: sessions' frames do not arrive together, and a tick must not pay for the
+rings of those it is not for.
 
 Keys and values lie in the ring as they are, or as int8 with one scale a position and head (`ring.quantise`).
 All sums are float32. This module needs Triton, which comes with torch for CUDA.
@@ -21,6 +23,7 @@ from personaplex.model.ring import INT8_STEPS, SMALLEST_SCALE, Ring
 CHUNK = 256  # ring columns of one program
 BLOCK = 32  # of them held in registers at a time
 WARPS = 4
+STAGES = 3  # blocks on their way from memory while one is summed
 
 _HIDDEN = tl.constexpr(-1e30)  # the score of a column a query must not see; finite, so that differences are
 _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and taking it away rounds to the nearest even integer
@@ -31,18 +34,22 @@ def attend(
     layer: int,
     qkv: Tensor,
     turn: tuple[Tensor, Tensor],
+    active: Tensor,
     *,
     chunk: int = CHUNK,
     block: int = BLOCK,
     warps: int = WARPS,
+    stages: int = STAGES,
 ) -> Tensor:
     """Turns q and k, writes k and v into the ring and reads it, as `ring.attend`, in two or three kernels.
 
-    qkv [N, T, 3, H, head_dim] contiguous; turn as `layers.angles` gives it -> [N, H, T, head_dim]. The rest
-    are sizes to tune; only `chunk` changes the result, by rounding.
+    qkv [N, T, 3, H, head_dim] contiguous; turn as `layers.angles` gives it; active [N] bool, contiguous: the
+    others' rings are neither read nor written -> [N, H, T, head_dim], zeros for them. The rest are sizes to
+    tune; only `chunk` and `block` change the result, by rounding.
     """
     n, steps, _, heads, size = qkv.shape
     assert qkv.is_contiguous()
+    assert active.is_contiguous()
     keys, values = ring.k[:, layer], ring.v[:, layer]
     assert keys.stride() == values.stride()
     assert keys.stride()[2:] == (size, 1)
@@ -53,7 +60,7 @@ def attend(
     queries = torch.empty(n, steps, heads, size, device=qkv.device, dtype=qkv.dtype)
     half = size // 2
     _turn_and_store[(n * steps, heads)](
-        qkv, cos, sin, queries, keys, values, k_scale, v_scale, ring.offset,
+        qkv, cos, sin, queries, keys, values, k_scale, v_scale, ring.offset, active,
         keys.stride(0), keys.stride(1), k_scale.stride(0), k_scale.stride(1), ring.capacity, heads,
         steps, half, triton.next_power_of_2(half), int8, INT8_STEPS, SMALLEST_SCALE,
         num_warps=1,
@@ -64,14 +71,14 @@ def attend(
     parts = out if lone else torch.empty(n * steps, heads, splits, size + 2, device=out.device)
     wide = triton.next_power_of_2(size)
     _attend_chunk[(splits, heads, n * steps)](
-        queries, keys, values, k_scale, v_scale, ring.offset, parts,
+        queries, keys, values, k_scale, v_scale, ring.offset, active, parts,
         keys.stride(0), keys.stride(1), k_scale.stride(0), k_scale.stride(1), ring.capacity, size**-0.5,
-        steps, size, wide, chunk, block, int8, lone,
+        steps, size, wide, chunk, block, int8, lone, stages,
         num_warps=warps,
     )  # fmt: skip
     if not lone:
         _join_chunks[(n * steps, heads)](
-            parts, ring.offset, out, ring.capacity, splits,
+            parts, ring.offset, active, out, ring.capacity, splits,
             steps, size, wide, chunk, triton.next_power_of_2(splits),
             num_warps=4,
         )  # fmt: skip
@@ -100,7 +107,7 @@ def attend_step(qkv: Tensor, keys: Tensor, values: Tensor, step: int) -> Tensor:
 
 @triton.jit
 def _turn_and_store(
-    qkv, cos, sin, queries, keys, values, k_scale, v_scale, offset,
+    qkv, cos, sin, queries, keys, values, k_scale, v_scale, offset, active,
     slot_stride, head_stride, scale_slot_stride, scale_head_stride, capacity, heads,
     STEPS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, INT8: tl.constexpr,
     INT8_STEPS: tl.constexpr, SMALLEST_SCALE: tl.constexpr,
@@ -108,6 +115,8 @@ def _turn_and_store(
     """One query, key and value of one head: rotated in interleaved pairs; the latter two into the ring."""
     row, head = tl.program_id(0), tl.program_id(1)
     slot = (row // STEPS).to(tl.int64)
+    if not tl.load(active + slot):
+        return
     column = (tl.load(offset + slot) + row % STEPS) % capacity
     pair = tl.arange(0, WIDE)
     there = pair < HALF
@@ -156,10 +165,10 @@ def _store_pairs(
 
 @triton.jit
 def _attend_chunk(
-    queries, keys, values, k_scale, v_scale, offset, parts,
+    queries, keys, values, k_scale, v_scale, offset, active, parts,
     slot_stride, head_stride, scale_slot_stride, scale_head_stride, capacity, scale,
     STEPS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
-    INT8: tl.constexpr, LONE: tl.constexpr,
+    INT8: tl.constexpr, LONE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One query over one piece of its slot's ring.
 
@@ -168,6 +177,14 @@ def _attend_chunk(
     """
     split, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     slot = (row // STEPS).to(tl.int64)
+    d = tl.arange(0, WIDE)
+    inside = d < SIZE
+    heads = tl.num_programs(1)
+    query_place = (row.to(tl.int64) * heads + head) * SIZE + d
+    if not tl.load(active + slot):
+        if LONE:
+            tl.store(parts + query_place, tl.zeros([WIDE], parts.dtype.element_ty), inside)
+        return
     written = tl.load(offset + slot) + STEPS
     filled = tl.minimum(written, capacity).to(tl.int32)
     start = split * CHUNK
@@ -177,17 +194,17 @@ def _attend_chunk(
     newest = ((written - 1) % capacity).to(tl.int32)
     ahead = STEPS - 1 - row % STEPS  # positions this step wrote after the query's own
 
-    lane, d = tl.arange(0, BLOCK), tl.arange(0, WIDE)
-    inside = d < SIZE
-    heads = tl.num_programs(1)
-    query_place = (row.to(tl.int64) * heads + head) * SIZE + d
+    lane = tl.arange(0, BLOCK)
     q = tl.load(queries + query_place, inside, other=0.0).to(tl.float32) * scale
     base = slot * slot_stride + head * head_stride
     scale_base = slot * scale_slot_stride + head * scale_head_stride
     best = tl.full([BLOCK], _HIDDEN, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     mixed = tl.zeros([BLOCK, WIDE], tl.float32)
-    for piece in range(0, CHUNK, BLOCK):
+    if INT8:
+        k_unit = tl.load(k_scale + scale_base + start + lane, start + lane < filled, other=0.0)
+        v_unit = tl.load(v_scale + scale_base + start + lane, start + lane < filled, other=0.0)
+    for piece in tl.range(0, CHUNK, BLOCK, num_stages=STAGES):
         column = start + piece + lane
         age = newest - column  # positions since the one in this column
         age = tl.where(age < 0, age + capacity, age)
@@ -198,14 +215,17 @@ def _attend_chunk(
         v = tl.load(values + place, mask, other=0.0).to(tl.float32)
         score = tl.sum(k * q[None, :], axis=1)
         if INT8:
-            score *= tl.load(k_scale + scale_base + column, seen, other=0.0).to(tl.float32)
+            score *= k_unit.to(tl.float32)
         score = tl.where(seen, score, _HIDDEN)
         higher = tl.maximum(best, score)
         fade = tl.exp(best - higher)
         weight = tl.where(seen, tl.exp(score - higher), 0.0)
         total = total * fade + weight
-        if INT8:
-            weight *= tl.load(v_scale + scale_base + column, seen, other=0.0).to(tl.float32)
+        if INT8:  # units are too small for the pipeline that fetches k and v: the next ones are asked for here
+            weight = tl.where(seen, weight * v_unit.to(tl.float32), 0.0)
+            ahead_of = column + BLOCK
+            k_unit = tl.load(k_scale + scale_base + ahead_of, ahead_of < filled, other=0.0)
+            v_unit = tl.load(v_scale + scale_base + ahead_of, ahead_of < filled, other=0.0)
         mixed = mixed * fade[:, None] + weight[:, None] * v
         best = higher
     top = tl.max(best, axis=0)
@@ -223,15 +243,19 @@ def _attend_chunk(
 
 @triton.jit
 def _join_chunks(
-    parts, offset, out, capacity, splits,
+    parts, offset, active, out, capacity, splits,
     STEPS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The pieces of one query and head, each with its share of the softmax; unfilled ones are not read."""
     row, head = tl.program_id(0), tl.program_id(1)
-    written = tl.load(offset + (row // STEPS)) + STEPS
-    filled = tl.minimum(written, capacity)
     split, d = tl.arange(0, SPLITS), tl.arange(0, WIDE)
     inside = d < SIZE
+    target = out + (row.to(tl.int64) * tl.num_programs(1) + head) * SIZE + d
+    if not tl.load(active + row // STEPS):
+        tl.store(target, tl.zeros([WIDE], out.dtype.element_ty), inside)
+        return
+    written = tl.load(offset + row // STEPS) + STEPS
+    filled = tl.minimum(written, capacity)
     used = split * CHUNK < filled
     place = (row.to(tl.int64) * tl.num_programs(1) + head) * splits + split
     best = tl.load(parts + place * (SIZE + 2) + SIZE, used, other=_HIDDEN)
@@ -241,7 +265,6 @@ def _join_chunks(
     )
     fade = tl.exp(best - tl.max(best, axis=0))
     joined = tl.sum(mixed * fade[:, None], axis=0) / tl.sum(total * fade, axis=0)
-    target = out + (row.to(tl.int64) * tl.num_programs(1) + head) * SIZE + d
     tl.store(target, joined.to(out.dtype.element_ty), inside)
 
 

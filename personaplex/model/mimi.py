@@ -82,7 +82,7 @@ class MimiLayer(nn.Module):
         self.self_attn.prepare()
 
     def forward(
-        self, x: Tensor, turn: tuple[Tensor, Tensor], ring: Ring, layer: int, view: Window | None
+        self, x: Tensor, turn: tuple[Tensor, Tensor], ring: Ring, layer: int, view: Window | Tensor
     ) -> Tensor:
         heads = rings.attend(ring, layer, self.self_attn.project(self.norm1(x)), turn, view)
         x = x + self.layer_scale_1.scale * self.self_attn.merge(heads)

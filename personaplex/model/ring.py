@@ -95,13 +95,14 @@ def visible(written: Tensor, queries: Tensor, capacity: int) -> Tensor:
     return seen[:, None, :] & (held[:, None, :] <= queries[..., None])
 
 
-def window(ring: Ring, steps: int, active: Tensor) -> Window | None:
+def window(ring: Ring, steps: int, active: Tensor) -> Window | Tensor:
     """The window of a step that writes `steps` positions to every active slot; active [N] bool.
 
-    None where kernels do the work: they take it from the offsets, so that nothing comes back to the host.
+    Where kernels do the work it is `active` itself: they take the rest from the offsets, so that nothing comes
+    back to the host.
     """
     if layers.uses_kernels(ring.k):
-        return None
+        return active
     capacity = ring.capacity
     positions = ring.offset[:, None] + torch.arange(steps)
     rows: list[tuple[int, int, Tensor | None]] = []
@@ -116,15 +117,18 @@ def window(ring: Ring, steps: int, active: Tensor) -> Window | None:
     return Window(positions % capacity, rows)
 
 
-def attend(ring: Ring, layer: int, qkv: Tensor, turn: tuple[Tensor, Tensor], view: Window | None) -> Tensor:
+def attend(
+    ring: Ring, layer: int, qkv: Tensor, turn: tuple[Tensor, Tensor], view: Window | Tensor
+) -> Tensor:
     """Turns q and k by their positions, writes k and v into the ring and reads it.
 
-    qkv [N, T, 3, H, head_dim]; turn of `layers.angles` -> [N, H, T, head_dim].
+    qkv [N, T, 3, H, head_dim]; turn of `layers.angles`; view of `window` -> [N, H, T, head_dim], zeros for
+    slots that take no part.
     """
-    if view is None:
+    if isinstance(view, Tensor):
         from personaplex.model import attention  # only where there is Triton
 
-        return attention.attend(ring, layer, qkv, turn)
+        return attention.attend(ring, layer, qkv, turn, view)
     q, k, v = layers.turned(qkv, turn)
     slots = torch.arange(q.shape[0])[:, None]
     for part, new in zip(ring.contents, _as_kept(ring, k, v), strict=True):
