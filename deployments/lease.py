@@ -3,7 +3,8 @@
 A lease is one long-lived streaming call to the replica deployment. Its first item is a Grant (or a Refusal);
 it ends when the slot is free again. So Serve's count of ongoing calls is the count of sessions, for admission
 and for autoscaling alike. `Leases.acquire` waits its turn among the sessions of this gateway, reports the
-place in the queue, and bounds queue and wait. Between gateways the order is as good as chance.
+place in the queue, and bounds queue and wait. Between gateways the order is as good as chance: the calls that
+wait lie in each gateway's own router, where Serve's autoscaling counts them, and none knows of the others'.
 """
 
 from __future__ import annotations

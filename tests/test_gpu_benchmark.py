@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from personaplex.engine.steptimes import StepTimes
 
 pytest.importorskip("triton")
 
@@ -52,6 +53,9 @@ def test_dry_run(tmp_path: Path) -> None:
     assert report["against_cpu"]["frames_equal"] == report["against_cpu"]["frames"]
     assert report["graphs_against_pieces"]["equal"]
     assert {(row["sessions"], row["context"]) for row in report["ticks_int8"]} == {(1, 20), (3, 20)}
+    for kv in ("int8", "bf16"):
+        steps = StepTimes.from_json(kv, report[f"steps_{kv}"])  # what planners and the simulated model read
+        assert (steps.source, steps.largest_batch) == ("measured", 3)
     assert 0 < report["int8_cost"]["kv"]["logit_error"] < report["int8_cost"]["weights"]["logit_error"] < 0.05
     assert output.with_suffix(".svg").read_text().startswith("<svg")
 
