@@ -88,10 +88,11 @@ def attention_sizes(config: TransformerConfig, device: torch.device, slots: int)
         ring.offset.fill_(config.context + 5)
         size = sum(part.nbytes for part in ring.contents)
         qkv = torch.randn(slots, 1, 3, one.heads, one.head_dim, device=device, dtype=torch.bfloat16)
-        turn, everyone = angles(one, ring.offset[:, None]), torch.ones(slots, dtype=torch.bool, device=device)
-        for chunk, block, warps, stages in [(256, 32, 4, 3), (256, 32, 4, 1), (256, 32, 4, 2), (256, 32, 4, 4),
-                                            (256, 64, 8, 3), (256, 16, 4, 4), (512, 32, 4, 3),
-                                            (128, 32, 4, 3)]:  # fmt: skip
+        turn = angles(one, ring.offset[:, None])
+        everyone = torch.ones(slots, dtype=torch.bool, device=device)
+        for chunk, block, warps, stages in [(256, 32, 4, 3), (256, 32, 4, 1), (256, 32, 4, 2),
+                                            (256, 32, 4, 4), (256, 64, 8, 3), (256, 16, 4, 4),
+                                            (512, 32, 4, 3), (128, 32, 4, 3)]:  # fmt: skip
             sizes = {"chunk": chunk, "block": block, "warps": warps, "stages": stages}
             seconds = timed(
                 lambda r=ring, s=sizes, q=qkv, t=turn, a=everyone: attention.attend(r, 0, q, t, a, **s),

@@ -97,7 +97,8 @@ def test_ring_attention_does_not_depend_on_its_neighbours() -> None:
         one = slice(row, row + 1)
         alone = attention.attend(
             *(copied(ring).rows(row, row + 1), LAYER, qkv[one], (turn[0][one], turn[1][one]), everyone[one]),
-            **{"chunk": 16, "block": 8},
+            chunk=16,
+            block=8,
         )
         assert torch.equal(alone, whole[one])
 

@@ -147,6 +147,29 @@ def test_run(name: str, route: str) -> None:
         check_run(net, state, name, vectors, depth_steps=16)
 
 
+def test_a_step_does_not_wait_for_what_the_user_says() -> None:
+    """Codes given after a step leave tokens and state as codes given to it, from the very first step on."""
+    net = build_lm(CONFIG)
+    both = net.allocate(2), net.allocate(2)
+    sampling, given = SamplingState.allocate(2, CPU), torch.zeros(2, STREAMS, dtype=torch.bool)
+    given[:, USER] = True
+    random = torch.Generator().manual_seed(2)
+    with torch.inference_mode():
+        for call in range(9):
+            tokens = torch.randint(0, 2048, (2, STREAMS), generator=random)
+            active = torch.tensor([True, call not in (0, 1, 4)])
+            before, after = (
+                lm.step(net, state, inputs, sampling, active, Caps(0, 0), 8)
+                for state, inputs in zip(both, (LMInputs(tokens, given), None), strict=True)
+            )
+            lm.hear(net, both[1], tokens[:, USER], active)
+            assert torch.equal(before.tokens[before.valid], after.tokens[after.valid])
+            assert torch.equal(before.valid, after.valid)
+            for name in ("tokens", "provided", "offset"):
+                assert torch.equal(getattr(both[0], name), getattr(both[1], name)), (call, name)
+    assert before.valid.all()
+
+
 @pytest.fixture(params=["numba", "torch"])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Steps by Numba's kernels, or by torch, as where there is no Numba."""

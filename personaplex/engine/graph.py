@@ -56,6 +56,7 @@ class Runner:
         outputs = ((FRAME_SIZE, torch.float32), (STREAMS, torch.int64), (CODEBOOKS, torch.int64))
         self._outputs = [torch.zeros(slots, size, dtype=kind, device=device) for size, kind in outputs]
         self._results = [torch.zeros_like(t, device="cpu", pin_memory=self._on_gpu) for t in self._outputs]
+        self._beside = torch.cuda.Stream(device) if self._on_gpu else None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         if graphs and self._on_gpu and not _offloaded(model):
             self._record()
@@ -92,7 +93,7 @@ class Runner:
     def _launch(self, width: int, caps: Caps) -> None:
         """The work between the buffers."""
         pcm, active = (t[:width] for t in self._inputs)
-        out = step(self._model, self._state.rows(0, width), pcm, active, caps)
+        out = step(self._model, self._state.rows(0, width), pcm, active, caps, self._beside)
         for kept, new in zip(self._outputs, (out.pcm, out.tokens, out.user_codes), strict=True):
             kept[:width].copy_(new)
 

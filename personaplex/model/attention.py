@@ -221,7 +221,7 @@ def _attend_chunk(
         fade = tl.exp(best - higher)
         weight = tl.where(seen, tl.exp(score - higher), 0.0)
         total = total * fade + weight
-        if INT8:  # units are too small for the pipeline that fetches k and v: the next ones are asked for here
+        if INT8:  # too small for the pipeline that fetches k and v: the next units are asked for here
             weight = tl.where(seen, weight * v_unit.to(tl.float32), 0.0)
             ahead_of = column + BLOCK
             k_unit = tl.load(k_scale + scale_base + ahead_of, ahead_of < filled, other=0.0)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from personaplex.config import CODEBOOKS, DELAYS, RING_COLUMNS, STREAMS, UNGENERATED, LMConfig
+from personaplex.config import CODEBOOKS, DELAYS, RING_COLUMNS, STREAMS, UNGENERATED, USER, LMConfig
 from personaplex.model.depth import Depth, DepthPass
 from personaplex.model.layers import Linear, RMSNorm, Stack, Table, linear, table_rows
 from personaplex.model.ring import Ring
@@ -76,6 +76,7 @@ class LM(nn.Module):
 
     audio_table: Tensor
     delays: Tensor
+    starts: Tensor
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -99,6 +100,8 @@ class LM(nn.Module):
         stacked = torch.cat([table.weight.detach() for table in self.emb])
         self.register_buffer("audio_table", stacked, persistent=False)
         self.register_buffer("delays", torch.tensor(DELAYS, device=self.device), persistent=False)
+        starts = [self.config.text_start] + [self.config.audio_start] * (STREAMS - 1)
+        self.register_buffer("starts", torch.tensor(starts, device=self.device), persistent=False)
         del self.emb
         self.transformer.prepare()
         self.depformer.prepare()
@@ -156,7 +159,7 @@ class LM(nn.Module):
 def step(
     lm: LM,
     state: LMState,
-    inputs: LMInputs,
+    inputs: LMInputs | None,
     sampling: SamplingState,
     active: Tensor,
     caps: Caps,
@@ -167,15 +170,17 @@ def step(
 
     With offset n: the given tokens enter column n (+ delay), the network reads column n - 1, draws column n,
     and frame n - 1 comes out whole. The step at n = 0 runs nothing and the frame given to it is lost.
+
+    No part of this reads what the user's streams are given in the same step: codes that are not among
+    `inputs` yet may follow by `hear`.
     """
     n = state.offset
-    frame_columns = (n[:, None] + lm.delays) % RING_COLUMNS
-    _write(state, frame_columns, inputs.tokens, inputs.given & active[:, None])
+    if inputs is not None:
+        columns = (n[:, None] + lm.delays) % RING_COLUMNS
+        _write(state, slice(None), columns, inputs.tokens, inputs.given & active[:, None])
     target = (n % RING_COLUMNS)[:, None].expand(-1, STREAMS)
     starting = n[:, None] <= lm.delays
-    start = torch.full_like(inputs.tokens, lm.config.audio_start)
-    start[:, 0] = lm.config.text_start
-    _write(state, target, start, starting & active[:, None])
+    _write(state, slice(None), target, lm.starts, starting & active[:, None])
 
     runs = active & (n > 0)
     source = (n - 1).clamp(min=0) % RING_COLUMNS
@@ -207,16 +212,24 @@ def step(
     return LMOutput(tokens, valid, hidden, text_logits, audio_logits)
 
 
+def hear(lm: LM, state: LMState, codes: Tensor, active: Tensor) -> None:
+    """Gives the last `step` of the active slots the user's codes [N, 8] of its frame, after the fact."""
+    n = state.offset - active.long()
+    delays = lm.delays[USER]
+    columns = (n[:, None] + delays) % RING_COLUMNS
+    kept = (n[:, None] > 0) | (delays > 0)  # a start token stands in the very first column
+    _write(state, USER, columns, codes, kept & active[:, None])
+
+
 def _read(ring: Tensor, columns: Tensor) -> Tensor:
-    """ring [N, 17, 4] at columns [N, 17] -> [N, 17]."""
+    """ring [N, streams, 4] at columns [N, streams] -> [N, streams]."""
     return ring.gather(2, columns[..., None])[..., 0]
 
 
-def _write(state: LMState, columns: Tensor, tokens: Tensor, where: Tensor) -> None:
-    """Puts tokens [N, 17] at columns [N, 17] of the token ring and marks them provided, where `where` [N,
-    17].
+def _write(state: LMState, streams: slice, columns: Tensor, tokens: Tensor, where: Tensor) -> None:
+    """Puts tokens at columns of some streams of the token ring and marks them provided, where `where`; all
+    [N, streams] or like it.
     """
-    index = columns[..., None]
-    kept = torch.where(where, tokens, _read(state.tokens, columns))
-    state.tokens.scatter_(2, index, kept[..., None])
-    state.provided.scatter_(2, index, (where | _read(state.provided, columns))[..., None])
+    index, ring, provided = columns[..., None], state.tokens[:, streams], state.provided[:, streams]
+    ring.scatter_(2, index, torch.where(where, tokens, _read(ring, columns))[..., None])
+    provided.scatter_(2, index, (where | _read(provided, columns))[..., None])

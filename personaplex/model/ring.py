@@ -98,8 +98,8 @@ def visible(written: Tensor, queries: Tensor, capacity: int) -> Tensor:
 def window(ring: Ring, steps: int, active: Tensor) -> Window | Tensor:
     """The window of a step that writes `steps` positions to every active slot; active [N] bool.
 
-    Where kernels do the work it is `active` itself: they take the rest from the offsets, so that nothing comes
-    back to the host.
+    Where kernels do the work it is `active` itself: they take the rest from the offsets, so that nothing
+    comes back to the host.
     """
     if layers.uses_kernels(ring.k):
         return active
@@ -117,9 +117,7 @@ def window(ring: Ring, steps: int, active: Tensor) -> Window | Tensor:
     return Window(positions % capacity, rows)
 
 
-def attend(
-    ring: Ring, layer: int, qkv: Tensor, turn: tuple[Tensor, Tensor], view: Window | Tensor
-) -> Tensor:
+def attend(ring: Ring, layer: int, qkv: Tensor, turn: tuple[Tensor, Tensor], view: Window | Tensor) -> Tensor:
     """Turns q and k by their positions, writes k and v into the ring and reads it.
 
     qkv [N, T, 3, H, head_dim]; turn of `layers.angles`; view of `window` -> [N, H, T, head_dim], zeros for
