@@ -8,16 +8,15 @@ it with its parent and then becomes the real one. Knows no Ray.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import signal
 import socket
 import sys
 import sysconfig
 from contextlib import ExitStack
 from pathlib import Path
 
+from deployments.processes import end_with_parent
 from personaplex.errors import ConfigError
 
 COMMAND = "personaplex-haproxy"  # in pyproject.toml
@@ -35,8 +34,6 @@ FILES = {
     "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
 }
 QUARANTINE_SPARE_S = 30
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def environment(folder: Path, longest_session_s: float) -> dict[str, str]:
@@ -67,11 +64,8 @@ def main() -> None:
         binary = real_binary()
     except ConfigError as error:
         sys.exit(f"error: {error}")
-    if sys.platform == "linux":
-        parent = os.getppid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent or parent == 1:  # it went before we asked
-            sys.exit(1)
+    if not end_with_parent():
+        sys.exit("error: whoever called this has ended")
     os.execv(binary, [binary, *sys.argv[1:]])
 
 

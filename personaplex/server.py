@@ -190,16 +190,17 @@ def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings
     import ray
     from ray import serve
 
-    from deployments import build
+    from deployments import build, processes
 
+    others = set(processes.below(os.getpid()))
     needed = (
         settings.replicas_max * settings.replica_num_cpus + settings.gateways_max * settings.gateway_num_cpus
     )
     http: dict[str, Any] = {"host": host, "port": port}
     if certificate is not None:
         http["ssl_certfile"], http["ssl_keyfile"] = map(str, certificate)
-    ray.init(num_cpus=max(os.cpu_count() or 1, round(needed + 0.5)), include_dashboard=False)
     try:
+        ray.init(num_cpus=max(os.cpu_count() or 1, round(needed + 0.5)), include_dashboard=False)
         serve.start(http_options=http, logging_config={"log_level": "WARNING"})
         serve.run(build(settings), route_prefix=settings.route_prefix)
         _greet(host, port, certificate is not None, settings)
@@ -208,7 +209,9 @@ def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings
     except RuntimeError as error:  # Serve's word for an application that does not come up
         raise ConfigError(f"the service did not start: {error}") from error
     finally:
+        processes.adopt_orphans()  # a node that ends in haste leaves some
         ray.shutdown()
+        processes.end_all_below(spared=others)
 
 
 def _wait_for_signal() -> None:

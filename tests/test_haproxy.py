@@ -18,6 +18,7 @@ import pytest
 from serving import Client, Service, connect, free_port, speech
 
 from deployments import haproxy
+from deployments.processes import below, lives
 from personaplex.errors import ConfigError
 from personaplex.server import HAPROXY_SWITCH, main
 
@@ -98,6 +99,26 @@ def test_haproxy_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
     _until(lambda: not _listens(port))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells whose child a process is")
+def test_an_orphan_below_is_found_and_ended_and_who_is_spared_is_not() -> None:
+    script = """
+import os, subprocess, time
+from deployments.processes import adopt_orphans, below, end_all_below
+other = subprocess.Popen(["sleep", "60"])
+adopt_orphans()
+parent = subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60"])
+while len(below(os.getpid())) < 4:
+    time.sleep(0.01)
+parent.kill()
+parent.wait()
+assert len(below(os.getpid())) == 3, "its children are ours now"
+end_all_below(spared={other.pid})
+assert below(os.getpid()) == [other.pid]
+other.kill()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=20)
+
+
 @needs_haproxy
 def test_a_conversation_goes_through_it_and_a_clean_end_leaves_nothing() -> None:
     """The service is ended while the session lives, which kept HAProxy and its ports once."""
@@ -111,11 +132,11 @@ def test_a_conversation_goes_through_it_and_a_clean_end_leaves_nothing() -> None
 
     port = free_port()
     with _server(port) as process:
-        proxies = _children(process.pid, "haproxy")
-        assert proxies
+        family = below(process.pid)
+        assert "haproxy" in [Path(f"/proc/{pid}/comm").read_text().strip() for pid in family]
         assert asyncio.run(talk(port, process)).heard.pages
         assert process.wait(30) == 0
-        _until(lambda: not any(_runs(pid) for pid in proxies))
+        _until(lambda: not any(map(lives, family)))
         assert not _listens(port)
 
 
@@ -153,24 +174,3 @@ def _until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
 def _listens(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _children(pid: int, name: str) -> list[int]:
-    """Ids of all processes below `pid` that are called `name`."""
-    found, below = [], [pid]
-    while below:
-        one = below.pop()
-        for task in Path(f"/proc/{one}/task").glob("*/children"):
-            for child in map(int, task.read_text().split()):
-                below.append(child)
-                if Path(f"/proc/{child}/comm").read_text().strip() == name:
-                    found.append(child)
-    return found
-
-
-def _runs(pid: int) -> bool:
-    """Whether it is there and no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
