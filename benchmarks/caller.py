@@ -1,0 +1,116 @@
+"""A client that costs next to nothing: a benchmark on one machine is to measure the service, not its clients.
+
+It speaks RFC 6455 by hand: what it sends is framed once for all callers (masked with zeros, which a server
+unmasks as it would anything), of what it hears only the page number is read. Pings are answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import struct
+import time
+from collections.abc import Sequence
+from typing import cast
+from urllib.parse import urlsplit
+
+_BINARY, _CLOSE, _PING, _PONG = 2, 8, 9, 10
+_SEQUENCE = slice(19, 23)  # of an Ogg page behind the message's kind
+
+
+def framed(payload: bytes, opcode: int = _BINARY) -> bytes:
+    """One client's WebSocket frame of less than 64 KiB."""
+    size = len(payload)
+    length = bytes((0x80 | size,)) if size < 126 else struct.pack(">BH", 0x80 | 126, size)
+    return bytes((0x80 | opcode,)) + length + bytes(4) + payload
+
+
+class Caller(asyncio.Protocol):
+    """One conversation. `sent` holds when each page left, `heard` when each came, by its number from the
+    first after the headers; seconds of the monotonic clock."""
+
+    def __init__(self, url: str, headers: Sequence[bytes]) -> None:
+        """`headers`: framed header pages, sent as soon as the connection is open."""
+        self.sent: list[float] = []
+        self.heard: dict[int, float] = {}
+        self._url, self._headers = urlsplit(url), headers
+        self._live: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._received = b""
+        self._upgraded = False
+
+    async def open(self) -> None:
+        """Returns when the session is live. Raises ConnectionError."""
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(lambda: self, self._url.hostname, self._url.port)
+        await asyncio.wait_for(self._live, 30)
+
+    async def talk(self, pages: Sequence[bytes], phase_s: float, period_s: float) -> None:
+        """Sends the framed `pages`, one every `period_s`, then listens on for half a second and hangs up."""
+        due = time.monotonic() + phase_s
+        for page in pages:
+            await asyncio.sleep(due - time.monotonic())
+            self.sent.append(time.monotonic())
+            self._transport.write(page)
+            due += period_s
+        await asyncio.sleep(0.5)
+        self._transport.write(framed(b"", _CLOSE))
+        self._transport.close()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        key = base64.b64encode(os.urandom(16)).decode()
+        lines = (
+            f"GET {self._url.path} HTTP/1.1",
+            f"Host: {self._url.netloc}",
+            "Upgrade: websocket",
+            "Connection: Upgrade",
+            f"Sec-WebSocket-Key: {key}",
+            "Sec-WebSocket-Version: 13",
+        )
+        self._transport.write("\r\n".join((*lines, "", "")).encode())
+
+    def data_received(self, data: bytes) -> None:
+        now = time.monotonic()
+        self._received = data = self._received + data
+        if not self._upgraded:
+            head, end, data = data.partition(b"\r\n\r\n")
+            if not end:
+                return
+            if b" 101 " not in head.partition(b"\r\n")[0]:
+                self._live.set_exception(ConnectionError("no upgrade"))
+            self._upgraded = True
+            for page in self._headers:
+                self._transport.write(page)
+        start = 0
+        while (frame := _frame(data, start)) is not None:
+            opcode, begin, start = frame
+            self._hear(opcode, data, begin, start, now)
+        self._received = data[start:]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._live.done():
+            self._live.set_exception(ConnectionError("hung up"))
+
+    def _hear(self, opcode: int, data: bytes, begin: int, end: int, now: float) -> None:
+        if opcode == _PING:
+            self._transport.write(framed(data[begin:end], _PONG))
+        elif opcode == _BINARY and data[begin] == 1:
+            number = int.from_bytes(data[begin:][_SEQUENCE], "little") - len(self._headers)
+            self.heard.setdefault(number, now)
+        elif opcode == _BINARY and data[begin] == 0 and not self._live.done():
+            self._live.set_result(None)
+
+
+def _frame(data: bytes, start: int) -> tuple[int, int, int] | None:
+    """Opcode, begin and end of the payload of the frame at `start`, or None while it is incomplete."""
+    if len(data) < start + 4:  # nothing of interest is shorter
+        return None
+    size, begin = data[start + 1], start + 2
+    if size == 126:
+        size, begin = int.from_bytes(data[begin : begin + 2], "big"), begin + 2
+    if len(data) < begin + size:
+        return None
+    return data[start] & 15, begin, begin + size
