@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -289,11 +290,15 @@ def prefill_chunks(model: Model, engine: Engine, device: torch.device, sizes: li
     return found
 
 
-def longest(engine: Engine, contexts: int, counts: list[int], seconds: float) -> list[dict[str, Any]]:
-    """Paced runs from the largest count down, until one is in time."""
-    found = []
+def longest(
+    engine: Engine, context: int, counts: list[int], seconds: float, left_s: Callable[[], float]
+) -> list[dict[str, Any]]:
+    """Paced runs from the largest count down, until one is in time, or time is up."""
+    found: list[dict[str, Any]] = []
     for count in sorted((c for c in counts if c <= engine.slots), reverse=True):
-        found.append(paced(engine, count, contexts, seconds))
+        if found and left_s() < seconds + 5:
+            break
+        found.append(paced(engine, count, context, seconds))
         if found[-1]["in_time"]:
             break
     return found
