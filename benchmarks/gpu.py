@@ -3,8 +3,8 @@
 The machine's own ceilings and checks first (kernels, device against CPU, graphs against pieces), then ticks
 by sessions and context in int8 and bfloat16 keys and values, session starts, joins, a paced minute, memory;
 last what helps to tune. Runs on a machine with torch, triton, numpy, safetensors and sentencepiece and
-nothing else: the 7B weights are random and made on the device. Keeps to `--budget` seconds: parts that no longer fit
-are under `skipped`. Each group of parts runs in a process of its own (`gpu_report.py`).
+nothing else: the 7B weights are random and made on the device. Keeps to `--budget` seconds: parts that no
+longer fit are under `skipped`. Each group of parts runs in a process of its own (`gpu_report.py`).
 
 No result of it is here yet: the kernels have run in Triton's interpreter and compile for an H100/H200
 (`tests/test_kernels.py`), but nothing has been timed on a GPU.
