@@ -12,6 +12,7 @@ from golden import CONFIG, CPU, GOLDEN, arrays, build_mimi, difference
 from safetensors.torch import load_file
 
 from personaplex.config import CODEBOOKS, FRAME_SIZE, PRESET_7B
+from personaplex.model import conv, layers
 from personaplex.model import mimi as codec
 from personaplex.model.mimi import Mimi
 from personaplex.model.rvq import SplitQuantizer
@@ -180,3 +181,21 @@ def test_full_size() -> None:
             ("dec_tr", 8, TRANSFORMED),
         ]:
             assert difference(out[name][:, ::every], z[name]) < limit, name
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "columns"), [(16, 8, 2), (3, 1, 2), (4, 2, 1), (1, 1, 16), (3, 1, 17)]
+)
+def test_convolutions_as_a_device_does_them(
+    monkeypatch: pytest.MonkeyPatch, kernel: int, stride: int, columns: int, bias: bool
+) -> None:
+    random = torch.Generator().manual_seed(3)
+    x = torch.randn(3, 5, (columns - 1) * stride + kernel, generator=random)
+    weight = torch.randn(7, 5, kernel, generator=random)
+    offset = torch.randn(7, generator=random) if bias else None
+    expected = torch.nn.functional.conv1d(x, weight, offset, stride)
+    monkeypatch.setattr(layers, "uses_kernels", lambda _: True)
+    ours = conv.convolve(x, weight, offset, stride)
+    assert ours.shape == expected.shape == (3, 7, columns)
+    assert (ours - expected).abs().max() < 1e-5

@@ -14,6 +14,7 @@ Without graphs (on a CPU, with weights kept on the host, or when asked) `run` do
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +105,7 @@ class Runner:
         """
         device = self._model.device
         side, pool = torch.cuda.Stream(device), None
+        gc.collect()  # else what a collection frees on the device meanwhile could end a recording
         with torch.inference_mode():
             for width in reversed(prefixes(self._slots)):
                 side.wait_stream(torch.cuda.current_stream(device))

@@ -11,14 +11,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from personaplex.model import layers
 from personaplex.model.layers import linear
+
+_FEW_COLUMNS = 16  # of an output; see `convolve`
 
 
 def commit(target: Tensor, new: Tensor, active: Tensor | None) -> None:
     """target = new for the active slots; active [N] bool, None for all."""
-    if active is not None:
-        new = torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, target)
-    target.copy_(new)
+    if active is None:
+        target.copy_(new)
+    else:
+        torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, target, out=target)
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """x [N, in, T], weight [out, in, K] -> [N, out, (T - K) / stride + 1].
+
+    On a GPU a convolution with few output columns is a product with a large matrix (33 MB for the widest):
+    convolution libraries cut their work by outputs and would leave most of the chip idle, matrix libraries
+    also cut the sum.
+    """
+    columns = (x.shape[-1] - weight.shape[-1]) // stride + 1
+    if not layers.uses_kernels(x) or columns > _FEW_COLUMNS:
+        return F.conv1d(x, weight, bias, stride)
+    windows = x.unfold(-1, weight.shape[-1], stride).transpose(1, 2).flatten(2)  # [N, T', in K]
+    return F.linear(windows, weight.flatten(1), bias).transpose(1, 2)
 
 
 class _Conv(nn.Module):
@@ -55,7 +73,7 @@ class Conv(nn.Module):
             x = torch.cat([tail, x], dim=-1)
             commit(tail, x[..., -self.tail :], active)
         inner = self.conv.conv
-        return F.conv1d(x, inner.weight, inner.bias, self.stride)
+        return convolve(x, inner.weight, inner.bias, self.stride)
 
 
 class ConvTranspose(nn.Module):
@@ -99,7 +117,7 @@ class Downsample(nn.Module):
         padded = torch.where(first[:, None, None], x[..., :1], tail)
         joined = torch.cat([padded, x], dim=-1)
         commit(tail, joined[..., -2:], active)
-        return F.conv1d(joined, self.conv.conv.conv.weight, None, 2)
+        return convolve(joined, self.conv.conv.conv.weight, None, 2)
 
 
 class Upsample(nn.Module):

@@ -85,8 +85,8 @@ class MimiLayer(nn.Module):
         self, x: Tensor, turn: tuple[Tensor, Tensor], ring: Ring, layer: int, view: Window | Tensor
     ) -> Tensor:
         heads = rings.attend(ring, layer, self.self_attn.project(self.norm1(x)), turn, view)
-        x = x + self.layer_scale_1.scale * self.self_attn.merge(heads)
-        return x + self.layer_scale_2.scale * self.linear2(F.gelu(self.linear1(self.norm2(x))))
+        x = torch.addcmul(x, self.layer_scale_1.scale, self.self_attn.merge(heads))
+        return torch.addcmul(x, self.layer_scale_2.scale, self.linear2(F.gelu(self.linear1(self.norm2(x)))))
 
 
 class _Layers(nn.Module):
