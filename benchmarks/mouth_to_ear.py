@@ -1,6 +1,6 @@
 """How long after a sound is made it is heard again through the service, beside the sum of its known parts.
 
-    python -m benchmarks.mouth_to_ear [--sessions 1 16 64] [--seconds 30] [--output FILE]
+    python -m benchmarks.mouth_to_ear [--sessions 1 16 64] [--seconds 30] [--low-latency] [--output FILE]
 
 The echo engine says back what it hears one frame later, as the model would. Probes send chirps at moments of
 their own and find each again, by correlation, in what came back: laid out as a player without a reserve plays
@@ -50,9 +50,9 @@ RAMP_S = 5.0
 PERCENTILES = (50, 95, 99)
 
 
-def known_parts() -> dict[str, float]:
+def known_parts(low_latency: bool) -> dict[str, float]:
     """Milliseconds that the design costs, whatever the machine."""
-    lookahead = 1e3 * OpusEncoder().lookahead / SAMPLE_RATE
+    lookahead = 1e3 * OpusEncoder(low_delay=low_latency).lookahead / SAMPLE_RATE
     return {
         "page of the client: a sound leaves with the end of its 80 ms": 1e3 * FRAME_SECONDS,
         "frame in the gateway: Opus keeps its end back until the next page": 1e3 * FRAME_SECONDS,
@@ -232,16 +232,19 @@ def main() -> None:
     )
     parser.add_argument("--sessions", type=int, nargs="+", default=[1, 16, 64], help="at once, in each run")
     parser.add_argument("--seconds", type=float, default=30.0, help="of chirps in each run")
+    parser.add_argument("--low-latency", action="store_true", help="with the service's setting of that name")
     parser.add_argument("--output", type=Path, help="write the result here as JSON")
     options = parser.parse_args()
     settings = {"slots": 96, "replica_num_cpus": 0.1, "gateway_num_cpus": 0.1}
+    settings["low_latency"] = options.low_latency
     with service("echo", settings) as base:
         time.sleep(3.0)  # HAProxy learns of the service
         runs = [measure(base, sessions, options.seconds) for sessions in options.sessions]
-    parts = known_parts()
+    parts = known_parts(options.low_latency)
     result = {
         "benchmark": "mouth_to_ear",
         "machine": machine("ray", "websockets"),
+        "low_latency": options.low_latency,
         "known_parts_ms": {name: round(value, 1) for name, value in parts.items()},
         "known_sum_ms": round(sum(parts.values()), 1),
         "runs": runs,
