@@ -79,6 +79,13 @@ def main() -> None:
     for width in (temporal.dim, depth.dim):
         pointwise.rms_norm(torch.zeros(1, width, dtype=torch.bfloat16), torch.zeros(width), 1e-8)
     pointwise.silu_multiply(torch.zeros(1, 2 * temporal.hidden, dtype=torch.bfloat16))
+    lm, row = PRESET_7B.lm, torch.zeros(1, dtype=torch.int64)
+    table = torch.zeros(16 * (lm.card + 2), temporal.dim, dtype=torch.bfloat16)
+    pointwise.embed(torch.zeros(1, 17, dtype=torch.int64), table, table[: lm.card + 2])
+    pointwise.add_row(
+        torch.zeros(1, depth.dim, dtype=torch.bfloat16), table[:, : depth.dim].contiguous(), row
+    )
+    pointwise.draw_keys(row, row, row, 9)
     for vocabulary in (PRESET_7B.lm.card, PRESET_7B.lm.text_card):
         numbers, whole = torch.zeros(1, vocabulary, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
         pointwise.draw(numbers, torch.zeros(1), whole, whole)

@@ -56,6 +56,9 @@ def stand_ins(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(attention, "attend_step", attend_step)
     patch.setattr(pointwise, "rms_norm", lambda x, _gain, _eps: torch.empty_like(x))
     patch.setattr(pointwise, "silu_multiply", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
+    patch.setattr(pointwise, "embed", lambda tokens, _, text: text.new_empty(len(tokens), text.shape[1]))
+    patch.setattr(pointwise, "add_row", lambda x, _table, _tokens: torch.empty_like(x))
+    patch.setattr(pointwise, "draw_keys", lambda seeds, _, steps, draws: steps.new_empty(len(seeds), draws))
     patch.setattr(pointwise, "draw", lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64))
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden import CONFIG
 
-from personaplex.config import TransformerConfig
+from personaplex.config import STREAMS, TransformerConfig
 from personaplex.model import ring as rings
 from personaplex.model.layers import RMS_EPS, angles, rms_norm, silu_multiply
+from personaplex.model.lm import LM
 from personaplex.model.quantize import Int8Matrix
 from personaplex.model.ring import Ring
-from personaplex.model.sampling import log_noise
+from personaplex.model.sampling import SamplingState, draw_keys, log_noise
 
 pytest.importorskip("triton")
 
@@ -166,6 +168,34 @@ def test_draw(kind: torch.dtype) -> None:
     assert pointwise.draw(logits, temperature, topk, keys).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_embedding(kind: torch.dtype) -> None:
+    """All 17 streams, the markers -1 (zeros) and -2 (row 0) among them; a row of depth inputs likewise."""
+    random = torch.Generator().manual_seed(4)
+    net = LM(CONFIG.lm).to(kind)
+    for weight in net.parameters():
+        weight.copy_(torch.randint(-7, 8, weight.shape, generator=random))  # sums are exact in bfloat16
+    net.prepare()
+    tokens = torch.randint(-2, CONFIG.lm.text_card + 1, (5, STREAMS), generator=random)
+    tokens[0], tokens[1] = -1, -2
+    ours = pointwise.embed(tokens, net.audio_table, net.text_emb.weight)
+    assert torch.equal(ours, net.embed(tokens))
+    assert (ours[0] == 0).all()
+    part = torch.randint(-7, 8, (5, CONFIG.lm.depth.dim), generator=random).to(kind)
+    row = pointwise.add_row(part, net.depformer_text_emb.weight, tokens[:, 0].contiguous())
+    assert torch.equal(row, net.depth_input(0, part, tokens[:, 0]))
+
+
+def test_draw_keys() -> None:
+    random = torch.Generator().manual_seed(7)
+    state = SamplingState.allocate(6, CPU)
+    for seeds in (state.text_seed, state.audio_seed):
+        seeds.random_(0, 2**63 - 1, generator=random)
+    steps = torch.tensor([0, 1, 2, 3_000, 10_000, 2**40])
+    ours = pointwise.draw_keys(state.text_seed, state.audio_seed, steps, 9)
+    assert torch.equal(ours, draw_keys(state, steps, 9))
+
+
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 64, 40), (5, 300, 33), (70, 96, 64)])
 def test_int8_product(rows: int, inputs: int, outputs: int) -> None:
     random = torch.Generator().manual_seed(5)
@@ -201,7 +231,7 @@ def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    inner = {"_store_pairs", "_mix"}  # parts of others
+    inner = {"_store_pairs", "_mix", "_table_row"}  # parts of others
     kernels = {
         name
         for part in (attention, pointwise, int8)

@@ -228,7 +228,7 @@ def test_stages(compiled: bool) -> None:
         tokens = torch.from_numpy(np.concatenate([z["dep_text_token"][:, None], z["dep_audio_tokens"]], 1))
         depth, logits = DepthPass(net.depformer), []
         for step, part in enumerate(net.depth_hidden(hidden, 16)):
-            logits.append(net.linears[step](depth.step(part + net.depth_token(step, tokens[:, step]))))
+            logits.append(net.linears[step](depth.step(net.depth_input(step, part, tokens[:, step]))))
         assert difference(torch.stack(logits, 1), z["dep_logits"]) < AUDIO
 
 

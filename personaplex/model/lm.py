@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, DELAYS, RING_COLUMNS, STREAMS, UNGENERATED, USER, LMConfig
+from personaplex.model import layers
 from personaplex.model.depth import Depth, DepthPass
 from personaplex.model.layers import Linear, RMSNorm, Stack, Table, linear, table_rows
 from personaplex.model.ring import Ring
@@ -135,6 +136,13 @@ class LM(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [..., 17] int64 -> [..., dim]: audio streams summed in order, then text."""
+        if layers.uses_kernels(tokens):
+            from personaplex.model import pointwise  # only where there is Triton
+
+            flat = tokens.reshape(-1, STREAMS)
+            return pointwise.embed(flat, self.audio_table, self.text_emb.weight).unflatten(
+                0, tokens.shape[:-1]
+            )
         rows = self.config.card + 1
         base = torch.arange(2 * CODEBOOKS, device=tokens.device) * (rows + 1)
         audio = F.embedding(table_rows(tokens[..., 1:], rows) + base, self.audio_table)
@@ -149,11 +157,15 @@ class LM(nn.Module):
         wide = linear(hidden, self.depth_inputs.weight[: steps * self.config.depth.dim])
         return wide.unflatten(-1, (steps, -1)).transpose(0, 1)
 
-    def depth_token(self, step: int, token: Tensor) -> Tensor:
-        """token [N] drawn just before depth step `step` -> its part [N, depth dim] in that step's input."""
+    def depth_input(self, step: int, part: Tensor, token: Tensor) -> Tensor:
+        """part [N, depth dim] of `depth_hidden`, token [N] drawn before depth step `step` -> its input."""
         table = self.depformer_emb[step - 1] if step else self.depformer_text_emb
+        if layers.uses_kernels(part):
+            from personaplex.model import pointwise  # only where there is Triton
+
+            return pointwise.add_row(part.contiguous(), table.weight, token)
         embedded: Tensor = table(token)
-        return embedded
+        return part + embedded
 
 
 def step(
@@ -195,7 +207,7 @@ def step(
     audio_logits = []
     depth = DepthPass(lm.depformer)
     for index, part in enumerate(lm.depth_hidden(hidden, depth_steps)):
-        logits = lm.linears[index](depth.step(part + lm.depth_token(index, drawn[-1])))
+        logits = lm.linears[index](depth.step(lm.depth_input(index, part, drawn[-1])))
         token = draws.audio(index, logits)
         drawn.append(torch.where(target_provided[:, index + 1], target_tokens[:, index + 1], token))
         audio_logits.append(logits)

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from personaplex.model.sampling import UNIFORM_BITS
+from personaplex.model.sampling import DRAW_STREAMS, UNIFORM_BITS
 
 _COLUMNS = 1024  # of a row, to one program of `silu_multiply`
+_FEATURES = 256  # of a row, to one program of `embed` and `add_row`
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
@@ -35,6 +36,43 @@ def silu_multiply(x: Tensor) -> Tensor:
     grid = (x.numel() // (2 * hidden), triton.cdiv(hidden, _COLUMNS))
     _silu_multiply[grid](x, out, hidden, _COLUMNS, num_warps=4)
     return out
+
+
+def embed(tokens: Tensor, audio: Tensor, text: Tensor) -> Tensor:
+    """tokens [N, 1 + streams] int64, audio [streams * rows of a table, dim], text [rows, dim] -> [N, dim].
+
+    `LM.embed`. The last row of each table is what token -1 reads.
+    """
+    assert tokens.is_contiguous()
+    count, dim, streams = tokens.shape[0], text.shape[1], tokens.shape[1] - 1
+    out = torch.empty(count, dim, device=text.device, dtype=text.dtype)
+    _embed[(count, triton.cdiv(dim, _FEATURES))](
+        tokens, audio, text, out, dim, audio.shape[0] // streams, text.shape[0], streams, _FEATURES,
+        num_warps=1,
+    )  # fmt: skip
+    return out
+
+
+def add_row(x: Tensor, table: Tensor, tokens: Tensor) -> Tensor:
+    """x [N, dim] + the row of a prepared table for each of tokens [N] int64. `Table`."""
+    n, dim = x.shape
+    assert x.is_contiguous()
+    assert tokens.is_contiguous()
+    out = torch.empty_like(x)
+    _add_row[(n, triton.cdiv(dim, _FEATURES))](
+        x, table, tokens, out, dim, table.shape[0], _FEATURES, num_warps=1
+    )
+    return out
+
+
+def draw_keys(text_seed: Tensor, audio_seed: Tensor, steps: Tensor, draws: int) -> Tensor:
+    """Seeds and steps [N] int64, contiguous -> keys [N, draws] int64. `sampling.draw_keys`."""
+    n = steps.shape[0]
+    keys = torch.empty(n, draws, device=steps.device, dtype=torch.int64)
+    _draw_keys[(n,)](
+        text_seed, audio_seed, steps, keys, draws, triton.next_power_of_2(draws), DRAW_STREAMS, num_warps=1
+    )
+    return keys
 
 
 def draw(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor) -> Tensor:
@@ -77,6 +115,55 @@ def _silu_multiply(x, out, hidden, COLUMNS: tl.constexpr):
     a = tl.load(x + row * 2 * hidden + column, inside, other=0.0).to(tl.float32)
     b = tl.load(x + row * 2 * hidden + hidden + column, inside, other=0.0).to(tl.float32)
     tl.store(out + row * hidden + column, (a / (1.0 + tl.exp(-a)) * b).to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _table_row(token, rows):
+    """Row of a prepared table of `rows` rows, as `layers.table_rows`."""
+    return tl.where(token == -1, rows - 1, tl.maximum(token, 0))
+
+
+@triton.jit
+def _embed(
+    tokens, audio, text, out, dim, audio_rows, text_rows, STREAMS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < dim
+    source = tokens + row * (STREAMS + 1)
+    total = tl.zeros([COLUMNS], out.dtype.element_ty)
+    for stream in tl.static_range(STREAMS):
+        place = stream * audio_rows + _table_row(tl.load(source + 1 + stream), audio_rows)
+        part = tl.load(audio + place * dim + column, inside, other=0.0)
+        total = (total.to(tl.float32) + part.to(tl.float32)).to(out.dtype.element_ty)  # rounded each time
+    place = _table_row(tl.load(source), text_rows)
+    part = tl.load(text + place * dim + column, inside, other=0.0)
+    total = (total.to(tl.float32) + part.to(tl.float32)).to(out.dtype.element_ty)
+    tl.store(out + row * dim + column, total, inside)
+
+
+@triton.jit
+def _add_row(x, table, tokens, out, dim, rows, COLUMNS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < dim
+    place = _table_row(tl.load(tokens + row), rows)
+    added = tl.load(table + place * dim + column, inside, other=0.0).to(tl.float32)
+    added += tl.load(x + row * dim + column, inside, other=0.0).to(tl.float32)
+    tl.store(out + row * dim + column, added.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _draw_keys(
+    text_seed, audio_seed, steps, keys, draws, WIDE: tl.constexpr, STREAMS: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    stream = tl.arange(0, WIDE)
+    text = tl.load(text_seed + row).to(tl.uint64, bitcast=True)
+    audio = tl.load(audio_seed + row).to(tl.uint64, bitcast=True)
+    count = (tl.load(steps + row) * STREAMS + stream).to(tl.uint64, bitcast=True)
+    mixed = _mix(_mix(tl.where(stream == 0, text, audio)) ^ count)
+    tl.store(keys + row * draws + stream, mixed.to(tl.int64, bitcast=True), stream < draws)
 
 
 @triton.jit

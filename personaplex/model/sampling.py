@@ -16,7 +16,7 @@ from torch import Tensor
 from personaplex.config import Sampling
 from personaplex.model import layers
 
-_STREAMS = 32  # counter stride of one step
+DRAW_STREAMS = 32  # counter stride of one step
 _GOLDEN = -7046029254386353131  # 2**64 / golden ratio, as int64
 UNIFORM_BITS = 23  # (x + 1/2) / 2**23 is exact in float32 and never 0 or 1
 
@@ -162,9 +162,13 @@ def pick(values: Tensor, rule: Rule, log_noise: Tensor) -> Tensor:
 
 def draw_keys(state: SamplingState, steps: Tensor, draws: int) -> Tensor:
     """Keys [N, draws] of one step's draws: the text token, then the codebooks; steps [N] int64."""
+    if layers.uses_kernels(steps):
+        from personaplex.model import pointwise  # only where there is Triton
+
+        return pointwise.draw_keys(state.text_seed, state.audio_seed, steps, draws)
     stream = torch.arange(draws, device=steps.device)
     seeds = torch.where(stream == 0, state.text_seed[:, None], state.audio_seed[:, None])
-    return _mix(_mix(seeds) ^ (steps[:, None] * _STREAMS + stream))
+    return _mix(_mix(seeds) ^ (steps[:, None] * DRAW_STREAMS + stream))
 
 
 def log_noise(keys: Tensor, tokens: Tensor) -> Tensor:
