@@ -181,7 +181,7 @@ def test_embedding(kind: torch.dtype) -> None:
     ours = pointwise.embed(tokens, net.audio_table, net.text_emb.weight)
     assert torch.equal(ours, net.embed(tokens))
     assert (ours[0] == 0).all()
-    part = torch.randint(-7, 8, (5, CONFIG.lm.depth.dim), generator=random).to(kind)
+    part = torch.randint(-7, 8, (5, 2, CONFIG.lm.depth.dim), generator=random).to(kind)[:, 1]
     row = pointwise.add_row(part, net.depformer_text_emb.weight, tokens[:, 0].contiguous())
     assert torch.equal(row, net.depth_input(0, part, tokens[:, 0]))
 

@@ -140,9 +140,7 @@ class LM(nn.Module):
             from personaplex.model import pointwise  # only where there is Triton
 
             flat = tokens.reshape(-1, STREAMS)
-            return pointwise.embed(flat, self.audio_table, self.text_emb.weight).unflatten(
-                0, tokens.shape[:-1]
-            )
+            return pointwise.embed(flat, self.audio_table, self.text_emb.weight).view(*tokens.shape[:-1], -1)
         rows = self.config.card + 1
         base = torch.arange(2 * CODEBOOKS, device=tokens.device) * (rows + 1)
         audio = F.embedding(table_rows(tokens[..., 1:], rows) + base, self.audio_table)
@@ -163,7 +161,7 @@ class LM(nn.Module):
         if layers.uses_kernels(part):
             from personaplex.model import pointwise  # only where there is Triton
 
-            return pointwise.add_row(part.contiguous(), table.weight, token)
+            return pointwise.add_row(part, table.weight, token)
         embedded: Tensor = table(token)
         return part + embedded
 

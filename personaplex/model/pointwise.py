@@ -54,14 +54,13 @@ def embed(tokens: Tensor, audio: Tensor, text: Tensor) -> Tensor:
 
 
 def add_row(x: Tensor, table: Tensor, tokens: Tensor) -> Tensor:
-    """x [N, dim] + the row of a prepared table for each of tokens [N] int64. `Table`."""
+    """x [N, dim], contiguous rows, + the row of a prepared table for each of tokens [N] int64. `Table`."""
     n, dim = x.shape
-    assert x.is_contiguous()
+    assert x.stride(1) == 1
     assert tokens.is_contiguous()
-    out = torch.empty_like(x)
-    _add_row[(n, triton.cdiv(dim, _FEATURES))](
-        x, table, tokens, out, dim, table.shape[0], _FEATURES, num_warps=1
-    )
+    out = torch.empty(n, dim, device=x.device, dtype=x.dtype)
+    grid = (n, triton.cdiv(dim, _FEATURES))
+    _add_row[grid](x, table, tokens, out, x.stride(0), dim, table.shape[0], _FEATURES, num_warps=1)
     return out
 
 
@@ -143,13 +142,13 @@ def _embed(
 
 
 @triton.jit
-def _add_row(x, table, tokens, out, dim, rows, COLUMNS: tl.constexpr):
+def _add_row(x, table, tokens, out, stride, dim, rows, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < dim
     place = _table_row(tl.load(tokens + row), rows)
     added = tl.load(table + place * dim + column, inside, other=0.0).to(tl.float32)
-    added += tl.load(x + row * dim + column, inside, other=0.0).to(tl.float32)
+    added += tl.load(x + row * stride + column, inside, other=0.0).to(tl.float32)
     tl.store(out + row * dim + column, added.to(out.dtype.element_ty), inside)
 
 
