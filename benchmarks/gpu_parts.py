@@ -31,7 +31,7 @@ def ceilings(device: torch.device, small: bool) -> dict[str, float]:
     copied = timed(lambda: target.copy_(source), device, 5)
     rows = source.view(-1, 4_096)
     vector = torch.ones(4_096, dtype=torch.bfloat16, device=device)
-    read = timed(lambda: torch.mv(rows, vector), device, 5)
+    read = min(timed(work, device, 5) for work in (lambda: torch.mv(rows, vector), lambda: rows.amax(1)))
     a = torch.randn(side, side, dtype=torch.bfloat16, device=device)
     multiplied = timed(lambda: a @ a, device, 5)
     return {
@@ -42,21 +42,29 @@ def ceilings(device: torch.device, small: bool) -> dict[str, float]:
 
 
 def products(config: TransformerConfig, device: torch.device, rows: list[int]) -> list[dict[str, Any]]:
-    """A layer's matrices times a few rows: cuBLAS in bfloat16, the int8 kernel, torch's own int8 if any.
+    """A layer's matrices times a few rows: cuBLAS in bfloat16, the int8 kernel with int8 and with bfloat16
+    numbers, torch's own int8 if any.
 
     Microseconds and the share of the weights' bytes in them, GB/s. Eight copies are cycled through, so that
     no cache holds them.
     """
+    from personaplex.model import int8
+
     found = []
-    shapes = {"qkv": (3 * config.dim, config.dim), "gate": (2 * config.hidden, config.dim),
-              "down": (config.dim, config.hidden)}  # fmt: skip
+    shapes = {"qkv": (3 * config.dim, config.dim), "out": (config.dim, config.dim),
+              "gate": (2 * config.hidden, config.dim), "down": (config.dim, config.hidden)}  # fmt: skip
     for name, (outputs, inputs) in shapes.items():
         weights = [torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) for _ in range(8)]
         codes = [Int8Matrix.of(weight) for weight in weights]
+        ones = torch.ones(outputs, device=device)
         for n in rows:
             x = torch.randn(n, inputs, device=device, dtype=torch.bfloat16)
             ways: dict[str, Any] = {
                 "bf16": (lambda x=x, w=weights: [F.linear(x, m) for m in w], weights[0].nbytes),
+                "bf16_kernel": (
+                    lambda x=x, w=weights, s=ones: [int8.matmul(x, m, s) for m in w],
+                    weights[0].nbytes,
+                ),
                 "int8": (lambda x=x, w=codes: [m.product(x) for m in w], codes[0].nbytes),
             }
             row: dict[str, Any] = {"matrix": name, "rows": n}

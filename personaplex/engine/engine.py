@@ -240,7 +240,8 @@ class Engine:
         with torch.inference_mode():
             for positions in sorted({1, 17, 33, 65, self._config.prefill_chunk}):
                 x = torch.zeros(1, positions, lm.config.temporal.dim, device=lm.device, dtype=lm.dtype)
-                lm.transformer.prefill(x, ring, 0, 0)
+                for start in (0, 1):  # with nothing before it, and with something
+                    lm.transformer.prefill(x.clone(), ring, 0, start)
         self._state.reset(0)
 
     def _keep_prefix(self, voice: str, index: int, length: int) -> None:
