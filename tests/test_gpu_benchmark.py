@@ -38,6 +38,7 @@ PARTS = [
 def test_dry_run(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     (tmp_path / "sitecustomize.py").write_text(START)
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs another NumPy')")
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--output", str(output)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -6,7 +6,6 @@ steps read.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
@@ -25,7 +24,17 @@ Matrix = Tensor | Int8Matrix  # [out, in]
 
 M = TypeVar("M", bound=nn.Module)
 
-NUMBA = importlib.util.find_spec("numba") is not None
+
+def _numba_works() -> bool:
+    """Whether Numba is there and takes the NumPy that is: it refuses to be imported beside a newer one."""
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+NUMBA = _numba_works()
 
 LARGE = 1 << 22  # weights of a matrix from which on it is worth more than one thread
 
