@@ -118,7 +118,8 @@ def check(plan: Plan, device: torch.device, report: Report, dry: bool) -> None:
 def tune(plan: Plan, device: torch.device, report: Report, dry: bool) -> None:
     """Sizes of kernels, one layer at a time, and what int8 costs in quality."""
     temporal = plan.config.lm.temporal
-    report.part("products", 20, lambda: parts.products(temporal, device, [1, 3] if dry else [1, 8, 32, 128]))
+    sizes: dict[str, Any] = {"rows": [1, 3], "copies": 1, "rounds": 1} if dry else {"rows": [1, 8, 32, 128]}
+    report.part("products", 20, lambda: parts.products(temporal, device, **sizes))
     if device.type == "cuda":
         report.part("attention_sizes", 40, lambda: parts.attention_sizes(temporal, device, 32))
     report.part("int8_cost", 20, lambda: checks.int8_cost(20 if dry else 200))

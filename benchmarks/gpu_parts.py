@@ -41,12 +41,14 @@ def ceilings(device: torch.device, small: bool) -> dict[str, float]:
     }
 
 
-def products(config: TransformerConfig, device: torch.device, rows: list[int]) -> list[dict[str, Any]]:
+def products(
+    config: TransformerConfig, device: torch.device, rows: list[int], copies: int = 8, rounds: int = 5
+) -> list[dict[str, Any]]:
     """A layer's matrices times a few rows: cuBLAS in bfloat16, the int8 kernel with int8 and with bfloat16
     numbers, torch's own int8 if any.
 
-    Microseconds and the share of the weights' bytes in them, GB/s. Eight copies are cycled through, so that
-    no cache holds them.
+    Microseconds and the share of the weights' bytes in them, GB/s. So many copies are cycled through that no
+    cache holds them.
     """
     from personaplex.model import int8
 
@@ -54,7 +56,7 @@ def products(config: TransformerConfig, device: torch.device, rows: list[int]) -
     shapes = {"qkv": (3 * config.dim, config.dim), "out": (config.dim, config.dim),
               "gate": (2 * config.hidden, config.dim), "down": (config.dim, config.hidden)}  # fmt: skip
     for name, (outputs, inputs) in shapes.items():
-        weights = [torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) for _ in range(8)]
+        weights = [torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) for _ in range(copies)]
         codes = [Int8Matrix.of(weight) for weight in weights]
         ones = torch.ones(outputs, device=device)
         for n in rows:
@@ -69,12 +71,12 @@ def products(config: TransformerConfig, device: torch.device, rows: list[int]) -
             }
             row: dict[str, Any] = {"matrix": name, "rows": n}
             for way, (work, size) in ways.items():
-                seconds = timed(work, device, 5) / 8
+                seconds = timed(work, device, rounds) / copies
                 row[way] = {"us": round(1e6 * seconds, 2), "gb_s": round(size / seconds / 1e9, 1)}
             try:
                 scale = codes[0].scale.bfloat16()
                 own = timed(
-                    lambda x=x, c=codes[0].codes, s=scale: torch._weight_int8pack_mm(x, c, s), device, 5
+                    lambda x=x, c=codes[0].codes, s=scale: torch._weight_int8pack_mm(x, c, s), device, rounds
                 )
                 row["torch_int8pack"] = {"us": round(1e6 * own, 2)}
             except (NotImplementedError, RuntimeError) as error:
