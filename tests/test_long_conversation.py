@@ -71,4 +71,5 @@ def test_ten_thousand_frames(kv: str, steps: int) -> None:
         assert difference.max() < 0.2
     full = torch.tensor(taken[2 * CONFIG.context :])
     tenth = len(full) // 10
-    assert full[-tenth:].median() < 1.3 * full[:tenth].median()
+    # the quickest of each: a busy machine makes steps slower, never quicker
+    assert full[-tenth:].min() < 1.3 * full[:tenth].min()
