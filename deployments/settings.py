@@ -163,7 +163,7 @@ class Settings(BaseSettings):
     gateways_min: int = Field(1, ge=1, description="Fewest gateways.")
     gateways_max: int = Field(1, ge=1, description="Most gateways.")
     sessions_per_gateway: int = Field(
-        128, ge=1, description="Sessions one gateway holds, waiting ones included."
+        64, ge=1, description="Sessions one gateway holds, waiting ones included: what one core carries."
     )
     gateway_num_cpus: float = Field(1.0, ge=0, description="Ray CPUs of a gateway.")
     gateway_resources: Resources = Field(
