@@ -10,7 +10,6 @@ both see the same machine, the median counts. A session per core is a session-se
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import sphn
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, publish
 from personaplex.audio.ogg import OggMuxer
 from personaplex.audio.opus import PACKET_SAMPLES, OpusEncoder
 from personaplex.audio.transcoder import Transcoder
@@ -113,10 +112,7 @@ def main() -> None:
         "machine": machine("opuslib", "sphn"),
         **measure(arguments.seconds, arguments.rounds),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

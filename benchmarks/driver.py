@@ -25,7 +25,7 @@ from typing import Any
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
-from loadtest.report import machine
+from benchmarks.machine import machine, publish
 from loadtest.speech import DEFAULT, Speech, new_stream
 from personaplex.config import FRAME_SECONDS
 from personaplex.session.wire import Audio, Handshake, Metadata, encode
@@ -113,10 +113,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     result = {"benchmark": "driver", "machine": machine(), "load_before": load}
     result |= measure(options.sessions, options.seconds)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    publish(result, options.output)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ of these. `benchmarks.naive` is the baseline; before anything is timed both must
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, publish
 from benchmarks.naive import NaiveLM
 from personaplex.config import (
     CODEBOOKS,
@@ -321,10 +320,7 @@ def main() -> None:
         "mimi_full_size": measure_mimi(rounds),
         "tiny": measure_tiny(rounds),
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

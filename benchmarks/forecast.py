@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.live import info, service
-from benchmarks.machine import machine
+from benchmarks.machine import machine, publish
 from loadtest import plan
 from loadtest.planner import Plan
 
@@ -156,9 +156,7 @@ def main() -> None:
         "load_passed": report["passed"],
         "plan": forecast,
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    options.output.with_suffix(".json").write_text(text + "\n")
+    publish(result, options.output.with_suffix(".json"))
 
 
 if __name__ == "__main__":

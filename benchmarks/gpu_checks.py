@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu_setup import make_engine, persona, random_model, release, talk
-from benchmarks.machine import machine
+from benchmarks.machine import machine, publish
 from personaplex.config import PRESET_TINY, LMConfig, ModelConfig, TransformerConfig
 from personaplex.engine.engine import Engine
 from personaplex.model import Model
@@ -183,10 +182,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the result here as JSON")
     arguments = parser.parse_args()
     result = {"benchmark": "int8 cost", "machine": machine("torch"), **int8_cost()}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text + "\n")
+    publish(result, arguments.output)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,23 @@
-"""The machine a result was measured on, and what it can do at most."""
+"""What every result has: the machine it was measured on, and a way out."""
 
 from __future__ import annotations
 
-import os
-import platform
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from loadtest.report import machine as plain_machine
+
 
 def machine(*packages: str) -> dict[str, Any]:
     """Processor, cores, Python, and the versions of the packages that matter to a result."""
-    cpus = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    named: dict[str, Any] = {
-        "cpu": cpus[0] if cpus else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-    return named | {package: version(package) for package in packages}
+    return plain_machine() | {package: version(package) for package in packages}
 
 
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+def publish(result: dict[str, Any], output: Path | None) -> None:
+    """Prints a result as JSON and writes it to `output`, if there is one."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if output:
+        output.write_text(text + "\n", encoding="utf-8")

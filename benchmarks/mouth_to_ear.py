@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.live import service
-from benchmarks.machine import machine
+from benchmarks.machine import machine, publish
 from loadtest import arrivals
 from loadtest.connection import Connection
 from loadtest.exchange import address
@@ -249,10 +249,7 @@ def main() -> None:
         "known_sum_ms": round(sum(parts.values()), 1),
         "runs": runs,
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.output:
-        options.output.write_text(text + "\n")
+    publish(result, options.output)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,7 @@ def test_haproxy_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     _until(lambda: not _listens(port))
+    assert not _listens(port)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells whose child a process is")
@@ -116,7 +117,10 @@ end_all_below(spared={other.pid})
 assert below(os.getpid()) == [other.pid]
 other.kill()
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=20)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @needs_haproxy

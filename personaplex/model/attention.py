@@ -164,6 +164,22 @@ def _store_pairs(
 
 
 @triton.jit
+def _seen(column, filled, newest, ahead, shown, capacity):
+    """Which columns a query may read that came `ahead` positions before the newest; see ring.py."""
+    age = newest - column  # positions since the one in this column
+    age = tl.where(age < 0, age + capacity, age)
+    return (column < filled) & (age >= ahead) & (age < shown)
+
+
+@triton.jit
+def _join_lanes(best, total, mixed):
+    """The running softmaxes of all lanes as one: largest score, sum, weighted values."""
+    top = tl.max(best, axis=0)
+    fade = tl.exp(best - top)
+    return top, tl.sum(total * fade, axis=0), tl.sum(mixed * fade[:, None], axis=0)
+
+
+@triton.jit
 def _attend_chunk(
     queries, keys, values, k_scale, v_scale, offset, active, parts,
     slot_stride, head_stride, scale_slot_stride, scale_head_stride, capacity, scale,
@@ -206,9 +222,7 @@ def _attend_chunk(
         v_unit = tl.load(v_scale + scale_base + start + lane, start + lane < filled, other=0.0)
     for piece in tl.range(0, CHUNK, BLOCK, num_stages=STAGES):
         column = start + piece + lane
-        age = newest - column  # positions since the one in this column
-        age = tl.where(age < 0, age + capacity, age)
-        seen = (column < filled) & (age >= ahead) & (age < shown)
+        seen = _seen(column, filled, newest, ahead, shown, capacity)
         place = base + column[:, None].to(tl.int64) * SIZE + d[None, :]
         mask = seen[:, None] & inside[None, :]
         k = tl.load(keys + place, mask, other=0.0).to(tl.float32)
@@ -228,10 +242,7 @@ def _attend_chunk(
             v_unit = tl.load(v_scale + scale_base + ahead_of, ahead_of < filled, other=0.0)
         mixed = mixed * fade[:, None] + weight[:, None] * v
         best = higher
-    top = tl.max(best, axis=0)
-    fade = tl.exp(best - top)
-    total_here = tl.sum(total * fade, axis=0)
-    mixed_here = tl.sum(mixed * fade[:, None], axis=0)
+    top, total_here, mixed_here = _join_lanes(best, total, mixed)
     if LONE:
         tl.store(parts + query_place, (mixed_here / total_here).to(parts.dtype.element_ty), inside)
     else:
