@@ -231,7 +231,7 @@ def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    inner = {"_store_pairs", "_mix", "_table_row"}  # parts of others
+    inner = {"_store_pairs", "_seen", "_join_lanes", "_mix", "_table_row"}  # parts of others
     kernels = {
         name
         for part in (attention, pointwise, int8)
