@@ -5,11 +5,16 @@
 Both do the work of a gateway for the same speech: demux and decode a client's pages of 40 ms (two packets),
 cut frames, encode each frame and mux it. CPU time of the process, rounds alternate between the two so that
 both see the same machine, the median counts. A session per core is a session-second per CPU second.
+
+The encoder's settings are measured beside the other candidates: CPU, bytes, and how close the decoded speech
+comes to what was said (signal to noise of the waveform).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -21,12 +26,13 @@ import sphn
 
 from benchmarks.machine import machine, publish
 from personaplex.audio.ogg import OggMuxer
-from personaplex.audio.opus import PACKET_SAMPLES, OpusEncoder
+from personaplex.audio.opus import PACKET_SAMPLES, OpusDecoder, OpusEncoder
 from personaplex.audio.transcoder import Transcoder
 from personaplex.audio.wav import Pcm
 from personaplex.config import FRAME_SIZE, SAMPLE_RATE
 
 SPEECH = Path(__file__).parent.parent / "tests" / "data" / "mic.ogg"
+CANDIDATES = ((48_000, 0), (32_000, 0), (32_000, 5), (48_000, 5))  # bits per second, complexity; ours first
 CLIENT_PACKETS = 2  # 20 ms each, in one page: what the reference's web client sends
 
 
@@ -67,7 +73,39 @@ def sphn_send(frames: Pcm) -> None:
         writer.append_pcm(frame)
 
 
-def cpu_seconds(work: Callable[[], None]) -> float:
+def closeness(encoder: OpusEncoder, frames: Pcm) -> tuple[float, float]:
+    """Signal to noise in dB of what is heard of `frames`, and bits per second."""
+    decoder, parts = OpusDecoder(), frames.reshape(-1, PACKET_SAMPLES)
+    packets = [encoder.encode(part) for part in parts]
+    heard = np.concatenate([decoder.decode(packet).copy() for packet in packets])[encoder.lookahead :]
+    said = parts.reshape(-1)[: len(heard)]
+    noise = float(np.var(heard - said) / np.var(said))
+    return -10 * math.log10(noise), 8 * sum(map(len, packets)) / (parts.size / SAMPLE_RATE)
+
+
+def candidates(frames: Pcm, rounds: int) -> dict[str, dict[str, float]]:
+    """Settings of the encoder side by side; the CPU of each relative to the first, which is ours."""
+    works = {
+        (bitrate, complexity): functools.partial(closeness, OpusEncoder(bitrate, complexity), frames)
+        for bitrate, complexity in CANDIDATES
+    }
+    times: dict[tuple[int, int], list[float]] = {key: [] for key in works}
+    for _ in range(rounds):
+        for key, work in works.items():
+            times[key].append(cpu_seconds(work))
+    ours = statistics.median(times[CANDIDATES[0]])
+    table = {}
+    for (bitrate, complexity), taken in times.items():
+        ratio, bits = closeness(OpusEncoder(bitrate, complexity), frames)
+        table[f"{bitrate // 1_000} kb/s, complexity {complexity}"] = {
+            "signal_to_noise_db": round(ratio, 2),
+            "kilobits_per_s": round(bits / 1e3, 1),
+            "cpu_times_ours": round(statistics.median(taken) / ours, 2),  # encoded and decoded
+        }
+    return table
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
     start = time.process_time()  # all threads, should a library have some
     work()
     return time.process_time() - start
@@ -96,6 +134,7 @@ def measure(seconds: float, rounds: int) -> dict[str, Any]:
         "us_per_frame": {"ours": round(ours / 12.5 * 1e3, 1), "sphn": round(theirs / 12.5 * 1e3, 1)},
         "sessions_per_core": {"ours": round(1e3 / ours, 1), "sphn": round(1e3 / theirs, 1)},
         "times_sphn": round(theirs / ours, 2),
+        "encoder": candidates(frames, rounds),
     }
 
 

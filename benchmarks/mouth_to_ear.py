@@ -50,9 +50,9 @@ RAMP_S = 5.0
 PERCENTILES = (50, 95, 99)
 
 
-def known_parts(low_latency: bool) -> dict[str, float]:
+def known_parts() -> dict[str, float]:
     """Milliseconds that the design costs, whatever the machine."""
-    lookahead = 1e3 * OpusEncoder(low_delay=low_latency).lookahead / SAMPLE_RATE
+    lookahead = 1e3 * OpusEncoder().lookahead / SAMPLE_RATE
     return {
         "page of the client: a sound leaves with the end of its 80 ms": 1e3 * FRAME_SECONDS,
         "frame in the gateway: Opus keeps its end back until the next page": 1e3 * FRAME_SECONDS,
@@ -240,7 +240,7 @@ def main() -> None:
     with service("echo", settings) as base:
         time.sleep(3.0)  # HAProxy learns of the service
         runs = [measure(base, sessions, options.seconds) for sessions in options.sessions]
-    parts = known_parts(options.low_latency)
+    parts = known_parts()
     result = {
         "benchmark": "mouth_to_ear",
         "machine": machine("ray", "websockets"),

@@ -75,7 +75,6 @@ class Gateway:
             leases=self._leases,
             metrics=self._metrics,
             limits=Limits(session_s=settings.session_limit_s, idle_s=settings.idle_limit_s),
-            low_latency=settings.low_latency,
             connect=lambda grant, *heard: media.connect(grant.host, grant.port, *heard),
             connect_timeout_s=settings.lease_timeout_s,
             keep=self._keep,

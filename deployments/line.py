@@ -53,7 +53,6 @@ class Services:
     leases: Leases
     metrics: Metrics
     limits: Limits
-    low_latency: bool
     connect: Connect
     connect_timeout_s: float  # for `connect`: as long as a replica holds a lease nobody claims
     keep: Callable[[str, TokenLog], Awaitable[None]]  # called at the end with the session's name and tokens
@@ -69,7 +68,7 @@ class Line:
     def __init__(
         self, session: str, services: Services, account: Account, tell: Callable[[Event], None]
     ) -> None:
-        self.transcoder = Transcoder(low_latency=services.low_latency, clock=time.monotonic)
+        self.transcoder = Transcoder(clock=time.monotonic)
         self.log = TokenLog()
         self._session, self._services, self._account, self._tell = session, services, account, tell
         self._metrics = services.metrics

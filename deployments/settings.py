@@ -94,8 +94,7 @@ class Settings(BaseSettings):
     )
     low_latency: bool = Field(
         False,
-        description="Trade efficiency for delay: step each frame on arrival instead of gathering a batch, "
-        "and encode speech with Opus's low-delay mode (4 ms less look-ahead, some quality).",
+        description="Trade efficiency for delay: step each frame on arrival instead of gathering a batch.",
     )
 
     # Replicas

@@ -425,7 +425,6 @@ def _services(acquire: Any, connect: Any) -> Services:
         "leases": SimpleNamespace(acquire=acquire),
         "connect": connect,
         "limits": Limits(),
-        "low_latency": False,
         "keep": _forget,
         "connect_timeout_s": 0.1,
     }

@@ -81,7 +81,7 @@ class Fleet:
 
     def wait(self, *wanted: tuple[Series, dict[str, str]]) -> Samples:
         """The samples once every one of `wanted` is above 0; Ray exports every few seconds."""
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 60
         while True:
             samples = self.read()
             missing = [(one.name, labels) for one, labels in wanted if not value(samples, one, **labels) > 0]
@@ -96,7 +96,7 @@ def service(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     table = tmp_path_factory.mktemp("steps") / "slow.json"
     table.write_text(json.dumps(SLOW))
     engine = {"model": "simulated", "step_times": table, "slots": 1, "inbox_frames": 2}
-    with running(cluster, **engine, metrics_page=True) as service:
+    with running(cluster, **engine, metrics_page=True, session_limit_s=90.0) as service:
         yield service
 
 

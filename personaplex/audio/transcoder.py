@@ -46,18 +46,17 @@ class Transcoder:
     def __init__(
         self,
         *,
-        low_latency: bool = False,
         clock: Callable[[], float] | None = None,
         serial: int | None = None,
     ) -> None:
-        """`low_latency` gains 4 ms of encoder look-ahead for some quality. `clock` (seconds, monotonic) turns
-        on the law of real time; leave it out for files. `serial` of our own stream is random unless given.
+        """`clock` (seconds, monotonic) turns on the law of real time; leave it out for files. `serial` of our
+        own stream is random unless given.
         """
         self.counters = Counters()
         self._demuxer = OggDemuxer()
         self._muxer = OggMuxer(secrets.randbits(32) if serial is None else serial)
         self._decoder = OpusDecoder()
-        self._encoder = OpusEncoder(low_delay=low_latency)
+        self._encoder = OpusEncoder()
         self._framer = Framer()
         self._clock = clock
         self._started = clock() if clock else 0.0
