@@ -38,6 +38,9 @@ ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray other
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
     # A busy gateway answers a proxy late; at Serve's 1 s it is asked again and again, and nobody new gets in.
     "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "10",
+    # What Serve does ten times a second while nothing happens takes a tenth of a core.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
     "WEBSOCKETS_MAX_LINE_LENGTH": "32768",  # a role text of 1000 Chinese characters is 9 KB of URL
 }
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own
