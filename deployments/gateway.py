@@ -82,6 +82,7 @@ class Gateway:
             trace=tracing.connect() if settings.tracing else None,
         )
         self._open = 0
+        self._keeping = asyncio.ensure_future(self._metrics.keep())
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
 
     def __serve_build_asgi_app__(self) -> Starlette:

@@ -3,10 +3,14 @@
 Fleet series go through Ray (`ray.serve.metrics`), which adds deployment, replica and application to them and
 exports them with the prefix `ray_` (counters also get `_total`). Labels are closed sets: the names of our own
 errors, the places and phases below. Nothing a client sends is ever a label.
+
+Ray forgets a gauge half a minute after it was set, though the process that set it is still there. So every
+process sets its gauges again and again, whether they changed or not (`Metrics.keep`).
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +24,8 @@ from personaplex.errors import PersonaplexError
 TICK_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.16, 0.32, 1.0)
 LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.4, 0.8, 2.0)
 READY_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 1.5, 3.0, 10.0, 30.0, 60.0, 120.0)
+
+REFRESH_S = 5.0  # Ray exports every 10 s
 
 LEFT = "left"  # the client went
 FAILED = "failed"  # an error of our own that no class stands for
@@ -140,6 +146,7 @@ class Metrics:
 
     def __init__(self, *series: Series, page: bool = False) -> None:
         self._published: dict[str, Any] = {one.name: _create(one) for one in series}
+        self._levels: dict[str, float] = {}  # of the gauges, as last set
         self._registry = CollectorRegistry()
         self._shown: dict[str, Any] = {one.name: _show(one, self._registry) for one in series if page}
 
@@ -149,15 +156,24 @@ class Metrics:
             if self._shown:
                 self._on_page(series, labels).inc(amount)
 
-    def set(self, series: Series, value: float, **labels: str) -> None:
-        self._published[series.name].set(value, tags=labels)
+    def set(self, series: Series, value: float) -> None:
+        """Of gauges, which have no labels."""
+        self._levels[series.name] = value
+        self._published[series.name].set(value)
         if self._shown:
-            self._on_page(series, labels).set(value)
+            self._on_page(series, {}).set(value)
 
     def observe(self, series: Series, value: float, **labels: str) -> None:
         self._published[series.name].observe(value, tags=labels)
         if self._shown:
             self._on_page(series, labels).observe(value)
+
+    async def keep(self) -> None:
+        """Sets every gauge again, for ever; to be run as a task of the process that publishes them."""
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            for name, value in self._levels.items():
+                self._published[name].set(value)
 
     def text(self) -> bytes:
         """The page, in Prometheus' text format."""

@@ -87,6 +87,7 @@ class Replica:
         self._publish_slots()
         loaded = time.monotonic() - began
         self._metrics.set(metrics.LOAD_SECONDS, loaded)
+        self._keeping = asyncio.ensure_future(self._metrics.keep())
         logger.info("replica ready: %d slots, %.1f s to load", self._slots, loaded)
 
     async def lease(self, request: LeaseRequest) -> AsyncIterator[Grant | Refusal]:
@@ -115,6 +116,7 @@ class Replica:
 
     async def __del__(self) -> None:
         if hasattr(self, "_reporter"):
+            self._keeping.cancel()
             await self._reporter.close()
             self._server.close()
             await asyncio.to_thread(self._engine.stop)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from closure import furnish
 from kube import chart
 
 from personaplex import server
@@ -136,7 +137,7 @@ def test_the_chart_and_the_package_agree_on_versions() -> None:
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The gateway image's /opt/personaplex, from the same script over the same files."""
+    """The gateway image's /opt/personaplex, from the same script over the same files; packages are linked."""
     source, prefix = tmp_path_factory.mktemp("src"), tmp_path_factory.mktemp("opt") / "personaplex"
     for path in _files():
         if _admitted(path):
@@ -149,6 +150,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "PIP_NO_COMPILE": "1",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
+    furnish(prefix, {"serve", "client"})
     command = ["sh", "docker/install.sh", "gateway", str(prefix)]
     done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -181,6 +182,17 @@ def test_the_page_is_there_only_where_it_is_asked_for(cluster: str, service: Ser
     assert value(page(service), metrics.SESSIONS_ADMITTED) > 0
     with running(cluster, model="echo", slots=1) as plain:
         assert plain.get("metrics").status_code == 404
+
+
+def test_gauges_stay_while_nothing_changes(service: Service) -> None:
+    """Longer than Ray keeps what is set once; the load time was, when the replica started."""
+    (replica,) = service.replicas()
+    started = Path(f"/proc/{replica.pid}").stat().st_ctime
+    time.sleep(max(0.0, started + 45 - time.time()))
+    samples = Fleet(service).read()
+    assert value(samples, metrics.LOAD_SECONDS) > 0
+    assert value(samples, metrics.SLOTS_TOTAL) == 1
+    assert ("ray_" + metrics.SESSIONS_LIVE.name, frozenset()) in samples
 
 
 def test_names_are_prometheus_names_and_labels_are_closed_sets() -> None:
