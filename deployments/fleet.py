@@ -1,14 +1,15 @@
 """The fleet deployment: who is where. One small process that every replica reports to.
 
 Replicas hold as many calls as they have slots, so a full one could not be asked anything; this one can. It
-knows what replicas last said and passes on whether they shall drain. Nothing depends on it to start or hold a
-session: should it end, Serve starts it again and the next reports fill it.
+knows what replicas last said and gives them orders. Nothing depends on it to start or hold a session: should
+it end, Serve starts it again and the next reports fill it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import logging
 import time
 from collections.abc import Callable
@@ -26,6 +27,14 @@ FORGET_AFTER_S = 5.0  # without a report
 SETTLE_S = 0.02  # changes that come together make one report
 ASK_TIMEOUT_S = 2.0
 ASK_EVERY_S = 0.5
+
+
+class Order(enum.Enum):
+    """What a replica is to do from now on."""
+
+    SERVE = enum.auto()
+    DRAIN = enum.auto()  # take no new sessions
+    LEAVE = enum.auto()  # nor keep the open ones
 
 
 @dataclass(frozen=True)
@@ -60,11 +69,14 @@ class Fleet:
     def __init__(self) -> None:
         self._known: dict[str, tuple[ReplicaStatus, float]] = {}
         self._draining: set[str] = set()
+        self._closing = False
 
-    async def report(self, status: ReplicaStatus) -> bool:
-        """Takes a replica's word; the answer is whether it shall drain."""
+    async def report(self, status: ReplicaStatus) -> Order:
+        """Takes a replica's word and answers with its order."""
         self._known[status.replica] = (status, time.monotonic())
-        return status.replica in self._draining
+        if self._closing:
+            return Order.LEAVE
+        return Order.DRAIN if status.replica in self._draining else Order.SERVE
 
     async def leave(self, replica: str) -> None:
         """The replica ends."""
@@ -84,17 +96,21 @@ class Fleet:
             self._draining.add(replica)
         return known
 
+    async def close(self) -> None:
+        """The service ends: every replica lets go of its sessions, within about REPORT_EVERY_S."""
+        self._closing = True
+
 
 class Reporter:
-    """A replica's side: reports at every change and every REPORT_EVERY_S; `on_drain` when told to drain."""
+    """A replica's side: reports at every change and every REPORT_EVERY_S; `obey` gets each answer."""
 
     def __init__(
         self,
         fleet: DeploymentHandle[Any],
         status: Callable[[], ReplicaStatus],
-        on_drain: Callable[[], None],
+        obey: Callable[[Order], None],
     ) -> None:
-        self._fleet, self._status, self._on_drain = fleet, status, on_drain
+        self._fleet, self._status, self._obey = fleet, status, obey
         self._changed = asyncio.Event()
         self._task = asyncio.ensure_future(self._report())
 
@@ -111,8 +127,7 @@ class Reporter:
         while True:
             self._changed.clear()
             try:
-                if await _answer(self._fleet.report.remote(self._status())):
-                    self._on_drain()
+                self._obey(await _answer(self._fleet.report.remote(self._status())))
             except (RayError, RayServeException) as error:
                 logger.warning("the fleet could not be told: %s", type(error).__name__)
             with contextlib.suppress(asyncio.TimeoutError):

@@ -19,6 +19,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 CERTIFICATE, KEY = "cert.pem", "key.pem"
 CERTIFICATE_DAYS = 365
+LEAVE_TIMEOUT_S = 3.0  # for sessions to end once the service is to
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray otherwise sets it there
     "RAY_worker_niceness": "0",  # Ray's 15 lets any other process make speech late
@@ -209,12 +211,28 @@ def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings
         _greet(host, port, certificate is not None, settings)
         _wait_for_signal()
         print("closing", flush=True)
+        _take_leave()
     except RuntimeError as error:  # Serve's word for an application that does not come up
         raise ConfigError(f"the service did not start: {error}") from error
     finally:
         processes.adopt_orphans()  # a node that ends in haste leaves some
         ray.shutdown()
         processes.end_all_below(spared=others)
+
+
+def _take_leave() -> None:
+    """Clients are told why they are let go; only those still waiting for a slot are cut off."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    fleet, deadline = serve.get_deployment_handle("fleet", "default"), time.monotonic() + LEAVE_TIMEOUT_S
+    with contextlib.suppress(RayError, RayServeException, TimeoutError):
+        fleet.close.remote().result(timeout_s=LEAVE_TIMEOUT_S)
+        while any(replica.used for replica in fleet.describe.remote().result(timeout_s=LEAVE_TIMEOUT_S)):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
 
 
 def _wait_for_signal() -> None:

@@ -19,7 +19,7 @@ import pytest
 import requests
 import websockets
 from cryptography import x509
-from serving import Client, free_port, speech
+from serving import Client, Heard, free_port, speech
 
 from personaplex.errors import ConfigError
 from personaplex.server import CERTIFICATE, KEY, addresses, ensure_certificate, main
@@ -123,16 +123,16 @@ def test_the_command_serves_a_page_and_conversations_and_ends(
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
 
-    async def talk() -> Client:
+    async def talk_until_the_end() -> Heard:
         trust = ssl.create_default_context(cafile=str(tmp_path / CERTIFICATE))
         async with websockets.connect(f"wss://localhost:{port}/api/chat", ssl=trust) as connection:
             client = Client(connection)
             await client.talk(speech(0.8))
-            await connection.close()
-            await client._reader
-        return client
+            process.send_signal(signal.SIGTERM)
+            return await client.until_closed()
 
-    assert asyncio.run(talk()).heard.pages
-    process.send_signal(signal.SIGTERM)
+    heard = asyncio.run(talk_until_the_end())
+    assert heard.pages
+    assert (heard.code, heard.complaint) == (1012, "the server is being stopped; please connect again")
     assert process.wait(30) == 0
     assert "closing\n" in said

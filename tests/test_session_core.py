@@ -28,7 +28,6 @@ from personaplex.session.events import (
     AgentText,
     Close,
     Command,
-    Drain,
     EngineLost,
     Event,
     Failed,
@@ -85,7 +84,6 @@ EVERY_EVENT: list[Event] = [
     AgentText("hi"),
     Failed(BadAudio("no sound")),
     EngineLost(),
-    Drain(9.0),
     Tick(),
 ]
 EVERY_PEER_EVENT: list[PeerEvent] = [
@@ -284,19 +282,6 @@ def test_a_silent_client_is_let_go() -> None:
     assert closes(core.receive(Tick(), 50.0)) == [Close(1000, "nothing was received for 30 s")]
 
 
-def test_a_drain_shortens_a_live_session_and_never_lengthens_it() -> None:
-    core = in_state(LIVE, Limits(session_s=10, idle_s=math.inf))
-    core.receive(Drain(5.0), 3.0)
-    core.receive(Drain(50.0), 3.0)
-    assert core.deadline() == pytest.approx(5.0)
-    assert closes(core.receive(Tick(), 5.0))[0].code == 1000
-
-
-@pytest.mark.parametrize("state", [OPENING, PRIMING])
-def test_a_drain_sends_waiting_clients_elsewhere(state: State) -> None:
-    assert closes(in_state(state).receive(Drain(99.0), 2.0))[0].code == 1012
-
-
 @pytest.mark.parametrize("state", [OPENING, PRIMING, LIVE])
 def test_a_lost_engine_is_not_the_clients_fault(state: State) -> None:
     assert closes(in_state(state).receive(EngineLost(), 2.0))[0].code == 1012
@@ -406,7 +391,6 @@ def walk_events(dice: random.Random) -> list[Event]:
         PeerClosed(),
         Failed(BadAudio("no sound")),
         EngineLost(),
-        Drain(dice.random() * 20),
     ]
     return [*usual, dice.choice(rare)] if dice.random() < 0.1 else usual
 

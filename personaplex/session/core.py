@@ -36,7 +36,6 @@ from personaplex.session.events import (
     AgentText,
     Close,
     Command,
-    Drain,
     EngineLost,
     Event,
     Failed,
@@ -98,7 +97,7 @@ def after(
     return allowed
 
 
-_LATE = (Queued, LeaseGranted, Ready, AgentAudio, AgentText, Failed, EngineLost, Drain, Tick)
+_LATE = (Queued, LeaseGranted, Ready, AgentAudio, AgentText, Failed, EngineLost, Tick)
 
 TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     OPENING: {
@@ -108,7 +107,6 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         LeaseGranted: (PRIMING,),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
-        Drain: (CLOSING,),
         Tick: (OPENING,),
         PeerClosed: (CLOSED,),
     },
@@ -118,7 +116,6 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         Ready: (PRIMING, LIVE),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
-        Drain: (CLOSING,),
         Tick: (PRIMING, LIVE),
         PeerClosed: (CLOSED,),
     },
@@ -129,7 +126,6 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         AgentText: (LIVE,),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
-        Drain: (LIVE,),
         Tick: (LIVE, CLOSING),
         PeerClosed: (CLOSED,),
     },
@@ -225,8 +221,6 @@ class SessionCore:
                 raise error
             case EngineLost():
                 raise SessionLost("the server running this session failed; please connect again")
-            case Drain(deadline):
-                return self._drain(deadline)
             case _:
                 return self._tick(now)
 
@@ -265,12 +259,6 @@ class SessionCore:
             commands.append(FeedAudio(bytes(self._backlog)))
             self._backlog.clear()
         return commands
-
-    def _drain(self, deadline: float) -> list[Command]:
-        if self.state is not LIVE:
-            raise SessionLost("the server is being replaced; please connect again")
-        self._ends_at = min(self._ends_at, deadline)
-        return []
 
     def _tick(self, now: float) -> list[Command]:
         if self.state is not LIVE:

@@ -1,7 +1,7 @@
 """What a session core is told and what it asks for.
 
 Events come from three sides: the peer's socket (Received, ReceivedText, PeerClosed), the service behind it
-(everything from Queued to Drain) and the clock (Tick). Commands go to the shell that owns the socket.
+(everything from Queued to EngineLost) and the clock (Tick). Commands go to the shell that owns the socket.
 """
 
 from __future__ import annotations
@@ -79,13 +79,6 @@ class EngineLost:
 
 
 @dataclass(frozen=True)
-class Drain:
-    """The process is leaving: nothing new starts, and a live session ends by `deadline`."""
-
-    deadline: float
-
-
-@dataclass(frozen=True)
 class Tick:
     """Time has passed; due at the core's `deadline()`."""
 
@@ -101,7 +94,6 @@ Event = (
     | AgentText
     | Failed
     | EngineLost
-    | Drain
     | Tick
 )
 
