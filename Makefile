@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import ctypes.util, sys; sys.exit(ctypes.util.find_library("opus") is None)' \
 	  || $(MAKE) --no-print-directory libopus
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip # an old one takes half as long again
+	$(BIN)/python -m pip install --quiet --upgrade pip # an old one takes twice as long to choose versions
 	$(BIN)/pip install --quiet -e '.[all]'
 	$(BIN)/pip install --quiet --no-deps 'moshi==0.2.13' # its client, for the tests
 	$(BIN)/python -c 'import personaplex.model.host' # compiles the CPU's kernels, once for this machine

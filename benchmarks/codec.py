@@ -6,8 +6,8 @@ Both do the work of a gateway for the same speech: demux and decode a client's p
 cut frames, encode each frame and mux it. CPU time of the process, rounds alternate between the two so that
 both see the same machine, the median counts. A session per core is a session-second per CPU second.
 
-The encoder's settings are measured beside the other candidates: CPU, bytes, and how close the decoded speech
-comes to what was said (signal to noise of the waveform).
+The encoder's settings stand beside other candidates: CPU, bits, and how close the decoded speech comes to
+what was said (signal to noise of the waveform).
 """
 
 from __future__ import annotations
@@ -73,34 +73,33 @@ def sphn_send(frames: Pcm) -> None:
         writer.append_pcm(frame)
 
 
-def closeness(encoder: OpusEncoder, frames: Pcm) -> tuple[float, float]:
-    """Signal to noise in dB of what is heard of `frames`, and bits per second."""
-    decoder, parts = OpusDecoder(), frames.reshape(-1, PACKET_SAMPLES)
-    packets = [encoder.encode(part) for part in parts]
-    heard = np.concatenate([decoder.decode(packet).copy() for packet in packets])[encoder.lookahead :]
-    said = parts.reshape(-1)[: len(heard)]
-    noise = float(np.var(heard - said) / np.var(said))
-    return -10 * math.log10(noise), 8 * sum(map(len, packets)) / (parts.size / SAMPLE_RATE)
+def encoded(encoder: OpusEncoder, frames: Pcm) -> list[bytes]:
+    return [encoder.encode(part) for part in frames.reshape(-1, PACKET_SAMPLES)]
+
+
+def signal_to_noise(packets: list[bytes], said: Pcm, delay: int) -> float:
+    """dB, of what is heard of `said`, `delay` samples later."""
+    decoder = OpusDecoder()
+    heard = np.concatenate([decoder.decode(packet).copy() for packet in packets])[delay:]
+    return 10 * math.log10(np.var(said) / np.var(heard - said[: len(heard)]))
 
 
 def candidates(frames: Pcm, rounds: int) -> dict[str, dict[str, float]]:
     """Settings of the encoder side by side; the CPU of each relative to the first, which is ours."""
-    works = {
-        (bitrate, complexity): functools.partial(closeness, OpusEncoder(bitrate, complexity), frames)
-        for bitrate, complexity in CANDIDATES
-    }
-    times: dict[tuple[int, int], list[float]] = {key: [] for key in works}
+    times: dict[tuple[int, int], list[float]] = {key: [] for key in CANDIDATES}
     for _ in range(rounds):
-        for key, work in works.items():
-            times[key].append(cpu_seconds(work))
+        for key, taken in times.items():
+            taken.append(cpu_seconds(functools.partial(encoded, OpusEncoder(*key), frames)))
     ours = statistics.median(times[CANDIDATES[0]])
     table = {}
     for (bitrate, complexity), taken in times.items():
-        ratio, bits = closeness(OpusEncoder(bitrate, complexity), frames)
+        encoder = OpusEncoder(bitrate, complexity)
+        packets = encoded(encoder, frames)
+        bits = 8 * sum(map(len, packets)) / (frames.size / SAMPLE_RATE)
         table[f"{bitrate // 1_000} kb/s, complexity {complexity}"] = {
-            "signal_to_noise_db": round(ratio, 2),
+            "signal_to_noise_db": round(signal_to_noise(packets, frames.reshape(-1), encoder.lookahead), 2),
             "kilobits_per_s": round(bits / 1e3, 1),
-            "cpu_times_ours": round(statistics.median(taken) / ours, 2),  # encoded and decoded
+            "cpu_times_ours": round(statistics.median(taken) / ours, 2),
         }
     return table
 
