@@ -198,7 +198,7 @@ def test_a_stalled_client_slows_nobody(pair: Service) -> None:
             ]:
                 await stalled.send(b"\x01" + page)
             await client.speak(speech(3.2))
-            await client.until(lambda heard: len(heard.pages) >= 36)
+            await client.until(lambda heard: heard.last_frame >= 36)
             stalled.transport.abort()
             return [at for at, message in client.heard.messages if isinstance(message, Audio)]
 
@@ -231,7 +231,7 @@ def test_a_killed_replica_ends_its_sessions_and_no_others(cluster: str) -> None:
             again = await _join(stack, service)
             assert again.heard.live
             await asyncio.gather(*talking, return_exceptions=True)
-            await clients[2].until(lambda heard: len(heard.pages) >= 59)
+            await clients[2].until(lambda heard: heard.last_frame >= 58)
 
     with running(cluster, model="echo", slots=2, replicas_min=2, replicas_max=2) as service:
         asyncio.run(run(service))
