@@ -14,7 +14,7 @@ import tempfile
 import warnings
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -173,7 +173,10 @@ def unpack(archive: Path) -> Path:
     try:
         scratch = Path(tempfile.mkdtemp(dir=archive.parent, prefix=".voices-"))
         with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter="data")
+            if hasattr(tarfile, "data_filter"):
+                tar.extractall(scratch, filter="data")
+            else:  # Python before 3.10.12 or 3.11.4, Debian 12's among them
+                tar.extractall(scratch, _plain_members(tar))
         try:
             (scratch / "voices").chmod(0o755)
             (scratch / "voices").rename(folder)
@@ -189,6 +192,16 @@ def unpack(archive: Path) -> Path:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _plain_members(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """All members of `tar`. Raises TarError unless they are files and folders below where they go."""
+    members = tar.getmembers()
+    for member in members:
+        path = PurePosixPath(member.name)
+        if not (member.isfile() or member.isdir()) or path.is_absolute() or ".." in path.parts:
+            raise tarfile.TarError(f"{member.name!r} leads elsewhere")
+    return members
 
 
 def _has_name(path: Path) -> bool:
