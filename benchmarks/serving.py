@@ -36,7 +36,7 @@ import numpy as np
 import uvloop
 
 from benchmarks.caller import Caller, framed
-from benchmarks.machine import machine
+from benchmarks.machine import machine, publish
 from loadtest.listener import Listener
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
@@ -218,7 +218,7 @@ def main() -> None:
         "gateways": options.gateways,
         "sessions": runs,
     }
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    publish(result, options.output)
 
 
 if __name__ == "__main__":

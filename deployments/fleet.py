@@ -1,15 +1,14 @@
 """The fleet deployment: who is where. One small process that every replica reports to.
 
 Replicas hold as many calls as they have slots, so a full one could not be asked anything; this one can. It
-knows what replicas last said and gives them orders. Nothing depends on it to start or hold a session: should
-it end, Serve starts it again and the next reports fill it.
+knows what replicas last said, and tells them when the service ends. Nothing depends on it to start or hold a
+session: should it end, Serve starts it again and the next reports fill it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
 import logging
 import time
 from collections.abc import Callable
@@ -27,14 +26,6 @@ FORGET_AFTER_S = 5.0  # without a report
 SETTLE_S = 0.02  # changes that come together make one report
 ASK_TIMEOUT_S = 2.0
 ASK_EVERY_S = 0.5
-
-
-class Order(enum.Enum):
-    """What a replica is to do from now on."""
-
-    SERVE = enum.auto()
-    DRAIN = enum.auto()  # take no new sessions
-    LEAVE = enum.auto()  # nor keep the open ones
 
 
 @dataclass(frozen=True)
@@ -68,20 +59,16 @@ class Fleet:
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[ReplicaStatus, float]] = {}
-        self._draining: set[str] = set()
         self._closing = False
 
-    async def report(self, status: ReplicaStatus) -> Order:
-        """Takes a replica's word and answers with its order."""
+    async def report(self, status: ReplicaStatus) -> bool:
+        """Takes a replica's word; the answer is whether it shall let go of its sessions."""
         self._known[status.replica] = (status, time.monotonic())
-        if self._closing:
-            return Order.LEAVE
-        return Order.DRAIN if status.replica in self._draining else Order.SERVE
+        return self._closing
 
     async def leave(self, replica: str) -> None:
         """The replica ends."""
         self._known.pop(replica, None)
-        self._draining.discard(replica)
 
     async def describe(self) -> list[ReplicaStatus]:
         """Every replica heard of lately, in the order of their names."""
@@ -89,28 +76,21 @@ class Fleet:
         self._known = {name: entry for name, entry in self._known.items() if entry[1] >= since}
         return [self._known[name][0] for name in sorted(self._known)]
 
-    async def drain(self, replica: str) -> bool:
-        """Lets the replica take no new sessions, within about REPORT_EVERY_S; False when it is not known."""
-        known = replica in self._known
-        if known:
-            self._draining.add(replica)
-        return known
-
     async def close(self) -> None:
         """The service ends: every replica lets go of its sessions, within about REPORT_EVERY_S."""
         self._closing = True
 
 
 class Reporter:
-    """A replica's side: reports at every change and every REPORT_EVERY_S; `obey` gets each answer."""
+    """A replica's side: reports at every change and every REPORT_EVERY_S; `on_leave` when told to let go."""
 
     def __init__(
         self,
         fleet: DeploymentHandle[Any],
         status: Callable[[], ReplicaStatus],
-        obey: Callable[[Order], None],
+        on_leave: Callable[[], None],
     ) -> None:
-        self._fleet, self._status, self._obey = fleet, status, obey
+        self._fleet, self._status, self._on_leave = fleet, status, on_leave
         self._changed = asyncio.Event()
         self._task = asyncio.ensure_future(self._report())
 
@@ -127,7 +107,8 @@ class Reporter:
         while True:
             self._changed.clear()
             try:
-                self._obey(await _answer(self._fleet.report.remote(self._status())))
+                if await _answer(self._fleet.report.remote(self._status())):
+                    self._on_leave()
             except (RayError, RayServeException) as error:
                 logger.warning("the fleet could not be told: %s", type(error).__name__)
             with contextlib.suppress(asyncio.TimeoutError):

@@ -157,7 +157,9 @@ class Metrics:
                 self._on_page(series, labels).inc(amount)
 
     def set(self, series: Series, value: float) -> None:
-        """Of gauges, which have no labels."""
+        """Of gauges, which have no labels. One that is as it was costs nothing."""
+        if self._levels.get(series.name) == value:
+            return
         self._levels[series.name] = value
         self._published[series.name].set(value)
         if self._shown:

@@ -23,7 +23,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments import logs, media, metrics
-from deployments.fleet import Order, ReplicaStatus, Reporter, SessionStatus
+from deployments.fleet import ReplicaStatus, Reporter, SessionStatus
 from deployments.lease import Grant, LeaseRequest, Refusal
 from deployments.media import Kind, Link
 from deployments.models import Loaded, load
@@ -83,7 +83,7 @@ class Replica:
         self._server, self._port = await media.listen(
             self._accept, self._host, settings.media_port_min, settings.media_port_max
         )
-        self._reporter = Reporter(fleet, self._status, self._obey)
+        self._reporter = Reporter(fleet, self._status, self._leave)
         self._publish_slots()
         loaded = time.monotonic() - began
         self._metrics.set(metrics.LOAD_SECONDS, loaded)
@@ -135,12 +135,10 @@ class Replica:
             sessions=tuple(SessionStatus(seat.request.session, round(now - seat.began, 1)) for seat in seats),
         )
 
-    def _obey(self, order: Order) -> None:
-        if order is not Order.SERVE:
-            self._accepting = False
-        if order is Order.LEAVE:
-            for link in list(self._linked):
-                link.close(SessionLost("the server is being stopped; please connect again"))
+    def _leave(self) -> None:
+        self._accepting = False
+        for link in list(self._linked):
+            link.close(SessionLost("the server is being stopped; please connect again"))
 
     def _load(self) -> Stepper:
         # On the engine's thread, which is to own the device.
@@ -294,9 +292,7 @@ class Replica:
             (metrics.POSITIONS, usage.positions),
             (metrics.DEVICE_BYTES, usage.device_bytes),
         ):
-            if self._published.get(series.name) != value:
-                self._published[series.name] = value
-                self._metrics.set(series, value)
+            self._metrics.set(series, value)
 
     def _publish_total(self, series: metrics.Series, total: int, **labels: str) -> None:
         """Adds to a counter what a total has grown by."""
