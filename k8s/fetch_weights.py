@@ -15,7 +15,7 @@ from pathlib import Path
 
 from personaplex.errors import PersonaplexError
 from personaplex.model.hub import DEFAULT_REPO, resolve
-from personaplex.voices import unpack
+from personaplex.voicearchive import unpack
 
 
 def fetch(repo: str, revision: str) -> None:

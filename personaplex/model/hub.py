@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 
 from personaplex.config import PRESET_7B, PRESET_TINY, ModelConfig
 from personaplex.errors import CheckpointError
+from personaplex.files import LFS_POINTER
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ TOKENIZER_FILE = "tokenizer_spm_32k_3.model"
 VOICES_FILE = "voices.tgz"
 
 _TINY_TOKENIZER = Path(__file__).parent.parent / "data" / "tiny-tokenizer.model"
-_LFS_POINTER = b"version https://git-lfs"
 _HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[
     0
 ]  # of whichever HTTP library the hub client uses
@@ -142,10 +142,10 @@ def _complete(
 def _check_readable(path: Path) -> None:
     try:
         with path.open("rb") as file:
-            head = file.read(len(_LFS_POINTER))
+            head = file.read(len(LFS_POINTER))
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
-    if head == _LFS_POINTER:
+    if head == LFS_POINTER:
         raise CheckpointError(f"{path.name} is a git-lfs pointer, not the file itself: run `git lfs pull`")
 
 
