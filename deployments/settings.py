@@ -292,7 +292,7 @@ class Settings(BaseSettings):
         if self.api_keys_file is not None:
             try:
                 lines = self.api_keys_file.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name with a NUL
                 raise ConfigError("api_keys_file cannot be read") from error
             found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
             if not found:
@@ -318,5 +318,5 @@ class Settings(BaseSettings):
 def _json_list(value: str) -> Any:
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError("not a JSON array") from error

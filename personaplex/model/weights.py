@@ -28,6 +28,7 @@ from personaplex.model.offload import gpu_budget, place, place_quantised
 Network = TypeVar("Network", LM, Mimi)
 Shapes = dict[str, tuple[int, ...]]
 
+_FAULTS_SHOWN = 2_000  # all of a whole model; a hostile header may have a million
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Tensors of one depth step N each; a Moshi checkpoint has them for the first 8 of 16 steps.
@@ -205,7 +206,7 @@ def _check(
     if faults:
         raise CheckpointError(
             f"{file} does not hold the tensors of this model ({len(faults)} differ):\n  "
-            + "\n  ".join(faults)
+            + "\n  ".join(faults[:_FAULTS_SHOWN])
         )
 
 
