@@ -33,7 +33,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Tensors of one depth step N each; a Moshi checkpoint has them for the first 8 of 16 steps.
 _PER_STEP = re.compile(
-    r"(?P<head>depformer\.layers\.\d+\.gating|linears|depformer_in|depformer_emb)\.(?P<step>\d+)\."
+    r"(?P<head>depformer\.layers\.\d+\.gating|linears|depformer_in|depformer_emb)\.(?P<step>\d{1,4})\."
 )
 _STACKED = re.compile(r"depformer\.layers\.\d+\.self_attn\.(in_proj_weight|out_proj\.weight)")
 
