@@ -46,7 +46,6 @@ from personaplex.model import Model, lm, mimi, tiny
 from personaplex.model.hub import resolve
 from personaplex.model.lm import LM, LMInputs
 from personaplex.model.mimi import Mimi
-from personaplex.model.sampling import Caps
 from personaplex.model.weights import load_model
 from personaplex.persona import Persona
 from personaplex.text import Tokenizer
@@ -136,7 +135,6 @@ class LiveLM:
             engine.open(persona, voice)
         self.state, self.sampling = engine._state.lm, engine._state.sampling
         self.active = torch.ones(slots, dtype=torch.bool)
-        self.caps = Caps.of([sampling], MIDDLE.text_card, MIDDLE.card)
 
     @torch.inference_mode()
     def step(self, codes: Tensor) -> Tensor:
@@ -145,7 +143,7 @@ class LiveLM:
         given = torch.zeros_like(tokens, dtype=torch.bool)
         tokens[:, USER], given[:, USER] = codes, True
         inputs = LMInputs(tokens, given)
-        out = lm.step(self.network, self.state, inputs, self.sampling, self.active, self.caps, CODEBOOKS)
+        out = lm.step(self.network, self.state, inputs, self.sampling, self.active, CODEBOOKS)
         return out.tokens
 
     def fill(self, positions: int) -> None:

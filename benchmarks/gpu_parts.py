@@ -14,13 +14,11 @@ from benchmarks.gpu_setup import Spread, fill, frames, make_engine, persona, set
 from personaplex.config import FRAME_SECONDS, LMConfig, ModelConfig, TransformerConfig
 from personaplex.engine.engine import Engine, Slot
 from personaplex.engine.memory import plan_memory
+from personaplex.kernels import ops
+from personaplex.kernels.int8 import Int8Matrix
 from personaplex.model import Model
-from personaplex.model.layers import angles
-from personaplex.model.quantize import Int8Matrix
 from personaplex.model.ring import Ring
-from personaplex.model.sampling import Caps
-
-USUAL = Caps(25, 250)  # of the usual sampling; only a CPU needs to know
+from personaplex.model.self_attention import rope
 
 
 def ceilings(device: torch.device, small: bool) -> dict[str, float]:
@@ -50,7 +48,7 @@ def products(
     Microseconds and the share of the weights' bytes in them, GB/s. So many copies are cycled through that no
     cache holds them.
     """
-    from personaplex.model import int8
+    from personaplex.kernels import triton_int8 as int8
 
     found = []
     shapes = {"qkv": (3 * config.dim, config.dim), "out": (config.dim, config.dim),
@@ -67,7 +65,7 @@ def products(
                     lambda x=x, w=weights, s=ones: [int8.matmul(x, m, s) for m in w],
                     weights[0].nbytes,
                 ),
-                "int8": (lambda x=x, w=codes: [m.product(x) for m in w], codes[0].nbytes),
+                "int8": (lambda x=x, w=codes: [ops.linear(x, m) for m in w], codes[0].nbytes),
             }
             row: dict[str, Any] = {"matrix": name, "rows": n}
             for way, (work, size) in ways.items():
@@ -90,7 +88,7 @@ def attention_sizes(config: TransformerConfig, device: torch.device, slots: int)
 
     One layer. GB/s count the keys and values read once.
     """
-    from personaplex.model import attention
+    from personaplex.kernels import triton_attention as attention
 
     found = []
     one = TransformerConfig(config.dim, 1, config.heads, 1, config.context)
@@ -99,14 +97,14 @@ def attention_sizes(config: TransformerConfig, device: torch.device, slots: int)
         ring.offset.fill_(config.context + 5)
         size = sum(part.nbytes for part in ring.contents)
         qkv = torch.randn(slots, 1, 3, one.heads, one.head_dim, device=device, dtype=torch.bfloat16)
-        turn = angles(one, ring.offset[:, None])
+        angles = rope(one, ring.offset[:, None])
         everyone = torch.ones(slots, dtype=torch.bool, device=device)
         for chunk, block, warps, stages in [(256, 32, 4, 3), (256, 32, 4, 1), (256, 32, 4, 2),
                                             (256, 32, 4, 4), (256, 64, 8, 3), (256, 16, 4, 4),
                                             (512, 32, 4, 3), (128, 32, 4, 3)]:  # fmt: skip
             sizes = {"chunk": chunk, "block": block, "warps": warps, "stages": stages}
             seconds = timed(
-                lambda r=ring, s=sizes, q=qkv, t=turn, a=everyone: attention.attend(r, 0, q, t, a, **s),
+                lambda r=ring, s=sizes, q=qkv, t=angles, a=everyone: attention.attend(r, 0, q, t, a, **s),
                 device,
                 5,
             )
@@ -159,7 +157,7 @@ def ticks(
             taken = []
             for index in range(rounds + 3):
                 start = time.perf_counter()
-                runner.run(list(range(count)), USUAL)
+                runner.run(list(range(count)))
                 if index >= 3:
                     taken.append(time.perf_counter() - start)
             spread = Spread.of(taken)
@@ -259,7 +257,7 @@ def kernel_times(engine: Engine, counts: list[int], context: int) -> dict[str, A
         set_context(engine, context)
         with profile(activities=[ProfilerActivity.CUDA]) as watch:
             for _ in range(3):
-                engine._runner.run(list(range(count)), USUAL)
+                engine._runner.run(list(range(count)))
         rows = sorted(watch.key_averages(), key=lambda e: -e.self_device_time_total)
         report[str(count)] = {
             "kernels": sum(e.count for e in rows) // 3,

@@ -133,7 +133,7 @@ def test_a_poisoned_slot_leaks_nothing() -> None:
     for ring in (rows.lm.ring, rows.mimi.encoder.ring, rows.mimi.decoder.ring):
         ring.k.fill_(torch.nan)
         ring.v.fill_(torch.nan)
-    for tensor in (*rows.mimi.encoder.tails, *rows.mimi.decoder.tails, rows.mimi.encoder.resample):
+    for tensor in (*rows.mimi.encoder.conv_state, *rows.mimi.decoder.conv_state, rows.mimi.encoder.resample):
         tensor.fill_(torch.nan)
     rows.mimi.decoder.resample.fill_(torch.nan)
     slot = machine.open(PERSONAS[0])
@@ -298,7 +298,7 @@ def test_rings_are_allocated_once() -> None:
 def test_long_conversation_stays_exact_to_the_ring_rule() -> None:
     """200 frames over a ring of 40: equal to stepping the model over the same codes, frame by frame."""
     from personaplex.model import lm
-    from personaplex.model.sampling import Caps, SamplingState
+    from personaplex.model.sampling import SamplingState
 
     machine = engine(1)
     slot = machine.open(PERSONAS[2])
@@ -327,7 +327,6 @@ def test_long_conversation_stays_exact_to_the_ring_rule() -> None:
                 lm.LMInputs(tokens, given),
                 SamplingState.allocate(1, CPU),
                 torch.ones(1, dtype=torch.bool),
-                Caps(0, 0),
                 8,
             )
             assert (out.tokens[0].numpy() == expected).all()

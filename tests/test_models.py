@@ -14,8 +14,8 @@ from personaplex import server
 from personaplex.config import FRAME_SIZE, PRESET_7B, EngineConfig
 from personaplex.engine.engine import Engine
 from personaplex.errors import ConfigError
+from personaplex.kernels.int8 import Int8Matrix
 from personaplex.model.offload import gpu_budget
-from personaplex.model.quantize import Int8Matrix
 from personaplex.persona import Persona
 
 TINY: dict[str, Any] = {"model": "tiny", "device": "cpu", "slots": 2}

@@ -12,10 +12,11 @@ from personaplex.config import PRESET_7B, EngineConfig
 from personaplex.engine.memory import plan_memory
 from personaplex.engine.state import EngineState
 from personaplex.errors import ConfigError
+from personaplex.kernels.int8 import Int8Matrix
 from personaplex.model import Model
 from personaplex.model.hub import resolve
-from personaplex.model.offload import place_quantised, resident_bytes
-from personaplex.model.quantize import Int8Matrix, temporal_bytes
+from personaplex.model.offload import place_quantized, resident_bytes
+from personaplex.model.quantize import temporal_bytes
 from personaplex.model.weights import load_model
 
 
@@ -42,7 +43,7 @@ def test_loaded_as_int8_it_still_speaks() -> None:
 
 def test_rows_of_an_int8_product_do_not_depend_on_the_batch() -> None:
     lm = build_lm()
-    place_quantised(lm, CPU)
+    place_quantized(lm, CPU)
     x = torch.randn(5, CONFIG.lm.temporal.dim, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         whole = lm.transformer.step(x.clone(), lm.allocate(5).ring, torch.ones(5).bool())
@@ -67,7 +68,7 @@ def test_planned_memory_is_what_is_allocated() -> None:
         rings = (state.lm.ring, state.mimi.encoder.ring, state.mimi.decoder.ring)
         taken = sum(part.nbytes for ring in rings for part in ring.contents)
         for half in (state.mimi.encoder, state.mimi.decoder):
-            taken += half.resample.nbytes + sum(tail.nbytes for tail in half.tails)
+            taken += half.resample.nbytes + sum(kept.nbytes for kept in half.conv_state)
         assert taken == 3 * plan_memory(CONFIG, kv=kv).session
 
 
@@ -86,4 +87,4 @@ def test_what_fits_cards() -> None:
 
 def test_a_matrix_row_of_zeros_stays_zero() -> None:
     matrix = Int8Matrix.of(torch.zeros(2, 3))
-    assert torch.equal(matrix.numbers(torch.float32), torch.zeros(2, 3))
+    assert torch.equal(matrix.dequantize(torch.float32), torch.zeros(2, 3))

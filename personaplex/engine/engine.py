@@ -24,9 +24,8 @@ from personaplex.engine.interface import Usage
 from personaplex.engine.script import Script, compose
 from personaplex.engine.state import EngineState
 from personaplex.errors import BadParameter, EngineFault, NoCapacity, PromptTooLong, SessionLost
-from personaplex.model import Model, layers
+from personaplex.model import Model
 from personaplex.model.ring import copy_in, copy_out
-from personaplex.model.sampling import Caps
 from personaplex.persona import Persona
 from personaplex.text import PieceDecoder, Tokenizer
 from personaplex.tokenlog import TokenLog
@@ -86,7 +85,7 @@ class Engine:
         if model.device.type == "cuda":
             torch.cuda.set_device(model.device)  # kernels are launched on the thread's current device
         self._state = EngineState.allocate(model, config.slots, config.kv)
-        if layers.uses_kernels(self._state.lm.offset):
+        if model.device.type == "cuda":
             self._warm_prefill()
         self._runner = Runner(model, self._state, config.slots, config.graphs)
         self._seats: list[_Seat | None] = [None] * config.slots
@@ -185,10 +184,8 @@ class Engine:
         ready = [seat for seat in self._seats if seat is not None and seat.fed]
         if not ready:
             return []
-        lm = self._model.config.lm
-        caps = Caps.of([seat.sampling for seat in ready], lm.text_card, lm.card)
         try:
-            frames = self._runner.run([seat.slot.index for seat in ready], caps)
+            frames = self._runner.run([seat.slot.index for seat in ready])
         except RuntimeError as error:
             raise EngineFault("the engine failed in a step") from error
         return [self._deliver(seat, frames) for seat in ready]

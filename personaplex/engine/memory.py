@@ -41,7 +41,7 @@ def plan_memory(config: ModelConfig, weights: str = "auto", kv: str = "auto") ->
     session = _ring_bytes(config.lm.temporal, torch.int8 if kv == "int8" else torch.bfloat16)
     session += 2 * _ring_bytes(config.mimi.transformer, torch.float32)
     for half in (state.encoder, state.decoder):
-        session += half.resample.nbytes + sum(tail.nbytes for tail in half.tails)
+        session += half.resample.nbytes + sum(state.nbytes for state in half.conv_state)
     return Memory(size, session)
 
 

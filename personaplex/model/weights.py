@@ -23,7 +23,7 @@ from personaplex.model import Model, tiny
 from personaplex.model.hub import Checkpoint
 from personaplex.model.lm import LM
 from personaplex.model.mimi import Mimi
-from personaplex.model.offload import gpu_budget, place, place_quantised
+from personaplex.model.offload import gpu_budget, place, place_quantized
 
 Network = TypeVar("Network", LM, Mimi)
 Shapes = dict[str, tuple[int, ...]]
@@ -67,7 +67,7 @@ def load_model(
     mimi = load_mimi(checkpoint.mimi, config.mimi, device)
     if weights == "int8":
         lm = load_lm(checkpoint.lm, config.lm, torch.device("cpu"), dtype)
-        place_quantised(lm, device)
+        place_quantized(lm, device)
     elif offload_slots and device.type == "cuda":
         lm = load_lm(checkpoint.lm, config.lm, torch.device("cpu"), dtype)
         place(lm, device, gpu_budget(config.lm, offload_slots, device, dtype, kv))
