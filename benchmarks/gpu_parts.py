@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from benchmarks.gpu_setup import Spread, fill, frames, make_engine, persona, set_context, synchronise, timed
 from personaplex.config import FRAME_SECONDS, LMConfig, ModelConfig, TransformerConfig
-from personaplex.engine.engine import Engine, Slot
+from personaplex.engine.engine import Engine
+from personaplex.engine.interface import Slot
 from personaplex.engine.memory import plan_memory
 from personaplex.kernels import ops
 from personaplex.kernels.int8 import Int8Matrix
@@ -215,9 +216,9 @@ def joins(engine: Engine, context: int, joining: int, rounds: int, ticks: int) -
                 engine.step()
                 taken.append(time.perf_counter() - start)
                 if way != "alone":
-                    engine.prime()
-            while engine.priming:
-                engine.prime()
+                    engine.prefill()
+            while engine.prefilling:
+                engine.prefill()
             for slot in come:
                 engine.close(slot)
         report[way] = asdict(Spread.of(taken))

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 import personaplex
 from personaplex.config import CODEBOOKS, FRAME_SIZE, EngineConfig, LMConfig, ModelConfig, Sampling
-from personaplex.engine.engine import Engine, Slot
+from personaplex.engine.engine import Engine
+from personaplex.engine.interface import Slot
 from personaplex.model import Model
 from personaplex.model.lm import LM
 from personaplex.model.mimi import Mimi

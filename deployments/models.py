@@ -61,7 +61,7 @@ def warm_up(loaded: Loaded) -> None:
         slot = engine.admit(Persona(voice=voice))
     except PromptTooLong:  # where only short role texts may be asked for
         slot = engine.admit(Persona(voice=voice, text_prompt=""))
-    while engine.prime() != slot:
+    while engine.prefill() != slot:
         pass
     for _ in range(WARM_UP_FRAMES):
         engine.feed(slot, silence)

@@ -308,5 +308,5 @@ def _node_address() -> str:
 def _pack(event: Event) -> bytes | None:
     if not isinstance(event, Reply):
         return None
-    said = event.spoken
+    said = event.output
     return media.pack_reply(media.Reply(said.frame, said.pcm, said.tokens, said.text, event.mark))

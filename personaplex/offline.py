@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from personaplex.config import EngineConfig, Sampling
-from personaplex.engine.engine import Engine, Slot
+from personaplex.engine.engine import Engine
+from personaplex.engine.interface import Slot
 from personaplex.engine.script import embed_voice, encode_voice
 from personaplex.errors import ConfigError, PersonaplexError
 from personaplex.model import Model

@@ -199,9 +199,9 @@ def test_engine_over_recorded_ticks_is_the_engine(monkeypatch: pytest.MonkeyPatc
     for frame in speech(2, 3):
         heard = []
         for one in (machine, plain):
-            for seat in one._seats[1:3]:
-                assert seat is not None
-                one.feed(seat.slot, frame)
+            for state in one._open[1:3]:
+                assert state is not None
+                one.feed(state.slot, frame)
             heard.append(one.step())
         for ours, theirs in zip(*heard, strict=True):
             assert ours.slot == theirs.slot
