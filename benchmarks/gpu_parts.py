@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu_setup import Spread, fill, frames, make_engine, persona, set_context, synchronise, timed
-from personaplex.config import FRAME_SECONDS, LMConfig, ModelConfig, TransformerConfig
+from personaplex.config import FRAME_SECONDS, TransformerConfig
 from personaplex.engine.engine import Engine
 from personaplex.engine.interface import Slot
-from personaplex.engine.memory import plan_memory
 from personaplex.kernels import ops
 from personaplex.kernels.int8 import Int8Matrix
 from personaplex.model import Model
 from personaplex.model.ring import Ring
 from personaplex.model.self_attention import rope
+from personaplex.sizing import footprint
 
 
 def ceilings(device: torch.device, small: bool) -> dict[str, float]:
@@ -126,30 +126,12 @@ def attention_sizes(config: TransformerConfig, device: torch.device, slots: int)
     return found
 
 
-def tick_bytes(config: ModelConfig, slots: int, context: int, weights: str, kv: str) -> float:
-    """Bytes a tick must read: every weight it uses once, each slot's filled positions once."""
-    lm = config.lm
-    plan = plan_memory(config, weights, kv)
-    unread = 2 * (lm.depth_steps - 8) / lm.depth_steps * _depth_parameters(lm)
-    tables = 2 * (16 * (lm.card + 1) + lm.text_card + 1) * lm.temporal.dim
-    tables += 2 * (15 * (lm.card + 1) + lm.text_card + 1) * lm.depth.dim
-    ring = Ring.allocate(lm.temporal, 1, torch.device("meta"), torch.int8 if kv == "int8" else torch.bfloat16)
-    position = sum(part.nbytes for part in ring.contents) / lm.temporal.context
-    return plan.weights - unread - tables + slots * min(context, lm.temporal.context) * position
-
-
-def _depth_parameters(lm: LMConfig) -> int:
-    depth = lm.depth
-    layer = lm.depth_steps * (4 * depth.dim**2 + 3 * depth.dim * depth.hidden)
-    return depth.layers * layer + lm.depth_steps * depth.dim * (lm.card + lm.temporal.dim)
-
-
 def ticks(
     engine: Engine, counts: list[int], contexts: list[int], rounds: int, read_gb_s: float, kv: str
 ) -> list[dict[str, Any]]:
     """Sampled ticks over the first N slots with so many positions each, one after the other."""
     found = []
-    runner = engine._runner
+    runner, planned = engine._runner, footprint(engine._model.config, kv=kv)
     fill(engine, contexts[0])
     runner.pcm[: engine.slots] = torch.from_numpy(frames(engine.slots))
     for context in contexts:
@@ -162,7 +144,7 @@ def ticks(
                 if index >= 3:
                     taken.append(time.perf_counter() - start)
             spread = Spread.of(taken)
-            size = tick_bytes(engine._model.config, count, context, "auto", kv)
+            size = planned.tick_bytes(count, context)
             bound = 1e3 * size / (read_gb_s * 1e9)
             found.append({"kv": kv, "sessions": count, "context": context, **asdict(spread),
                           "bytes_gb": round(size / 1e9, 3), "bound_ms": round(bound, 3),
@@ -315,7 +297,7 @@ def longest(
 
 def session_memory(model: Model, kv: str, device: torch.device) -> dict[str, Any]:
     """Bytes a session as planned, and as the device's allocator counts them."""
-    planned = plan_memory(model.config, kv=kv).session
+    planned = footprint(model.config, kv=kv).session
     report: dict[str, Any] = {"kv": kv, "planned_mb": round(planned / 1e6, 2)}
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

@@ -81,3 +81,12 @@ class Stepper(Protocol):
 
     def close(self, slot: Slot) -> None:
         """Frees the slot; idempotent."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A warm engine, what its model is called and the voices it knows."""
+
+    engine: Stepper
+    name: str
+    voices: Sequence[str]

@@ -13,17 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from personaplex.config import LMConfig
 from personaplex.errors import CheckpointError
 from personaplex.kernels.int8 import Int8Matrix
 from personaplex.model.layers import Stack
 from personaplex.model.lm import LM
 from personaplex.model.quantize import quantize_layer
-from personaplex.model.ring import Ring
 
 log = logging.getLogger(__name__)
-
-_WORKSPACE = 1 << 30  # the codec, activations, one layer in transit
 
 
 def place(lm: LM, device: torch.device, budget: int) -> int:
@@ -62,14 +58,6 @@ def place_quantized(lm: LM, device: torch.device) -> None:
         move(layer, device)
         quantize_layer(layer)
     move(lm, device)
-
-
-def gpu_budget(config: LMConfig, slots: int, device: torch.device, dtype: torch.dtype, kv: str) -> int:
-    """Bytes of `device` that weights may take beside the rings of `slots` sessions, kept as `kv` says."""
-    free, _ = torch.cuda.mem_get_info(device)
-    kind = torch.int8 if kv == "int8" else dtype
-    ring = Ring.allocate(config.temporal, 1, torch.device("meta"), kind)
-    return free - slots * sum(part.nbytes for part in ring.contents) - _WORKSPACE
 
 
 def resident_bytes(module: nn.Module) -> int:

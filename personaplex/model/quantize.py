@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from personaplex.config import LMConfig
 from personaplex.kernels.int8 import Int8Matrix
 
 
@@ -25,11 +24,3 @@ def quantize_layer(layer: nn.Module) -> None:
         del module.weight
         module.__dict__["weight"] = Int8Matrix.of(weight.detach())
     layer.__dict__.pop("step_weights", None)  # cached from the matrices that were
-
-
-def temporal_bytes(config: LMConfig, bits: int) -> int:
-    """Bytes of the temporal layers' matrices at 8 or 16 bits a weight, scales included."""
-    dim, hidden = config.temporal.dim, config.temporal.hidden
-    weights = config.temporal.layers * (4 * dim * dim + 3 * dim * hidden)
-    outputs = config.temporal.layers * (5 * dim + 2 * hidden)
-    return weights * bits // 8 + (4 * outputs if bits == 8 else 0)
