@@ -7,6 +7,7 @@ what the agent said. The options of NVIDIA's `moshi.offline` mean the same here,
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import secrets
 import sys
@@ -18,12 +19,13 @@ import torch
 from tqdm import tqdm
 
 from personaplex.config import EngineConfig, Sampling
-from personaplex.engine.engine import Engine, Slot
+from personaplex.engine.engine import Engine
+from personaplex.engine.interface import Slot
 from personaplex.engine.script import embed_voice, encode_voice
 from personaplex.errors import ConfigError, PersonaplexError
+from personaplex.loading import DTYPES, ModelSpec, load_parts, resolve
 from personaplex.model import Model
-from personaplex.model.hub import DEFAULT_REPO, Checkpoint, resolve
-from personaplex.model.weights import load_model
+from personaplex.model.hub import DEFAULT_REPO, Checkpoint
 from personaplex.offline_io import Conversation, Job, Report, plan_jobs, prepare_outputs
 from personaplex.persona import DEFAULT_VOICE, Persona
 from personaplex.text import Tokenizer
@@ -31,8 +33,7 @@ from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, 
 
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 _ANY_LENGTH = 2**31  # tokens of a role text: whoever runs this may wait as long as they like
-_TOY_DIM = 256  # below this, handing work to a second thread costs more than it saves
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+AUTO = "auto"  # batch size: as many conversations as fit in memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,42 +54,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> Report:
     jobs = plan_jobs(options.input_wav, options.output_wav, options.output_text, options.output_tokens)
-    if options.batch_size < 1:
+    if options.batch_size != AUTO and options.batch_size < 1:
         raise ConfigError("--batch-size must be at least 1")
-    device = choose_device(options.device)
-    checkpoint = resolve(
-        options.model,
-        hf_repo=options.hf_repo,
+    found = resolve(_spec(options))
+    config = EngineConfig(kv=options.kv, prompt_tokens=_ANY_LENGTH, voice_cache=1)
+    most = found.slots(config, live=False) if options.batch_size == AUTO else options.batch_size
+    config = dataclasses.replace(config, slots=min(most, len(jobs)))
+    parts = load_parts(found, config)
+    voice = find_voice(options.voice_prompt, found.checkpoint, parts.library, parts.model, options.save_voice)
+    sampling = _sampling(options)
+    persona = Persona(text_prompt=options.text_prompt, sampling=sampling)
+    prepare_outputs(jobs)
+    started = time.perf_counter()
+    report = converse(parts.engine(config), parts.tokenizer, persona, voice, jobs)
+    print(report.table(time.perf_counter() - started))
+    if not options.greedy:
+        print(f"seed {sampling.audio_seed}: give it with --seed to hear the same again")
+    return report
+
+
+def _spec(options: argparse.Namespace) -> ModelSpec:
+    return ModelSpec(
+        name=options.model,
+        repo=options.hf_repo,
         revision=options.revision,
         moshi_weight=options.moshi_weight,
         mimi_weight=options.mimi_weight,
         tokenizer=options.tokenizer,
         voice_prompt_dir=options.voice_prompt_dir,
-    )
-    tokenizer = Tokenizer(checkpoint.tokenizer, size=checkpoint.config.lm.text_card)
-    library = VoiceLibrary(checkpoint.config.lm, checkpoint.voices)
-    if device.type == "cpu" and checkpoint.config.lm.temporal.dim < _TOY_DIM:
-        torch.set_num_threads(1)
-    slots = min(options.batch_size, len(jobs))
-    model = load_model(
-        checkpoint,
-        device,
-        choose_dtype(options.dtype, device),
-        offload_slots=slots if options.cpu_offload else 0,
+        device=options.device,
+        dtype=options.dtype,
         weights=options.weights,
         kv=options.kv,
+        offload=options.cpu_offload,
     )
-    voice = find_voice(options.voice_prompt, checkpoint, library, model, options.save_voice)
-    sampling = _sampling(options)
-    persona = Persona(text_prompt=options.text_prompt, sampling=sampling)
-    config = EngineConfig(slots=slots, kv=options.kv, prompt_tokens=_ANY_LENGTH)
-    prepare_outputs(jobs)
-    started = time.perf_counter()
-    report = converse(Engine(model, library, tokenizer, config), tokenizer, persona, voice, jobs)
-    print(report.table(time.perf_counter() - started))
-    if not options.greedy:
-        print(f"seed {sampling.audio_seed}: give it with --seed to hear the same again")
-    return report
 
 
 def converse(
@@ -128,28 +127,6 @@ def _tick(engine: Engine, live: dict[Slot, Conversation]) -> None:
         engine.feed(slot, conversation.next_frame())
     for output in engine.step():
         live[output.slot].take(output.pcm, output.tokens, output.user_codes)
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises ConfigError for a device this machine does not have."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {name!r}: auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"this machine has no {name}: try --device cpu")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[name]
 
 
 def find_voice(
@@ -246,7 +223,7 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", *_DTYPES),
+        choices=("auto", *DTYPES),
         help="of the language model; auto is bfloat16 on CUDA, float32 on a CPU",
     )
     group.add_argument(
@@ -262,8 +239,16 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
         "--cpu-offload", action="store_true", help="keep what does not fit the GPU in host memory; slower"
     )
     group.add_argument(
-        "--batch-size", type=int, default=1, metavar="N", help="conversations run at once; changes no result"
+        "--batch-size",
+        type=_batch_size,
+        default=1,
+        metavar="N",
+        help="conversations run at once, or auto: as many as fit in memory; changes no result",
     )
+
+
+def _batch_size(value: str) -> int | str:
+    return value if value == AUTO else int(value)
 
 
 def _add_persona(group: argparse._ArgumentGroup) -> None:

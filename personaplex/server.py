@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import ipaddress
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +157,18 @@ def _settings(options: argparse.Namespace) -> Settings:
         if not given:
             raise ConfigError(f"--set takes NAME=VALUE, not {item!r}")
         values[name] = value
+    if Settings.wants_auto_slots(values):
+        values["slots"] = _slots_that_fit(Settings.load({**values, "slots": 1}))
+        print(f"slots=auto: {values['slots']}", flush=True)
     return Settings.load(values)
+
+
+def _slots_that_fit(settings: Settings) -> int:
+    from deployments.models import slots_that_fit
+
+    # In a process of its own, since a CUDA context takes memory until its process ends.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(slots_that_fit, settings).result()
 
 
 def _check_port(host: str, port: int) -> None:
