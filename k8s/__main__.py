@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--memory-gib", type=float, required=True)
     how = command.add_mutually_exclusive_group(required=True)
     how.add_argument("--bandwidth-gbs", type=float, default=0.0, help="GB/s of the data sheet")
-    how.add_argument("--measured", type=Path, metavar="FILE", help="report of benchmarks/gpu.py on that card")
+    how.add_argument("--measured", type=Path, metavar="FILE", help="report of benchmarks.gpu on that card")
     command.add_argument("--kv", choices=sizing.KINDS, default="auto", help="as the setting")
     command.add_argument("--weights", choices=sizing.KINDS, default="auto", help="as the setting")
     return parser
