@@ -17,6 +17,7 @@ waiting ends is an error at once; and what keeps pods from running is said while
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -157,7 +158,7 @@ class Rollout:
                 again = f"kubectl -n {self.cluster.namespace} delete rayservice {self.name}"
                 raise errors.Failed(
                     f"{self.name}: KubeRay gave up for good when its initializing timeout passed; no change "
-                    f"is looked at any more. Mend the cause, then: {again}, and helm upgrade (or kubectl apply)"
+                    f"is looked at any more. Mend the cause, then: {again}, and helm upgrade (or apply)"
                 )
             if not state.settled:
                 self._explain(state)
@@ -169,11 +170,8 @@ class Rollout:
     def _explain(self, state: State) -> None:
         """Says, each thing once, which way the change goes and what keeps its pods from running."""
         if state.active and not state.pending and state.unhealthy and state.observed >= state.generation:
-            try:
-                lines = [way.describe() for way in inplace.ways(self._service)]
-            except errors.Failed as error:
-                lines = [str(error)]
-            self._tell(*(f"in place, {line}" for line in lines))
+            with contextlib.suppress(errors.Failed):  # a Serve config unlike ours: nothing is known of it
+                self._tell(*(f"in place, {way.describe()}" for way in inplace.ways(self._service)))
         ray_cluster = state.pending or state.active
         if ray_cluster:
             try:

@@ -27,8 +27,8 @@ def _service(values: str, sets: tuple[str, ...] = ()) -> Any:
 def _endpoints(pods: dict[str, Any]) -> set[str]:
     """Groups whose pods KubeRay's Service would send sockets to.
 
-    KubeRay puts `ray.io/serve: "true"` on every worker, whatever its template says, and lets readiness decide; a
-    pod with a readiness gate that nobody sets is never Ready.
+    KubeRay puts `ray.io/serve: "true"` on every worker, whatever its template says, and lets readiness
+    decide; a pod with a readiness gate that nobody sets is never Ready.
     """
     return {name for name, pod in pods.items() if name != "head" and not pod["spec"].get("readinessGates")}
 

@@ -2,8 +2,8 @@
 
 Faithful: discovery, create, read, list with selectors, update with resource versions, delete with
 preconditions, watch, evictions, tunnels into pods, fields fixed at creation, the status codes of all these.
-Not faithful: server-side apply (a merge), admission, validation, RBAC, garbage collection, controllers. Whatever
-a controller would do, a test does by hand. Faults are injected through `faults`.
+Not faithful: server-side apply (a merge), admission, validation, RBAC, garbage collection, controllers.
+Whatever a controller would do, a test does by hand. Faults are injected through `faults`.
 """
 
 from __future__ import annotations
