@@ -19,7 +19,7 @@ from kube.world import NAME, Clock, World, connected, ready
 
 from deployments import metrics
 from k8s import __main__ as tool
-from k8s import errors, preflight, rollout, sessions
+from k8s import conversation, errors, preflight, rollout, sessions, smoke
 from k8s.cluster import ATTEMPTS, Cluster
 from k8s.differences import differences
 
@@ -580,6 +580,34 @@ def test_a_malformed_kubeconfig_is_one_line(
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("prefix", "path"), [("/", "/api/chat"), ("/speech", "/speech/api/chat")])
+def test_smoke_talks_under_the_services_own_prefix(
+    world: World, server: ApiServer, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, prefix: str, path: str
+) -> None:
+    world.ray_cluster("one")
+    world.service(active="one", spec=_chart_spec(sets=(f"settings.route_prefix={prefix}",)))
+    for role in ("gateway", "replica"):
+        (pod,) = server.find("Pod", f"one-{role}")
+        pod["metadata"]["labels"]["ray.io/serve"] = "true"
+        ready_now = "True" if role == "gateway" else "False"
+        pod["status"]["conditions"] = [{"type": "Ready", "status": ready_now}]
+        server.put(pod)
+    asked: list[str] = []
+
+    def converse(url: str, key: str | None) -> str:
+        asked.append(url)
+        return "spoken"
+
+    monkeypatch.setattr(conversation, "converse", converse)
+    said: list[str] = []
+    smoke.smoke(cluster, NAME, said.append)
+    (url,) = asked
+    assert url.startswith("ws://127.0.0.1:")
+    assert url.endswith(path)
+    assert url.count("/") == path.count("/") + 2
+    assert said[1] == "talking to one-gateway"
 
 
 def test_serve_config_is_printed_from_a_render(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,6 +139,15 @@ app version and checksums must never appear in this file.
 {{- end -}}
 {{- end -}}
 
+{{/* A node selector; a label set to null in a later values file is none, so that one can replace a card's. */}}
+{{- define "personaplex.nodeSelector" -}}
+{{- range $label, $value := . }}
+{{- if not (kindIs "invalid" $value) }}
+{{ $label }}: {{ $value | quote }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* Ports of the Ray container: (list $ role). */}}
 {{- define "personaplex.ports" -}}
 {{- $root := index . 0 -}}
@@ -195,7 +204,11 @@ spec:
   imagePullSecrets:
     {{- toYaml . | nindent 4 }}
   {{- end }}
-  {{- range $key := list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "priorityClassName" "runtimeClassName" }}
+  {{- with include "personaplex.nodeSelector" $pod.nodeSelector | trim }}
+  nodeSelector:
+    {{- . | nindent 4 }}
+  {{- end }}
+  {{- range $key := list "tolerations" "affinity" "topologySpreadConstraints" "priorityClassName" "runtimeClassName" }}
   {{- with get $pod $key }}
   {{ $key }}:
     {{- if kindIs "string" . }} {{ . }}{{ else }}{{ toYaml . | nindent 4 }}{{ end }}
