@@ -7,6 +7,13 @@ from typing import Any
 import pytest
 import yaml
 from kube import chart
+from ray.serve import Application
+from ray.serve._private.application_state import override_deployment_info
+from ray.serve._private.deployment_info import DeploymentInfo
+from ray.serve.schema import ServeApplicationSchema
+
+import deployments
+from deployments.settings import Settings
 
 EVERYTHING, MINIMAL = "ci/everything-values.yaml", "ci/minimal-values.yaml"
 CASES = [pytest.param(values, sets, id=values) for values, sets in chart.CASES.items()]
@@ -154,3 +161,36 @@ def test_room_for_a_surge_is_there_without_the_autoscaler() -> None:
     groups = _service("ci/static-values.yaml", values)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
     assert groups[0]["replicas"] == groups[0]["maxReplicas"] == 3
     assert _surges("ci/static-values.yaml", values) == {"gateway": 50}
+
+
+def _deployments(application: Application) -> dict[str, Any]:
+    """Name -> deployment of an application and of whatever it is bound to."""
+    deployment = application._bound_deployment
+    found = {deployment.name: deployment}
+    for argument in (*deployment.init_args, *deployment.init_kwargs.values()):
+        if isinstance(argument, Application):
+            found |= _deployments(argument)
+    return found
+
+
+def test_an_override_changes_the_surge_and_nothing_else() -> None:
+    """Serve makes an overridden deployment anew from its public fields: what the code set must survive."""
+    (application,) = yaml.safe_load(_service(EVERYTHING)["spec"]["serveConfigV2"])["applications"]
+    infos = {
+        name: DeploymentInfo(
+            deployment_config=deployment._deployment_config,
+            replica_config=deployment._replica_config,
+            start_time_ms=0,
+            deployer_job_id="",
+        )
+        for name, deployment in _deployments(deployments.build(Settings(**application["args"]))).items()
+    }
+    changed = override_deployment_info(infos, ServeApplicationSchema.model_validate(application))
+    assert {"gateway", "replica"} < set(changed)
+    for name, info in infos.items():
+        before, after = info.deployment_config.model_dump(), changed[name].deployment_config.model_dump()
+        assert after["max_surge_percent"] == _surges(EVERYTHING).get(name, 0), name
+        for side in (before, after):
+            del side["max_surge_percent"], side["user_configured_option_names"]
+        assert before == after, name
+        assert changed[name].replica_config.ray_actor_options == info.replica_config.ray_actor_options, name
