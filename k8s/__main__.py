@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
         "rollout", _rollout, "wait until an upgrade is complete, then release the old cluster early"
     )
     command.add_argument("name", help="name of the RayService")
-    command.add_argument("--timeout", type=float, default=3_600.0, metavar="S")
+    command.add_argument("--timeout", type=float, metavar="S", help="the change's own longest, unless given")
     command.add_argument("--interval", type=float, default=5.0, metavar="S", help="time between readings")
     command.add_argument("--zeros", type=int, default=4, help="readings without a session before the release")
     command.add_argument("--keep-old", action="store_true", help="leave the old cluster to KubeRay's delay")
