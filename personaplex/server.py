@@ -46,6 +46,8 @@ ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray other
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
     "WEBSOCKETS_MAX_LINE_LENGTH": "32768",  # a role text of 1000 Chinese characters is 9 KB of URL
+    # Limits in the proxy, which reads what anybody sends before a gateway can refuse it.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.ingress.configure",
 }
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own
 # Options that are settings of the same name.
@@ -142,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    from deployments.settings import Settings
+    from deployments.settings import Settings, refuse_keys_among
 
     values: dict[str, Any] = {}
     for name in _SETTINGS:
@@ -157,6 +159,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         if not given:
             raise ConfigError(f"--set takes NAME=VALUE, not {item!r}")
         values[name] = value
+    refuse_keys_among(options.set)
     if Settings.wants_auto_slots(values):
         values["slots"] = _slots_that_fit(Settings.load({**values, "slots": 1}))
         print(f"slots=auto: {values['slots']}", flush=True)
@@ -234,7 +237,7 @@ def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings
 
 
 def _take_leave() -> None:
-    """Clients are told why they are let go; only those still waiting for a slot are cut off."""
+    """Clients are told why they are let go, those who wait for a slot too."""
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
@@ -242,7 +245,7 @@ def _take_leave() -> None:
     fleet, deadline = serve.get_deployment_handle("fleet", "default"), time.monotonic() + LEAVE_TIMEOUT_S
     with contextlib.suppress(RayError, RayServeException, TimeoutError):
         fleet.close.remote().result(timeout_s=LEAVE_TIMEOUT_S)
-        while any(replica.used for replica in fleet.describe.remote().result(timeout_s=LEAVE_TIMEOUT_S)):
+        while fleet.held.remote().result(timeout_s=LEAVE_TIMEOUT_S):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
