@@ -491,7 +491,7 @@ def test_a_key_holds_as_many_sessions_as_it_may_and_a_session_its_time(service: 
 
 
 def test_pages_and_lists_are_served(service: Service) -> None:
-    assert service.get("healthz").json() == {"status": "ok"}
+    assert service.get("healthz").json() == {"status": "ok", "proxy_limits": True}
     info = service.info()
     assert (info["model"], info["slots"], info["replicas"], info["key_needed"]) == ("echo", 2, 1, True)
     voices = service.get("api/voices").json()

@@ -1,4 +1,4 @@
-"""The limits of the first process that reads: a real uvicorn as Serve makes it, and clients that mean harm."""
+"""The limits of the first process that reads: a real uvicorn as Serve makes it, and hostile clients."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ from personaplex.session.wire import MESSAGE_LIMIT
 
 
 class Application:
-    """Takes WebSockets and remembers their messages; `greedy` reads as Serve's proxy does, at once and all."""
+    """Takes WebSockets and remembers their messages: all of them at once, as Serve's proxy does, while `reads`
+    is set. Answers HTTP once `answer` is."""
 
     def __init__(self) -> None:
-        self.greedy, self.answer = True, threading.Event()
+        self.reads, self.answer = threading.Event(), threading.Event()
         self.scopes: deque[Any] = deque()
         self.messages: deque[Any] = deque()
+        self.reads.set()
         self.answer.set()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.scopes.append(scope)
         if scope["type"] == "http":
             reading = asyncio.ensure_future(self._read_body(receive))
-            while not self.answer.is_set():
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(self.answer.wait)
             reading.cancel()
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": b"ok"})
             return
         await receive()
         await send({"type": "websocket.accept"})
-        while not self.greedy:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(self.reads.wait)
         while True:
             message = await receive()
             self.messages.append(message)
@@ -90,7 +90,7 @@ def target(request: pytest.FixtureRequest, application: Application) -> Iterator
             yield Target("127.0.0.1", port)
         finally:
             application.answer.set()
-            application.greedy = True
+            application.reads.set()
             server.should_exit = server.force_exit = True
             thread.join(10)
 
@@ -201,10 +201,8 @@ def test_a_flood_waits_in_the_clients_own_socket(target: Target, application: Ap
         assert MESSAGE_BURST < len(application.messages) < 3 * MESSAGE_BURST
 
 
-def test_an_application_that_does_not_read_holds_one_message(
-    target: Target, application: Application
-) -> None:
-    application.greedy = False
+def test_an_application_that_does_not_read_is_sent_no_more(target: Target, application: Application) -> None:
+    application.reads.clear()
     with Raw(target) as raw:
         raw.upgrade()
         raw.socket.settimeout(0.5)
@@ -212,7 +210,7 @@ def test_an_application_that_does_not_read_holds_one_message(
             for _ in range(400):
                 raw.socket.sendall(frame(BINARY, bytes(131_000)))
             pytest.fail("52 MB were taken")
-        application.greedy = True
+        application.reads.set()
         _until(lambda: len(application.messages) >= 2)  # and then it goes on, at a session's pace
 
 
