@@ -78,7 +78,9 @@ class Gateway:
             leases=self._leases,
             metrics=self._metrics,
             limits=Limits(session_s=settings.session_limit_s, idle_s=settings.idle_limit_s),
-            connect=lambda grant, *heard: media.connect(grant.host, grant.port, *heard),
+            connect=lambda grant, on_message, on_lost: media.connect(
+                grant.host, grant.port, on_message, on_lost, settings.stall_limit_s
+            ),
             connect_timeout_s=settings.lease_timeout_s,
             keep=self._keep,
             changed=self._publish,

@@ -126,7 +126,10 @@ class Settings(BaseSettings):
         1_800.0, gt=0, description="Longest time a replica may take to load its weights and warm up."
     )
     stall_limit_s: float = Field(
-        10.0, gt=0, description="A tick longer than this makes the replica report itself unhealthy."
+        10.0,
+        gt=0,
+        description="A tick longer than this makes the replica report itself unhealthy, and a gateway or "
+        "replica that stands still for longer is given up by the other. A shorter stall is a gap.",
     )
     inbox_frames: int = Field(
         25,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # Ray, when it is imported: listen on 127.0.0.1 only
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -28,7 +28,7 @@ from personaplex.session.wire import MESSAGE_LIMIT
 
 
 class Application:
-    """Takes WebSockets and remembers their messages: all of them at once, as Serve's proxy does, while `reads`
+    """Takes WebSockets and remembers their messages: all at once, as Serve's proxy does, while `reads`
     is set. Answers HTTP once `answer` is."""
 
     def __init__(self) -> None:
