@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import os
 import socket
 import struct
+import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
@@ -46,9 +48,13 @@ def frame(opcode: int, data: bytes, *, final: bool = True, compressed: bool = Fa
 class Raw:
     """A connection from SOURCE. Raises OSError like its socket."""
 
+    made = 0  # connections, and bytes that were taken from all of them
+    taken = 0
+
     def __init__(self, target: Target) -> None:
         self.target = target
         self.socket = socket.create_connection((target.host, target.port), 10, source_address=(SOURCE, 0))
+        Raw.made += 1
 
     def __enter__(self) -> Raw:
         return self
@@ -68,6 +74,14 @@ class Raw:
             *(f"Sec-WebSocket-Key: {key}", *headers),
         )
         return self.head()
+
+    def pour(self, data: bytes) -> None:
+        """Sends all of `data`; waits as long as the socket's timeout for a server that does not read."""
+        left = memoryview(data)
+        while left:
+            sent = self.socket.send(left)
+            Raw.taken += sent
+            left = left[sent:]
 
     def head(self) -> str:
         """Reads up to the end of an answer's head, byte by byte."""
@@ -106,7 +120,7 @@ def deflate_bomb(target: Target, until: float) -> None:
     with contextlib.suppress(OSError), Raw(target) as raw:
         raw.upgrade("Sec-WebSocket-Extensions: permessage-deflate; client_max_window_bits")
         for _ in range(40):
-            raw.socket.sendall(frame(BINARY, body, compressed=True))
+            raw.pour(frame(BINARY, body, compressed=True))
         _linger(raw, until)
 
 
@@ -116,7 +130,7 @@ def big_messages(target: Target, until: float) -> None:
     with contextlib.suppress(OSError), Raw(target) as raw:
         raw.upgrade()
         while time.monotonic() < until:
-            raw.socket.sendall(data)
+            raw.pour(data)
 
 
 def small_frames(target: Target, until: float) -> None:
@@ -142,9 +156,9 @@ def large_audio(target: Target, until: float) -> None:
 def endless_header(target: Target, until: float) -> None:
     """A header line without an end."""
     with contextlib.suppress(OSError), Raw(target) as raw:
-        raw.socket.sendall(f"GET {target.path} HTTP/1.1\r\nHost: x\r\nX-Long: ".encode())
+        raw.pour(f"GET {target.path} HTTP/1.1\r\nHost: x\r\nX-Long: ".encode())
         while time.monotonic() < until:
-            raw.socket.sendall(b"a" * 65_536)
+            raw.pour(b"a" * 65_536)
 
 
 def endless_body(target: Target, until: float) -> None:
@@ -152,14 +166,14 @@ def endless_body(target: Target, until: float) -> None:
     with contextlib.suppress(OSError), Raw(target) as raw:
         raw.request("Transfer-Encoding: chunked", method="POST")
         while time.monotonic() < until:
-            raw.socket.sendall(b"10000\r\n" + bytes(65_536) + b"\r\n")
+            raw.pour(b"10000\r\n" + bytes(65_536) + b"\r\n")
 
 
 def pipeline(target: Target, until: float) -> None:
     """Requests without waiting for answers, which nobody reads."""
     with contextlib.suppress(OSError), Raw(target) as raw:
         while time.monotonic() < until:
-            raw.socket.sendall(f"GET {target.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 2_000)
+            raw.pour(f"GET {target.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 2_000)
 
 
 Attack = Callable[[Target, float], None]
@@ -169,17 +183,18 @@ FLOODS: tuple[Attack, ...] = (
 )
 
 
-def assault(attack: Attack, target: Target, connections: int, seconds: float) -> None:
-    """`connections` of them at once, begun again whenever they were refused, for so long."""
+def assault(attacks: Sequence[Attack], target: Target, connections: int, seconds: float) -> None:
+    """`connections` of each at once, begun again whenever they were refused, for so long at least."""
     until = time.monotonic() + seconds
 
-    def again() -> None:
+    def again(attack: Attack) -> None:
         while time.monotonic() < until:
             with contextlib.suppress(OSError):
                 attack(target, until)
             time.sleep(0.02)
 
-    threads = [threading.Thread(target=again, daemon=True) for _ in range(connections)]
+    each = [attack for attack in attacks for _ in range(connections)]
+    threads = [threading.Thread(target=again, args=(attack,), daemon=True) for attack in each]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -190,11 +205,20 @@ def _pour(target: Target, until: float, data: bytes, first: bytes = b"") -> None
     with contextlib.suppress(OSError), Raw(target) as raw:
         raw.upgrade()
         raw.socket.settimeout(2)  # a service that reads no more than it should lets us wait
-        raw.socket.sendall(first)
+        raw.pour(first)
         while time.monotonic() < until:
-            raw.socket.sendall(data)
+            raw.pour(data)
 
 
 def _linger(raw: Raw, until: float) -> None:
     while time.monotonic() < until and raw.socket.recv(65_536):
         pass
+
+
+if __name__ == "__main__":  # a process of its own, so that its work is not the neighbours'
+    names, port, connections, seconds = sys.argv[1:]
+    chosen = [attack for attack in FLOODS if attack.__name__ in names.split(",")]
+    print("ready", flush=True)
+    sys.stdin.readline()
+    assault(chosen, Target("127.0.0.1", int(port)), int(connections), float(seconds))
+    print(json.dumps({"connections": Raw.made, "mb_taken": Raw.taken / 1e6}), flush=True)

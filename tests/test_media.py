@@ -338,8 +338,8 @@ def test_a_peer_that_does_not_read_is_cut_off_on_close() -> None:
 
 @pytest.mark.parametrize("stall_s", [3.5, media.STALL_S])
 def test_the_kernel_gives_up_just_after_the_longest_stall(stall_s: float) -> None:
-    """A dead machine's packets just stop coming; a process that stands still takes nothing any more. It was 2 s
-    once whatever the setting said, and a replica that stood still for 4 s lost its sessions."""
+    """A dead machine's packets just stop coming; a process that stands still takes nothing. It was 2 s once
+    whatever the setting said, and a replica that stood still for 4 s lost its sessions."""
 
     async def run(server: End, port: int) -> None:
         client = End()
