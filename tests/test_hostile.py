@@ -7,18 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 from attackers import FLOODS
+from hosted import GATEWAY, REPLICA, SLOTS, Hosted, hosted, open_to_the_network
 from hostile import (
     FLOOD_S,
-    GATEWAY,
-    REPLICA,
-    SLOTS,
     Figures,
-    Hosted,
     broken,
     flood,
-    hosted,
     kill_proxy,
-    open_to_the_network,
     queue_cpu,
     stall,
     stop_with_a_queue,
