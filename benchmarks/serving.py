@@ -25,6 +25,7 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import socket
 import sysconfig
 import time
@@ -161,7 +162,8 @@ def _cluster(gateways: int) -> Iterator[int]:
         RAY_SERVE_HAPROXY_BINARY_PATH=str(Path(sysconfig.get_path("scripts")) / haproxy.COMMAND),
         RAY_SERVE_HAPROXY_METRICS_PORT=str(_free_port()),  # fixed ones otherwise
         RAY_SERVE_HAPROXY_STATS_PORT=str(_free_port()),
-        RAY_AUTH_MODE="disabled",
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=secrets.token_hex(32),
     )
     import ray
     from ray import serve

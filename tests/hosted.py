@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def hosted(*flags: str) -> Iterator[Hosted]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
+        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
     ) as process:
         host = Hosted(process, port)
         reader = threading.Thread(target=host.read)
@@ -137,7 +138,10 @@ class Memory:
 
 
 def open_to_the_network(host: Hosted) -> list[str]:
-    """Where the service's processes listen that is not loopback, as `address port command`."""
+    """Where the service's processes listen that is not loopback, as `address port command`.
+
+    Serve's own gRPC port of each of its processes is always there: Serve offers no address for it.
+    """
     sockets = {}
     for table, loopback in (("tcp", "0100007F"), ("tcp6", "0000000000000000FFFF00000100007F")):
         for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:

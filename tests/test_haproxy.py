@@ -187,7 +187,6 @@ def _server(port: int) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
     ) as process:
         assert process.stdout is not None
         said = list[str]()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
+import grpc
 import pytest
 from attackers import FLOODS
 from hosted import GATEWAY, REPLICA, SLOTS, Hosted, hosted, open_to_the_network
@@ -29,8 +30,16 @@ def host() -> Iterator[Hosted]:
         yield host
 
 
-def test_loopback_means_loopback(host: Hosted) -> None:
-    assert open_to_the_network(host) == []
+def test_loopback_means_loopback_and_what_does_not_asks_for_a_token(host: Hosted) -> None:
+    """Serve binds one gRPC port of each of its processes to every interface and takes pickles there."""
+    doors = [where.split(maxsplit=2) for where in open_to_the_network(host)]
+    assert {command.partition(":default:")[0] for _, _, command in doors} == {"ray::ServeReplica"}, doors
+    for _, port, _ in doors:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+            with pytest.raises(grpc.RpcError) as caught:
+                call(b"", timeout=5)
+            assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_a_neighbour_notices_no_flood_and_nothing_grows(host: Hosted) -> None:

@@ -85,7 +85,8 @@ def test_a_wrong_option_ends_the_command_in_words(
 
 def test_only_its_owner_reads_the_key_to_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
     token = tmp_path / ".ray" / "auth_token"
     _keep_token_private()
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
@@ -136,10 +137,7 @@ def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, list[st
     port, said = free_port(), list[str]()
     command = [sys.executable, "-m", "personaplex.server", "--model", "echo", "--port", str(port)]
     command += ["--ssl", str(tmp_path), "--set", "slots=2", "--low-latency"]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         reader = threading.Thread(target=lambda stream: said.extend(stream), args=(process.stdout,))
         reader.start()
