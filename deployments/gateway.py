@@ -91,11 +91,7 @@ class Gateway:
         self._empty.set()
         self._keeping = asyncio.ensure_future(self._metrics.keep())
         self._watching = asyncio.ensure_future(self._fleet.wait_close(uuid.uuid4().hex, self._close))
-        if proxy_callback() != ingress.CALLBACK:
-            logger.warning(
-                "Serve's proxies take compressed messages of 16 MiB from anybody: set %s=%s for Ray",
-                *(ingress.VARIABLE, ingress.CALLBACK),
-            )
+        warn_of_proxies_without_limits()
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
 
     def __serve_build_asgi_app__(self) -> Starlette:
@@ -204,3 +200,12 @@ class Gateway:
             await asyncio.to_thread(log.save, folder / f"{session}.npz")
         except OSError:
             logger.exception("the tokens of session %s could not be saved", session)
+
+
+def warn_of_proxies_without_limits() -> None:
+    """One line of log where Ray's processes were started without the limits of ingress.py."""
+    if proxy_callback() != ingress.CALLBACK:
+        logger.warning(
+            "Serve's proxies take compressed messages of 16 MiB from anybody: set %s=%s for Ray",
+            *(ingress.VARIABLE, ingress.CALLBACK),
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -20,8 +21,9 @@ from serving import free_port
 
 from deployments import ingress
 from deployments.application import _GATEWAY_ENVIRONMENT
+from deployments.gateway import warn_of_proxies_without_limits
 from deployments.ingress import FRAGMENT_LIMIT, HEAD_LIMIT, Allowance
-from deployments.settings import PROXY_CALLBACK
+from deployments.settings import PROXY_CALLBACK, Settings
 from personaplex.server import ENVIRONMENT
 from personaplex.session.core import MESSAGE_BURST
 from personaplex.session.wire import MESSAGE_LIMIT
@@ -115,6 +117,18 @@ def test_every_way_to_start_names_the_callback() -> None:
     )
     module, _, name = ingress.CALLBACK.rpartition(".")
     assert (module, name) == (ingress.__name__, ingress.configure.__name__)
+
+
+@pytest.mark.parametrize(("given", "lines"), [("", 1), ("some.other", 1), (ingress.CALLBACK, 0)])
+def test_a_gateway_says_when_proxies_have_no_limits(
+    given: str, lines: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(PROXY_CALLBACK, given)
+    monkeypatch.setattr(logging.getLogger("deployments"), "propagate", True)
+    warn_of_proxies_without_limits()
+    assert len(caplog.records) == lines
+    assert all(ingress.CALLBACK in record.getMessage() for record in caplog.records)
+    assert Settings().slots, "the variable is no unknown setting"
 
 
 def test_ordinary_clients_notice_nothing(target: Target, application: Application) -> None:
