@@ -70,7 +70,7 @@ def application() -> Application:
     return Application()
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
+@pytest.fixture
 def target(request: pytest.FixtureRequest, application: Application) -> Iterator[Target]:
     """A uvicorn set up by `configure`, in a thread; torn down with its connections."""
     with pytest.MonkeyPatch.context() as patch:
@@ -81,7 +81,12 @@ def target(request: pytest.FixtureRequest, application: Application) -> Iterator
         app: Any = middleware.cls(application, *middleware.args, **middleware.kwargs)
         port = free_port()
         config = uvicorn.Config(
-            app, port=port, lifespan="off", log_config=None, access_log=False, loop=request.param
+            app,
+            port=port,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            loop=getattr(request, "param", "uvloop"),
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run)
@@ -95,6 +100,9 @@ def target(request: pytest.FixtureRequest, application: Application) -> Iterator
             application.reads.set()
             server.should_exit = server.force_exit = True
             thread.join(10)
+
+
+both_loops = pytest.mark.parametrize("target", ["asyncio", "uvloop"], indirect=True)  # Serve takes either
 
 
 def _until(condition: Any, timeout_s: float = 5.0) -> None:
@@ -131,6 +139,7 @@ def test_a_gateway_says_when_proxies_have_no_limits(
     assert Settings().slots, "the variable is no unknown setting"
 
 
+@both_loops
 def test_ordinary_clients_notice_nothing(target: Target, application: Application) -> None:
     assert requests.get(_url(target), timeout=5).text == "ok"
     body = bytes(range(256)) * 400
@@ -202,6 +211,7 @@ def test_a_message_in_crumbs_is_refused(target: Target, application: Application
     assert [message["type"] for message in application.messages] == ["websocket.disconnect"]
 
 
+@both_loops
 def test_a_flood_waits_in_the_clients_own_socket(target: Target, application: Application) -> None:
     """Whoever reads as greedily as Serve gets a session's burst and then a session's rate, not a flood."""
     with Raw(target) as raw:
@@ -215,6 +225,7 @@ def test_a_flood_waits_in_the_clients_own_socket(target: Target, application: Ap
         assert MESSAGE_BURST < len(application.messages) < 3 * MESSAGE_BURST
 
 
+@both_loops
 def test_an_application_that_does_not_read_is_sent_no_more(target: Target, application: Application) -> None:
     application.reads.clear()
     with Raw(target) as raw:
@@ -228,6 +239,7 @@ def test_an_application_that_does_not_read_is_sent_no_more(target: Target, appli
         _until(lambda: len(application.messages) >= 2)  # and then it goes on, at a session's pace
 
 
+@both_loops
 def test_who_reads_nothing_is_not_read(target: Target, application: Application) -> None:
     """Answers to pings would be kept for it without end."""
     with Raw(target) as raw:
