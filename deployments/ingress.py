@@ -188,9 +188,9 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def _read_on(self) -> None:
         """Parses the next piece if it may, and lets the transport read exactly while nothing is left."""
-        if self._again is not None or self.transport.is_closing():
+        if self.transport.is_closing():
             return
-        if self._unread and self.handshake_complete and self._client_reads and not self.read_paused:
+        if self._again is None and self._unread and self._may_parse():
             now = self.loop.time()
             wait = max(self._frames.wait(now), self._bytes.wait(now))
             if wait:
@@ -201,6 +201,9 @@ class WebSocket(WebSocketsSansIOProtocol):
             self.transport.pause_reading()
         elif not self.read_paused and not self.transport.is_closing():
             self.transport.resume_reading()
+
+    def _may_parse(self) -> bool:
+        return bool(self.handshake_complete and self._client_reads and not self.read_paused)
 
     def _parse(self) -> None:
         piece = bytes(self._unread[:PIECE])

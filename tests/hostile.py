@@ -48,7 +48,7 @@ from personaplex.session.wire import Audio
 
 CONNECTIONS = 8
 FLOOD_S = 2.0
-CPU_S = 4.0
+CPU_S = 3.0
 STALL_S = 4.0
 ATTACKERS = Path(__file__).with_name("attackers.py")
 

@@ -221,7 +221,7 @@ def test_a_flood_waits_in_the_clients_own_socket(target: Target, application: Ap
         with contextlib.suppress(OSError):
             while sent < 60_000_000:
                 sent += raw.socket.send(frame(BINARY, b"\x06") * 5_000)
-        assert sent < 60_000_000, "nobody made us wait"
+        assert sent < 20_000_000, "what the kernel holds and a session's burst, and no more"
         assert MESSAGE_BURST < len(application.messages) < 3 * MESSAGE_BURST
 
 
