@@ -52,7 +52,7 @@ CPU_S = 3.0
 STALL_S = 4.0
 ATTACKERS = Path(__file__).with_name("attackers.py")
 
-PARTS = ("floods", "queue", "stall", "proxy", "stop", "raylet")
+PARTS = ("floods", "mixed", "queue", "stall", "proxy", "stop", "raylet")
 LIMITS = {  # figure: the most it may be
     "memory_mb": 400.0,  # of any process, above idle
     "gap_s": 0.5,  # of a neighbour; or three times its quiet gap
@@ -289,6 +289,7 @@ def attempt(only: str, flags: Sequence[str]) -> Figures:
                 found = flood(host, [attack])
                 print(attack.__name__, found, file=sys.stderr)
                 figures |= {f"{attack.__name__}.{name}": value for name, value in found.items()}
+        if only in ("", "mixed"):
             found = flood(host, FLOODS, connections=2, seconds=2 * FLOOD_S)
             figures |= {f"all.{name}": value for name, value in found.items()}
         if only in ("", "queue"):
