@@ -17,6 +17,7 @@ from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 
 import deployments
+from deployments import ingress
 from deployments.settings import Settings
 
 CASES = [pytest.param(values, sets, id=values) for values, sets in chart.CASES.items()]
@@ -74,6 +75,17 @@ def test_fractions_of_a_second_round_up(tmp_path: Path) -> None:
     service = _service(str(values), (chart.TOKEN,))
     assert _settings(str(values), (chart.TOKEN,)).drain_timeout_s == 105.75
     assert service["rayClusterDeletionDelaySeconds"] == 106 + 30 + 60
+
+
+@pytest.mark.parametrize(("values", "sets"), CASES)
+def test_every_pod_has_the_limits_of_the_first_reader(values: str, sets: tuple[str, ...]) -> None:
+    for name, template in chart.pod_templates(chart.render(values, sets)).items():
+        environment = _environment(template)
+        if "RAY_worker_niceness" in environment:  # runs Ray
+            assert environment[ingress.VARIABLE] == ingress.CALLBACK, name
+            assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in environment, (
+                "a cluster is more than one machine"
+            )
 
 
 @pytest.mark.parametrize(("values", "sets"), CASES)

@@ -14,6 +14,8 @@ app version and checksums must never appear in this file.
 - {name: RAY_worker_niceness, value: "0"}
 # A role text of 1000 Chinese characters makes a request line of 9 KB.
 - {name: WEBSOCKETS_MAX_LINE_LENGTH, value: "32768"}
+# Limits in whatever process reads a client's bytes first, proxy or gateway.
+- {name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, value: deployments.ingress.configure}
 # A busy gateway answers a proxy late; at Serve's 1 s it is asked again and again, and nobody new gets in.
 - {name: RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S, value: "10"}
 - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ $timeouts.drain | quote }}}
