@@ -1,8 +1,8 @@
 """The fleet deployment: who is where. One small process that every replica reports to.
 
 Replicas hold as many calls as they have slots, so a full one could not be asked anything; this one can. It
-knows what replicas last said, and tells them when the service ends. Nothing depends on it to start or hold a
-session: should it end, Serve starts it again and the next reports fill it.
+knows what replicas last said, and tells them and the gateways when the service ends. Nothing depends on it to
+start or hold a session: should it end, Serve starts it again and the next reports fill it.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ class Http(HttpToolsProtocol):
 
 
 class Allowance:
-    """What may be spent: `burst` at once, `rate` a second on average; it may be overdrawn once. Pure."""
+    """What may be spent: `burst` at once, `rate` a second on average; overdrawing it makes the next wait."""
 
     def __init__(self, rate: float, burst: float) -> None:
         self._rate, self._burst = rate, burst

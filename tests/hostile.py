@@ -1,7 +1,7 @@
 """Hostile clients against a real service, and what its neighbours notice: `python -m tests.hostile`.
 
     python -m tests.hostile --rounds 3 --output hostile.json    # the median of three
-    python -m tests.hostile --haproxy --only floods             # through HAProxy
+    python -m tests.hostile --haproxy --only mixed              # every flood at once, through HAProxy
 
 Each round starts `python -m personaplex.server` with the echo model on a free loopback port. Attackers are
 processes of their own at the lowest priority, from 127.0.0.2; the neighbour talks from 127.0.0.1. LIMITS says
