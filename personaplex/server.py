@@ -37,6 +37,7 @@ CERTIFICATE_DAYS = 365
 LEAVE_TIMEOUT_S = 3.0  # for sessions to end once the service is to
 WATCH_EVERY_S = 1.0  # a look whether Ray is still there
 SHUTDOWN_TIMEOUT_S = 10.0  # for Ray's own shutdown, which waits for ever for a raylet that is gone
+RAY_ENDED = 1  # exit status
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray otherwise sets it there
     "RAY_worker_niceness": "0",  # Ray's 15 lets any other process make speech late
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _serve(options.host, options.port, certificate, settings)
     except RayEnded as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+        return RAY_ENDED
     except PersonaplexError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -344,4 +345,7 @@ def _make_certificate(certificate: Path, key: Path, address: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == RAY_ENDED:
+        os._exit(status)  # Ray's own exit handlers would talk to processes that are gone
+    sys.exit(status)
