@@ -51,6 +51,18 @@ def test_sockets_enter_through_gateways_only(values: str, sets: tuple[str, ...])
         assert not any(label.startswith("ray.io/") for label in pod["metadata"]["labels"]), name
 
 
+@pytest.mark.parametrize(("values", "sets"), CASES)
+def test_the_service_says_nothing_that_kuberay_drops(values: str, sets: tuple[str, ...]) -> None:
+    """It rewrites the Service's ports to the name and number of the head's port `serve`, and the selector."""
+    service = _service(values, sets)["spec"]["serveService"]
+    (port,) = (
+        port
+        for port in _ray_pods(values, sets)["head"]["spec"]["containers"][0]["ports"]
+        if port["name"] == "serve"
+    )
+    assert service["spec"] == {"ports": [{"name": "serve", "port": port["containerPort"]}]}
+
+
 def test_one_pod_that_may_hold_everything_takes_sockets() -> None:
     assert _endpoints(_ray_pods(MINIMAL, ("serve.dedicatedNodes=false",))) == {"gateway", "gpu"}
 

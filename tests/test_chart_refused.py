@@ -260,6 +260,7 @@ def test_ports_that_ray_and_serve_take_are_reserved() -> None:
     )
     reserved = {(first, last) for first, last, _ in rows}
     for port in (
+        constants.DEFAULT_GRPC_PORT,
         constants.RAY_SERVE_FALLBACK_PROXY_HTTP_PORT,
         constants.RAY_SERVE_FALLBACK_PROXY_GRPC_PORT,
         constants.RAY_SERVE_HAPROXY_METRICS_PORT,

@@ -114,12 +114,13 @@ def test_what_may_not_be_seen_is_a_warning(server: ApiServer, cluster: Cluster) 
     ready(server)
 
     def forbid(method: str, path: str) -> web.Response | None:
-        if path == "/api/v1/nodes":
-            raise Status(403, "Forbidden", "nodes is forbidden")
+        if path == "/api/v1/nodes" or path.startswith(crd.CRDS):
+            raise Status(403, "Forbidden", f"{path} is forbidden")
         return None
 
     server.faults.append(forbid)
     assert [text.split(" (")[0] for text in levels(cluster)["warn"]] == [
+        "fields: not allowed to look",
         "gpus: not allowed to look",
         "drivers: not allowed to look",
     ]

@@ -6,6 +6,7 @@ Ports of a Ray pod that Ray and its Serve take for themselves: (list first last 
 - [8080, 8080, "Ray's metrics"]
 - [8265, 8265, "Ray's dashboard"]
 - [8500, 8500, "Serve's fallback proxy"]
+- [9000, 9000, "Serve's gRPC proxy"]
 - [9500, 9500, "Serve's fallback proxy"]
 - [10001, 10001, "Ray's client server"]
 - [10002, 19999, "Ray's workers"]
