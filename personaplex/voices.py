@@ -7,6 +7,7 @@ files hold what the model reads of them, embeddings and the token ring, in the f
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import shutil
 import tarfile
@@ -33,7 +34,7 @@ from personaplex.config import (
     LMConfig,
 )
 from personaplex.errors import BadAudio, CheckpointError, UnknownVoice
-from personaplex.files import replacing
+from personaplex.files import LFS_ADVICE, is_lfs_pointer, replacing
 from personaplex.persona import VOICES, voice_name
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,11 @@ def load_voice(path: Path, lm: LMConfig) -> Voice:
     Raises CheckpointError, naming the file and what is wrong with it.
     """
     try:
+        if is_lfs_pointer(path):
+            raise CheckpointError(f"voice {path.name} {LFS_ADVICE}")
         data = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged pickle raises nearly anything; only this session is to end
         raise CheckpointError(f"voice {path.name} cannot be read: {type(error).__name__}") from error
     fault = _fault(data, lm)
@@ -134,8 +139,10 @@ def load_voice(path: Path, lm: LMConfig) -> Voice:
 
 def save_voice(path: Path, embeddings: Tensor, cache: Tensor) -> None:
     """Writes embeddings [F - 1, dim] and token ring [17, 4] in the reference's format, all or nothing."""
+    content = io.BytesIO()  # torch's own writer has no OSError for a full disk
+    torch.save({"embeddings": embeddings[:, None, None].cpu(), "cache": cache[None].cpu()}, content)
     with replacing(path) as part:
-        torch.save({"embeddings": embeddings[:, None, None].cpu(), "cache": cache[None].cpu()}, part)
+        part.write_bytes(content.getvalue())
 
 
 def load_voice_wav(path: Path) -> NDArray[np.float32]:
@@ -145,10 +152,10 @@ def load_voice_wav(path: Path) -> NDArray[np.float32]:
     """
     import pyloudnorm  # here, so that an engine without recordings needs no audio libraries
 
-    from personaplex.audio.wav import read_wav, resample
+    from personaplex.audio.wav import one_channel, read_wav, resample
 
     pcm, rate = read_wav(path)
-    mono = resample(pcm[0], rate, SAMPLE_RATE)
+    mono = resample(one_channel(pcm, path.name), rate, SAMPLE_RATE)
     if len(mono) < SHORTEST_SECONDS * SAMPLE_RATE:
         raise BadAudio(f"a voice recording must last at least {SHORTEST_SECONDS} s")
     with warnings.catch_warnings():
@@ -171,6 +178,8 @@ def unpack(archive: Path) -> Path:
         return folder
     scratch: Path | None = None
     try:
+        if is_lfs_pointer(archive):
+            raise CheckpointError(f"{archive.name} {LFS_ADVICE}")
         scratch = Path(tempfile.mkdtemp(dir=archive.parent, prefix=".voices-"))
         with tarfile.open(archive) as tar:
             if hasattr(tarfile, "data_filter"):

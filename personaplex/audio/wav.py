@@ -6,6 +6,8 @@ into such a call is swallowed, with half the file read or written.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 
 import numpy as np
@@ -13,35 +15,88 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
+from personaplex.audio.readable import foreign, opened
 from personaplex.errors import BadAudio
 from personaplex.files import replacing
 
+log = logging.getLogger(__name__)
+
 Pcm = npt.NDArray[np.float32]
+
+LOUDEST = 8.0  # 18 dB over full scale; float samples beyond that are integers in another type
+INTEGER_SCALES = (2.0**15, 2.0**23, 2.0**31)
+SILENT, AUDIBLE = 1e-3, 1e-2  # peaks: a channel that holds at most noise, and one that surely holds more
 
 
 def read_wav(path: str | os.PathLike[str]) -> tuple[Pcm, int]:
-    """Samples float32 [channels, samples] within [-1, 1] and the rate in Hz, of any format libsndfile reads.
+    """Samples float32 [channels, samples] and the rate in Hz, of any format libsndfile reads, from files and
+    pipes. Full scale is 1, which only float formats exceed.
 
     Raises BadAudio when the file cannot be read as sound or holds none; FileNotFoundError and PermissionError
     are left to the caller, who alone may show a path.
     """
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             pcm, rate = soundfile.read(file.fileno(), dtype="float32", always_2d=True, closefd=False)
     except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise BadAudio("the file cannot be read as audio") from error
+        raise _unreadable(path) from error
     if not pcm.size:
         raise BadAudio("the file holds no audio")
     if not np.isfinite(pcm).all():
         raise BadAudio("the file holds samples that are not numbers")
-    return np.ascontiguousarray(pcm.T), int(rate)
+    return _full_scale(np.ascontiguousarray(pcm.T), os.path.basename(path)), int(rate)
+
+
+def _unreadable(path: str | os.PathLike[str]) -> BadAudio:
+    kind = foreign(path)
+    known = f": it is {kind}, which libsndfile does not read; convert it to WAV or FLAC" if kind else ""
+    return BadAudio(f"the file cannot be read as audio{known}")
+
+
+def _full_scale(pcm: Pcm, name: str) -> Pcm:
+    """Brings float samples that are really integers to a full scale of 1, and says so."""
+    peak = max(float(pcm.max()), -float(pcm.min()))
+    if peak <= LOUDEST:
+        return pcm
+    scale = next((scale for scale in INTEGER_SCALES if peak <= scale), None)
+    if scale is None:
+        raise BadAudio(f"the file holds samples up to {peak:.3g}, where full scale is 1")
+    log.warning("%s: float samples up to %.0f are taken as integers and divided by %.0f", name, peak, scale)
+    return pcm / np.float32(scale)
+
+
+def one_channel(pcm: Pcm, name: str, channel: int = 1) -> Pcm:
+    """Samples [samples] of one channel, counted from 1, of [channels, samples].
+
+    Warns, naming the file, when that one is silent and another is not. Raises BadAudio when it is not there.
+    """
+    if channel > len(pcm):
+        raise BadAudio(f"there is no channel {channel}: the recording has {len(pcm)}")
+    peaks = np.abs(pcm).max(axis=1)
+    loudest = int(peaks.argmax())
+    if peaks[channel - 1] < SILENT and peaks[loudest] >= AUDIBLE:
+        log.warning(
+            "%s: channel %d, which is taken, is silent; channel %d is not (--channel %d)",
+            *(name, channel, loudest + 1, loudest + 1),
+        )
+    chosen: Pcm = pcm[channel - 1]
+    return chosen
 
 
 def write_wav(path: str | os.PathLike[str], pcm: Pcm, rate: int) -> None:
-    """Writes [samples] or [channels, samples] as 16-bit PCM, clipped to [-1, 1], all of it or nothing."""
+    """Writes [samples] or [channels, samples] as 16-bit PCM, clipped to [-1, 1], all of it or nothing.
+
+    Raises OSError when it cannot be written, for example on a full disk.
+    """
     with replacing(path) as part, part.open("xb") as file:
         clipped = np.clip(pcm.T, -1.0, 1.0)
-        soundfile.write(file.fileno(), clipped, rate, format="WAV", subtype="PCM_16", closefd=False)
+        try:
+            soundfile.write(file.fileno(), clipped, rate, format="WAV", subtype="PCM_16", closefd=False)
+        except (soundfile.LibsndfileError, AssertionError) as error:  # the latter: fewer samples were taken
+            os.write(file.fileno(), bytes(2 * pcm.size))  # libsndfile does not say why; the system does
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+        if os.fstat(file.fileno()).st_size < 2 * pcm.size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def resample(pcm: Pcm, rate: int, target: int) -> Pcm:

@@ -26,6 +26,7 @@ from huggingface_hub.errors import (
 
 from personaplex.config import PRESET_7B, PRESET_TINY, ModelConfig
 from personaplex.errors import CheckpointError
+from personaplex.files import LFS_ADVICE, is_lfs_pointer
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ TOKENIZER_FILE = "tokenizer_spm_32k_3.model"
 VOICES_FILE = "voices.tgz"
 
 _TINY_TOKENIZER = Path(__file__).parent.parent / "data" / "tiny-tokenizer.model"
-_LFS_POINTER = b"version https://git-lfs"
 _HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[
     0
 ]  # of whichever HTTP library the hub client uses
@@ -141,16 +141,16 @@ def _complete(
 
 def _check_readable(path: Path) -> None:
     try:
-        with path.open("rb") as file:
-            head = file.read(len(_LFS_POINTER))
+        pointer = is_lfs_pointer(path)
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
-    if head == _LFS_POINTER:
-        raise CheckpointError(f"{path.name} is a git-lfs pointer, not the file itself: run `git lfs pull`")
+    if pointer:
+        raise CheckpointError(f"{path.name} {LFS_ADVICE}")
 
 
 def _read_config(path: Path) -> ModelConfig | None:
     """The sizes in a config.json, or None (with a warning) when it is about something else."""
+    _check_readable(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -134,7 +134,7 @@ def _fixed_draw(x: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     if layers.uses_host_kernels(x):
         from personaplex.model import host  # only where there is Numba
 
-        return host.draw
+        return lambda logits, *rules: host.draw(logits.float(), *rules)  # the model may be in bfloat16
     return None
 
 
