@@ -14,7 +14,6 @@ import time
 from collections import deque
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import gevent
 from locust.env import Environment
@@ -26,6 +25,7 @@ from loadtest.caller import Caller, Target
 from loadtest.outcome import Outcome
 from loadtest.report import Report, Threshold
 from loadtest.speech import Speech
+from personaplex.client_io import split_address
 from personaplex.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -39,12 +39,12 @@ OPTIONS = ("arrivals", "lengths", "longest", "draw_seed", "voices", "prompts", "
 
 def address(host: str) -> str:
     """The WebSocket address of a host as people write it. Raises ConfigError."""
-    parts = urlsplit(host if "://" in host else f"ws://{host}")
-    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
-    if scheme not in ("ws", "wss") or not parts.hostname:
-        raise ConfigError("--host must look like ws://HOST:8998")
+    try:
+        parts = split_address(host)
+    except ValueError as error:
+        raise ConfigError(f"--host must look like ws://HOST:8998, not {host!r}: {error}") from error
     path = parts.path.rstrip("/")
-    return f"{scheme}://{parts.netloc}{path if path.endswith('/api/chat') else path + '/api/chat'}"
+    return f"{parts.scheme}://{parts.netloc}{path if path.endswith('/api/chat') else path + '/api/chat'}"
 
 
 class Exchange:

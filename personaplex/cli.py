@@ -16,19 +16,23 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import NoReturn
 
 from personaplex.errors import ConfigError, PersonaplexError
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
+OWN_PACKAGES = ("personaplex", "deployments", "loadtest", "k8s")
+
 Command = Callable[[], int]
 
 
-def run(command: Command, interrupted: str = "interrupted", refused: int = REFUSED) -> int:
+def run(command: Command, extra: str, interrupted: str = "interrupted") -> int:
     """The exit code of `command`; errors raised on purpose, the system's and Ctrl-C become one line.
 
-    `refused` is the code of errors that leave `command`, `interrupted` the line after Ctrl-C.
+    `extra` is the optional part of this package that has all that the command imports, `interrupted` the line
+    after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name or a transcript the terminal cannot show
@@ -43,10 +47,44 @@ def run(command: Command, interrupted: str = "interrupted", refused: int = REFUS
         return FAILED
     except (PersonaplexError, OSError) as error:
         complain(reason(error))
-        return refused
+    except ModuleNotFoundError as error:
+        if not _is_foreign(error):
+            raise
+        complain(_missing(error, extra))
     except KeyboardInterrupt:
         complain(interrupted, "")
         return INTERRUPTED
+    return REFUSED
+
+
+def guard_imports(extra: str) -> None:
+    """Makes one line of what may end a command before `run`: a package that is missing, Ctrl-C while large
+    ones load. For `if __name__ == "__main__"` at the head of a command's module.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if isinstance(error, ModuleNotFoundError) and _is_foreign(error):
+            complain(_missing(error, extra))
+            _exit(REFUSED)
+        if isinstance(error, KeyboardInterrupt):
+            complain("interrupted", "")
+            _exit(INTERRUPTED)
+        sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    os._exit(code)  # an excepthook has no other way to choose the code; nothing has begun yet
+
+
+def _is_foreign(error: ModuleNotFoundError) -> bool:
+    return (error.name or "personaplex").partition(".")[0] not in OWN_PACKAGES
+
+
+def _missing(error: ModuleNotFoundError, extra: str) -> str:
+    return f"the Python package {error.name} is missing: pip install 'personaplex-serve[{extra}]'"
 
 
 def complain(message: str, head: str = "error: ") -> None:

@@ -16,10 +16,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from personaplex import cli
+
+if __name__ == "__main__":
+    cli.guard_imports("model")
+
 import torch
 from tqdm import tqdm
 
-from personaplex import cli
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, EngineConfig, LMConfig, Sampling
 from personaplex.engine.engine import Engine, Slot, check_sampling
 from personaplex.engine.script import embed_voice, encode_voice
@@ -55,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     return cli.run(
-        lambda: _run(parser().parse_args(argv)), "interrupted; the conversations that had ended are written"
+        lambda: _run(parser().parse_args(argv)),
+        "model",
+        "interrupted; the conversations that had ended are written",
     )
 
 

@@ -6,6 +6,7 @@ case are looked through. Existing outputs are replaced.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 from collections.abc import Iterable
@@ -82,3 +83,10 @@ def is_folder(name: str | os.PathLike[str]) -> bool:
     """Whether a name means a folder: one that is there, or one to be made, with a slash at its end."""
     text = os.fspath(name)
     return os.path.basename(text) in ("", ".", "..") or os.path.isdir(text)
+
+
+def file_name(text: str) -> Path:
+    """An option's type: a file to be written."""
+    if is_folder(text):
+        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
+    return Path(text)
