@@ -17,6 +17,9 @@ import tempfile
 import wave
 from pathlib import Path
 
+from personaplex.errors import ConfigError
+from personaplex.files import key_lines
+
 RATE = 24_000
 SECONDS = 4.0
 LEAST = 0.5  # share of the input's length that must come back
@@ -44,11 +47,11 @@ def length(path: Path) -> float:
 
 
 def first_key(path: Path) -> str:
-    """The first key of a file with one key a line. Raises ValueError when there is none."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip() and not line.lstrip().startswith("#"):
-            return line.strip()
-    raise ValueError(f"{path.name} holds no key")
+    """The first key of a file with one key a line. Raises ValueError when there is none, or no file."""
+    try:
+        return key_lines(path)[0]
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 def converse(url: str, key: str | None = None, insecure: bool = False) -> str:

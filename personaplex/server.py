@@ -16,6 +16,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 import threading
@@ -24,7 +25,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from personaplex.errors import ConfigError, PersonaplexError
+from personaplex import cli
+from personaplex.errors import ConfigError
+from personaplex.outputs import try_output
 
 if TYPE_CHECKING:
     from deployments.settings import Settings
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
 CERTIFICATE, KEY = "cert.pem", "key.pem"
 CERTIFICATE_DAYS = 365
 LEAVE_TIMEOUT_S = 3.0  # for sessions to end once the service is to
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray otherwise sets it there
     "RAY_worker_niceness": "0",  # Ray's 15 lets any other process make speech late
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -45,6 +47,7 @@ ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray other
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
     "WEBSOCKETS_MAX_LINE_LENGTH": "32768",  # a role text of 1000 Chinese characters is 9 KB of URL
 }
+RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own: the cluster its programs connect to
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own
 # Options that are settings of the same name.
 _SETTINGS = (
@@ -53,31 +56,59 @@ _SETTINGS = (
 )
 
 
+EXAMPLES = (
+    "python -m personaplex.server",
+    "python -m personaplex.server --model tiny --slots 2 --port 8998",
+    "python -m personaplex.server --ssl certs --host 0.0.0.0",
+    "python -m personaplex.server --model 7b --slots 8 --kv int8 --set api_keys_file=keys.txt",
+)
+_READ = ("moshi_weight", "mimi_weight", "tokenizer", "voice_prompt_dir", "step_times")  # settings: paths
+_MODELS = ("auto", "7b", "tiny", "echo", "simulated")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the service until SIGINT or SIGTERM; 0 then, 2 for a wrong set-up."""
-    options = _parser().parse_args(argv)
+    """Runs the service until SIGINT or SIGTERM; 0 then, 2 for a wrong set-up, 130 for Ctrl-C before that."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        settings = _settings(options)
-        _check_port(options.host, options.port)
-        certificate = None
-        if options.ssl is not None and options.haproxy:
-            raise ConfigError("--haproxy speaks no https: leave out --ssl, and end https in front of it")
-        if options.ssl is not None:
-            certificate = ensure_certificate(options.ssl, lan_address())
-        with _environment(options.haproxy, settings):
-            _serve(options.host, options.port, certificate, settings)
-    except PersonaplexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # while it started
-        return INTERRUPTED
+    return cli.run(lambda: _main(_parser().parse_args(argv)), "serve")
+
+
+def _main(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    _check_files(settings)
+    _check_port(options.host, options.port)
+    certificate = None
+    if options.ssl is not None and options.haproxy:
+        raise ConfigError("--haproxy speaks no https: leave out --ssl, and end https in front of it")
+    if options.ssl is not None:
+        certificate = ensure_certificate(options.ssl, lan_address())
+    with _environment(options.haproxy, settings):
+        _serve(options.host, options.port, certificate, settings)
     return 0
+
+
+def _check_files(settings: Settings) -> None:
+    """Raises ConfigError for files and folders that only a gateway or a replica would miss, later."""
+    settings.keys()
+    for name in _READ:
+        path = getattr(settings, name)
+        if path is not None and not path.exists():
+            raise ConfigError(f"{name}: no such file or folder: {path}")
+    if settings.model not in _MODELS and not Path(settings.model).is_dir():
+        raise ConfigError(f"no model {settings.model!r}: one of {', '.join(_MODELS)}, or a directory")
+    if settings.static not in ("", "none") and not Path(settings.static).is_dir():
+        raise ConfigError(f"static: no such folder: {settings.static}")
+    if settings.token_log_dir is not None:
+        try:
+            settings.token_log_dir.mkdir(parents=True, exist_ok=True)
+            try_output(settings.token_log_dir / "trial")
+        except OSError as error:
+            raise ConfigError(f"token_log_dir: {settings.token_log_dir}: {error.strerror}") from error
 
 
 def ensure_certificate(folder: Path, address: str) -> tuple[Path, Path]:
     """Paths of certificate and key in `folder`. Makes a self-signed pair for this machine's names and
-    `address` when neither is there. Raises ConfigError when only one is, or when they cannot be written."""
+    `address` when neither is there. Raises ConfigError when only one is, when they cannot be written, and
+    when they do not go together."""
     certificate, key = folder / CERTIFICATE, folder / KEY
     if certificate.exists() != key.exists():
         raise ConfigError(f"--ssl: {CERTIFICATE} and {KEY} must both be there, or neither")
@@ -87,6 +118,12 @@ def ensure_certificate(folder: Path, address: str) -> tuple[Path, Path]:
             _make_certificate(certificate, key, address)
         except OSError as error:
             raise ConfigError(f"--ssl: the certificate cannot be written: {error.strerror}") from error
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--ssl: {CERTIFICATE} and {KEY} are no certificate and its key: {error}"
+        ) from error
     return certificate, key
 
 
@@ -109,9 +146,13 @@ def addresses(host: str, port: int, secure: bool, lan: str) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m personaplex.server", description=__doc__.split("\n")[0])
+    parser = cli.Parser(
+        prog="python -m personaplex.server",
+        description="The whole service on this machine: Ray, gateway, model replica and web page.",
+        examples=EXAMPLES,
+    )
     parser.add_argument("--host", default="localhost", help="address to listen on; 0.0.0.0 is all")
-    parser.add_argument("--port", type=int, default=8998)
+    parser.add_argument("--port", type=cli.whole(1, 65_535), default=8998)
     parser.add_argument("--ssl", type=Path, metavar="DIR", help="https; makes a certificate in DIR if needed")
     parser.add_argument(
         "--haproxy", action="store_true", help="HAProxy carries the sockets: for many sessions; without --ssl"
@@ -166,7 +207,7 @@ def _check_port(host: str, port: int) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family):
             pass
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: no name of a host can look like this
         raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
 
 
@@ -184,6 +225,8 @@ def _environment(behind_haproxy: bool, settings: Settings) -> Iterator[None]:
             wanted |= haproxy.environment(Path(folder), settings.drain_timeout_s)
         for name, value in wanted.items():
             os.environ.setdefault(name, value)
+        if os.environ.pop(RAY_ADDRESS, None):
+            print(f"{RAY_ADDRESS} is not used: this starts a Ray of its own", file=sys.stderr)
         try:
             yield
         finally:
@@ -194,6 +237,7 @@ def _environment(behind_haproxy: bool, settings: Settings) -> Iterator[None]:
 def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings: Settings) -> None:
     import ray
     from ray import serve
+    from ray.exceptions import RayError
 
     from deployments import build, processes
 
@@ -205,14 +249,18 @@ def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings
     if certificate is not None:
         http["ssl_certfile"], http["ssl_keyfile"] = map(str, certificate)
     try:
-        ray.init(num_cpus=max(os.cpu_count() or 1, round(needed + 0.5)), include_dashboard=False)
+        # "local": beside any Ray that runs here already, which without it would be connected to.
+        ray.init("local", num_cpus=max(os.cpu_count() or 1, round(needed + 0.5)), include_dashboard=False)
         serve.start(http_options=http, logging_config={"log_level": "WARNING"})
         serve.run(build(settings), route_prefix=settings.route_prefix)
         _greet(host, port, certificate is not None, settings)
         _wait_for_signal()
         print("closing", flush=True)
         _take_leave()
-    except RuntimeError as error:  # Serve's word for an application that does not come up
+    except (
+        RuntimeError,
+        RayError,
+    ) as error:  # the former: Serve says so
         raise ConfigError(f"the service did not start: {error}") from error
     finally:
         processes.adopt_orphans()  # a node that ends in haste leaves some
