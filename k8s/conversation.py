@@ -17,6 +17,7 @@ import tempfile
 import wave
 from pathlib import Path
 
+from personaplex import cli
 from personaplex.errors import ConfigError
 from personaplex.files import key_lines
 
@@ -77,18 +78,26 @@ def converse(url: str, key: str | None = None, insecure: bool = False) -> str:
         return done.stdout
 
 
+EXAMPLES = ("python -m k8s.conversation --url ws://localhost:8998/api/chat",)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m k8s.conversation", description="One short conversation.")
+    parser = cli.Parser(
+        prog="python -m k8s.conversation", description="One short conversation.", examples=EXAMPLES
+    )
     parser.add_argument("--url", required=True, help="ws://HOST:PORT/api/chat")
     parser.add_argument("--api-keys-file", type=Path, help="file of keys, one a line; the first is used")
     parser.add_argument("--insecure", action="store_true", help="accept any certificate")
-    args = parser.parse_args()
+    return cli.run(lambda: _main(parser.parse_args()), "client")
+
+
+def _main(args: argparse.Namespace) -> int:
     try:
         key = first_key(args.api_keys_file) if args.api_keys_file else None
         print(converse(args.url, key, args.insecure))
     except (RuntimeError, OSError, ValueError) as error:
-        print(f"no conversation: {error}", file=sys.stderr)
-        return 1
+        cli.complain(str(error), "no conversation: ")
+        return cli.FAILED
     return 0
 
 

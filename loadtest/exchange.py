@@ -23,10 +23,11 @@ from loadtest import arrivals
 from loadtest.arrivals import Arrival
 from loadtest.caller import Caller, Target
 from loadtest.outcome import Outcome
-from loadtest.report import Report, Threshold
+from loadtest.report import Report, Threshold, report_files
 from loadtest.speech import Speech
 from personaplex.client_io import split_address
 from personaplex.errors import ConfigError
+from personaplex.outputs import refuse_overwriting, try_output
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Exchange:
     """Made once per process; listens to Locust's events. `user` is the name of the user class to start."""
 
     def __init__(self, environment: Environment, user: str) -> None:
-        """Raises ConfigError or BadAudio when the options make no sense; a worker gets its own later."""
+        """Raises ConfigError, BadAudio or OSError when the options will not do; a worker gets them later."""
         self._environment, self._user = environment, user
         self._outcomes: dict[int, Outcome] = {}  # by number of the session
         self._due: deque[tuple[Arrival, float]] = deque()
@@ -62,6 +63,7 @@ class Exchange:
         if self._worker:
             environment.runner.register_message(SHARE, self._take_share)
         else:
+            self._try_outputs()
             self.thresholds = [Threshold.parse(text) for text in environment.parsed_options.require]
             self._prepare(self._options())
             environment.runner.register_message(OUTCOME, self._hear_worker)
@@ -103,6 +105,19 @@ class Exchange:
         asked = {name: value for name, value in self._options().items() if name != SECRET}
         asked["speech"] = [Path(path).name for path in asked["speech"]]
         return Report(outcomes, self.thresholds, asked)
+
+    def _try_outputs(self) -> None:
+        """Raises ConfigError or OSError where a report could not be written at the end."""
+        options = self._environment.parsed_options
+        if options.output:
+            outputs = report_files(Path(options.output))
+            refuse_overwriting(
+                [("--output", path) for path in outputs],
+                [("--speech", Path(path)) for path in options.speech],
+            )
+            for path in outputs:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                try_output(path)
 
     def _options(self) -> dict[str, Any]:
         options = self._environment.parsed_options

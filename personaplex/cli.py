@@ -165,6 +165,8 @@ def _range(least: float, most: float, unlimited: float) -> str:
 
 
 port = whole(0, 65_535)
+positive = number(0, above=True)
+not_negative = number()
 
 
 def text(value: str) -> str:

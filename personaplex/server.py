@@ -235,11 +235,11 @@ def _environment(behind_haproxy: bool, settings: Settings) -> Iterator[None]:
 
 
 def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings: Settings) -> None:
-    import ray
-    from ray import serve
     from ray.exceptions import RayError
 
+    import ray
     from deployments import build, processes
+    from ray import serve
 
     others = set(processes.below(os.getpid()))
     needed = (
@@ -249,8 +249,7 @@ def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings
     if certificate is not None:
         http["ssl_certfile"], http["ssl_keyfile"] = map(str, certificate)
     try:
-        # "local": beside any Ray that runs here already, which without it would be connected to.
-        ray.init("local", num_cpus=max(os.cpu_count() or 1, round(needed + 0.5)), include_dashboard=False)
+        _start_ray(max(os.cpu_count() or 1, round(needed + 0.5)))
         serve.start(http_options=http, logging_config={"log_level": "WARNING"})
         serve.run(build(settings), route_prefix=settings.route_prefix)
         _greet(host, port, certificate is not None, settings)
@@ -268,11 +267,22 @@ def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings
         processes.end_all_below(spared=others)
 
 
+def _start_ray(cpus: int) -> None:
+    """A Ray for this service alone, beside any that runs here already. Raises ConfigError."""
+    import ray
+
+    try:
+        ray.init("local", num_cpus=cpus, include_dashboard=False)
+    except Exception as error:
+        raise ConfigError(f"Ray did not start: {str(error).splitlines()[0]}") from error
+
+
 def _take_leave() -> None:
     """Clients are told why they are let go; only those still waiting for a slot are cut off."""
-    from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
+
+    from ray import serve
 
     fleet, deadline = serve.get_deployment_handle("fleet", "default"), time.monotonic() + LEAVE_TIMEOUT_S
     with contextlib.suppress(RayError, RayServeException, TimeoutError):
