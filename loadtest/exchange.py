@@ -27,7 +27,7 @@ from loadtest.report import Report, Threshold, report_files
 from loadtest.speech import Speech
 from personaplex.client_io import split_address
 from personaplex.errors import ConfigError
-from personaplex.outputs import refuse_overwriting, try_output
+from personaplex.outputs import make_folder_of, refuse_overwriting, try_output
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Exchange:
                 [("--speech", Path(path)) for path in options.speech],
             )
             for path in outputs:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder_of(path)
                 try_output(path)
 
     def _options(self) -> dict[str, Any]:

@@ -84,7 +84,8 @@ def _is_foreign(error: ModuleNotFoundError) -> bool:
 
 
 def _missing(error: ModuleNotFoundError, extra: str) -> str:
-    return f"the Python package {error.name} is missing: pip install 'personaplex-serve[{extra}]'"
+    name = (error.name or "").partition(".")[0]
+    return f"the Python package {name} is missing: pip install 'personaplex-serve[{extra}]'"
 
 
 def complain(message: str, head: str = "error: ") -> None:

@@ -33,7 +33,7 @@ from personaplex.model.hub import Checkpoint, resolve
 from personaplex.model.weights import load_model
 from personaplex.offline_io import Conversation, Job, Report, plan_jobs, prepare_outputs
 from personaplex.offline_options import parser
-from personaplex.outputs import refuse_overwriting, try_output
+from personaplex.outputs import make_folder_of, refuse_overwriting, try_output
 from personaplex.persona import Persona
 from personaplex.recordings import find_recordings
 from personaplex.text import Tokenizer
@@ -125,7 +125,7 @@ def _prepared_jobs(options: argparse.Namespace, report: Report) -> list[Job]:
     refuse_overwriting(_outputs(jobs, options), inputs)
     jobs, failures = prepare_outputs(jobs)
     if options.save_voice is not None:
-        options.save_voice.parent.mkdir(parents=True, exist_ok=True)
+        make_folder_of(options.save_voice)
         try_output(options.save_voice)
     for note in found.notes:
         cli.complain(note, "")

@@ -15,7 +15,7 @@ from personaplex.audio.wav import one_channel, read_wav, resample, write_wav
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE
 from personaplex.errors import BadAudio, ConfigError
 from personaplex.files import replacing
-from personaplex.outputs import check_room, is_folder, try_output, wav_bytes
+from personaplex.outputs import check_room, is_folder, make_folder_of, try_output, wav_bytes
 from personaplex.recordings import Failure, PathLike, find_recordings
 from personaplex.text import Tokenizer
 from personaplex.tokenlog import save_arrays
@@ -89,7 +89,7 @@ def prepare_outputs(jobs: Sequence[Job]) -> tuple[list[Job], list[Failure]]:
     for job in jobs:
         try:
             for _, path in job.outputs:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder_of(path)
                 try_output(path)
         except OSError as error:
             if len(jobs) == 1:

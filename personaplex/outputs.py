@@ -65,6 +65,16 @@ def try_output(path: Path, size: int = 1) -> None:
     check_room(path, size)
 
 
+def make_folder_of(path: Path) -> None:
+    """Makes the folder that `path` is to be in. Raises OSError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(
+            errno.ENOTDIR, "a file is in the way of this folder", str(path.parent)
+        ) from error
+
+
 def check_room(path: Path, size: int) -> None:
     """Raises OSError when the disk has not `size` bytes left for `path`."""
     if is_stream(path):
