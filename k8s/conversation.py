@@ -81,14 +81,18 @@ def converse(url: str, key: str | None = None, insecure: bool = False) -> str:
 EXAMPLES = ("python -m k8s.conversation --url ws://localhost:8998/api/chat",)
 
 
-def main() -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="python -m k8s.conversation", description="One short conversation.", examples=EXAMPLES
     )
     parser.add_argument("--url", required=True, help="ws://HOST:PORT/api/chat")
     parser.add_argument("--api-keys-file", type=Path, help="file of keys, one a line; the first is used")
     parser.add_argument("--insecure", action="store_true", help="accept any certificate")
-    return cli.run(lambda: _main(parser.parse_args()), "client")
+    return parser
+
+
+def main() -> int:
+    return cli.run(lambda: _main(_parser().parse_args()), "client")
 
 
 def _main(args: argparse.Namespace) -> int:

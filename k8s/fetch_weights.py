@@ -29,15 +29,19 @@ def fetch(repo: str, revision: str) -> None:
 EXAMPLES = ("HF_HOME=/models/huggingface HF_TOKEN=... python -m k8s.fetch_weights --marker /models/complete",)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="python -m k8s.fetch_weights", description="Fill the weights' cache.", examples=EXAMPLES
     )
     parser.add_argument("--repo", default=DEFAULT_REPO)
     parser.add_argument("--revision", default="main")
     parser.add_argument("--marker", type=file_name, help="file made when everything is there")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
     return cli.run(
-        lambda: _main(parser.parse_args(arguments)), "model", "interrupted; what has arrived is kept"
+        lambda: _main(_parser().parse_args(arguments)), "model", "interrupted; what has arrived is kept"
     )
 
 

@@ -69,7 +69,7 @@ def html(plan: Plan) -> str:
     )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="python -m loadtest.plan",
         description="Plans a fleet for a load, by simulation.",
@@ -104,7 +104,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--core-hour", type=cli.not_negative, default=0.0, help="price of a CPU core")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the service")
     add("--output", type=file_name, help="writes OUTPUT.json and OUTPUT.html")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Raises ConfigError for a command line that makes no sense."""
+    return _parser().parse_args(argv)
 
 
 def run(options: argparse.Namespace) -> Plan:

@@ -143,9 +143,7 @@ def whole(least: int, most: int = 2**63 - 1) -> Callable[[str], int]:
     return parse
 
 
-def number(
-    least: float = -math.inf, most: float = math.inf, *, above: bool = False
-) -> Callable[[str], float]:
+def number(least: float = 0.0, most: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
     """An option's type: a finite number from `least` (or, with `above`, more than it) to `most`."""
 
     def parse(text: str) -> float:

@@ -121,9 +121,7 @@ def ensure_certificate(folder: Path, address: str) -> tuple[Path, Path]:
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"--ssl: {CERTIFICATE} and {KEY} are no certificate and its key: {error}"
-        ) from error
+        raise ConfigError(f"--ssl: {CERTIFICATE} and {KEY} do not go together: {error}") from error
     return certificate, key
 
 
