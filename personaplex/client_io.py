@@ -184,7 +184,7 @@ def load_recording(path: Path, tail_s: float, channel: int = 1) -> Pcm:
     """
     try:
         pcm, rate = read_wav(path)
-        heard = one_channel(pcm, path.name, channel)
+        heard = one_channel(pcm, path.name, channel, "--channel")
     except BadAudio as error:
         raise BadAudio(f"{path}: {error}") from error
     silence = np.zeros(round(tail_s * SAMPLE_RATE), np.float32)

@@ -111,7 +111,7 @@ class Conversation:
         pcm, rate = read_wav(job.input)
         self.job = job
         self.started = started
-        self.samples = resample(one_channel(pcm, job.input.name, channel), rate, SAMPLE_RATE)
+        self.samples = resample(one_channel(pcm, job.input.name, channel, "--channel"), rate, SAMPLE_RATE)
         if not len(self.samples):
             raise BadAudio("the recording is shorter than one sample at 24 kHz")
         check_room(job.wav, wav_bytes(len(self.samples)))

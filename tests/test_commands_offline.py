@@ -227,7 +227,7 @@ RUN = [
         "user.wav: float samples up to 9831 are taken as integers",
         integers_as_floats,
     ),
-    Row(ONE, 0, "user.wav: channel 1, which is taken, is silent; channel 2 is not", two_channels),
+    Row(ONE, 0, "channel 1, which is taken, is silent; channel 2 is not (--channel 2)", two_channels),
     Row(f"{ONE} --channel 2", 0, "", two_channels),
     Row(f"{ONE} --channel 3", 1, "user.wav: there is no channel 3: the recording has 2", two_channels),
     Row("--input-wav film.wav --output-wav agent.wav", 1, "it is MPEG-4", film),

@@ -95,7 +95,8 @@ def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, list[st
     port, said = free_port(), list[str]()
     command = [sys.executable, "-m", "personaplex.server", "--model", "echo", "--port", str(port)]
     command += ["--ssl", str(tmp_path), "--set", "slots=2", "--low-latency"]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    # A cluster that is not there any more: the command starts a Ray of its own all the same.
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "127.0.0.1:9"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
@@ -119,6 +120,7 @@ def test_the_command_serves_a_page_and_conversations_and_ends(
     process, port, said = server
     base = f"https://localhost:{port}"
     assert f"Open {base}\n" in said
+    assert "RAY_ADDRESS is not used: this starts a Ray of its own\n" in said
     page = requests.get(base, verify=tmp_path / CERTIFICATE, timeout=10)
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")

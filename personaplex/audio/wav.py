@@ -65,19 +65,21 @@ def _full_scale(pcm: Pcm, name: str) -> Pcm:
     return pcm / np.float32(scale)
 
 
-def one_channel(pcm: Pcm, name: str, channel: int = 1) -> Pcm:
+def one_channel(pcm: Pcm, name: str, channel: int = 1, option: str = "") -> Pcm:
     """Samples [samples] of one channel, counted from 1, of [channels, samples].
 
-    Warns, naming the file, when that one is silent and another is not. Raises BadAudio when it is not there.
+    Warns, naming the file, when that one is silent and another is not; `option` is how to choose that one.
+    Raises BadAudio when it is not there.
     """
     if channel > len(pcm):
         raise BadAudio(f"there is no channel {channel}: the recording has {len(pcm)}")
     peaks = np.abs(pcm).max(axis=1)
     loudest = int(peaks.argmax())
     if peaks[channel - 1] < SILENT and peaks[loudest] >= AUDIBLE:
+        advice = f" ({option} {loudest + 1})" if option else ""
         log.warning(
-            "%s: channel %d, which is taken, is silent; channel %d is not (--channel %d)",
-            *(name, channel, loudest + 1, loudest + 1),
+            "%s: channel %d, which is taken, is silent; channel %d is not%s",
+            *(name, channel, loudest + 1, advice),
         )
     chosen: Pcm = pcm[channel - 1]
     return chosen
