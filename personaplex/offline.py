@@ -21,7 +21,9 @@ from personaplex import cli
 if __name__ == "__main__":
     cli.guard_imports("model")
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, EngineConfig, LMConfig, Sampling
@@ -30,6 +32,7 @@ from personaplex.engine.script import embed_voice, encode_voice
 from personaplex.errors import BadAudio, BadParameter, ConfigError, EngineFault, PersonaplexError
 from personaplex.model import Model
 from personaplex.model.hub import Checkpoint, resolve
+from personaplex.model.lm import LM
 from personaplex.model.weights import load_model
 from personaplex.offline_io import Conversation, Job, Report, plan_jobs, prepare_outputs
 from personaplex.offline_options import parser
@@ -83,26 +86,20 @@ def _run(options: argparse.Namespace) -> int:
     refuse_overwriting(_outputs(jobs, options), [("the model", path) for path in _files(checkpoint, options)])
     tokenizer = Tokenizer(checkpoint.tokenizer, size=lm.text_card)
     library = VoiceLibrary(lm, checkpoint.voices)
-    if device.type == "cpu" and lm.temporal.dim < _TOY_DIM:
-        torch.set_num_threads(1)
+    found = find_voice(options.voice_prompt, checkpoint, library)
     slots = min(options.batch_size, len(jobs))
     try:
-        model = load_model(
-            checkpoint,
-            device,
-            choose_dtype(options.dtype, device),
-            offload_slots=slots if options.cpu_offload else 0,
-            weights=options.weights,
-            kv=options.kv,
-        )
-        voice = find_voice(options.voice_prompt, checkpoint, library, model, options.save_voice)
-        persona = Persona(text_prompt=options.text_prompt, sampling=sampling)
+        model = _load(options, checkpoint, device, slots)
+        voice = found if isinstance(found, Voice) else _encoded(model, found)
+        if options.save_voice is not None:
+            keep_voice(voice, model.lm, options.save_voice)
         config = EngineConfig(slots=slots, kv=options.kv, prompt_tokens=_ANY_LENGTH)
         engine = Engine(model, library, tokenizer, config)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             "the GPU has too little free memory: try --cpu-offload, --kv int8 or a smaller --batch-size"
         ) from error
+    persona = Persona(text_prompt=options.text_prompt, sampling=sampling)
     started = time.perf_counter()
     try:
         converse(engine, tokenizer, persona, voice, jobs, report, options.channel)
@@ -113,6 +110,23 @@ def _run(options: argparse.Namespace) -> int:
     if not options.greedy:
         print(f"seed {sampling.audio_seed}: give it with --seed to hear the same again")
     return cli.FAILED if report.failures else 0
+
+
+def _load(options: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, slots: int) -> Model:
+    if device.type == "cpu" and checkpoint.config.lm.temporal.dim < _TOY_DIM:
+        torch.set_num_threads(1)
+    return load_model(
+        checkpoint,
+        device,
+        choose_dtype(options.dtype, device),
+        offload_slots=slots if options.cpu_offload else 0,
+        weights=options.weights,
+        kv=options.kv,
+    )
+
+
+def _encoded(model: Model, pcm: NDArray[np.float32]) -> Voice:
+    return Voice.from_codes(encode_voice(model, torch.from_numpy(pcm)))
 
 
 def _prepared_jobs(options: argparse.Namespace, report: Report) -> list[Job]:
@@ -222,24 +236,12 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def find_voice(
-    prompt: str, checkpoint: Checkpoint, library: VoiceLibrary, model: Model, save: Path | None = None
-) -> Voice:
+def find_voice(prompt: str, checkpoint: Checkpoint, library: VoiceLibrary) -> Voice | NDArray[np.float32]:
     """The voice behind `--voice-prompt`: a name, else a .pt or sound file in the voice folder or anywhere.
 
-    It is written to `save` as a voice file. Raises ConfigError, CheckpointError, BadAudio or OSError.
+    Of a sound file it is the recording as the model hears it, float32 [samples]. Needs no model, so that what
+    is wrong is found before one is loaded. Raises ConfigError, CheckpointError, BadAudio or OSError.
     """
-    voice = _voice(prompt, checkpoint, library, model)
-    if save is not None and voice.codes is not None:
-        save_voice(save, *embed_voice(model.lm, voice.codes))
-    elif save is not None:
-        assert voice.embeddings is not None
-        assert voice.cache is not None
-        save_voice(save, voice.embeddings, voice.cache)
-    return voice
-
-
-def _voice(prompt: str, checkpoint: Checkpoint, library: VoiceLibrary, model: Model) -> Voice:
     lm = checkpoint.config.lm
     if prompt.removesuffix(".pt") in library.names():
         voice = library.get(prompt)
@@ -260,7 +262,17 @@ def _voice(prompt: str, checkpoint: Checkpoint, library: VoiceLibrary, model: Mo
     except BadAudio as error:
         raise BadAudio(f"--voice-prompt {prompt}: {error}") from error
     _check_voice(prompt, math.ceil(len(pcm) / FRAME_SIZE), lm)
-    return Voice.from_codes(encode_voice(model, torch.from_numpy(pcm)))
+    return pcm
+
+
+def keep_voice(voice: Voice, lm: LM, path: Path) -> None:
+    """Writes any voice as a voice file. Raises OSError."""
+    if voice.codes is not None:
+        save_voice(path, *embed_voice(lm, voice.codes))
+        return
+    assert voice.embeddings is not None
+    assert voice.cache is not None
+    save_voice(path, voice.embeddings, voice.cache)
 
 
 def _check_voice(prompt: str, frames: int, lm: LMConfig) -> None:
