@@ -171,7 +171,7 @@ class Gateway:
         if folder is None or not len(log):
             return
         try:
-            await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+            await asyncio.to_thread(folder.mkdir, mode=0o700, parents=True, exist_ok=True)
             # Packing an hour takes a quarter of a second: three frames of every other session.
             await asyncio.to_thread(log.save, folder / f"{session}.npz")
         except OSError:

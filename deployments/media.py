@@ -22,6 +22,7 @@ import asyncio
 import dataclasses
 import enum
 import json
+import math
 import socket
 import struct
 from collections import deque
@@ -34,8 +35,8 @@ import numpy.typing as npt
 
 from personaplex import errors
 from personaplex.config import FRAME_SIZE, STREAMS, Sampling
-from personaplex.errors import PersonaplexError, ProtocolError, SessionLost
-from personaplex.persona import Persona
+from personaplex.errors import PersonaplexError, ProtocolError, SessionLost, UnknownVoice
+from personaplex.persona import Persona, voice_name
 
 TOKEN_BYTES = 16
 OUTBOX_FRAMES = 25  # frames that wait for a peer that does not read: 2 s
@@ -46,6 +47,9 @@ MESSAGE_LIMIT = 65_536  # bytes; no message of this protocol comes near
 _LENGTH = _MARK = struct.Struct("<I")
 _REPLY = struct.Struct(f"<II{4 * STREAMS}s")
 _FRAME_BYTES = 4 * FRAME_SIZE
+
+# What JSON that is none, or about something else, leads to; UnicodeError and json's own are ValueErrors.
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 Pcm = npt.NDArray[np.float32]
 
@@ -83,6 +87,8 @@ def unpack_reply(payload: bytes) -> Reply:
         text = payload[_REPLY.size + _FRAME_BYTES :].decode()
     except (struct.error, ValueError) as error:
         raise ProtocolError("a reply of the wrong shape") from error
+    if not np.isfinite(pcm).all():
+        raise ProtocolError("a reply that is not audio")
     return Reply(frame, pcm, np.frombuffer(tokens, "<i4").astype(np.int64), text, mark)
 
 
@@ -101,9 +107,24 @@ def unpack_open(payload: bytes) -> Persona:
     """Raises ProtocolError for anything `pack_open` does not make."""
     try:
         fields = json.loads(payload[TOKEN_BYTES:])
-        return Persona(**{**fields, "sampling": Sampling(**fields["sampling"])})
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        persona = Persona(**{**fields, "sampling": Sampling(**fields["sampling"])})
+        persona.text_prompt.encode()
+        return dataclasses.replace(
+            persona, voice=voice_name(persona.voice), sampling=_numbers(persona.sampling)
+        )
+    except (*_UNREADABLE, UnknownVoice) as error:
         raise ProtocolError("an opening message of the wrong shape") from error
+
+
+def _numbers(sampling: Sampling) -> Sampling:
+    """The same values, each of its field's type. Raises TypeError for others, OverflowError."""
+    values = dataclasses.asdict(sampling)
+    for name, default in dataclasses.asdict(Sampling()).items():
+        value, kinds = values[name], (int, float) if isinstance(default, float) else (int,)
+        if type(value) not in kinds:
+            raise TypeError(name)
+        values[name] = type(default)(value)
+    return Sampling(**values)
 
 
 def pack_frame(mark: int, pcm: Pcm) -> bytes:
@@ -128,9 +149,12 @@ def pack_ready(prefill_s: float) -> bytes:
 def unpack_ready(payload: bytes) -> float:
     """Seconds the prompt took in the replica. Raises ProtocolError for another shape."""
     try:
-        return float(json.loads(payload)["prefill_s"])
-    except (ValueError, TypeError, KeyError) as error:
+        seconds = json.loads(payload)["prefill_s"]
+        if type(seconds) in (int, float) and 0 <= float(seconds) < math.inf:
+            return float(seconds)
+    except _UNREADABLE as error:
         raise ProtocolError("a ready message of the wrong shape") from error
+    raise ProtocolError("a ready message without a time")
 
 
 def pack_error(error: PersonaplexError) -> bytes:
@@ -142,10 +166,11 @@ def unpack_error(payload: bytes) -> PersonaplexError:
     """The error as the same class, so that its close code survives; SessionLost for one it cannot read."""
     try:
         fields = json.loads(payload)
-        kind = getattr(errors, fields["error"])
-        if issubclass(kind, PersonaplexError):
-            return cast(PersonaplexError, kind(str(fields["message"])))
-    except (ValueError, KeyError, TypeError, AttributeError):
+        kind, message = getattr(errors, fields["error"]), fields["message"]
+        if issubclass(kind, PersonaplexError) and isinstance(message, str):
+            message.encode()
+            return cast(PersonaplexError, kind(message))
+    except _UNREADABLE:
         pass
     return SessionLost("the session was ended")
 

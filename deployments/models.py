@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -86,7 +87,11 @@ def _load_model(settings: Settings) -> Loaded:
     voices = VoiceLibrary(checkpoint.config.lm, checkpoint.voices)
     dtype = choose_dtype(settings.dtype, device)
     offload_slots = settings.slots if settings.cpu_offload else 0
-    model = load_model(checkpoint, device, dtype, offload_slots, settings.weights, settings.kv)
+    # The engine's thread opens no voice file, neither now nor for a session: one of them may be slow or bad.
+    with ThreadPoolExecutor(1, "voices") as pool:
+        verified = pool.submit(voices.verify)
+        model = load_model(checkpoint, device, dtype, offload_slots, settings.weights, settings.kv)
+        verified.result()
     engine = Engine(model, voices, tokenizer, settings.engine_config)
     return Loaded(engine, checkpoint.name, voices.names())
 

@@ -323,7 +323,7 @@ class Settings(BaseSettings):
 def _json_list(value: str) -> Any:
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError("not a JSON array") from error
 
 

@@ -16,7 +16,7 @@ from personaplex import cli
 from personaplex.errors import PersonaplexError
 from personaplex.model.hub import DEFAULT_REPO, resolve
 from personaplex.outputs import file_name, try_output
-from personaplex.voices import unpack
+from personaplex.voicearchive import unpack
 
 
 def fetch(repo: str, revision: str) -> None:

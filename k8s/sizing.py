@@ -72,7 +72,7 @@ def read_measured(path: Path, kv: str) -> tuple[StepTimes, str]:
         report = json.loads(path.read_text(encoding="utf-8"))
         gpu = str(report["machine"]["gpu"])
         steps = StepTimes.from_json(path.stem, report["steps_int8" if kv == "int8" else "steps_bf16"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Failed(f"{path} holds no step times of a GPU with kv={kv}") from error
     except ConfigError as error:
         raise Failed(f"{path}: {error}") from error

@@ -97,19 +97,30 @@ class ModelConfig:
     def from_json(cls, data: Mapping[str, Any]) -> ModelConfig:
         """Reads the `lm` and `mimi` keys of a checkpoint's config.json.
 
-        Raises ConfigError for a missing key or an architecture this project does not implement.
+        Raises ConfigError for a missing key, an architecture this project does not implement, and sizes that
+        no such model has: modules are built of these before its file is looked at.
         """
         try:
             return cls(lm=_lm_from_json(data["lm"]), mimi=_mimi_from_json(data["mimi"]))
         except KeyError as error:
             raise ConfigError(f"config.json: missing key {error}") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"config.json: {error}") from error
 
 
 def gated_hidden(dim: int, feed_forward: int) -> int:
     """Width of one half of a gated feed-forward whose nominal width is `feed_forward`."""
-    return 21 * dim // 8 if feed_forward == 4 * dim else 2 * feed_forward // 3
+    return max(1, 21 * dim // 8 if feed_forward == 4 * dim else 2 * feed_forward // 3)
+
+
+_SIZE_LIMIT = 2**16  # many times what the 7B model has
+_SIZE_LIMITS = {
+    "text_card": 2**20,
+    "dim_feedforward": 2**18,
+    "depformer_dim_feedforward": 2**18,
+    **dict.fromkeys(("num_layers", "depformer_num_layers", "n_q"), 2**8),  # a module or more for each
+}
+_LONGEST_PERIOD = 1e9
 
 
 def _lm_from_json(lm: Mapping[str, Any]) -> LMConfig:
@@ -124,57 +135,81 @@ def _lm_from_json(lm: Mapping[str, Any]) -> LMConfig:
             raise ConfigError(f"config.json: lm.{key} is {lm[key]!r}, only {value!r} is implemented")
     if tuple(lm.get("delays", DELAYS)) != DELAYS:
         raise ConfigError(f"config.json: lm.delays must be {list(DELAYS)}")
-    dim, scale = int(lm["dim"]), float(lm["hidden_scale"])
-    depth_dim = int(lm["depformer_dim"])
-    depth_ff = int(lm.get("depformer_dim_feedforward") or scale * depth_dim)
-    period = float(lm.get("max_period", 10_000))
+    dim, depth_dim, scale = _size(lm, "dim"), _size(lm, "depformer_dim"), _number(lm, "hidden_scale", 64)
+    given = lm.get("depformer_dim_feedforward")
+    depth_ff = _size(lm, "depformer_dim_feedforward") if given else int(scale * depth_dim)
     return LMConfig(
-        temporal=TransformerConfig(
+        temporal=_transformer(
             dim=dim,
-            layers=int(lm["num_layers"]),
-            heads=int(lm["num_heads"]),
+            layers=_size(lm, "num_layers"),
+            heads=_size(lm, "num_heads"),
             hidden=gated_hidden(dim, int(scale * dim)),
-            context=int(lm["context"]),
-            max_period=period,
+            context=_size(lm, "context"),
+            max_period=_number(lm, "max_period", _LONGEST_PERIOD, 10_000),
         ),
-        depth=TransformerConfig(
+        depth=_transformer(
             dim=depth_dim,
-            layers=int(lm["depformer_num_layers"]),
-            heads=int(lm["depformer_num_heads"]),
+            layers=_size(lm, "depformer_num_layers"),
+            heads=_size(lm, "depformer_num_heads"),
             hidden=gated_hidden(depth_dim, depth_ff),
             context=2 * CODEBOOKS,
         ),
-        card=int(lm["card"]),
-        text_card=int(lm["text_card"]),
+        card=_size(lm, "card"),
+        text_card=_size(lm, "text_card"),
     )
 
 
 def _mimi_from_json(mimi: Mapping[str, Any]) -> MimiConfig:
     seanet, transformer, quantizer = mimi["seanet"], mimi["transformer"], mimi["quantizer"]
-    if int(mimi.get("num_codebooks", CODEBOOKS)) != CODEBOOKS:
+    if _size(mimi, "num_codebooks", CODEBOOKS) != CODEBOOKS:
         raise ConfigError(f"config.json: mimi.num_codebooks must be {CODEBOOKS}")
-    if int(seanet.get("n_residual_layers", 1)) != 1:
+    if _size(seanet, "n_residual_layers", 1) != 1:
         raise ConfigError("config.json: mimi.seanet.n_residual_layers must be 1")
+    if list(seanet["ratios"]) != list(MimiConfig.ratios):
+        raise ConfigError(f"config.json: mimi.seanet.ratios must be {list(MimiConfig.ratios)}")
+    if seanet["dimension"] != transformer["d_model"]:
+        raise ConfigError("config.json: mimi.seanet.dimension and mimi.transformer.d_model must be equal")
     return MimiConfig(
-        filters=int(seanet["n_filters"]),
-        dim=int(seanet["dimension"]),
-        transformer=TransformerConfig(
-            dim=int(transformer["d_model"]),
-            layers=int(transformer["num_layers"]),
-            heads=int(transformer["num_heads"]),
-            hidden=int(transformer["dim_feedforward"]),
-            context=int(transformer["context"]),
-            max_period=float(transformer.get("max_period", 10_000)),
+        filters=_size(seanet, "n_filters"),
+        dim=_size(seanet, "dimension"),
+        transformer=_transformer(
+            dim=_size(transformer, "d_model"),
+            layers=_size(transformer, "num_layers"),
+            heads=_size(transformer, "num_heads"),
+            hidden=_size(transformer, "dim_feedforward"),
+            context=_size(transformer, "context"),
+            max_period=_number(transformer, "max_period", _LONGEST_PERIOD, 10_000),
         ),
-        codebook_dim=int(quantizer["dimension"]),
-        bins=int(quantizer["bins"]),
-        codebooks=int(quantizer["n_q"]),
-        ratios=tuple(int(r) for r in seanet["ratios"]),
-        kernel=int(seanet.get("kernel_size", 7)),
-        residual_kernel=int(seanet.get("residual_kernel_size", 3)),
-        last_kernel=int(seanet.get("last_kernel_size", 3)),
-        compress=int(seanet.get("compress", 2)),
+        codebook_dim=_size(quantizer, "dimension"),
+        bins=_size(quantizer, "bins"),
+        codebooks=_size(quantizer, "n_q"),
+        kernel=_size(seanet, "kernel_size", 7),
+        residual_kernel=_size(seanet, "residual_kernel_size", 3),
+        last_kernel=_size(seanet, "last_kernel_size", 3),
+        compress=_size(seanet, "compress", 2),
     )
+
+
+def _transformer(**sizes: Any) -> TransformerConfig:
+    config = TransformerConfig(**sizes)
+    if config.dim % (2 * config.heads):
+        raise ConfigError(f"config.json: width {config.dim} does not divide into {config.heads} even heads")
+    return config
+
+
+def _size(section: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = section[key] if default is None else section.get(key, default)
+    limit = _SIZE_LIMITS.get(key, _SIZE_LIMIT)
+    if type(value) is not int or not 1 <= value <= limit:
+        raise ConfigError(f"config.json: {key} must be a whole number from 1 to {limit}")
+    return value
+
+
+def _number(section: Mapping[str, Any], key: str, limit: float, default: float | None = None) -> float:
+    value = section[key] if default is None else section.get(key, default)
+    if type(value) not in (int, float) or not 0 < value <= limit:
+        raise ConfigError(f"config.json: {key} must be a number above 0, {limit:g} at most")
+    return float(value)
 
 
 PRESET_7B = ModelConfig(

@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all: a reader, or a next run, never meets half of one."""
+"""Files read within bounds, and files written whole or not at all."""
 
 from __future__ import annotations
 
 import codecs
+import errno
 import os
 import secrets
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from personaplex.errors import ConfigError
 
-_LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"  # how a file begins that git-lfs has not fetched
 LFS_ADVICE = "is a git-lfs pointer, not the file itself: run `git lfs pull`"
 _ENCODINGS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -73,7 +74,7 @@ def _naming(target: Path) -> Iterator[None]:
 def is_lfs_pointer(path: str | os.PathLike[str]) -> bool:
     """Whether git-lfs left its pointer here instead of the file. Raises OSError."""
     with open(path, "rb") as file:
-        return file.read(len(_LFS_POINTER)) == _LFS_POINTER
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def key_lines(path: Path) -> list[str]:
@@ -87,9 +88,29 @@ def key_lines(path: Path) -> list[str]:
         lines = [line.strip() for line in data.decode(encoding).splitlines()]
     except OSError as error:
         raise ConfigError(f"the keys in {path.name} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
+    except ValueError as error:  # also for a name with a NUL
         raise ConfigError(f"the keys in {path.name} cannot be read: the file is not UTF-8") from error
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
         raise ConfigError(f"{path.name} holds no key")
     return keys
+
+
+def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
+    """The whole content of a regular file of at most `limit` bytes; links are followed.
+
+    Raises OSError for a folder, a pipe or a device (never waits for one), for a larger file and for a name
+    no file can have.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block us
+    except ValueError as error:  # a NUL or a lone surrogate in the name
+        raise OSError(errno.EINVAL, "not a file name") from error
+    with open(descriptor, "rb") as file:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        content = b"" if state.st_size > limit else file.read(limit + 1)
+        if state.st_size > limit or len(content) > limit:
+            raise OSError(errno.EFBIG, f"larger than {limit} bytes")
+        return content

@@ -8,15 +8,20 @@ byte pieces (`<0xC3>`, `<0xA9>`) become characters there as soon as they are who
 from __future__ import annotations
 
 import codecs
+import re
 from pathlib import Path
 
 import sentencepiece
 
 from personaplex.config import TEXT_EPAD, TEXT_PAD
-from personaplex.errors import CheckpointError
+from personaplex.errors import BadParameter, CheckpointError
+from personaplex.files import read_bounded
 
 _TAG = "<system>"
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space inside a piece
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_SAMPLE = f"{_TAG} A guide: \N{LATIN SMALL LETTER E WITH ACUTE}\N{GRINNING FACE} {_TAG}"
+_FILE_LIMIT = 2**26  # bytes; the released one has half a megabyte
 _NAMES = {TEXT_EPAD: "EPAD", TEXT_PAD: "PAD"}
 
 
@@ -29,17 +34,33 @@ class Tokenizer:
         Raises CheckpointError when it is no sentencepiece model or of another size.
         """
         try:
-            model = source if isinstance(source, bytes) else Path(source).read_bytes()
+            model = source if isinstance(source, bytes) else read_bounded(source, _FILE_LIMIT)
             self._model = sentencepiece.SentencePieceProcessor()
             self._model.LoadFromSerializedProto(model)  # unlike the constructor, refuses an empty file too
             self.size: int = self._model.get_piece_size()
-        except (OSError, RuntimeError) as error:
+            self._check_pieces()
+        except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError("the tokenizer is no readable sentencepiece model") from error
         if size is not None and self.size != size:
             raise CheckpointError(f"the tokenizer has {self.size} pieces, the model needs {size}")
 
+    def _check_pieces(self) -> None:
+        """Raises ValueError or RuntimeError for what would else end the session that meets it."""
+        ids = list(range(self.size))
+        pieces = self._model.id_to_piece(ids)  # UnicodeDecodeError, a ValueError
+        if not all(_BYTE.fullmatch(pieces[i]) for i in ids if self._model.is_byte(i)):
+            raise ValueError("a byte piece that names no byte")
+        self._model.encode(_SAMPLE)
+
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a role text in its system tags, without BOS and EOS; [] for an empty text."""
+        """Token ids of a role text in its system tags, without BOS and EOS; [] for an empty text.
+
+        Raises BadParameter for a text that is not Unicode: one with lone surrogates.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadParameter("the role text is not Unicode text") from error
         text = text.strip()
         if not text:
             return []

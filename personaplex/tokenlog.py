@@ -6,16 +6,23 @@ the agent's tokens were forced (a prompt) instead of drawn. numpy only.
 
 from __future__ import annotations
 
+import io
+import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from personaplex.config import AGENT, STREAMS, USER
+from personaplex.config import AGENT, STREAMS, UNGENERATED, USER
 from personaplex.errors import CheckpointError
-from personaplex.files import replacing
+from personaplex.files import read_bounded, replacing
+
+_ARRAYS = ("text", "agent_codes", "user_codes", "forced")
+_FILE_LIMIT = 2**26  # bytes; a day of frames takes 40 MB
+_ARRAY_LIMIT = 2**27  # bytes of one array; a day of eight codes as int64 takes 70 MB
+_LOWEST, _HIGHEST = UNGENERATED, 2**31 - 1
 
 
 class TokenLog:
@@ -64,29 +71,70 @@ class TokenLog:
         return self.tokens[:, USER].T
 
     def save(self, path: Path) -> None:
-        """Writes an .npz with `text`, `agent_codes`, `user_codes` and `forced`; whole or not at all."""
-        save_arrays(
-            path, text=self.text, agent_codes=self.agent_codes, user_codes=self.user_codes, forced=self.forced
-        )
+        """Writes an .npz with `text`, `agent_codes`, `user_codes` and `forced`; whole or not at all.
+
+        Only its owner may read it: it is what somebody said.
+        """
+        arrays = {
+            "text": self.text,
+            "agent_codes": self.agent_codes,
+            "user_codes": self.user_codes,
+            "forced": self.forced,
+        }
+        _write(path, arrays, 0o600)
 
     @classmethod
     def load(cls, path: Path) -> TokenLog:
         """Reads what `save` wrote. Raises CheckpointError for anything else."""
         try:
-            with np.load(path, allow_pickle=False) as data:
-                parts = (data["text"][:, None], data["agent_codes"].T, data["user_codes"].T)
-                columns, forced = np.concatenate(parts, axis=1), data["forced"]
-        except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile) as error:
+            with zipfile.ZipFile(io.BytesIO(read_bounded(path, _FILE_LIMIT))) as file:
+                text, agent, user, forced = (_array(file, name) for name in _ARRAYS)
+                columns = np.concatenate((text[:, None], agent.T, user.T), axis=1)
+        except Exception as error:  # damaged archives and headers raise nearly anything
             raise CheckpointError("this file is no token log") from error
-        if columns.shape[1] != STREAMS or forced.shape != columns.shape[:1] or columns.dtype.kind != "i":
+        frames = len(columns)
+        if columns.shape[1] != STREAMS or forced.shape != (frames,) or forced.dtype != np.bool_:
             raise CheckpointError("this file is no token log: its arrays do not fit together")
-        log = cls(len(forced))
-        log._tokens[: len(forced)], log._forced[: len(forced)] = columns, forced
-        log._length = len(forced)
+        if columns.dtype.kind != "i" or (
+            frames and not _LOWEST <= columns.min() <= columns.max() <= _HIGHEST
+        ):
+            raise CheckpointError("this file is no token log: it holds other numbers than tokens")
+        log = cls(frames)
+        log._tokens[:frames], log._forced[:frames] = columns, forced
+        log._length = frames
         return log
 
 
 def save_arrays(path: Path, **arrays: NDArray[np.generic]) -> None:
     """A compressed .npz, written whole or not at all."""
-    with replacing(path) as part, part.open("wb") as file:
+    _write(path, arrays, 0o666)
+
+
+def _write(path: Path, arrays: Mapping[str, NDArray[np.generic]], mode: int) -> None:
+    """`mode` is what the umask leaves of it, as for every new file."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags, mode)
+
+    with replacing(path) as part, open(part, "xb", opener=opener) as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def _array(file: zipfile.ZipFile, name: str) -> NDArray[np.generic]:
+    """One array of an .npz, of no more memory than its bytes. Raises ValueError, and what zipfile raises.
+
+    np.load would allocate what the array's header claims before it reads any of it.
+    """
+    entry = file.getinfo(f"{name}.npy")
+    if entry.file_size > _ARRAY_LIMIT or entry.compress_type not in (
+        zipfile.ZIP_STORED,
+        zipfile.ZIP_DEFLATED,
+    ):
+        raise ValueError("larger than any session, or packed in another way")
+    data = io.BytesIO(file.read(entry))
+    if np.lib.format.read_magic(data) != (1, 0):
+        raise ValueError("another version of the format")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(data)
+    if dtype.kind not in "ib":
+        raise ValueError("neither integers nor booleans")
+    return np.frombuffer(data.read(), dtype).reshape(shape, order="F" if fortran else "C")

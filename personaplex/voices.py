@@ -6,16 +6,14 @@ files hold what the model reads of them, embeddings and the token ring, in the f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import logging
-import shutil
-import tarfile
-import tempfile
 import warnings
 import zlib
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,14 +32,21 @@ from personaplex.config import (
     LMConfig,
 )
 from personaplex.errors import BadAudio, CheckpointError, UnknownVoice
-from personaplex.files import LFS_ADVICE, is_lfs_pointer, replacing
+from personaplex.files import LFS_ADVICE, LFS_POINTER, read_bounded, replacing
 from personaplex.persona import VOICES, voice_name
+from personaplex.voicearchive import unpack
+from personaplex.voicefile import Described, TensorFile
 
 log = logging.getLogger(__name__)
 
 LOUDNESS = -24.0  # LUFS of a voice recording, as in training
 SHORTEST_SECONDS = 0.4  # one loudness block
+LONGEST_SECONDS = 240.0  # what the 7B model remembers
+
 _BUILT_IN_FRAMES = 12
+_PT_OVERHEAD = 2**20  # bytes of a voice file that are not its embeddings; more than enough
+_LARGEST = 65_504.0  # of an embedding: finite in every dtype a model runs in
+_FAULTS_SHOWN = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +81,8 @@ class Voice:
 
 
 class VoiceLibrary:
-    """The voices sessions may name. Files are read and verified when first asked for, and kept."""
+    """The voices sessions may name. A file is read and verified once, when first asked for or by `verify`;
+    the voice, or what is wrong with it, is kept."""
 
     def __init__(self, lm: LMConfig, source: Path | None = None) -> None:
         """`source` is a folder of .pt files or a voices.tgz, which is unpacked beside itself once.
@@ -88,17 +94,31 @@ class VoiceLibrary:
         self._lm = lm
         self._files: dict[str, Path] = {}
         self._voices: dict[str, Voice] = {}
+        self._faults: dict[str, str] = {}
         if source is not None:
             folder = source if source.is_dir() else unpack(source)
-            self._files = {path.stem: path for path in sorted(folder.glob("*.pt")) if _has_name(path)}
+            self._files = {path.stem: path for path in _listed(folder) if _has_name(path)}
             if not self._files:
                 log.warning("the voice folder %s holds no voice: sessions can name none", folder.name)
         elif lm == PRESET_TINY.lm:
             self._voices = {name: _built_in(name, lm) for name in VOICES}
 
+    def verify(self) -> None:
+        """Reads all files, so that no `get` after this touches the disk; it takes their size in memory.
+
+        Bad ones are named in one warning and left out of `names`. For a service, before its first session:
+        a slow or damaged file then costs no session anything.
+        """
+        for name in self._files:
+            with contextlib.suppress(CheckpointError):
+                self.get(name)
+        if self._faults:
+            listed = "; ".join(list(self._faults.values())[:_FAULTS_SHOWN])
+            log.warning("%d of %d voices cannot be used: %s", len(self._faults), len(self._files), listed)
+
     def names(self) -> list[str]:
-        """All names `get` knows, sorted."""
-        return sorted({*self._files, *self._voices})
+        """The names of all voices but those known to be bad, sorted."""
+        return sorted({*self._files, *self._voices} - {*self._faults})
 
     def get(self, name: str) -> Voice:
         """The voice called `name` or `name.pt`.
@@ -107,34 +127,45 @@ class VoiceLibrary:
         """
         name = voice_name(name)
         voice = self._voices.get(name)
-        if voice is None:
-            if name not in self._files:
-                raise UnknownVoice(f"there is no voice {name!r} here")
+        if voice is not None:
+            return voice
+        if name not in self._files:
+            raise UnknownVoice(f"there is no voice {name!r} here")
+        if name in self._faults:
+            raise CheckpointError(self._faults[name])
+        try:
             voice = self._voices[name] = load_voice(self._files[name], self._lm)
+        except CheckpointError as error:
+            self._faults[name] = str(error)
+            raise
         return voice
 
     def add(self, name: str, voice: Voice) -> None:
         """Makes a voice of the operator's own known by `name`. Raises UnknownVoice for an impossible name."""
         self._voices[voice_name(name)] = voice
+        self._faults.pop(voice_name(name), None)
 
 
 def load_voice(path: Path, lm: LMConfig) -> Voice:
-    """Reads and verifies one .pt voice file; it is never unpickled beyond plain tensors.
+    """Reads and verifies one .pt voice file, within bounds; only plain tensors are ever made of it.
 
     Raises CheckpointError, naming the file and what is wrong with it.
     """
     try:
-        if is_lfs_pointer(path):
-            raise CheckpointError(f"voice {path.name} {LFS_ADVICE}")
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged pickle raises nearly anything; only this session is to end
-        raise CheckpointError(f"voice {path.name} cannot be read: {type(error).__name__}") from error
-    fault = _fault(data, lm)
+        data = read_bounded(path, 2 * 4 * lm.temporal.context * lm.temporal.dim + _PT_OVERHEAD)
+        if data.startswith(LFS_POINTER):
+            raise CheckpointError(f"it {LFS_ADVICE}")
+        file = TensorFile(data)
+        fault = _misfit(file.content, lm)
+        if fault is None:
+            assert isinstance(file.content, dict)
+            embeddings, cache = (file.tensor(file.content[key]) for key in ("embeddings", "cache"))
+            fault = _bad_value(embeddings, cache, lm)
+    except Exception as error:  # damaged bytes raise nearly anything; only this session is to end
+        raise CheckpointError(f"voice {path.name} cannot be read: {_reason(error)}") from error
     if fault:
         raise CheckpointError(f"voice {path.name} does not fit this model: {fault}")
-    return Voice.from_embeddings(data["embeddings"][:, 0, 0].contiguous(), data["cache"][0].contiguous())
+    return Voice.from_embeddings(embeddings[:, 0, 0], cache[0])
 
 
 def save_voice(path: Path, embeddings: Tensor, cache: Tensor) -> None:
@@ -148,13 +179,16 @@ def save_voice(path: Path, embeddings: Tensor, cache: Tensor) -> None:
 def load_voice_wav(path: Path) -> NDArray[np.float32]:
     """A recording as the model hears voices: float32 [samples] at 24 kHz, first channel, -24 LUFS.
 
-    Loudness after ITU-R BS.1770-4. Raises BadAudio when it is unreadable, shorter than 0.4 s or silent.
+    Loudness after ITU-R BS.1770-4. Raises BadAudio when it is unreadable, shorter than 0.4 s, longer than
+    240 s or silent.
     """
     import pyloudnorm  # here, so that an engine without recordings needs no audio libraries
 
     from personaplex.audio.wav import one_channel, read_wav, resample
 
     pcm, rate = read_wav(path)
+    if pcm.shape[1] > LONGEST_SECONDS * rate:
+        raise BadAudio(f"a voice recording must last at most {LONGEST_SECONDS:g} s")
     mono = resample(one_channel(pcm, path.name), rate, SAMPLE_RATE)
     if len(mono) < SHORTEST_SECONDS * SAMPLE_RATE:
         raise BadAudio(f"a voice recording must last at least {SHORTEST_SECONDS} s")
@@ -167,50 +201,11 @@ def load_voice_wav(path: Path) -> NDArray[np.float32]:
     return normalised
 
 
-def unpack(archive: Path) -> Path:
-    """The folder `voices` beside `archive`, unpacked from it unless it is there already.
-
-    Two processes may do this at once: each unpacks into a folder of its own and one of them is moved into
-    place. Raises CheckpointError.
-    """
-    folder = archive.parent / "voices"
-    if folder.is_dir():
-        return folder
-    scratch: Path | None = None
+def _listed(folder: Path) -> list[Path]:
     try:
-        if is_lfs_pointer(archive):
-            raise CheckpointError(f"{archive.name} {LFS_ADVICE}")
-        scratch = Path(tempfile.mkdtemp(dir=archive.parent, prefix=".voices-"))
-        with tarfile.open(archive) as tar:
-            if hasattr(tarfile, "data_filter"):
-                tar.extractall(scratch, filter="data")
-            else:  # Python before 3.10.12 or 3.11.4, Debian 12's among them
-                tar.extractall(scratch, _plain_members(tar))
-        try:
-            (scratch / "voices").chmod(0o755)
-            (scratch / "voices").rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same files
-                raise
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
-        raise CheckpointError(
-            f"{archive.name} cannot be unpacked beside itself ({type(error).__name__}): fetch it again, or "
-            "unpack it elsewhere and give that folder as the voice directory"
-        ) from error
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return folder
-
-
-def _plain_members(tar: tarfile.TarFile) -> list[tarfile.TarInfo]:
-    """All members of `tar`. Raises TarError unless they are files and folders below where they go."""
-    members = tar.getmembers()
-    for member in members:
-        path = PurePosixPath(member.name)
-        if not (member.isfile() or member.isdir()) or path.is_absolute() or ".." in path.parts:
-            raise tarfile.TarError(f"{member.name!r} leads elsewhere")
-    return members
+        return sorted(folder.glob("*.pt"))
+    except OSError as error:
+        raise CheckpointError(f"the voice folder {folder.name} cannot be read: {error.strerror}") from error
 
 
 def _has_name(path: Path) -> bool:
@@ -222,27 +217,41 @@ def _has_name(path: Path) -> bool:
     return True
 
 
-def _fault(data: object, lm: LMConfig) -> str | None:
-    """What is wrong with the content of a voice file, or None."""
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) if isinstance(error, CheckpointError) else type(error).__name__
+
+
+def _misfit(data: object, lm: LMConfig) -> str | None:
+    """What is wrong with the tensors that a voice file describes, or None; nothing of them is read."""
     if not isinstance(data, dict) or set(data) != {"embeddings", "cache"}:
         return "it must hold `embeddings` and `cache`, nothing else"
     embeddings, cache = data["embeddings"], data["cache"]
-    if not isinstance(embeddings, Tensor) or not isinstance(cache, Tensor):
+    if not isinstance(embeddings, Described) or not isinstance(cache, Described):
         return "`embeddings` and `cache` must be tensors"
-    shape, dim = tuple(embeddings.shape), lm.temporal.dim
+    shape, dim = embeddings.shape, lm.temporal.dim
     if len(shape) != 4 or shape[0] < 1 or shape[1:] != (1, 1, dim):
         return f"`embeddings` is {list(shape)}, needed [frames - 1, 1, 1, {dim}]"
+    if shape[0] >= lm.temporal.context:
+        return f"it has {shape[0] + 1} frames, the model remembers {lm.temporal.context}"
     if embeddings.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"`embeddings` is of {embeddings.dtype}"
-    if not embeddings.isfinite().all():
-        return "`embeddings` holds values that are not numbers"
-    if tuple(cache.shape) != (1, STREAMS, RING_COLUMNS) or cache.dtype != torch.int64:
+    if cache.shape != (1, STREAMS, RING_COLUMNS) or cache.dtype != torch.int64:
         return f"`cache` is {cache.dtype} {list(cache.shape)}, needed int64 [1, {STREAMS}, {RING_COLUMNS}]"
+    return None
+
+
+def _bad_value(embeddings: Tensor, cache: Tensor, lm: LMConfig) -> str | None:
+    """What is wrong with the numbers of a voice, [F - 1, 1, 1, dim] and [1, 17, 4], or None."""
+    if not (embeddings.abs() <= _LARGEST).all():
+        return f"`embeddings` holds values that are not numbers within {_LARGEST:g}"
+    frames = embeddings.shape[0]
     highest = torch.full((STREAMS, 1), lm.audio_start)
     highest[0] = lm.text_start
     lowest = torch.full((STREAMS, RING_COLUMNS), UNGENERATED)
-    lowest[:, shape[0] % RING_COLUMNS] = ZERO_TOKEN  # the cells a session goes on from hold tokens
-    lowest[torch.tensor(DELAYS) == 1, (shape[0] + 1) % RING_COLUMNS] = ZERO_TOKEN
+    lowest[:, frames % RING_COLUMNS] = ZERO_TOKEN  # the cells a session goes on from hold tokens
+    lowest[torch.tensor(DELAYS) == 1, (frames + 1) % RING_COLUMNS] = ZERO_TOKEN
     if ((cache[0] > highest) | (cache[0] < lowest)).any():
         return "`cache` holds tokens outside the vocabulary"
     return None

@@ -18,13 +18,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-import ray
 import requests
 import websockets
 from serving import Heard, Service, connect, running, speech
 from starlette.datastructures import Headers
 from starlette.websockets import WebSocket, WebSocketState
 
+import ray
 from deployments.application import build
 from deployments.conversation import Conversation
 from deployments.doors import Doors, Visitor
@@ -583,6 +583,23 @@ def test_a_token_log_that_cannot_be_written_ends_no_session(
     asyncio.run(gateway._keep("lost", log))
     assert "tokens of session lost could not be saved" in caplog.text
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["whole.npz"]
+
+
+def test_what_was_said_is_readable_by_its_owner_only(tmp_path: Path) -> None:
+    """The folder as well, where it is ours; one that was there keeps its rights."""
+    log = TokenLog()
+    log.append(range(17), forced=False)
+    gateway = object.__new__(Gateway)
+    mask = os.umask(0)
+    try:
+        (tmp_path / "theirs").mkdir(0o755)
+        for folder, mode in (("ours", 0o700), ("theirs", 0o755)):
+            gateway._settings = Settings(token_log_dir=tmp_path / folder)
+            asyncio.run(gateway._keep("said", log))
+            assert (tmp_path / folder).stat().st_mode & 0o7777 == mode
+            assert (tmp_path / folder / "said.npz").stat().st_mode & 0o7777 == 0o600
+    finally:
+        os.umask(mask)
 
 
 def test_slots_no_gateway_has_room_for_are_said(caplog: pytest.LogCaptureFixture) -> None:

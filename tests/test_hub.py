@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -240,7 +241,7 @@ def test_every_missing_file_of_a_directory_is_named(tmp_path: Path) -> None:
     assert str(tmp_path) not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ['{"model_type": "moshi"}', "[]", "not json"])
+@pytest.mark.parametrize("content", ['{"model_type": "moshi"}', "[]", "not json", "[" * 200_000, " " * 2**21])
 def test_an_unrelated_config_is_ignored_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
 ) -> None:
@@ -265,6 +266,29 @@ def test_a_git_lfs_pointer_is_not_the_file(tmp_path: Path) -> None:
     (tmp_path / LM_FILE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     with pytest.raises(CheckpointError, match="git lfs pull"):
         resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [LM_FILE, MIMI_FILE, TOKENIZER_FILE])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str, kind: str) -> None:
+    fill(tmp_path, *{LM_FILE, MIMI_FILE, TOKENIZER_FILE} - {name})
+    match kind:
+        case "pipe":
+            os.mkfifo(tmp_path / name)
+        case "folder":
+            (tmp_path / name).mkdir()
+        case "device":
+            (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read: it is not a file"):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["x" * 5_000, "\0", "a/" * 3_000])
+def test_names_no_folder_can_have(name: str) -> None:
+    with pytest.raises(CheckpointError):
+        resolve(name)
+    with pytest.raises(CheckpointError):
+        resolve("tiny", voice_prompt_dir=Path(name))
 
 
 def test_no_such_model() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
+import random
 import socket
 import struct
 from collections.abc import Awaitable, Callable
@@ -10,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from mutation import mutants
 
 from deployments import media
 from deployments.media import OUTBOX_FRAMES, Kind, Link
@@ -63,10 +67,76 @@ def test_an_error_keeps_its_class_and_words(error: PersonaplexError) -> None:
 
 
 @pytest.mark.parametrize(
-    "payload", [b"", b"{}", b"null", b'{"error": "os", "message": ""}', b'{"error": "annotations"}', b"\xff"]
+    "payload",
+    [
+        b"",
+        b"{}",
+        b"null",
+        b'{"error": "os", "message": ""}',
+        b'{"error": "annotations"}',
+        b"\xff",
+        b"[" * 60_000,
+        b"[]",
+        b'{"error": "SessionLost", "message": ["deep", {}]}',
+        b'{"error": "NoCapacity", "message": "\\ud800"}',  # which no socket could be told
+        b'{"error": ["NoCapacity"], "message": ""}',
+    ],
 )
 def test_an_error_that_cannot_be_read_is_a_lost_session(payload: bytes) -> None:
     assert type(media.unpack_error(payload)) is SessionLost
+
+
+def opening(**changes: Any) -> bytes:
+    fields = {"voice": "NATF2", "text_prompt": "Hello.", "sampling": dataclasses.asdict(Sampling())}
+    return json.dumps({**fields, **changes}).encode()
+
+
+# Each of these once reached the engine as it was, and there ended everybody's session.
+OPENINGS = [
+    opening(voice=7),
+    opening(voice=None),
+    opening(voice="../NATF2"),
+    opening(text_prompt=["Hello."]),
+    opening(text_prompt="\ud800"),
+    opening(more=1),
+    opening(sampling=[]),
+    opening(sampling={"text_temperature": "0.7"}),
+    opening(sampling={"text_temperature": None}),
+    opening(sampling={"text_temperature": 10**400}),
+    opening(sampling={"text_topk": 2.5}),
+    opening(sampling={"audio_topk": True}),
+    opening(sampling={"audio_seed": [1]}),
+    b'["voice"]',
+    b"null",
+]
+
+
+def test_whole_numbers_are_temperatures_too() -> None:
+    persona = media.unpack_open(bytes(16) + opening(sampling={"text_temperature": 0}))
+    assert repr(persona.sampling) == repr(Sampling(text_temperature=0.0))
+
+
+@pytest.mark.parametrize(
+    ("unpack", "payload"),
+    [
+        (media.unpack_frame, media.pack_frame(7, _noise())),
+        (media.unpack_reply, media.pack_reply(media.Reply(1, _noise(), np.arange(17), "text", 2))),
+        (media.unpack_open, media.pack_open(bytes(16), Persona())),
+        (media.unpack_open, bytes(16) + opening(sampling={"text_topk": 2})),
+        (media.unpack_ready, media.pack_ready(1.25)),
+        (media.unpack_error, media.pack_error(NoCapacity("come again"))),
+    ],
+)
+def test_damaged_messages_raise_nothing_else(unpack: Callable[[bytes], Any], payload: bytes) -> None:
+    refused = 0
+    for damaged in mutants(payload, 2_000, random.Random(11)):
+        try:
+            if isinstance(heard := unpack(damaged), PersonaplexError):
+                str(heard).encode()
+                refused += isinstance(heard, SessionLost)
+        except ProtocolError:
+            refused += 1
+    assert refused > 200
 
 
 @pytest.mark.parametrize(
@@ -85,7 +155,16 @@ def test_an_error_that_cannot_be_read_is_a_lost_session(payload: bytes) -> None:
         (media.unpack_open, bytes(16) + b"[" * 60_000),
         (media.unpack_open, bytes(16) + b"{}"),
         (media.unpack_open, bytes(16) + b'{"voice": "NATF2", "sampling": {"top_p": 1}}'),
+        *((media.unpack_open, bytes(16) + payload) for payload in OPENINGS),
+        (media.unpack_reply, media.pack_reply(media.Reply(0, _noise() * np.nan, np.zeros(17, int), "", 0))),
         (media.unpack_ready, b"{}"),
+        (media.unpack_ready, b"[]"),
+        (media.unpack_ready, b"[" * 60_000),
+        (media.unpack_ready, b'{"prefill_s": NaN}'),
+        (media.unpack_ready, b'{"prefill_s": -1}'),
+        (media.unpack_ready, b'{"prefill_s": true}'),
+        (media.unpack_ready, b'{"prefill_s": "1"}'),
+        (media.unpack_ready, b'{"prefill_s": 1%s}' % (b"0" * 400)),
     ],
 )
 def test_other_shapes_are_refused(unpack: Callable[[bytes], Any], payload: bytes) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mutation import memory_within, mutants
 
 from benchmarks import bound
 from personaplex.config import FRAME_SIZE, EngineConfig
@@ -30,6 +32,51 @@ FRAME = np.zeros(FRAME_SIZE, np.float32)
 
 def table(**changes: Any) -> StepTimes:
     return StepTimes.from_json("test", {**TABLE, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"contexts": [0, float("nan")]},
+        {"contexts": [float("nan"), 1]},
+        {"contexts": [-1, 1]},
+        {"batches": [1, 2, 10**300]},
+        {"batches": [1, 2, 10**400]},
+        {"batches": [1, 2, 1e12]},
+        {"batches": {"1": 2}},
+        {"batches": None},
+        {"tick_ms": [[10, 20, 40], [20, 40]]},
+        {"tick_ms": [[10, 20, 40], [20, 40, float("inf")]]},
+        {"prefill_ms": [[[]]]},
+        {"prefill_ms": 3},
+        {"source": ["measured"]},
+        {"note": 7},
+        {"machine": []},
+    ],
+)
+def test_other_tables_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="step-time table"):
+        table(**changes)
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 200_000, b"\xff", b"[]", b"1" * 9_000, b" " * 2**25])
+def test_files_that_are_no_tables(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "steps.json").write_bytes(content)
+    for path in (tmp_path / "steps.json", tmp_path, tmp_path / "missing", Path("/dev/zero")):
+        with pytest.raises(ConfigError, match="step-time table"):
+            StepTimes.load(path)
+
+
+def test_damaged_tables_raise_nothing_else(tmp_path: Path) -> None:
+    path, refused = tmp_path / "steps.json", 0
+    with memory_within(32):
+        for damaged in mutants(json.dumps(TABLE).encode(), 1_000, random.Random(11)):
+            path.write_bytes(damaged)
+            try:
+                StepTimes.load(path).most_sessions(100.0, 0.05)
+            except ConfigError:
+                refused += 1
+    assert 500 < refused < 1_000
 
 
 class Clock:

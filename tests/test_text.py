@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+from mutation import memory_within, mutants
 
 from personaplex.config import PRESET_TINY, TEXT_EPAD, TEXT_PAD
-from personaplex.errors import CheckpointError, UnknownVoice
+from personaplex.errors import BadParameter, CheckpointError, UnknownVoice
 from personaplex.persona import DEFAULT_VOICE, PROMPTS, VOICES, Persona, voice_name
 from personaplex.text import PieceDecoder, Tokenizer
 
@@ -82,10 +85,55 @@ def test_a_broken_character_becomes_the_replacement_character(tiny: Tokenizer) -
     assert decoder.flush() == ""
 
 
-@pytest.mark.parametrize("source", [b"", b"not a model", Path("no-such-file.model")])
-def test_unreadable_tokenizer(source: bytes | Path) -> None:
+@pytest.mark.parametrize(
+    "source", [b"", b"not a model", Path("no-such-file.model"), "/dev", "/dev/zero", "\0"]
+)
+def test_unreadable_tokenizer(source: bytes | str | Path) -> None:
     with pytest.raises(CheckpointError, match="sentencepiece"):
         Tokenizer(source)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "tokenizer.model")
+    with pytest.raises(CheckpointError, match="sentencepiece"):
+        Tokenizer(tmp_path / "tokenizer.model")
+
+
+@pytest.mark.parametrize(
+    ("piece", "other"), [("<0x41>", b"<0xZZ>"), ("<0x41>", b"\xff0x41>"), ("<pad>", b"<\xffad>")]
+)
+def test_a_piece_that_cannot_be_said_is_found_at_once(piece: str, other: bytes) -> None:
+    """And not by the session in which the model first says it."""
+    whole = TINY.read_bytes()
+    assert len(piece) == len(other)
+    damaged = whole.replace(piece.encode(), other, 1)
+    assert damaged != whole
+    with pytest.raises(CheckpointError, match="sentencepiece"):
+        Tokenizer(damaged)
+
+
+def test_damaged_tokenizers_raise_nothing_else() -> None:
+    """What is still taken can say every piece and read any text."""
+    taken, whole = 0, TINY.read_bytes()
+    with memory_within(64):
+        for damaged in mutants(whole, 300, random.Random(11)):
+            try:
+                tokenizer = Tokenizer(damaged)
+            except CheckpointError:
+                continue
+            taken += 1
+            decoder = PieceDecoder(tokenizer)
+            for token in range(tokenizer.size):
+                tokenizer.label(token)
+                decoder.push(token)
+            tokenizer.encode_prompt("Grüße, 你好 🙂")
+    assert 0 < taken < 200
+
+
+def test_a_role_text_with_lone_surrogates(tiny: Tokenizer) -> None:
+    """As arguments and JSON may hold them."""
+    with pytest.raises(BadParameter, match="Unicode"):
+        tiny.encode_prompt("caf\udce9")
 
 
 def test_tokenizer_of_another_size() -> None:

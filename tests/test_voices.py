@@ -20,7 +20,8 @@ from torch import Tensor
 from personaplex.config import PRESET_TINY
 from personaplex.engine.script import compose, embed_voice, encode_voice
 from personaplex.errors import BadAudio, CheckpointError, UnknownVoice
-from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, save_voice, unpack
+from personaplex.voicearchive import unpack
+from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, save_voice
 
 LM = CONFIG.lm
 
@@ -261,18 +262,6 @@ def voices_archive(tmp_path: Path, voices: int = 18) -> Path:
     return archive(tmp_path / "voices.tgz", {f"voices/V{i}.pt": content for i in range(voices)})
 
 
-@pytest.fixture(params=["data filter", "older Python"])
-def python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the data filter of tarfile, where this Python has it, and as if it had none."""
-    if request.param == "older Python":
-        monkeypatch.delattr(tarfile, "data_filter", raising=False)
-
-
-unfiltered = pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
-
-
-@unfiltered
-@pytest.mark.usefixtures("python")
 def test_an_archive_is_unpacked_once(tmp_path: Path) -> None:
     source = voices_archive(tmp_path)
     assert len(VoiceLibrary(LM, source).names()) == 18
@@ -313,8 +302,6 @@ def test_losing_the_race_keeps_the_winners_files(tmp_path: Path, monkeypatch: py
     assert sorted(p.name for p in tmp_path.iterdir()) == ["voices", "voices.tgz"]
 
 
-@unfiltered
-@pytest.mark.usefixtures("python")
 def test_an_archive_cannot_link_elsewhere(tmp_path: Path) -> None:
     source = tmp_path / "voices.tgz"
     with tarfile.open(source, "w:gz") as tar:
@@ -326,8 +313,6 @@ def test_an_archive_cannot_link_elsewhere(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["voices.tgz"]
 
 
-@unfiltered
-@pytest.mark.usefixtures("python")
 @pytest.mark.parametrize("name", ["../evil.pt", "/tmp/personaplex-evil.pt", "voices/../../evil.pt"])
 def test_an_archive_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
     inner = tmp_path / "inner"

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import random
 import struct
 import threading
 import wave
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from mutation import memory_within, mutants
 
 from personaplex.audio import readable, wav
 from personaplex.errors import BadAudio
@@ -231,6 +233,98 @@ def test_a_device_is_written_to_and_stays_one(tmp_path: Path) -> None:
 def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:
     wav.write_wav(tmp_path / ("x" * 251 + ".wav"), tone(100, 24_000), 24_000)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def riff(rate: int, channels: int, frames: int) -> bytes:
+    """A 16-bit WAV file of silence with a header of our choice."""
+    data = bytes(2 * channels * frames)
+    head = struct.pack("<IHHIIHH", 16, 1, channels, rate, 0, 2 * channels, 16)
+    chunks = b"WAVEfmt " + head + b"data" + struct.pack("<I", len(data)) + data
+    return b"RIFF" + struct.pack("<I", len(chunks)) + chunks
+
+
+@pytest.mark.parametrize(
+    ("rate", "channels", "reason"),
+    [
+        (1, 1, "1 Hz"),
+        (3_999, 1, "3999 Hz"),
+        (768_001, 1, "768001 Hz"),
+        (2**31 - 1, 1, "2147483647 Hz"),
+        (0, 1, "cannot be read"),
+        (24_000, 65, "65 channels"),
+        (24_000, 1_024, "1024 channels"),
+    ],
+)
+def test_headers_outside_the_bounds(tmp_path: Path, rate: int, channels: int, reason: str) -> None:
+    """At 1 Hz a file of 200 KB is 9 GB at 24 kHz, which once ended the process."""
+    (tmp_path / "a.wav").write_bytes(riff(rate, channels, 100))
+    with pytest.raises(BadAudio, match=reason):
+        wav.read_wav(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(4_000, 1), (768_000, 2), (48_000, 64)])
+def test_headers_at_the_bounds(tmp_path: Path, rate: int, channels: int) -> None:
+    (tmp_path / "a.wav").write_bytes(riff(rate, channels, 100))
+    pcm, heard = wav.read_wav(tmp_path / "a.wav")
+    assert (pcm.shape, heard) == ((channels, 100), rate)
+
+
+@pytest.mark.parametrize(
+    ("claim", "reason"), [(2**36 - 1, "more than"), (0, "does not say"), (2**29, "cannot be read")]
+)
+def test_nothing_is_allocated_for_what_a_header_claims(tmp_path: Path, claim: int, reason: str) -> None:
+    """A FLAC file of 200 bytes may claim 2**36 samples: 256 GiB."""
+    soundfile.write(tmp_path / "a.flac", np.zeros(9_000), 24_000)
+    content = bytearray((tmp_path / "a.flac").read_bytes())
+    content[21] = content[21] & 0xF0 | claim >> 32  # 36 bits of STREAMINFO
+    content[22:26] = (claim & 0xFFFFFFFF).to_bytes(4, "big")
+    assert len(content) < 200
+    (tmp_path / "a.flac").write_bytes(content)
+    with memory_within(32), pytest.raises(BadAudio, match=reason):
+        wav.read_wav(tmp_path / "a.flac")
+
+
+def test_what_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of silence FLAC needs next to nothing, so the samples are counted as they come."""
+    soundfile.write(tmp_path / "a.flac", np.zeros((60_000, 2)), 24_000)
+    monkeypatch.setattr(wav, "SAMPLE_LIMIT", 120_000)
+    assert wav.read_wav(tmp_path / "a.flac")[0].shape == (2, 60_000)
+    monkeypatch.setattr(wav, "SAMPLE_LIMIT", 119_999)
+    with pytest.raises(BadAudio, match="more than 119999 samples"):
+        wav.read_wav(tmp_path / "a.flac")
+    monkeypatch.setattr(wav, "_check_header", lambda *header: None)  # a header that lies
+    with pytest.raises(BadAudio, match="more than 119999 samples"):
+        wav.read_wav(tmp_path / "a.flac")
+
+
+@pytest.mark.parametrize("kind", ["WAV PCM_16", "FLAC PCM_16", "OGG VORBIS", "MP3 MPEG_LAYER_III"])
+def test_a_long_file_is_the_same_read_in_pieces(tmp_path: Path, kind: str) -> None:
+    container, subtype = kind.split()
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (150_000, 2))  # more than one block
+    soundfile.write(tmp_path / "a", noise, 44_100, format=container, subtype=subtype)
+    whole, _ = soundfile.read(tmp_path / "a", dtype="float32")
+    np.testing.assert_array_equal(wav.read_wav(tmp_path / "a")[0], whole.T)
+
+
+def test_a_folder_is_no_sound(tmp_path: Path) -> None:
+    with pytest.raises(BadAudio, match="folder"):
+        wav.read_wav(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["WAV PCM_16", "WAV IMA_ADPCM", "FLAC PCM_16", "OGG VORBIS", "CAF ALAC_16"])
+def test_damaged_files_raise_nothing_else(tmp_path: Path, kind: str) -> None:
+    container, subtype = kind.split()
+    soundfile.write(tmp_path / "a", tone(3_000, 24_000), 24_000, format=container, subtype=subtype)
+    refused = 0
+    with memory_within(64):
+        for content in mutants((tmp_path / "a").read_bytes(), 200, random.Random(11)):
+            (tmp_path / "b").write_bytes(content)
+            try:
+                pcm, _ = wav.read_wav(tmp_path / "b")
+                assert np.isfinite(pcm).all()
+            except BadAudio:
+                refused += 1
+    assert refused > 20
 
 
 def test_a_missing_file_is_the_callers_affair(tmp_path: Path) -> None:

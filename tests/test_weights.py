@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from golden import CONFIG, CPU, GOLDEN
+from mutation import memory_within, mutants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -123,6 +125,52 @@ def test_a_file_that_is_only_partly_there(tmp_path: Path, keep: int) -> None:
     path.write_bytes((GOLDEN / "model.safetensors").read_bytes()[:keep])
     with pytest.raises(CheckpointError, match="only partly there"):
         load_lm(path, CONFIG.lm, CPU, torch.float32)
+
+
+def header(text: bytes, body: int = 0, length: int | None = None) -> bytes:
+    """A safetensors file with a header of our choice and `body` zeros behind it."""
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + bytes(body)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(b"{", length=2**63),
+        header(b"{", length=99 * 2**20),
+        header(b"[" * 90_000),
+        header(b"\xff" * 64),
+        header(b'{"emb.0.weight":{"dtype":"F32","shape":[1099511627776,4096],"data_offsets":[0,64]}}', 64),
+        header(
+            b'{"emb.0.weight":{"dtype":"F32","shape":[4],"data_offsets":[1099511627776,1099511627792]}}', 64
+        ),
+        header(b'{"emb.0.weight":{"dtype":"F99","shape":[4],"data_offsets":[0,16]}}', 16),
+        header(b'{"__metadata__":{"a":1}}'),
+        header(b'{"linears.%s.x":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}' % (b"9" * 5_000), 16),
+    ],
+)
+def test_a_hostile_header_is_refused_within_bounds(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with memory_within(64), pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_lm(path, CONFIG.lm, CPU, torch.float32)
+
+
+def test_damaged_headers_raise_nothing_else(tmp_path: Path) -> None:
+    """Of a file too small to be a model, so that each is refused, whatever was damaged."""
+    save_file({"emb.0.weight": torch.zeros(2, 3), "linears.0.weight": torch.zeros(4)}, tmp_path / "good")
+    path, rng = tmp_path / "model.safetensors", random.Random(11)
+    with memory_within(64):
+        for damaged in mutants((tmp_path / "good").read_bytes(), 300, rng):
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError):
+                load_lm(path, CONFIG.lm, CPU, torch.float32)
+
+
+def test_the_list_of_what_differs_is_bounded(tmp_path: Path) -> None:
+    save_file({f"odd.{i}": torch.zeros(1) for i in range(9_000)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="differ") as caught:
+        load_lm(tmp_path / "model.safetensors", CONFIG.lm, CPU, torch.float32)
+    assert str(caught.value).count("\n") == 2_000
 
 
 def eight_steps(tensors: Tensors) -> Tensors:

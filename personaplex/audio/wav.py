@@ -23,6 +23,13 @@ log = logging.getLogger(__name__)
 
 Pcm = npt.NDArray[np.float32]
 
+LOWEST_RATE, HIGHEST_RATE = 4_000, 768_000  # Hz; below, a file would grow more than 6-fold at 24 kHz
+CHANNEL_LIMIT = 64
+SAMPLE_LIMIT = 2**29  # of all channels together, 2 GiB in memory: three hours at 48 kHz, mono
+
+_BLOCK = 2**18  # samples read at once
+_UNKNOWN = 2**63 - 1  # libsndfile's number of frames for a FLAC stream that does not say
+
 LOUDEST = 8.0  # 18 dB over full scale; float samples beyond that are integers in another type
 INTEGER_SCALES = (2.0**15, 2.0**23, 2.0**31)
 SILENT, AUDIBLE = 1e-3, 1e-2  # peaks: a channel that holds at most noise, and one that surely holds more
@@ -32,19 +39,63 @@ def read_wav(path: str | os.PathLike[str]) -> tuple[Pcm, int]:
     """Samples float32 [channels, samples] and the rate in Hz, of any format libsndfile reads, from files and
     pipes. Full scale is 1, which only float formats exceed.
 
-    Raises BadAudio when the file cannot be read as sound or holds none; FileNotFoundError and PermissionError
-    are left to the caller, who alone may show a path.
+    Nothing is allocated for what a header claims, only for samples that were there. Raises BadAudio when the
+    file cannot be read as sound, holds none, or is outside the bounds above; FileNotFoundError and
+    PermissionError are left to the caller, who alone may show a path.
     """
     try:
-        with opened(path) as file:
-            pcm, rate = soundfile.read(file.fileno(), dtype="float32", always_2d=True, closefd=False)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+        with (
+            opened(path) as file,
+            soundfile.SoundFile(file.fileno(), "r", closefd=False) as sound,
+        ):
+            _check_header(sound.samplerate, sound.channels, sound.frames)
+            pcm, rate = _join(_blocks(sound), sound.channels), int(sound.samplerate)
+    except IsADirectoryError as error:
+        raise BadAudio("a folder cannot be read as audio") from error
+    except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError) as error:
         raise _unreadable(path) from error
-    if not pcm.size:
+    return _full_scale(pcm, os.path.basename(path)), rate
+
+
+def _check_header(rate: int, channels: int, frames: int) -> None:
+    if not LOWEST_RATE <= rate <= HIGHEST_RATE:
+        raise BadAudio(f"a sampling rate of {rate} Hz: from {LOWEST_RATE} to {HIGHEST_RATE} Hz can be read")
+    if channels > CHANNEL_LIMIT:
+        raise BadAudio(f"{channels} channels: at most {CHANNEL_LIMIT} can be read")
+    if frames == _UNKNOWN:
+        raise BadAudio("the file does not say how many samples it holds")
+    if frames * channels > SAMPLE_LIMIT:
+        raise _too_long()
+
+
+def _blocks(sound: soundfile.SoundFile) -> list[Pcm]:
+    """All samples, in pieces of float32 [samples, channels]."""
+    blocks, left = [], SAMPLE_LIMIT
+    while len(block := sound.read(_BLOCK // sound.channels, dtype="float32", always_2d=True)):
+        left -= block.size
+        if left < 0:
+            raise _too_long()
+        if not np.isfinite(block).all():
+            raise BadAudio("the file holds samples that are not numbers")
+        blocks.append(block)
+    return blocks
+
+
+def _join(blocks: list[Pcm], channels: int) -> Pcm:
+    """float32 [channels, samples] of blocks [samples, channels], each let go of as soon as it is copied."""
+    total = sum(len(block) for block in blocks)
+    if not total:
         raise BadAudio("the file holds no audio")
-    if not np.isfinite(pcm).all():
-        raise BadAudio("the file holds samples that are not numbers")
-    return _full_scale(np.ascontiguousarray(pcm.T), os.path.basename(path)), int(rate)
+    pcm: Pcm = np.empty((channels, total), np.float32)
+    while blocks:
+        block = blocks.pop()
+        pcm[:, total - len(block) : total] = block.T
+        total -= len(block)
+    return pcm
+
+
+def _too_long() -> BadAudio:
+    return BadAudio(f"the file holds more than {SAMPLE_LIMIT} samples, all channels together: cut it up")
 
 
 def _unreadable(path: str | os.PathLike[str]) -> BadAudio:

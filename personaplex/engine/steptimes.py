@@ -24,10 +24,14 @@ import numpy as np
 import numpy.typing as npt
 
 from personaplex.errors import ConfigError
+from personaplex.files import read_bounded
 
 Floats = npt.NDArray[np.float64]
 
 SOURCES = ("measured", "derived")
+LARGEST = 1_000_000  # of any axis: sessions, positions
+
+_FILE_LIMIT = 2**24  # bytes
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,12 @@ class StepTimes:
     def load(cls, path: Path) -> StepTimes:
         """Reads a table. Raises ConfigError when the file is unreadable or is no such table."""
         try:
-            return cls.from_json(path.stem, json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError) as error:
+            data = json.loads(read_bounded(path, _FILE_LIMIT))
+        except OSError as error:
             raise ConfigError("the step-time table cannot be read") from error
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError("the step-time table is not JSON") from error
+        return cls.from_json(path.stem, data)
 
     @classmethod
     def from_json(cls, name: str, data: Any) -> StepTimes:
@@ -62,11 +67,13 @@ class StepTimes:
         try:
             axes = {key: np.asarray(data[key], float) for key in ("contexts", "batches", "prefill_positions")}
             ticks, prefills = (np.asarray(data[key], float) / 1e3 for key in ("tick_ms", "prefill_ms"))
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"step-time table: missing or malformed {error}") from error
         for key, axis in axes.items():
-            if axis.ndim != 1 or not len(axis) or (np.diff(axis) <= 0).any() or axis[0] < 0:
+            if axis.ndim != 1 or not len(axis) or not (np.diff(axis) > 0).all() or not axis[0] >= 0:
                 raise ConfigError(f"step-time table: {key} must rise from 0 or more")
+            if axis[-1] > LARGEST:
+                raise ConfigError(f"step-time table: {key} ends beyond {LARGEST}")
         contexts, batches, positions = axes.values()
         if ticks.shape != (len(contexts), len(batches)) or prefills.shape != positions.shape:
             raise ConfigError("step-time table: rows and columns do not match the axes")
@@ -74,7 +81,9 @@ class StepTimes:
             np.isfinite(ticks).all() and np.isfinite(prefills).all() and min(ticks.min(), prefills.min()) > 0
         ):
             raise ConfigError("step-time table: times must be positive")
-        note, machine = str(data.get("note", "")), data.get("machine", {})
+        note, machine = data.get("note", ""), data.get("machine", {})
+        if not isinstance(note, str) or not isinstance(machine, dict):
+            raise ConfigError("step-time table: note must be text, machine an object")
         return cls(name, data["source"], note, contexts, batches, ticks, positions, prefills, machine)
 
     @property

@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 
 from personaplex.config import PRESET_7B, PRESET_TINY, ModelConfig
 from personaplex.errors import CheckpointError
-from personaplex.files import LFS_ADVICE, is_lfs_pointer
+from personaplex.files import LFS_ADVICE, is_lfs_pointer, read_bounded
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ MIMI_FILE = "tokenizer-e351c8d8-checkpoint125.safetensors"
 TOKENIZER_FILE = "tokenizer_spm_32k_3.model"
 VOICES_FILE = "voices.tgz"
 
+_CONFIG_LIMIT = 2**20  # bytes
 _TINY_TOKENIZER = Path(__file__).parent.parent / "data" / "tiny-tokenizer.model"
 _HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[
     0
@@ -75,15 +76,21 @@ def resolve(
     a config.json of another architecture.
     """
     given = {"lm": moshi_weight, "mimi": mimi_weight, "tokenizer": tokenizer, "voices": voice_prompt_dir}
+    try:
+        return _resolve(spec, hf_repo, revision, given)
+    except OSError as error:  # a name too long, a folder that may not be searched
+        raise CheckpointError(f"the model's files cannot be looked up: {error.strerror}") from error
+
+
+def _resolve(spec: str, hf_repo: str, revision: str | None, given: dict[str, Path | None]) -> Checkpoint:
     for part, path in given.items():
         if path is not None and not path.exists():
             raise CheckpointError(f"no such file for the {_PARTS[part]}: {path.name}")
     if spec == "tiny":
-        if moshi_weight or mimi_weight:
+        if given["lm"] or given["mimi"]:
             raise CheckpointError("`tiny` computes its weights: name a directory to load weights from files")
-        return Checkpoint(
-            "tiny", PRESET_TINY, tokenizer or _TINY_TOKENIZER, lm=None, mimi=None, voices=voice_prompt_dir
-        )
+        tokenizer = given["tokenizer"] or _TINY_TOKENIZER
+        return Checkpoint("tiny", PRESET_TINY, tokenizer, lm=None, mimi=None, voices=given["voices"])
     if spec == "7b":
         return _from_hub(hf_repo, revision, given)
     return _from_directory(Path(spec), given)
@@ -141,6 +148,8 @@ def _complete(
 
 def _check_readable(path: Path) -> None:
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{path.name} cannot be read: it is not a file")
         pointer = is_lfs_pointer(path)
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
@@ -152,8 +161,8 @@ def _read_config(path: Path) -> ModelConfig | None:
     """The sizes in a config.json, or None (with a warning) when it is about something else."""
     _check_readable(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = json.loads(read_bounded(path, _CONFIG_LIMIT))
+    except (OSError, ValueError, RecursionError):
         data = None
     if isinstance(data, dict) and ("lm" in data or "mimi" in data):
         return ModelConfig.from_json(data)

@@ -28,11 +28,12 @@ from personaplex.model.offload import gpu_budget, place, place_quantised
 Network = TypeVar("Network", LM, Mimi)
 Shapes = dict[str, tuple[int, ...]]
 
+_FAULTS_SHOWN = 2_000  # all of a whole model; a hostile header may have a million
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Tensors of one depth step N each; a Moshi checkpoint has them for the first 8 of 16 steps.
 _PER_STEP = re.compile(
-    r"(?P<head>depformer\.layers\.\d+\.gating|linears|depformer_in|depformer_emb)\.(?P<step>\d+)\."
+    r"(?P<head>depformer\.layers\.\d+\.gating|linears|depformer_in|depformer_emb)\.(?P<step>\d{1,4})\."
 )
 _STACKED = re.compile(r"depformer\.layers\.\d+\.self_attn\.(in_proj_weight|out_proj\.weight)")
 
@@ -205,7 +206,7 @@ def _check(
     if faults:
         raise CheckpointError(
             f"{file} does not hold the tensors of this model ({len(faults)} differ):\n  "
-            + "\n  ".join(faults)
+            + "\n  ".join(faults[:_FAULTS_SHOWN])
         )
 
 
