@@ -33,6 +33,7 @@ OTHER_SUFFIXES = frozenset((
 ))
 # fmt: on
 PIPE_LIMIT = 2**31  # bytes taken from a pipe
+CHUNK_LIMIT = 1_000  # chunks looked at in search of the samples; real files have some dozens
 
 _FOREIGN: Mapping[bytes, str] = {
     b"\x1aE\xdf\xa3": "WebM or Matroska",
@@ -112,7 +113,7 @@ def _patches(file: BinaryIO) -> Patches:
 def _wave_patches(file: BinaryIO, end: int, kind: bytes) -> Patches:
     order = ">" if kind == b"RIFX" else "<"
     at, large = 12, None  # `large`: where the sizes of an RF64 file are
-    while True:
+    for _ in range(CHUNK_LIMIT):
         chunk = _at(file, at, 8)
         if len(chunk) < 8:
             return {}
@@ -122,6 +123,8 @@ def _wave_patches(file: BinaryIO, end: int, kind: bytes) -> Patches:
         if name == b"ds64":
             large = at
         at += 8 + size + size % 2
+    else:
+        return {}
     start = at + 8
     if kind == b"RF64" and large is not None:
         if size in (0, _TO_THE_END):
@@ -136,7 +139,9 @@ def _wave_patches(file: BinaryIO, end: int, kind: bytes) -> Patches:
 
 def _only_chunks(file: BinaryIO, at: int, end: int, order: str) -> bool:
     """Whether nothing but whole chunks is left, as behind a recording that really is empty."""
-    while at < end:
+    for _ in range(CHUNK_LIMIT):
+        if at >= end:
+            break
         chunk = _at(file, at, 8)
         if len(chunk) < 8 or not (chunk[:4].isascii() and chunk[:4].decode().isprintable()):
             return False
@@ -147,7 +152,10 @@ def _only_chunks(file: BinaryIO, at: int, end: int, order: str) -> bool:
 
 def _caf_patches(file: BinaryIO, end: int) -> Patches:
     at = 8
-    while len(chunk := _at(file, at, 12)) == 12:
+    for _ in range(CHUNK_LIMIT):
+        chunk = _at(file, at, 12) if at < end else b""
+        if len(chunk) < 12:
+            break
         name, size = chunk[:4], struct.unpack(">q", chunk[4:])[0]
         if name == b"data":
             left = end - at - 12
