@@ -38,7 +38,7 @@ def read_wav(path: str | os.PathLike[str]) -> tuple[Pcm, int]:
     try:
         with opened(path) as file:
             pcm, rate = soundfile.read(file.fileno(), dtype="float32", always_2d=True, closefd=False)
-    except (soundfile.LibsndfileError, RuntimeError) as error:
+    except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError) as error:
         raise _unreadable(path) from error
     if not pcm.size:
         raise BadAudio("the file holds no audio")
