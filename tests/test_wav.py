@@ -190,6 +190,15 @@ def test_known_formats_that_cannot_be_read_are_named(tmp_path: Path, content: by
         wav.read_wav(tmp_path / "a.wav")
 
 
+def test_a_flac_stream_of_unknown_length_is_an_error_in_words(tmp_path: Path) -> None:
+    """libsndfile gives such a file 2**63 - 1 samples."""
+    data = written("FLAC")
+    data[21], data[22:26] = data[21] & 0xF0, bytes(4)
+    (tmp_path / "a.flac").write_bytes(data)
+    with pytest.raises(BadAudio):
+        wav.read_wav(tmp_path / "a.flac")
+
+
 def test_a_pipe_is_read_to_its_end_and_no_further_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     content = bytes(written("WAV", samples=100_000))  # more than a pipe holds
 
