@@ -2,7 +2,7 @@
 
     python -m benchmarks.bound [--bandwidth 4.3e12] [--output benchmarks/results/steps-example.json]
 
-A tick reads the weights once and each session's keys and values once; a prompt piece reads the weights or is
+A tick reads the weights once and each session's keys and values once; a prompt chunk reads the weights or is
 bound by arithmetic. Sizes are those of the 7B preset in bf16. Serves planners and the simulated engine until
 a measured table is there; every report that rests on it says "derived".
 """
@@ -14,9 +14,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-WEIGHT_BYTES = 14.75e9  # backbone, text head and 8 depth steps, read once a tick
-POSITION_BYTES = 524_288  # keys and values of one position: 32 layers, 4096 wide, bf16
-PREFILL_FLOPS = 13.2e9  # of one prompt position: the backbone; no depth steps in a prompt
+from personaplex import sizing
+from personaplex.config import PRESET_7B
+from personaplex.sizing import prefill_flops
+
+MODEL = sizing.footprint(PRESET_7B)
 BANDWIDTH = 4.3e12  # bytes a second a kernel can read on an H200 (4.8e12 on its data sheet)
 ARITHMETIC = 400e12  # FLOP a second, bf16, of a well-kept matrix product
 CONTEXTS = (0, 375, 1_500, 3_000)
@@ -27,12 +29,10 @@ OUTPUT = Path(__file__).parent / "results" / "steps-example.json"
 
 def table(bandwidth: float, arithmetic: float) -> dict[str, Any]:
     """The table in the format of `personaplex.engine.steptimes`. Milliseconds."""
-    tick = [
-        [1e3 * (WEIGHT_BYTES + batch * context * POSITION_BYTES) / bandwidth for batch in BATCHES]
-        for context in CONTEXTS
-    ]
+    tick = [[1e3 * MODEL.tick_bytes(batch, context) / bandwidth for batch in BATCHES] for context in CONTEXTS]
     prefill = [
-        1e3 * max(WEIGHT_BYTES / bandwidth, positions * PREFILL_FLOPS / arithmetic) for positions in POSITIONS
+        1e3 * max(MODEL.tick_weights / bandwidth, positions * prefill_flops(PRESET_7B.lm) / arithmetic)
+        for positions in POSITIONS
     ]
     return {
         "table": "steps",

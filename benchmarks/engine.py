@@ -46,7 +46,6 @@ from personaplex.model import Model, lm, mimi, tiny
 from personaplex.model.hub import resolve
 from personaplex.model.lm import LM, LMInputs
 from personaplex.model.mimi import Mimi
-from personaplex.model.sampling import Caps
 from personaplex.model.weights import load_model
 from personaplex.persona import Persona
 from personaplex.text import Tokenizer
@@ -108,7 +107,7 @@ class Subject:
     def naive(self, sampling: Sampling = GREEDY) -> NaiveLM:
         return NaiveLM(self.weights, MIDDLE, sampling)
 
-    def prime_naive(self, naive: NaiveLM) -> None:
+    def prefill_naive(self, naive: NaiveLM) -> None:
         """The whole prompt, one frame a step."""
         for codes in self.voice.t().tolist():
             naive.step(user=SINE_CODES, agent=codes, text=TEXT_PAD)
@@ -126,7 +125,7 @@ def make_mimi(config: Any) -> Mimi:
 
 
 class LiveLM:
-    """The language model's part of an engine's tick, for every slot of a primed engine."""
+    """The language model's part of an engine's tick, for every slot of a prefilled engine."""
 
     def __init__(self, subject: Subject, slots: int, sampling: Sampling) -> None:
         self.network = subject.model.lm
@@ -136,7 +135,6 @@ class LiveLM:
             engine.open(persona, voice)
         self.state, self.sampling = engine._state.lm, engine._state.sampling
         self.active = torch.ones(slots, dtype=torch.bool)
-        self.caps = Caps.of([sampling], MIDDLE.text_card, MIDDLE.card)
 
     @torch.inference_mode()
     def step(self, codes: Tensor) -> Tensor:
@@ -145,7 +143,7 @@ class LiveLM:
         given = torch.zeros_like(tokens, dtype=torch.bool)
         tokens[:, USER], given[:, USER] = codes, True
         inputs = LMInputs(tokens, given)
-        out = lm.step(self.network, self.state, inputs, self.sampling, self.active, self.caps, CODEBOOKS)
+        out = lm.step(self.network, self.state, inputs, self.sampling, self.active, CODEBOOKS)
         return out.tokens
 
     def fill(self, positions: int) -> None:
@@ -176,7 +174,7 @@ def ratio(result: dict[str, dict[str, float]], slow: str, fast: str) -> float:
 def same_tokens(subject: Subject, frames: int = 8) -> None:
     """Both sides, from the same prompt and the same user, must say the same."""
     naive, live = subject.naive(), LiveLM(subject, 1, GREEDY)
-    subject.prime_naive(naive)
+    subject.prefill_naive(naive)
     rng = np.random.default_rng(1)
     for _ in range(frames):
         codes = torch.from_numpy(rng.integers(0, MIDDLE.card, (1, CODEBOOKS)))
@@ -193,7 +191,7 @@ def measure_prompt(subject: Subject, rounds: int) -> dict[str, Any]:
     def ours() -> None:
         engine.close(engine.open(persona, voice))
 
-    result = alternate(rounds, naive=lambda: subject.prime_naive(subject.naive()), engine=ours)
+    result = alternate(rounds, naive=lambda: subject.prefill_naive(subject.naive()), engine=ours)
     frames = VOICE_FRAMES + TEXT_TOKENS + 2 * SILENCE_FRAMES
     return {"frames": frames, **result, "times_naive": ratio(result, "naive", "engine")}
 
@@ -203,7 +201,7 @@ def measure_step(subject: Subject, rounds: int, filled: int | None = None) -> di
     sampling = Sampling()
     naive, live = subject.naive(sampling), LiveLM(subject, 1, sampling)
     if filled is None:
-        subject.prime_naive(naive)
+        subject.prefill_naive(naive)
     else:
         live.fill(filled)
         naive.offset = filled + 1

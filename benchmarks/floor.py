@@ -97,7 +97,7 @@ class FloorGateway(Gateway):
             if link is None:
                 continue
             if isinstance(event, Reply):
-                said = event.spoken
+                said = event.output
                 reply = media.Reply(said.frame, said.pcm, said.tokens, said.text, event.mark)
                 link.hear(Kind.REPLY, media.pack_reply(reply))
             elif isinstance(event, Ready):

@@ -35,8 +35,8 @@ from benchmarks.gpu_setup import make_engine, random_model, release
 from benchmarks.machine import machine
 from personaplex.config import PRESET_7B, PRESET_TINY, ModelConfig
 from personaplex.engine.engine import Engine
-from personaplex.engine.memory import plan_memory
 from personaplex.model import Model
+from personaplex.sizing import footprint
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def slots_that_fit(plan: Plan, kv: str, device: torch.device) -> int:
     if device.type != "cuda":
         return plan.slots[kv]
     free, _ = torch.cuda.mem_get_info(device)
-    memory = plan_memory(plan.config, kv=kv)
-    return min(plan.slots[kv], memory.sessions(free + memory.weights))  # the weights are there already
+    planned = footprint(plan.config, kv=kv)
+    return min(plan.slots[kv], planned.slots(free + planned.weights))  # the weights are there already
 
 
 def run(plan: Plan, group: str, device: torch.device, report: Report, dry: bool) -> None:

@@ -23,13 +23,14 @@ from benchmarks.gpu_setup import make_engine, persona, random_model, release, ta
 from benchmarks.machine import machine, publish
 from personaplex.config import PRESET_TINY, LMConfig, ModelConfig, TransformerConfig
 from personaplex.engine.engine import Engine
+from personaplex.kernels import kvring
+from personaplex.kernels import torch_reference as reference
+from personaplex.kernels.constants import RMS_EPS
+from personaplex.kernels.int8 import Int8Matrix, quantize_vectors
 from personaplex.model import Model
-from personaplex.model import ring as rings
-from personaplex.model.layers import RMS_EPS, angles
 from personaplex.model.offload import move
-from personaplex.model.quantize import Int8Matrix
 from personaplex.model.ring import Ring
-from personaplex.model.sampling import log_noise
+from personaplex.model.self_attention import rope
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,9 @@ def mid_config(layers: int = 4, dim: int = 256) -> ModelConfig:
 
 def kernels(device: torch.device, capacity: int = 1_000) -> dict[str, float]:
     """Largest difference of each kernel from torch's own sums on the CPU, in float32."""
-    from personaplex.model import attention, int8, pointwise
+    from personaplex.kernels import triton_attention as attention
+    from personaplex.kernels import triton_int8 as int8
+    from personaplex.kernels import triton_pointwise as pointwise
 
     found: dict[str, float] = {}
     config = TransformerConfig(dim=256, layers=1, heads=2, hidden=1, context=capacity)
@@ -52,7 +55,7 @@ def kernels(device: torch.device, capacity: int = 1_000) -> dict[str, float]:
         ring.offset[:] = torch.tensor([0, capacity // 3, capacity - 1, 3 * capacity + 7])
         numbers = torch.randn(2, *ring.k.shape)
         if kind == torch.int8:
-            kept = [rings.quantise(x) for x in numbers]
+            kept = [quantize_vectors(x) for x in numbers]
             for part, new in zip(
                 ring.contents, (kept[0][0], kept[1][0], kept[0][1], kept[1][1]), strict=True
             ):
@@ -62,38 +65,43 @@ def kernels(device: torch.device, capacity: int = 1_000) -> dict[str, float]:
             ring.v.copy_(numbers[1])
         there = Ring(*(None if t is None else t.to(device, copy=True) for t in vars(ring).values()))
         qkv = torch.randn(4, 1, 3, 2, 128)
-        turn = angles(config, ring.offset[:, None])
-        expected = rings.attend(ring, 0, qkv, turn, rings.window(ring, 1, torch.ones(4, dtype=torch.bool)))
+        angles = rope(config, ring.offset[:, None])
+        expected = reference.attend(
+            ring, 0, qkv, angles, kvring.window(ring, 1, torch.ones(4, dtype=torch.bool))
+        )
         everyone = torch.ones(4, dtype=torch.bool, device=device)
-        ours = attention.attend(there, 0, qkv.to(device), (turn[0].to(device), turn[1].to(device)), everyone)
+        ours = attention.attend(
+            there, 0, qkv.to(device), (angles[0].to(device), angles[1].to(device)), everyone
+        )
         found[f"attention_{name}"] = _worst(ours, expected)
     found |= _depth(device)
     x, gain = torch.randn(5, 1_024), torch.rand(1_024)
     found["rms_norm"] = _worst(
-        pointwise.rms_norm(x.to(device), gain.to(device), RMS_EPS), F.rms_norm(x, (1_024,), gain, RMS_EPS)
+        pointwise.rms_norm(x.to(device), gain.to(device), RMS_EPS),
+        F.rms_norm(x, (1_024,), gain, RMS_EPS),
     )
     a, b = x.chunk(2, -1)
     found["silu_multiply"] = _worst(pointwise.silu_multiply(x.to(device)), F.silu(a) * b)
     matrix = Int8Matrix.of(torch.randn(96, 1_024))
     ours = int8.matmul(x.to(device), matrix.codes.to(device), matrix.scale.to(device))
-    found["int8_product"] = _worst(ours, x @ matrix.numbers(torch.float32).t())
+    found["int8_product"] = _worst(ours, x @ matrix.dequantize(torch.float32).t())
     logits, keys = 3 * torch.randn(8, 2_048), torch.randint(0, 2**62, (8,))
-    score = (logits / 0.8 - log_noise(keys, torch.arange(2_048))).masked_fill(
+    score = (logits / 0.8 - reference.log_noise(keys, torch.arange(2_048))).masked_fill(
         logits < logits.topk(250).values[:, -1:], -torch.inf
     )
     rule = (torch.full((8,), 0.8).to(device), torch.full((8,), 250).to(device), keys.to(device))
-    drawn = pointwise.draw(logits.to(device), *rule)
+    drawn = pointwise.sample(logits.to(device), *rule)
     found["draws_that_differ"] = float((drawn.cpu() != score.argmax(-1)).sum())
     return found
 
 
 def _depth(device: torch.device) -> dict[str, float]:
-    from personaplex.model import attention
+    from personaplex.kernels import triton_attention as attention
 
     qkv, worst = torch.randn(16, 3, 1, 3, 4, 64), 0.0
     keys, values = torch.zeros(2, 3, 4, 16, 64, device=device).unbind(0)
     for step in range(16):
-        ours = attention.attend_step(qkv[step].to(device), keys, values, step)
+        ours = attention.attend_depth(qkv[step].to(device), keys, values, step)
         q, k, v = (qkv[: step + 1, :, 0, i].permute(1, 2, 0, 3) for i in range(3))
         first = 1 if step == 15 else 0
         expected = F.scaled_dot_product_attention(q[:, :, -1:], k[:, :, first:], v[:, :, first:])

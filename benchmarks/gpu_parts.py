@@ -11,16 +11,15 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu_setup import Spread, fill, frames, make_engine, persona, set_context, synchronise, timed
-from personaplex.config import FRAME_SECONDS, LMConfig, ModelConfig, TransformerConfig
-from personaplex.engine.engine import Engine, Slot
-from personaplex.engine.memory import plan_memory
+from personaplex.config import FRAME_SECONDS, TransformerConfig
+from personaplex.engine.engine import Engine
+from personaplex.engine.interface import Slot
+from personaplex.kernels import ops
+from personaplex.kernels.int8 import Int8Matrix
 from personaplex.model import Model
-from personaplex.model.layers import angles
-from personaplex.model.quantize import Int8Matrix
 from personaplex.model.ring import Ring
-from personaplex.model.sampling import Caps
-
-USUAL = Caps(25, 250)  # of the usual sampling; only a CPU needs to know
+from personaplex.model.self_attention import rope
+from personaplex.sizing import footprint
 
 
 def ceilings(device: torch.device, small: bool) -> dict[str, float]:
@@ -50,7 +49,7 @@ def products(
     Microseconds and the share of the weights' bytes in them, GB/s. So many copies are cycled through that no
     cache holds them.
     """
-    from personaplex.model import int8
+    from personaplex.kernels import triton_int8 as int8
 
     found = []
     shapes = {"qkv": (3 * config.dim, config.dim), "out": (config.dim, config.dim),
@@ -67,7 +66,7 @@ def products(
                     lambda x=x, w=weights, s=ones: [int8.matmul(x, m, s) for m in w],
                     weights[0].nbytes,
                 ),
-                "int8": (lambda x=x, w=codes: [m.product(x) for m in w], codes[0].nbytes),
+                "int8": (lambda x=x, w=codes: [ops.linear(x, m) for m in w], codes[0].nbytes),
             }
             row: dict[str, Any] = {"matrix": name, "rows": n}
             for way, (work, size) in ways.items():
@@ -90,7 +89,7 @@ def attention_sizes(config: TransformerConfig, device: torch.device, slots: int)
 
     One layer. GB/s count the keys and values read once.
     """
-    from personaplex.model import attention
+    from personaplex.kernels import triton_attention as attention
 
     found = []
     one = TransformerConfig(config.dim, 1, config.heads, 1, config.context)
@@ -99,14 +98,14 @@ def attention_sizes(config: TransformerConfig, device: torch.device, slots: int)
         ring.offset.fill_(config.context + 5)
         size = sum(part.nbytes for part in ring.contents)
         qkv = torch.randn(slots, 1, 3, one.heads, one.head_dim, device=device, dtype=torch.bfloat16)
-        turn = angles(one, ring.offset[:, None])
+        angles = rope(one, ring.offset[:, None])
         everyone = torch.ones(slots, dtype=torch.bool, device=device)
         for chunk, block, warps, stages in [(256, 32, 4, 3), (256, 32, 4, 1), (256, 32, 4, 2),
                                             (256, 32, 4, 4), (256, 64, 8, 3), (256, 16, 4, 4),
                                             (512, 32, 4, 3), (128, 32, 4, 3)]:  # fmt: skip
             sizes = {"chunk": chunk, "block": block, "warps": warps, "stages": stages}
             seconds = timed(
-                lambda r=ring, s=sizes, q=qkv, t=turn, a=everyone: attention.attend(r, 0, q, t, a, **s),
+                lambda r=ring, s=sizes, q=qkv, t=angles, a=everyone: attention.attend(r, 0, q, t, a, **s),
                 device,
                 5,
             )
@@ -127,30 +126,12 @@ def attention_sizes(config: TransformerConfig, device: torch.device, slots: int)
     return found
 
 
-def tick_bytes(config: ModelConfig, slots: int, context: int, weights: str, kv: str) -> float:
-    """Bytes a tick must read: every weight it uses once, each slot's filled positions once."""
-    lm = config.lm
-    plan = plan_memory(config, weights, kv)
-    unread = 2 * (lm.depth_steps - 8) / lm.depth_steps * _depth_parameters(lm)
-    tables = 2 * (16 * (lm.card + 1) + lm.text_card + 1) * lm.temporal.dim
-    tables += 2 * (15 * (lm.card + 1) + lm.text_card + 1) * lm.depth.dim
-    ring = Ring.allocate(lm.temporal, 1, torch.device("meta"), torch.int8 if kv == "int8" else torch.bfloat16)
-    position = sum(part.nbytes for part in ring.contents) / lm.temporal.context
-    return plan.weights - unread - tables + slots * min(context, lm.temporal.context) * position
-
-
-def _depth_parameters(lm: LMConfig) -> int:
-    depth = lm.depth
-    layer = lm.depth_steps * (4 * depth.dim**2 + 3 * depth.dim * depth.hidden)
-    return depth.layers * layer + lm.depth_steps * depth.dim * (lm.card + lm.temporal.dim)
-
-
 def ticks(
     engine: Engine, counts: list[int], contexts: list[int], rounds: int, read_gb_s: float, kv: str
 ) -> list[dict[str, Any]]:
     """Sampled ticks over the first N slots with so many positions each, one after the other."""
     found = []
-    runner = engine._runner
+    runner, planned = engine._runner, footprint(engine._model.config, kv=kv)
     fill(engine, contexts[0])
     runner.pcm[: engine.slots] = torch.from_numpy(frames(engine.slots))
     for context in contexts:
@@ -159,11 +140,11 @@ def ticks(
             taken = []
             for index in range(rounds + 3):
                 start = time.perf_counter()
-                runner.run(list(range(count)), USUAL)
+                runner.run(list(range(count)))
                 if index >= 3:
                     taken.append(time.perf_counter() - start)
             spread = Spread.of(taken)
-            size = tick_bytes(engine._model.config, count, context, "auto", kv)
+            size = planned.tick_bytes(count, context)
             bound = 1e3 * size / (read_gb_s * 1e9)
             found.append({"kv": kv, "sessions": count, "context": context, **asdict(spread),
                           "bytes_gb": round(size / 1e9, 3), "bound_ms": round(bound, 3),
@@ -217,9 +198,9 @@ def joins(engine: Engine, context: int, joining: int, rounds: int, ticks: int) -
                 engine.step()
                 taken.append(time.perf_counter() - start)
                 if way != "alone":
-                    engine.prime()
-            while engine.priming:
-                engine.prime()
+                    engine.prefill()
+            while engine.prefilling:
+                engine.prefill()
             for slot in come:
                 engine.close(slot)
         report[way] = asdict(Spread.of(taken))
@@ -259,7 +240,7 @@ def kernel_times(engine: Engine, counts: list[int], context: int) -> dict[str, A
         set_context(engine, context)
         with profile(activities=[ProfilerActivity.CUDA]) as watch:
             for _ in range(3):
-                engine._runner.run(list(range(count)), USUAL)
+                engine._runner.run(list(range(count)))
         rows = sorted(watch.key_averages(), key=lambda e: -e.self_device_time_total)
         report[str(count)] = {
             "kernels": sum(e.count for e in rows) // 3,
@@ -316,7 +297,7 @@ def longest(
 
 def session_memory(model: Model, kv: str, device: torch.device) -> dict[str, Any]:
     """Bytes a session as planned, and as the device's allocator counts them."""
-    planned = plan_memory(model.config, kv=kv).session
+    planned = footprint(model.config, kv=kv).session
     report: dict[str, Any] = {"kv": kv, "planned_mb": round(planned / 1e6, 2)}
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

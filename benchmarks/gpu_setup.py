@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 import personaplex
 from personaplex.config import CODEBOOKS, FRAME_SIZE, EngineConfig, LMConfig, ModelConfig, Sampling
-from personaplex.engine.engine import Engine, Slot
+from personaplex.engine.engine import Engine
+from personaplex.engine.interface import Slot
 from personaplex.model import Model
 from personaplex.model.lm import LM
 from personaplex.model.mimi import Mimi
-from personaplex.model.offload import place_quantised
+from personaplex.model.offload import place_quantized
 from personaplex.persona import Persona
 from personaplex.text import Tokenizer
 from personaplex.voices import Voice
@@ -80,7 +81,7 @@ def random_model(
     lm.prepare()
     mimi.prepare()
     if weights == "int8":
-        place_quantised(lm, device)
+        place_quantized(lm, device)
     return Model(lm, mimi, config)
 
 

@@ -26,10 +26,10 @@ from deployments import logs, media, metrics
 from deployments.fleet import ReplicaStatus, Reporter, SessionStatus
 from deployments.lease import Grant, LeaseRequest, Refusal
 from deployments.media import Kind, Link
-from deployments.models import Loaded, load
+from deployments.models import load
 from deployments.settings import Settings
 from personaplex.config import EngineConfig
-from personaplex.engine.interface import Stepper
+from personaplex.engine.interface import Loaded, Stepper
 from personaplex.engine.loop import Batch, Closed, EngineLoop, Event, Faulted, Ready, Refused, Reply
 from personaplex.errors import EngineFault, PersonaplexError, ProtocolError, SessionLost
 
@@ -308,5 +308,5 @@ def _node_address() -> str:
 def _pack(event: Event) -> bytes | None:
     if not isinstance(event, Reply):
         return None
-    said = event.spoken
+    said = event.output
     return media.pack_reply(media.Reply(said.frame, said.pcm, said.tokens, said.text, event.mark))

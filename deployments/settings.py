@@ -25,6 +25,8 @@ from personaplex.errors import ConfigError
 from personaplex.files import key_lines
 
 ENV_PREFIX = "PERSONAPLEX_"
+SLOTS_LIMIT = 512
+AUTO = "auto"
 
 # Kubernetes adds these to every pod when a Service is called "personaplex" (or "personaplex-..."); no field
 # may have such a name.
@@ -84,7 +86,13 @@ class Settings(BaseSettings):
     cpu_offload: bool = Field(False, description="Keep part of the weights in host memory; slower, smaller.")
 
     # Sessions
-    slots: int = Field(4, ge=1, le=512, description="Sessions one replica holds at once.")
+    slots: int = Field(
+        4,
+        ge=1,
+        le=SLOTS_LIMIT,
+        description="Sessions one replica holds at once; `python -m personaplex.server` also takes auto, as "
+        "many as fit the GPU.",
+    )
     prompt_tokens: int = Field(1_000, ge=0, le=2_500, description="Longest role text, in tokens.")
     session_limit_s: float = Field(
         1_800.0, gt=0, description="Longest session; it ends with close code 1000."
@@ -227,6 +235,14 @@ class Settings(BaseSettings):
     def _as_browsers_send(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(_origin, origins))
 
+    @field_validator("slots", mode="before")
+    @classmethod
+    def _need_a_number(cls, value: Any) -> Any:
+        """The head of a cluster sees no card; `personaplex.server` replaces auto before it gets here."""
+        if value == AUTO:
+            raise ValueError("auto is for one machine: `python -m k8s slots --help` gives a card's number")
+        return value
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_variables(cls, data: Any) -> Any:
@@ -304,6 +320,11 @@ class Settings(BaseSettings):
             except ConfigError as error:
                 raise ConfigError(f"api_keys_file: {error}") from error
         return tuple(keys)
+
+    @classmethod
+    def wants_auto_slots(cls, values: Mapping[str, Any]) -> bool:
+        """True when `values` over the environment ask for slots=auto, which `load` refuses."""
+        return bool(values.get("slots", os.environ.get(f"{ENV_PREFIX}SLOTS")) == AUTO)
 
     @classmethod
     def load(cls, values: Mapping[str, Any] | None = None) -> Settings:

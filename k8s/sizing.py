@@ -4,9 +4,9 @@ Those are computed, not measured: sizes follow from the model's shapes, memory a
 data sheets. `python -m k8s slots --measured` takes the time of a step from a measurement of the card instead
 (the JSON of `benchmarks/gpu.py`): believe it, and set `settings.slots`.
 
-    bytes(n)   = weights + RESERVE + n * session            <= MEMORY_SHARE * memory of the card
-    seconds(n) = what a step reads, weights + n * window, at BANDWIDTH_SHARE of the bandwidth <= FRAME_SECONDS
-    measured   : the median step with n full windows        <= TICK_SHARE * FRAME_SECONDS
+    memory   : `personaplex.sizing` in MEMORY_SHARE of the card's, voices' prefixes and RESERVE included
+    time     : a tick with n full windows, read within one frame at a share of the card's bandwidth
+    measured : the median tick with n full windows within TICK_SHARE of a frame
 """
 
 from __future__ import annotations
@@ -16,22 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from k8s.errors import Failed
+from personaplex import sizing
+from personaplex.config import FRAME_SECONDS, PRESET_7B, EngineConfig
 from personaplex.engine.steptimes import StepTimes
 from personaplex.errors import ConfigError
 
 MIB = 2**20
-FRAME_SECONDS = 0.08
-FRAMES = 3_000  # of a full window
 KINDS = ("auto", "int8")  # of the settings `kv` and `weights`; auto is bf16 on a GPU
-WINDOW = {"auto": 1.573e9, "int8": 0.799e9}  # its keys and values: 32 layers, 4096 wide
-CODEC = 16.5e6  # a session's state of it
-WEIGHTS = {"auto": 16.74e9, "int8": 10.17e9}  # the checkpoint in bf16; the temporal layers as int8
-STEP_WEIGHTS = {"auto": 14.75e9, "int8": 8.18e9}  # what one tick reads of it
-PREFIXES = 32 * 125 / FRAMES  # windows that the cached prefixes of 32 voices take, 125 frames each
-RESERVE = 3e9  # the CUDA context, graphs, activations
+RESERVE = sizing.CONTEXT + sizing.WORKSPACE
 MEMORY_SHARE = 0.92  # the rest is for fragmentation
 TICK_SHARE = 0.75  # joins and the 99th percentile take the rest
-BANDWIDTH_SHARE = 0.5  # of the data sheet's, for a whole tick at its 99th percentile
 STEP = 4  # slots come in fours: graphs are captured for prefixes of them
 
 
@@ -53,14 +47,14 @@ CARDS = {
 
 def slots(card: Card, kv: str = "auto", weights: str = "auto", measured: StepTimes | None = None) -> int:
     """Sessions with full windows that fit in memory and in a frame's time; 0 when the model does not fit."""
-    taken = WEIGHTS[weights] + PREFIXES * WINDOW[kv] + RESERVE
-    by_memory = (MEMORY_SHARE * card.memory - taken) / (WINDOW[kv] + CODEC)
+    model = sizing.footprint(PRESET_7B, weights=weights, kv=kv)
+    voices = sizing.cached_voices(EngineConfig())
+    by_memory = model.slots(int(MEMORY_SHARE * card.memory), voices, workspace=RESERVE)
     if measured is not None:
-        by_time = float(measured.most_sessions(FRAMES, TICK_SHARE * FRAME_SECONDS))
+        by_time = measured.most_sessions(PRESET_7B.lm.temporal.context, TICK_SHARE * FRAME_SECONDS)
     else:
-        read = FRAME_SECONDS * BANDWIDTH_SHARE * card.bandwidth
-        by_time = (read - STEP_WEIGHTS[weights]) / WINDOW[kv]
-    return max(0, int(min(by_memory, by_time)) // STEP * STEP)
+        by_time = model.slots_in_time(card.bandwidth)
+    return min(by_memory, by_time) // STEP * STEP
 
 
 def read_measured(path: Path, kv: str) -> tuple[StepTimes, str]:

@@ -27,15 +27,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, EngineConfig, LMConfig, Sampling
-from personaplex.engine.engine import Engine, Slot, check_sampling
+from personaplex.engine.engine import Engine, check_sampling
+from personaplex.engine.interface import Slot
 from personaplex.engine.script import embed_voice, encode_voice
 from personaplex.errors import BadAudio, BadParameter, ConfigError, EngineFault, PersonaplexError
+from personaplex.loading import ModelSpec, load_parts, resolve
 from personaplex.model import Model
-from personaplex.model.hub import Checkpoint, resolve
+from personaplex.model.hub import Checkpoint
 from personaplex.model.lm import LM
-from personaplex.model.weights import load_model
 from personaplex.offline_io import Conversation, Job, Report, plan_jobs, prepare_outputs
-from personaplex.offline_options import parser
+from personaplex.offline_options import AUTO, parser
 from personaplex.outputs import make_folder_of, refuse_overwriting, try_output
 from personaplex.persona import Persona
 from personaplex.recordings import find_recordings
@@ -44,8 +45,6 @@ from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, 
 
 INTERRUPTED = cli.INTERRUPTED
 _ANY_LENGTH = 2**31  # tokens of a role text: whoever runs this may wait as long as they like
-_TOY_DIM = 256  # below this, handing work to a second thread costs more than it saves
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 _INPUT_FILES = ("voice_prompt", "moshi_weight", "mimi_weight", "tokenizer")
@@ -71,30 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     report = Report()
     jobs = _prepared_jobs(options, report)
-    device = choose_device(options.device)
-    checkpoint = resolve(
-        options.model,
-        hf_repo=options.hf_repo,
-        revision=options.revision,
-        moshi_weight=options.moshi_weight,
-        mimi_weight=options.mimi_weight,
-        tokenizer=options.tokenizer,
-        voice_prompt_dir=options.voice_prompt_dir,
-    )
-    lm = checkpoint.config.lm
+    found = resolve(_spec(options))
+    checkpoint, lm = found.checkpoint, found.checkpoint.config.lm
     sampling = _sampling(options, lm)
     refuse_overwriting(_outputs(jobs, options), [("the model", path) for path in _files(checkpoint, options)])
-    tokenizer = Tokenizer(checkpoint.tokenizer, size=lm.text_card)
-    library = VoiceLibrary(lm, checkpoint.voices)
-    found = find_voice(options.voice_prompt, checkpoint, library)
-    slots = min(options.batch_size, len(jobs))
+    spoken = find_voice(options.voice_prompt, checkpoint, VoiceLibrary(lm, checkpoint.voices))
+    config = EngineConfig(kv=options.kv, prompt_tokens=_ANY_LENGTH, voice_cache=1)
+    most = found.slots(config, live=False) if options.batch_size == AUTO else options.batch_size
+    config = dataclasses.replace(config, slots=min(most, len(jobs)))
     try:
-        model = _load(options, checkpoint, device, slots)
-        voice = found if isinstance(found, Voice) else _encoded(model, found)
+        parts = load_parts(found, config)
+        voice = spoken if isinstance(spoken, Voice) else _encoded(parts.model, spoken)
         if options.save_voice is not None:
-            keep_voice(voice, model.lm, options.save_voice)
-        config = EngineConfig(slots=slots, kv=options.kv, prompt_tokens=_ANY_LENGTH)
-        engine = Engine(model, library, tokenizer, config)
+            keep_voice(voice, parts.model.lm, options.save_voice)
+        engine = parts.engine(config)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             "the GPU has too little free memory: try --cpu-offload, --kv int8 or a smaller --batch-size"
@@ -102,7 +91,7 @@ def _run(options: argparse.Namespace) -> int:
     persona = Persona(text_prompt=options.text_prompt, sampling=sampling)
     started = time.perf_counter()
     try:
-        converse(engine, tokenizer, persona, voice, jobs, report, options.channel)
+        converse(engine, parts.tokenizer, persona, voice, jobs, report, options.channel)
     except EngineFault as error:
         cli.complain(f"{error}; the conversations that had ended are written")
         return cli.FAILED
@@ -112,16 +101,20 @@ def _run(options: argparse.Namespace) -> int:
     return cli.FAILED if report.failures else 0
 
 
-def _load(options: argparse.Namespace, checkpoint: Checkpoint, device: torch.device, slots: int) -> Model:
-    if device.type == "cpu" and checkpoint.config.lm.temporal.dim < _TOY_DIM:
-        torch.set_num_threads(1)
-    return load_model(
-        checkpoint,
-        device,
-        choose_dtype(options.dtype, device),
-        offload_slots=slots if options.cpu_offload else 0,
+def _spec(options: argparse.Namespace) -> ModelSpec:
+    return ModelSpec(
+        name=options.model,
+        repo=options.hf_repo,
+        revision=options.revision,
+        moshi_weight=options.moshi_weight,
+        mimi_weight=options.mimi_weight,
+        tokenizer=options.tokenizer,
+        voice_prompt_dir=options.voice_prompt_dir,
+        device=options.device,
+        dtype=options.dtype,
         weights=options.weights,
         kv=options.kv,
+        offload=options.cpu_offload,
     )
 
 
@@ -210,30 +203,6 @@ def _tick(engine: Engine, live: dict[Slot, Conversation]) -> None:
         engine.feed(slot, conversation.next_frame())
     for output in engine.step():
         live[output.slot].take(output.pcm, output.tokens, output.user_codes)
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises ConfigError for a device this machine does not have."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {name!r}: auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
-    if device.type == "cpu" and device.index:
-        raise ConfigError(f"unknown device {name!r}: auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"this machine has no {name}: try --device cpu")
-    return device
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 on CUDA and float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[name]
 
 
 def find_voice(prompt: str, checkpoint: Checkpoint, library: VoiceLibrary) -> Voice | NDArray[np.float32]:

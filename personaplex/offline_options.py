@@ -7,11 +7,12 @@ from pathlib import Path
 
 from personaplex import cli
 from personaplex.config import Sampling
+from personaplex.loading import DTYPES
 from personaplex.model.hub import DEFAULT_REPO
 from personaplex.outputs import is_folder
 from personaplex.persona import DEFAULT_VOICE, Persona
 
-DTYPES = ("float32", "bfloat16")
+AUTO = "auto"  # batch size: as many conversations as fit in memory
 _RUN = "python -m personaplex.offline --model tiny"
 EXAMPLES = (
     f"{_RUN} --input-wav user.wav --output-wav agent.wav",
@@ -97,10 +98,10 @@ def _add_engine(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--batch-size",
-        type=cli.whole(1),
+        type=_batch_size,
         default=1,
         metavar="N",
-        help="conversations run at once; changes no result",
+        help="conversations run at once, or auto: as many as fit in memory; changes no result",
     )
 
 
@@ -134,6 +135,11 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--temp-text", type=float, default=defaults.text_temperature, metavar="T")
     group.add_argument("--topk-audio", type=int, default=defaults.audio_topk, metavar="K", help="0: all")
     group.add_argument("--topk-text", type=int, default=defaults.text_topk, metavar="K", help="0: all")
+
+
+def _batch_size(text: str) -> int | str:
+    """The type of --batch-size."""
+    return text if text == AUTO else cli.whole(1)(text)
 
 
 def _voice_file(text: str) -> Path:

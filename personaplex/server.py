@@ -13,6 +13,7 @@ import contextlib
 import datetime
 import ipaddress
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -22,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,7 +196,18 @@ def _settings(options: argparse.Namespace) -> Settings:
         if not given:
             raise ConfigError(f"--set takes NAME=VALUE, not {item!r}")
         values[name] = value
+    if Settings.wants_auto_slots(values):
+        values["slots"] = _slots_that_fit(Settings.load({**values, "slots": 1}))
+        print(f"slots=auto: {values['slots']}", flush=True)
     return Settings.load(values)
+
+
+def _slots_that_fit(settings: Settings) -> int:
+    from deployments.models import slots_that_fit
+
+    # In a process of its own, since a CUDA context takes memory until its process ends.
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(slots_that_fit, settings).result()
 
 
 def _check_port(host: str, port: int) -> None:
@@ -233,11 +246,11 @@ def _environment(behind_haproxy: bool, settings: Settings) -> Iterator[None]:
 
 
 def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings: Settings) -> None:
+    import ray
+    from ray import serve
     from ray.exceptions import RayError
 
-    import ray
     from deployments import build, processes
-    from ray import serve
 
     others = set(processes.below(os.getpid()))
     needed = (
@@ -277,10 +290,9 @@ def _start_ray(cpus: int) -> None:
 
 def _take_leave() -> None:
     """Clients are told why they are let go; only those still waiting for a slot are cut off."""
+    from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
-
-    from ray import serve
 
     fleet, deadline = serve.get_deployment_handle("fleet", "default"), time.monotonic() + LEAVE_TIMEOUT_S
     with contextlib.suppress(RayError, RayServeException, TimeoutError):

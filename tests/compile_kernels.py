@@ -56,9 +56,11 @@ def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any)
 def main() -> None:
     JITFunction.run = compile_only
     from personaplex.config import PRESET_7B, TransformerConfig
-    from personaplex.model import attention, int8, pointwise
-    from personaplex.model.layers import angles
+    from personaplex.kernels import triton_attention as attention
+    from personaplex.kernels import triton_int8 as int8
+    from personaplex.kernels import triton_pointwise as pointwise
     from personaplex.model.ring import Ring
+    from personaplex.model.self_attention import rope
 
     cpu, temporal, codec = torch.device("cpu"), PRESET_7B.lm.temporal, PRESET_7B.mimi.transformer
     one_layer = TransformerConfig(dim=4096, layers=1, heads=32, hidden=1, context=3000)
@@ -69,26 +71,26 @@ def main() -> None:
     ]:
         ring = Ring.allocate(config, 1, cpu, kind)
         qkv = torch.zeros(1, steps, 3, config.heads, config.head_dim, dtype=dtype)
-        turn = angles(config, torch.zeros(1, steps, dtype=torch.int64))
-        attention.attend(ring, 0, qkv, turn, torch.ones(1, dtype=torch.bool))
+        angles = rope(config, torch.zeros(1, steps, dtype=torch.int64))
+        attention.attend(ring, 0, qkv, angles, torch.ones(1, dtype=torch.bool))
     assert temporal.head_dim == one_layer.head_dim
     depth = PRESET_7B.lm.depth
     cache = torch.zeros(2, 1, depth.heads, depth.context, depth.head_dim, dtype=torch.bfloat16)
     qkv = torch.zeros(1, 1, 3, depth.heads, depth.head_dim, dtype=torch.bfloat16)
-    attention.attend_step(qkv, cache[0], cache[1], 3)
+    attention.attend_depth(qkv, cache[0], cache[1], 3)
     for width in (temporal.dim, depth.dim):
         pointwise.rms_norm(torch.zeros(1, width, dtype=torch.bfloat16), torch.zeros(width), 1e-8)
     pointwise.silu_multiply(torch.zeros(1, 2 * temporal.hidden, dtype=torch.bfloat16))
     lm, row = PRESET_7B.lm, torch.zeros(1, dtype=torch.int64)
     table = torch.zeros(16 * (lm.card + 2), temporal.dim, dtype=torch.bfloat16)
     pointwise.embed(torch.zeros(1, 17, dtype=torch.int64), table, table[: lm.card + 2])
-    pointwise.add_row(
+    pointwise.add_embedding(
         torch.zeros(1, depth.dim, dtype=torch.bfloat16), table[:, : depth.dim].contiguous(), row
     )
-    pointwise.draw_keys(row, row, row, 9)
+    pointwise.noise_keys(row, row, row, 9)
     for vocabulary in (PRESET_7B.lm.card, PRESET_7B.lm.text_card):
         numbers, whole = torch.zeros(1, vocabulary, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int64)
-        pointwise.draw(numbers, torch.zeros(1), whole, whole)
+        pointwise.sample(numbers, torch.zeros(1), whole, whole)
     for rows in (1, 32, 128):
         x, y = torch.zeros(rows, temporal.hidden, dtype=torch.bfloat16), torch.zeros(temporal.dim)
         int8.matmul(x, torch.zeros(temporal.dim, temporal.hidden, dtype=torch.int8), y)

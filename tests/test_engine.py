@@ -13,7 +13,8 @@ from golden import CONFIG, CPU, GOLDEN, arrays, build_lm, build_mimi, model, wit
 from numpy.typing import NDArray
 
 from personaplex.config import FRAME_SIZE, EngineConfig, Sampling
-from personaplex.engine.engine import Engine, Slot
+from personaplex.engine.engine import Engine
+from personaplex.engine.interface import Slot
 from personaplex.errors import BadParameter, NoCapacity, PromptTooLong, SessionLost, UnknownVoice
 from personaplex.model import Model
 from personaplex.persona import Persona
@@ -101,8 +102,8 @@ def test_batch_equals_solo(chunk: int) -> None:
         for index, persona in enumerate(PERSONAS):
             if index not in slots and rng.random() < 0.2:
                 slots[index] = machine.admit(persona)
-        ready = machine.prime()
-        live = {s for s in slots.values() if machine._seat(s).live}
+        ready = machine.prefill()
+        live = {s for s in slots.values() if machine._state_of(s).live}
         assert ready is None or ready in live
         for index, slot in slots.items():
             if slot in live and fed[index] < frames and rng.random() < 0.7:
@@ -133,7 +134,7 @@ def test_a_poisoned_slot_leaks_nothing() -> None:
     for ring in (rows.lm.ring, rows.mimi.encoder.ring, rows.mimi.decoder.ring):
         ring.k.fill_(torch.nan)
         ring.v.fill_(torch.nan)
-    for tensor in (*rows.mimi.encoder.tails, *rows.mimi.decoder.tails, rows.mimi.encoder.resample):
+    for tensor in (*rows.mimi.encoder.conv_state, *rows.mimi.decoder.conv_state, rows.mimi.encoder.resample):
         tensor.fill_(torch.nan)
     rows.mimi.decoder.resample.fill_(torch.nan)
     slot = machine.open(PERSONAS[0])
@@ -168,7 +169,19 @@ def test_voices_leave_the_cache_oldest_first() -> None:
     machine = engine(1, voice_cache=1)
     for persona in (PERSONAS[0], PERSONAS[1], PERSONAS[0]):
         machine.close(machine.open(persona))
+        assert machine.usage.voices == (persona.voice,)
     assert (machine.voice_hits, machine.voice_misses) == (0, 3)
+
+
+def test_a_callers_own_voice_is_cached_under_its_digest() -> None:
+    machine = engine(1)
+    own = Voice.from_codes(
+        torch.randint(0, CONFIG.lm.card, (8, 5), generator=torch.Generator().manual_seed(1))
+    )
+    for persona, voice in ((PERSONAS[0], None), (PERSONAS[1], own), (PERSONAS[0], None)):
+        machine.close(machine.open(persona, voice))
+    assert machine.usage.voices == (own.digest, "NATF0")  # least recently used first
+    assert (machine.usage.voice_hits, machine.usage.voice_misses) == (1, 2)
 
 
 def test_no_slot_left() -> None:
@@ -185,13 +198,13 @@ def test_no_slot_left() -> None:
 def test_closed_while_waiting_for_its_prompt() -> None:
     machine = engine(2, prefill_chunk=4)
     gone, stays = machine.admit(PERSONAS[0]), machine.admit(PERSONAS[1])
-    machine.prime()
+    machine.prefill()
     machine.close(gone)
     taken = machine.admit(PERSONAS[2])
     assert taken.index == gone.index
-    live = [slot for _ in range(100) if (slot := machine.prime()) is not None]
+    live = [slot for _ in range(100) if (slot := machine.prefill()) is not None]
     assert live == [stays, taken]
-    assert not machine.priming
+    assert not machine.prefilling
 
 
 def test_a_stale_slot_is_an_error_never_a_delivery() -> None:
@@ -204,8 +217,6 @@ def test_a_stale_slot_is_an_error_never_a_delivery() -> None:
     with pytest.raises(SessionLost):
         machine.feed(stale, speech(0, 1)[0])
     machine.close(stale)
-    with pytest.raises(SessionLost):
-        machine.log(stale)
     machine.feed(fresh, speech(0, 1)[0])
     assert [out.slot for out in machine.step()] == [fresh]
 
@@ -228,7 +239,7 @@ def test_refused_personas_take_nothing(persona: Persona, error: type[Exception])
     with pytest.raises(error):
         machine.admit(persona)
     assert machine.free == 1
-    assert not machine.priming
+    assert not machine.prefilling
 
 
 def test_refused_frames_change_nothing() -> None:
@@ -236,7 +247,7 @@ def test_refused_frames_change_nothing() -> None:
     waiting = machine.admit(PERSONAS[0])
     with pytest.raises(BadParameter):
         machine.feed(waiting, speech(0, 1)[0])
-    while machine.prime() is None:
+    while machine.prefill() is None:
         pass
     for bad in (np.zeros(100, np.float32), np.full(FRAME_SIZE, np.nan, np.float32)):
         with pytest.raises(BadParameter):
@@ -245,18 +256,6 @@ def test_refused_frames_change_nothing() -> None:
     with pytest.raises(BadParameter):
         machine.feed(waiting, speech(0, 1)[0])
     assert len(machine.step()) == 1
-
-
-def test_log_holds_what_came_out() -> None:
-    machine = engine(1)
-    slot = machine.open(PERSONAS[0])
-    tokens = []
-    for frame in speech(0, 6):
-        machine.feed(slot, frame)
-        tokens.append(machine.step()[0].tokens)
-    log = machine.log(slot)
-    assert (log.tokens == np.stack(tokens)).all()
-    assert log.forced.tolist() == [True] + [False] * 5
 
 
 def test_a_tick_keeps_no_memory() -> None:
@@ -298,7 +297,7 @@ def test_rings_are_allocated_once() -> None:
 def test_long_conversation_stays_exact_to_the_ring_rule() -> None:
     """200 frames over a ring of 40: equal to stepping the model over the same codes, frame by frame."""
     from personaplex.model import lm
-    from personaplex.model.sampling import Caps, SamplingState
+    from personaplex.model.sampling import SamplingState
 
     machine = engine(1)
     slot = machine.open(PERSONAS[2])
@@ -308,7 +307,7 @@ def test_long_conversation_stays_exact_to_the_ring_rule() -> None:
         (out,) = machine.step()
         machine_tokens.append(out.tokens)
         codes.append(out.user_codes)
-    script = machine._seat(slot).script
+    script = machine._state_of(slot).script
     state = model().lm.allocate(1)
     with torch.inference_mode():
         for position in range(script.frames - 1):
@@ -327,7 +326,6 @@ def test_long_conversation_stays_exact_to_the_ring_rule() -> None:
                 lm.LMInputs(tokens, given),
                 SamplingState.allocate(1, CPU),
                 torch.ones(1, dtype=torch.bool),
-                Caps(0, 0),
                 8,
             )
             assert (out.tokens[0].numpy() == expected).all()

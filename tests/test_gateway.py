@@ -18,13 +18,13 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import ray
 import requests
 import websockets
 from serving import Heard, Service, connect, running, speech
 from starlette.datastructures import Headers
 from starlette.websockets import WebSocket, WebSocketState
 
-import ray
 from deployments.application import build
 from deployments.conversation import Conversation
 from deployments.doors import Doors, Visitor

@@ -18,15 +18,17 @@ from torch.utils._pytree import tree_leaves
 
 from personaplex.engine import graph
 from personaplex.engine.engine import Engine
-from personaplex.engine.graph import NO_CAPS, Runner, prefixes
+from personaplex.engine.graph import Runner, prefixes
 from personaplex.engine.state import EngineState
-from personaplex.model import Model, layers
+from personaplex.kernels import ops
+from personaplex.model import Model
 from personaplex.model.lm import LM
 from personaplex.model.mimi import Mimi
 
 pytest.importorskip("triton")
 
-from personaplex.model import attention, pointwise
+from personaplex.kernels import triton_attention as attention
+from personaplex.kernels import triton_pointwise as pointwise
 
 
 class OnTheDeviceOnly(TorchDispatchMode):
@@ -44,22 +46,24 @@ class OnTheDeviceOnly(TorchDispatchMode):
 def stand_ins(patch: pytest.MonkeyPatch) -> None:
     """Kernel launches without kernels: outputs of the right shape, type and place."""
 
-    def attend(ring: Any, _layer: int, qkv: Tensor, _turn: Any, _active: Tensor) -> Tensor:
+    def attend(ring: Any, _layer: int, qkv: Tensor, _rope: Any, _active: Tensor) -> Tensor:
         n, steps, _, heads, size = qkv.shape
         return qkv.new_empty(n, steps, heads, size).transpose(1, 2)
 
-    def attend_step(qkv: Tensor, _keys: Tensor, _values: Tensor, _step: int) -> Tensor:
+    def attend_depth(qkv: Tensor, _keys: Tensor, _values: Tensor, _step: int) -> Tensor:
         n, _, _, heads, size = qkv.shape
         return qkv.new_empty(n, heads, 1, size)
 
     patch.setattr(attention, "attend", attend)
-    patch.setattr(attention, "attend_step", attend_step)
+    patch.setattr(attention, "attend_depth", attend_depth)
     patch.setattr(pointwise, "rms_norm", lambda x, _gain, _eps: torch.empty_like(x))
     patch.setattr(pointwise, "silu_multiply", lambda x: x.new_empty(*x.shape[:-1], x.shape[-1] // 2))
     patch.setattr(pointwise, "embed", lambda tokens, _, text: text.new_empty(len(tokens), text.shape[1]))
-    patch.setattr(pointwise, "add_row", lambda x, _table, _tokens: torch.empty_like(x))
-    patch.setattr(pointwise, "draw_keys", lambda seeds, _, steps, draws: steps.new_empty(len(seeds), draws))
-    patch.setattr(pointwise, "draw", lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64))
+    patch.setattr(pointwise, "add_embedding", lambda x, _table, _tokens: torch.empty_like(x))
+    patch.setattr(pointwise, "noise_keys", lambda seeds, _, steps, count: steps.new_empty(len(seeds), count))
+    patch.setattr(
+        pointwise, "sample", lambda logits, *_: logits.new_empty(logits.shape[0], dtype=torch.int64)
+    )
 
 
 @pytest.mark.parametrize("kv", ["auto", "int8"])
@@ -69,7 +73,7 @@ def test_a_device_tick_has_fixed_shapes_and_leaves_the_host_alone(
     """On torch's meta device there are no values: item, tolist, nonzero fail, as does the host's memory."""
     stand_ins(monkeypatch)
     device = torch.device("meta")
-    monkeypatch.setattr(layers, "uses_kernels", lambda _: True)
+    monkeypatch.setattr(ops, "uses_triton", lambda _: True)
     with torch.inference_mode():
         with torch.device("meta"):
             lm, mimi = LM(CONFIG.lm), Mimi(CONFIG.mimi)
@@ -83,7 +87,7 @@ def test_a_device_tick_has_fixed_shapes_and_leaves_the_host_alone(
         state = EngineState.allocate(net, 3, kv)
         pcm, active = torch.zeros(3, 1920, device=device), torch.ones(3, dtype=torch.bool, device=device)
         with OnTheDeviceOnly() as watch:
-            out = graph.step(net, state, pcm, active, NO_CAPS)
+            out = graph.step(net, state, pcm, active)
         assert out.pcm.shape == (3, 1920)
         assert out.tokens.shape == (3, 17)
         assert watch.operations > 500
@@ -95,7 +99,7 @@ def test_a_device_tick_has_fixed_shapes_and_leaves_the_host_alone(
 def kernels_everywhere() -> Iterator[None]:
     """The device's path on the CPU: Triton's kernels in the interpreter, convolutions over all slots."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "uses_kernels", lambda _: True)
+        patch.setattr(ops, "uses_triton", lambda _: True)
         patch.setattr(Engine, "_warm_prefill", lambda _: None)
         yield
 
@@ -147,7 +151,7 @@ class Recording:
 
     def replay(self) -> None:
         assert self.runner is not None
-        self.runner._launch(self.width, NO_CAPS)
+        self.runner._launch(self.width)
 
 
 def test_engine_over_recorded_ticks_is_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,12 +159,12 @@ def test_engine_over_recorded_ticks_is_the_engine(monkeypatch: pytest.MonkeyPatc
     recorded: list[tuple[int, Any]] = []
 
     class Recorder(Runner):
-        def _launch(self, width: int, caps: Any) -> None:
+        def _launch(self, width: int) -> None:
             if recording:
                 recording[-1].runner, recording[-1].width = self, width
                 recorded[-1] = (width, recorded[-1][1])
             else:
-                super()._launch(width, caps)
+                super()._launch(width)
 
     recording: list[Recording] = []
 
@@ -184,7 +188,7 @@ def test_engine_over_recorded_ticks_is_the_engine(monkeypatch: pytest.MonkeyPatc
 
     machine, plain = engine(6), engine(6)
     machine._runner = Recorder(model(), machine._state, 6, graphs=False)
-    machine._runner._record()
+    machine._runner._capture()
     assert recorded == [(6, None), (4, "the pool"), (2, "the pool"), (1, "the pool")]
     assert machine._runner.widths == [1, 2, 4, 6]
 
@@ -195,9 +199,9 @@ def test_engine_over_recorded_ticks_is_the_engine(monkeypatch: pytest.MonkeyPatc
     for frame in speech(2, 3):
         heard = []
         for one in (machine, plain):
-            for seat in one._seats[1:3]:
-                assert seat is not None
-                one.feed(seat.slot, frame)
+            for state in one._open[1:3]:
+                assert state is not None
+                one.feed(state.slot, frame)
             heard.append(one.step())
         for ours, theirs in zip(*heard, strict=True):
             assert ours.slot == theirs.slot

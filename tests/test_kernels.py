@@ -13,16 +13,20 @@ import torch
 from golden import CONFIG
 
 from personaplex.config import STREAMS, TransformerConfig
-from personaplex.model import ring as rings
-from personaplex.model.layers import RMS_EPS, angles, rms_norm, silu_multiply
+from personaplex.kernels import kvring
+from personaplex.kernels import torch_reference as reference
+from personaplex.kernels.constants import RMS_EPS
+from personaplex.kernels.int8 import Int8Matrix, quantize_vectors
 from personaplex.model.lm import LM
-from personaplex.model.quantize import Int8Matrix
 from personaplex.model.ring import Ring
-from personaplex.model.sampling import SamplingState, draw_keys, log_noise
+from personaplex.model.sampling import SamplingState
+from personaplex.model.self_attention import rope
 
 pytest.importorskip("triton")
 
-from personaplex.model import attention, int8, pointwise
+from personaplex.kernels import triton_attention as attention
+from personaplex.kernels import triton_int8 as int8
+from personaplex.kernels import triton_pointwise as pointwise
 
 CPU = torch.device("cpu")
 LAYER = 1
@@ -37,7 +41,7 @@ def filled_ring(config: TransformerConfig, offsets: list[int], kind: torch.dtype
         assert ring.k_scale is not None
         assert ring.v_scale is not None
         for codes, scales, numbers in [(ring.k, ring.k_scale, k), (ring.v, ring.v_scale, v)]:
-            new_codes, new_scales = rings.quantise(numbers)
+            new_codes, new_scales = quantize_vectors(numbers)
             codes.copy_(new_codes)
             scales.copy_(new_scales)
     else:
@@ -74,13 +78,13 @@ def test_ring_attention(kind: torch.dtype, steps: int, capacity: int) -> None:
     twin = copied(ring)
     dtype = torch.float32 if kind == torch.int8 else kind
     qkv = torch.randn(len(offsets), steps, 3, 2, 24, generator=torch.Generator().manual_seed(9)).to(dtype)
-    turn = angles(config, ring.offset[:, None] + torch.arange(steps))
+    angles = rope(config, ring.offset[:, None] + torch.arange(steps))
     everyone = torch.ones(len(offsets), dtype=torch.bool)
-    expected = rings.attend(ring, LAYER, qkv, turn, rings.window(ring, steps, everyone))
+    expected = reference.attend(ring, LAYER, qkv, angles, kvring.window(ring, steps, everyone))
     limit = 1e-2 if kind == torch.bfloat16 else 3e-6
     for chunk, block in [(16, 16), (64, 64)]:  # the latter: all in one piece
         written = copied(twin)
-        ours = attention.attend(written, LAYER, qkv, turn, everyone, chunk=chunk, block=block)
+        ours = attention.attend(written, LAYER, qkv, angles, everyone, chunk=chunk, block=block)
         assert ours.shape == expected.shape
         assert (ours - expected).abs().max() < limit
     for part, other in zip(ring.contents, written.contents, strict=True):
@@ -92,13 +96,19 @@ def test_ring_attention_does_not_depend_on_its_neighbours() -> None:
     config = TransformerConfig(dim=32, layers=2, heads=2, hidden=1, context=40)
     ring = filled_ring(config, [30, 90, 3], torch.float32)
     qkv = torch.randn(3, 1, 3, 2, 16, generator=torch.Generator().manual_seed(9))
-    turn = angles(config, ring.offset[:, None])
+    angles = rope(config, ring.offset[:, None])
     everyone = torch.ones(3, dtype=torch.bool)
-    whole = attention.attend(copied(ring), LAYER, qkv, turn, everyone, chunk=16, block=8)
+    whole = attention.attend(copied(ring), LAYER, qkv, angles, everyone, chunk=16, block=8)
     for row in range(3):
         one = slice(row, row + 1)
         alone = attention.attend(
-            *(copied(ring).rows(row, row + 1), LAYER, qkv[one], (turn[0][one], turn[1][one]), everyone[one]),
+            *(
+                copied(ring).rows(row, row + 1),
+                LAYER,
+                qkv[one],
+                (angles[0][one], angles[1][one]),
+                everyone[one],
+            ),
             chunk=16,
             block=8,
         )
@@ -111,13 +121,13 @@ def test_ring_attention_leaves_alone_who_takes_no_part(chunk: int) -> None:
     config = TransformerConfig(dim=32, layers=2, heads=2, hidden=1, context=40)
     ring = filled_ring(config, [30, 90, 3], torch.float32)
     qkv = torch.randn(3, 1, 3, 2, 16, generator=torch.Generator().manual_seed(9))
-    turn = angles(config, ring.offset[:, None])
+    angles = rope(config, ring.offset[:, None])
     sizes = {"chunk": chunk, "block": 8}
-    whole = attention.attend(copied(ring), LAYER, qkv, turn, torch.ones(3, dtype=torch.bool), **sizes)
+    whole = attention.attend(copied(ring), LAYER, qkv, angles, torch.ones(3, dtype=torch.bool), **sizes)
     for part in ring.contents:
         part[1] = torch.nan
     before = copied(ring)
-    some = attention.attend(ring, LAYER, qkv, turn, torch.tensor([True, False, True]), **sizes)
+    some = attention.attend(ring, LAYER, qkv, angles, torch.tensor([True, False, True]), **sizes)
     assert torch.equal(some[[0, 2]], whole[[0, 2]])
     assert (some[1] == 0).all()
     for part, old in zip(ring.contents, before.contents, strict=True):
@@ -132,7 +142,7 @@ def test_depth_attention(context: int) -> None:
     qkv = torch.randn(context, 3, 1, 3, heads, size, generator=torch.Generator().manual_seed(4))
     keys, values = torch.full((2, 3, heads, context, size), torch.nan).unbind(0)
     for step in range(context):
-        ours = attention.attend_step(qkv[step], keys, values, step)
+        ours = attention.attend_depth(qkv[step], keys, values, step)
         first = 1 if step + 1 == context else 0
         q, k, v = (qkv[: step + 1, :, 0, i].permute(1, 2, 0, 3) for i in range(3))
         expected = torch.nn.functional.scaled_dot_product_attention(
@@ -145,12 +155,12 @@ def test_depth_attention(context: int) -> None:
 def test_norm_and_gate(shape: tuple[int, ...]) -> None:
     x = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
     gain = torch.rand(shape[-1], generator=torch.Generator().manual_seed(2))
-    assert (pointwise.rms_norm(x, gain, RMS_EPS) - rms_norm(x, gain)).abs().max() < 2e-6
-    assert (pointwise.silu_multiply(x) - silu_multiply(x)).abs().max() < 2e-6
+    assert (pointwise.rms_norm(x, gain, RMS_EPS) - reference.rms_norm(x, gain, RMS_EPS)).abs().max() < 2e-6
+    assert (pointwise.silu_multiply(x) - reference.silu_multiply(x)).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_draw(kind: torch.dtype) -> None:
+def test_sample(kind: torch.dtype) -> None:
     """Every mixture of rules, ties included (bfloat16 has many): of equals the lowest ids are in."""
     random = torch.Generator().manual_seed(7)
     size, rows = 300, 10
@@ -160,12 +170,12 @@ def test_draw(kind: torch.dtype) -> None:
     keys = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=random)
     ranks = logits.float().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     score = logits.float() / torch.where(temperature > 0, temperature, 1.0)[:, None]
-    score = score - log_noise(keys, torch.arange(size))
+    score = score - reference.log_noise(keys, torch.arange(size))
     kept = ranks < torch.where(topk == 0, size, topk)[:, None]
     expected = torch.where(
         temperature > 0, score.masked_fill(~kept, -torch.inf).argmax(-1), logits.argmax(-1)
     )
-    assert pointwise.draw(logits, temperature, topk, keys).tolist() == expected.tolist()
+    assert pointwise.sample(logits, temperature, topk, keys).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -182,42 +192,42 @@ def test_embedding(kind: torch.dtype) -> None:
     assert torch.equal(ours, net.embed(tokens))
     assert (ours[0] == 0).all()
     part = torch.randint(-7, 8, (5, 2, CONFIG.lm.depth.dim), generator=random).to(kind)[:, 1]
-    row = pointwise.add_row(part, net.depformer_text_emb.weight, tokens[:, 0].contiguous())
+    row = pointwise.add_embedding(part, net.depformer_text_emb.weight, tokens[:, 0].contiguous())
     assert torch.equal(row, net.depth_input(0, part, tokens[:, 0]))
 
 
-def test_draw_keys() -> None:
+def test_noise_keys() -> None:
     random = torch.Generator().manual_seed(7)
     state = SamplingState.allocate(6, CPU)
     for seeds in (state.text_seed, state.audio_seed):
         seeds.random_(0, 2**63 - 1, generator=random)
     steps = torch.tensor([0, 1, 2, 3_000, 10_000, 2**40])
-    ours = pointwise.draw_keys(state.text_seed, state.audio_seed, steps, 9)
-    assert torch.equal(ours, draw_keys(state, steps, 9))
+    ours = pointwise.noise_keys(state.text_seed, state.audio_seed, steps, 9)
+    assert torch.equal(ours, reference.noise_keys(state.text_seed, state.audio_seed, steps, 9))
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 64, 40), (5, 300, 33), (70, 96, 64)])
-def test_int8_product(rows: int, inputs: int, outputs: int) -> None:
+def test_int8_matmul(rows: int, inputs: int, outputs: int) -> None:
     random = torch.Generator().manual_seed(5)
     x, weight = (torch.randn(n, inputs, generator=random) for n in (rows, outputs))
     residual = torch.randn(rows, outputs, generator=random)
     matrix = Int8Matrix.of(weight)
-    assert (matrix.numbers(torch.float32) - weight).abs().max() < 0.51 * matrix.scale.max()
-    expected = x @ matrix.numbers(torch.float32).t()
+    assert (matrix.dequantize(torch.float32) - weight).abs().max() < 0.51 * matrix.scale.max()
+    expected = x @ matrix.dequantize(torch.float32).t()
     assert (int8.matmul(x, matrix.codes, matrix.scale) - expected).abs().max() < 1e-4
     added = int8.matmul(x, matrix.codes, matrix.scale, residual.clone())
     assert (added - residual - expected).abs().max() < 1e-4
 
 
-def test_quantised_vectors_are_close() -> None:
+def test_quantized_vectors_are_close() -> None:
     """Half a code at most, over all magnitudes float16 scales can say; zeros stay zeros."""
     size = 10.0 ** torch.arange(-6, 6, dtype=torch.float32)
     x = torch.randn(12, 50, 64, generator=torch.Generator().manual_seed(2)) * size[:, None, None]
-    codes, scale = rings.quantise(x)
+    codes, scale = quantize_vectors(x)
     step = scale.float()[..., None]
     assert ((codes * step - x).abs() <= 0.5005 * step).all()
     assert (step[size > 1e-2] <= 1.001 * x[size > 1e-2].abs().amax(-1, keepdim=True) / 127).all()
-    codes, scale = rings.quantise(torch.zeros(2, 8))
+    codes, scale = quantize_vectors(torch.zeros(2, 8))
     assert torch.equal(codes * scale.float()[:, None], torch.zeros(2, 8))
 
 

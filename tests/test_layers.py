@@ -8,7 +8,10 @@ from golden import CONFIG, arrays, difference
 from torch import nn
 
 from personaplex.config import gated_hidden
-from personaplex.model.layers import LAYER_NORM_EPS, Table, angles, linear, rms_norm, rotate
+from personaplex.kernels.ops import add_embedding, linear, rms_norm
+from personaplex.kernels.torch_reference import apply_rope
+from personaplex.model.layers import LAYER_NORM_EPS, Embedding
+from personaplex.model.self_attention import rope
 
 
 def test_rms_norm_at_all_scales() -> None:
@@ -37,8 +40,8 @@ def test_gated_width(dim: int, feed_forward: int) -> None:
 def test_rope(offset: int) -> None:
     z = arrays("lm_stage")
     q, k = (torch.from_numpy(z[f"rope_{name}_in"]).transpose(1, 2) for name in "qk")
-    turn = angles(CONFIG.lm.temporal, torch.arange(offset, offset + q.shape[1])[None])
-    turned_q, turned_k = rotate(torch.stack([q, k], dim=2), *turn).unbind(2)
+    angles = rope(CONFIG.lm.temporal, torch.arange(offset, offset + q.shape[1])[None])
+    turned_q, turned_k = apply_rope(torch.stack([q, k], dim=2), angles).unbind(2)
     assert difference(turned_q.transpose(1, 2), z[f"rope_q_{offset}"]) < 2e-6
     assert difference(turned_k.transpose(1, 2), z[f"rope_k_{offset}"]) < 2e-6
 
@@ -54,8 +57,9 @@ def test_rows_do_not_depend_on_the_batch(inputs: int, outputs: int) -> None:
 
 
 def test_token_minus_one_embeds_as_zeros() -> None:
-    table = Table(5, 3)
+    table = Embedding(5, 3)
     table.weight.data.normal_()
     table.prepare()
-    assert torch.equal(table(torch.tensor([-1])), torch.zeros(1, 3))
-    assert torch.equal(table(torch.tensor([-2])), table(torch.tensor([0])))
+    found = add_embedding(torch.zeros(3, 3), table.weight, torch.tensor([-1, -2, 0]))
+    assert torch.equal(found[0], torch.zeros(3))
+    assert torch.equal(found[1], found[2])

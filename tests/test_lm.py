@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from personaplex.config import SILENCE_CODES, SINE_CODES, STREAMS, USER, EngineConfig, ModelConfig
 from personaplex.engine.engine import Engine
 from personaplex.engine.script import Script, compose, embed_voice
-from personaplex.model import Model, host, layers, lm, ring
+from personaplex.kernels import kvring, numba_cpu, ops
+from personaplex.model import Model, lm
 from personaplex.model.depth import DepthPass
 from personaplex.model.lm import LM, LMInputs, LMState
-from personaplex.model.sampling import Caps, SamplingState
+from personaplex.model.sampling import SamplingState
 from personaplex.voices import Voice
 
 HIDDEN, TEXT, AUDIO, KV = 2e-5, 5e-5, 2e-4, 8e-6
@@ -58,7 +59,7 @@ def stepped(net: LM, state: LMState, frames: torch.Tensor) -> None:
     sampling, active = SamplingState.allocate(slots, CPU), torch.ones(slots, dtype=torch.bool)
     given = torch.ones(slots, STREAMS, dtype=torch.bool)
     for frame in frames.t():
-        lm.step(net, state, LMInputs(frame.expand(slots, -1), given), sampling, active, Caps(0, 0), 8)
+        lm.step(net, state, LMInputs(frame.expand(slots, -1), given), sampling, active, 8)
 
 
 def prefilled(net: LM, state: LMState, script: Script, chunk: int) -> None:
@@ -97,7 +98,7 @@ def conversation(
             given[:, USER] = True
         for stream, token in forced_tokens(name, call).items():
             tokens[:, stream], given[:, stream] = token, True
-        yield lm.step(net, state, LMInputs(tokens, given), sampling, active, Caps(0, 0), depth_steps)
+        yield lm.step(net, state, LMInputs(tokens, given), sampling, active, depth_steps)
 
 
 def check_run(net: LM, state: LMState, name: str, vectors: dict[str, Any], depth_steps: int) -> None:
@@ -159,10 +160,10 @@ def test_a_step_does_not_wait_for_what_the_user_says() -> None:
             tokens = torch.randint(0, 2048, (2, STREAMS), generator=random)
             active = torch.tensor([True, call not in (0, 1, 4)])
             before, after = (
-                lm.step(net, state, inputs, sampling, active, Caps(0, 0), 8)
+                lm.step(net, state, inputs, sampling, active, 8)
                 for state, inputs in zip(both, (LMInputs(tokens, given), None), strict=True)
             )
-            lm.hear(net, both[1], tokens[:, USER], active)
+            lm.append_user_codes(net, both[1], tokens[:, USER], active)
             assert torch.equal(before.tokens[before.valid], after.tokens[after.valid])
             assert torch.equal(before.valid, after.valid)
             for name in ("tokens", "provided", "offset"):
@@ -174,7 +175,7 @@ def test_a_step_does_not_wait_for_what_the_user_says() -> None:
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Steps by Numba's kernels, or by torch, as where there is no Numba."""
     if request.param == "torch":
-        monkeypatch.setattr(layers, "uses_host_kernels", lambda _: False)
+        monkeypatch.setattr(ops, "uses_numba", lambda _: False)
     return bool(request.param == "numba")
 
 
@@ -188,21 +189,20 @@ def test_eight_depth_steps_are_enough_when_the_user_is_heard(name: str) -> None:
         check_run(net, state, name, vectors, depth_steps=8)
 
 
-def record(net: LM, compiled: bool, patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+def record(compiled: bool, patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """What each layer gives, one after the other, as the temporal transformer steps."""
     kept: list[torch.Tensor] = []
     if compiled:
-        step_layer = host.step_layer
+        step_layer = numba_cpu.step_layer
 
         def watched(x: Any, *rest: Any) -> None:
             step_layer(x, *rest)
             kept.append(torch.from_numpy(x.copy()))
 
-        patch.setattr(host, "step_layer", watched)
+        patch.setattr(numba_cpu, "step_layer", watched)
     else:
-        for layer in net.transformer.layers:
-            finish = layer.finish
-            layer.finish = lambda *parts, finish=finish: kept.append(finish(*parts)) or kept[-1]
+        finish = ops.finish_layer
+        patch.setattr(ops, "finish_layer", lambda *parts: kept.append(finish(*parts)) or kept[-1])
     return kept
 
 
@@ -214,7 +214,7 @@ def test_stages(compiled: bool) -> None:
         assert difference(x, z["embeddings"]) < 1e-6
         state, active = net.allocate(2), torch.ones(2, dtype=torch.bool)
         with pytest.MonkeyPatch.context() as patch:
-            kept = record(net, compiled, patch)
+            kept = record(compiled, patch)
             for position in range(x.shape[1]):
                 net.transformer.step(x[:, position].clone(), state.ring, active)
         assert len(kept) == 2 * x.shape[1]
@@ -244,7 +244,7 @@ def test_full_ring_shows_all_but_its_oldest_position() -> None:
     for capacity, steps in [(5, 1), (6, 2)]:
         for written in range(steps, 20, steps):
             queries = torch.arange(written - steps, written)[None]
-            seen = ring.visible(torch.tensor([written]), queries, capacity)[0]
+            seen = kvring.visible(torch.tensor([written]), queries, capacity)[0]
             for query, row in zip(range(written - steps, written), seen, strict=True):
                 expected = {
                     k % capacity

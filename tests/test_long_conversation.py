@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from personaplex.config import TransformerConfig
-from personaplex.model import ring as rings
-from personaplex.model.layers import angles, turned
+from personaplex.kernels.int8 import quantize_vectors
+from personaplex.kernels.ops import finish_layer
+from personaplex.kernels.torch_reference import apply_rope
 from personaplex.model.ring import Ring
+from personaplex.model.self_attention import rope
 from personaplex.model.temporal import Temporal
 
 CONFIG = TransformerConfig(dim=32, layers=1, heads=2, hidden=48, context=60)
@@ -37,17 +39,19 @@ def by_position(net: Temporal, x: torch.Tensor, kv: str) -> torch.Tensor:
     the ring is full, k > q + 1 - C.
     """
     layer, steps = net.layers[0], x.shape[1]
-    turn = angles(CONFIG, torch.arange(steps)[None])
-    q, k, v = (t[0].transpose(0, 1) for t in turned(layer.self_attn.project(layer.norm1(x)), turn))
+    qkv = layer.self_attn.project(layer.norm1(x))
+    angles = rope(CONFIG, torch.arange(steps)[None])
+    q, k = apply_rope(qkv[:, :, :2], angles)[0].transpose(0, 2).unbind(1)
+    v = qkv[0, :, 2].transpose(0, 1)
     if kv == "int8":
-        k, v = (codes * scale.float()[..., None] for codes, scale in map(rings.quantise, (k, v)))
+        k, v = (codes * scale.float()[..., None] for codes, scale in map(quantize_vectors, (k, v)))
     query = torch.arange(steps)[:, None]
     key = query - torch.arange(CONFIG.context)
     seen = (key >= 0) & ((query + 1 < CONFIG.context) | (key > query + 1 - CONFIG.context))
     keys, values = (t[:, key.clamp(min=0)] for t in (k, v))  # [heads, T, C, head_dim]
     scores = (q[:, :, None] * keys).sum(-1) * CONFIG.head_dim**-0.5
     weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1)
-    return layer.finish(x, (weights[..., None] * values).sum(2)[None])
+    return finish_layer(x, (weights[..., None] * values).sum(2)[None], layer.step_weights)
 
 
 def empty_ring(kv: str) -> Ring:

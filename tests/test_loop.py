@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
-from personaplex.engine.echo import EchoEngine, Place
+from personaplex.engine.echo import EchoEngine
+from personaplex.engine.interface import Slot
 from personaplex.engine.loop import Batch, Closed, EngineLoop, Event, Faulted, Ready, Refused, Reply
-from personaplex.engine.schedule import CATCH_UP_RATE, Lane, Waiting, plan
+from personaplex.engine.schedule import CATCH_UP_RATE, FrameQueue, PendingFrame, plan
 from personaplex.errors import EngineFault, NoCapacity, PromptTooLong, UnknownVoice
 from personaplex.persona import Persona
 
@@ -24,10 +25,10 @@ def _frame(value: float = 0.0) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.full(FRAME_SIZE, value, np.float32)
 
 
-def _lane(session: int, arrivals: list[float], live: bool = True, limit: int = 25) -> Lane:
-    lane = Lane(session, limit, live)
+def _lane(session: int, arrivals: list[float], live: bool = True, limit: int = 25) -> FrameQueue:
+    lane = FrameQueue(session, limit, live)
     for arrived in arrivals:
-        lane.put(Waiting(_frame(), arrived))
+        lane.put(PendingFrame(_frame(), arrived))
     return lane
 
 
@@ -57,8 +58,8 @@ def test_without_a_gather_window_each_frame_runs_on_arrival() -> None:
 
 
 def test_a_full_inbox_drops_its_oldest_frame() -> None:
-    lane = Lane(0, 2, True)
-    assert [lane.put(Waiting(_frame(), arrived)) for arrived in (0.0, 1.0, 2.0, 3.0)] == [
+    lane = FrameQueue(0, 2, True)
+    assert [lane.put(PendingFrame(_frame(), arrived)) for arrived in (0.0, 1.0, 2.0, 3.0)] == [
         False,
         False,
         True,
@@ -69,10 +70,10 @@ def test_a_full_inbox_drops_its_oldest_frame() -> None:
 
 def test_a_lane_catches_up_quickly_but_never_takes_more_than_its_share() -> None:
     """Frames without end from one client: a burst at once, then little more than real time."""
-    lane, now, run = Lane(0, 25, True), 100.0, []
+    lane, now, run = FrameQueue(0, 25, True), 100.0, []
     while now < 110.0:
         while len(lane.frames) < lane.limit:
-            lane.put(Waiting(_frame(), now))
+            lane.put(PendingFrame(_frame(), now))
         found = plan([lane], now, 0.0)
         if found.step:
             lane.take(now)
@@ -155,9 +156,8 @@ def test_frames_come_back_in_order_with_their_marks(loop: EngineLoop, ear: Ear) 
     ear.wait(lambda: len(ear.of(Reply)) == 10)
     replies = ear.of(Reply, session)
     assert [reply.mark for reply in replies] == list(range(100, 110))
-    assert [reply.spoken.frame for reply in replies] == list(range(10))
-    assert [reply.spoken.pcm[0] for reply in replies] == [0.0, *range(9)]  # one frame late, as the model
-    assert loop.counters.frames_in == loop.counters.frames_out == 10
+    assert [reply.output.frame for reply in replies] == list(range(10))
+    assert [reply.output.pcm[0] for reply in replies] == [0.0, *range(9)]  # one frame late, as the model
 
 
 def test_sessions_share_ticks(loop: EngineLoop, ear: Ear) -> None:
@@ -172,9 +172,9 @@ def test_frames_pushed_before_the_prompt_is_done_wait_for_it(ear: Ear) -> None:
     gate = threading.Event()
 
     class Slow(EchoEngine):
-        def prime(self) -> Place | None:
+        def prefill(self) -> Slot | None:
             gate.wait(5)
-            return super().prime()
+            return super().prefill()
 
     loop = _start(ear, lambda: Slow(1))
     session = loop.open(Persona())
@@ -191,12 +191,12 @@ def test_a_long_prompt_runs_in_pieces_between_ticks(ear: Ear) -> None:
     order: list[str] = []
 
     class Pieces(EchoEngine):
-        def prime(self) -> Place | None:
+        def prefill(self) -> Slot | None:
             if self._waiting[0].index == 0:
-                return super().prime()
+                return super().prefill()
             order.append("piece")
             loop.push(first, _frame())  # as if it came while the piece ran
-            return super().prime() if order.count("piece") == 20 else None
+            return super().prefill() if order.count("piece") == 20 else None
 
         def step(self) -> Any:
             order.append("tick")
@@ -260,7 +260,7 @@ def test_a_slot_is_never_closed_during_a_step(ear: Ear) -> None:
             calls.append("step ends")
             return super().step()
 
-        def close(self, slot: Place) -> None:
+        def close(self, slot: Slot) -> None:
             calls.append("close")
             super().close(slot)
 

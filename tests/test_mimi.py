@@ -12,7 +12,7 @@ from golden import CONFIG, CPU, GOLDEN, arrays, build_mimi, difference
 from safetensors.torch import load_file
 
 from personaplex.config import CODEBOOKS, FRAME_SIZE, PRESET_7B
-from personaplex.model import conv, layers
+from personaplex.kernels import ops
 from personaplex.model import mimi as codec
 from personaplex.model.mimi import Mimi
 from personaplex.model.rvq import SplitQuantizer
@@ -195,7 +195,7 @@ def test_convolutions_as_a_device_does_them(
     weight = torch.randn(7, 5, kernel, generator=random)
     offset = torch.randn(7, generator=random) if bias else None
     expected = torch.nn.functional.conv1d(x, weight, offset, stride)
-    monkeypatch.setattr(layers, "uses_kernels", lambda _: True)
-    ours = conv.convolve(x, weight, offset, stride)
+    monkeypatch.setattr(ops, "uses_triton", lambda _: True)
+    ours = ops.conv1d(x, weight, offset, stride)
     assert ours.shape == expected.shape == (3, 7, columns)
     assert (ours - expected).abs().max() < 1e-5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, cast
 
 import numpy as np
@@ -10,12 +11,11 @@ import torch
 
 from deployments import models
 from deployments.settings import Settings
-from personaplex import server
-from personaplex.config import FRAME_SIZE, PRESET_7B, EngineConfig
+from personaplex import loading, server, sizing
+from personaplex.config import FRAME_SIZE, PRESET_7B, PRESET_TINY, EngineConfig
 from personaplex.engine.engine import Engine
 from personaplex.errors import ConfigError
-from personaplex.model.offload import gpu_budget
-from personaplex.model.quantize import Int8Matrix
+from personaplex.kernels.int8 import Int8Matrix
 from personaplex.persona import Persona
 
 TINY: dict[str, Any] = {"model": "tiny", "device": "cpu", "slots": 2}
@@ -63,12 +63,75 @@ def test_flags_of_the_server_are_settings_of_the_same_name() -> None:
         server._settings(server._parser().parse_args(["--kv", "int4"]))
 
 
-def test_offloading_knows_what_int8_sessions_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 7B, by hand: 32 layers, 3000 positions, 4096 numbers and 32 scales, keys and values."""
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (24 * 2**30, 24 * 2**30))
-    places = 2 * 32 * 3_000
-    budgets = {
-        kv: gpu_budget(PRESET_7B.lm, 4, torch.device("cpu"), torch.bfloat16, kv) for kv in ("auto", "int8")
-    }
-    assert budgets["auto"] == 24 * 2**30 - 4 * places * 4_096 * 2 - 2**30
-    assert budgets["int8"] == 24 * 2**30 - 4 * places * (4_096 + 32 * 2) - 2**30
+def test_more_slots_than_fit_are_refused_with_the_number_that_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a tensor is read; the number it names is taken, and one more is not."""
+    spec = sizing.footprint(PRESET_TINY, "float32")
+    room = spec.weights + sizing.HOST_WORKSPACE + EngineConfig.voice_cache * spec.voice + 3 * spec.session
+    monkeypatch.setattr(loading, "free_memory", lambda _: room + 1_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load_model", lambda *_: pytest.fail("weights were read"))
+        with pytest.raises(ConfigError, match="4 slots do not fit, 3 would"):
+            models.load(Settings.load({**TINY, "slots": 4}))
+    assert models.load(Settings.load({**TINY, "slots": 3})).engine.slots == 3
+    monkeypatch.setattr(loading, "free_memory", lambda _: spec.weights)
+    with pytest.raises(ConfigError, match="no slot fits"):
+        models.load(Settings.load({**TINY, "slots": 1}))
+
+
+def resolved(device: str, **spec: Any) -> loading.Resolved:
+    """7B where nothing is downloaded and no card is needed: only sizes are asked for."""
+    tiny = loading.resolve(loading.ModelSpec("tiny", device="cpu", **spec))
+    checkpoint = dataclasses.replace(tiny.checkpoint, config=PRESET_7B)
+    return dataclasses.replace(tiny, checkpoint=checkpoint, device=torch.device(device), dtype=torch.bfloat16)
+
+
+def test_auto_is_what_a_card_holds_and_can_read_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200 memory decides, on an L40S the time to read the windows, as `python -m k8s slots` says."""
+    card = {"memory": 139 * 10**9, "bandwidth": 4.8e12}
+    monkeypatch.setattr(loading, "free_memory", lambda _: card["memory"])
+    monkeypatch.setattr(loading, "bandwidth", lambda _: card["bandwidth"])
+    found, config = resolved("cuda"), EngineConfig()
+    large = found.slots(config)
+    assert large == found.footprint.slots(card["memory"], voices=config.voice_cache)
+    assert resolved("cuda", kv="int8").slots(config) > 1.7 * large
+    assert found.slots(EngineConfig(voice_memory="host")) > large
+    found.check_memory(EngineConfig(slots=large))
+    with pytest.raises(ConfigError, match=f"{large + 1} slots do not fit, {large} would"):
+        found.check_memory(EngineConfig(slots=large + 1))
+    card |= {"memory": 47 * 10**9, "bandwidth": 864e9}
+    assert found.slots(config, live=False) > found.slots(config) == found.footprint.slots_in_time(864e9)
+    card["memory"] = 16 * 10**9
+    with pytest.raises(ConfigError, match="no slot fits"):
+        found.slots(config)
+
+
+def test_auto_is_for_one_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="python -m k8s slots"):
+        Settings.load({"slots": "auto"})
+    monkeypatch.setenv("PERSONAPLEX_SLOTS", "auto")
+    with pytest.raises(ConfigError, match="python -m k8s slots"):
+        Settings.load({})
+    with pytest.raises(ConfigError, match="give a number"):
+        models.slots_that_fit(Settings.load(TINY))  # on a CPU
+    with pytest.raises(ConfigError, match="give a number"):
+        models.slots_that_fit(Settings.load({"model": "echo", "slots": 1}))
+
+
+@pytest.mark.parametrize("asked", [["--slots", "auto"], ["--set", "slots=auto"]])
+def test_the_server_puts_a_number_in_the_place_of_auto(
+    monkeypatch: pytest.MonkeyPatch, asked: list[str]
+) -> None:
+    monkeypatch.setattr(server, "_slots_that_fit", lambda settings: 7 if settings.kv == "int8" else 3)
+    assert server._settings(server._parser().parse_args([*asked, "--kv", "int8"])).slots == 7
+
+
+def test_a_bfloat16_model_speaks_on_a_cpu() -> None:
+    """Where no kernel takes the operands torch does the work, sampling included."""
+    engine = _engine(dtype="bfloat16", slots=1)
+    slot = engine.open(Persona())
+    engine.feed(slot, np.zeros(FRAME_SIZE, np.float32))
+    assert engine.step()[0].tokens.shape == (17,)
+
+
+def test_page_cache_does_not_count_as_taken() -> None:
+    assert loading._inactive_file("anon 5\ninactive_file 4096\nactive_file 7\n") == 4096

@@ -14,9 +14,11 @@ import pytest
 import soundfile
 from golden import GOLDEN, arrays
 
-from personaplex import offline
+from personaplex import loading, offline, sizing
+from personaplex.config import PRESET_TINY
 from personaplex.errors import BadAudio, ConfigError
-from personaplex.offline import choose_device, main
+from personaplex.loading import choose_device
+from personaplex.offline import main
 from personaplex.offline_io import Conversation, Job, plan_jobs
 from personaplex.tokenlog import TokenLog
 
@@ -97,6 +99,27 @@ def tiny_run(tmp_path: Path, name: str, *options: str) -> np.ndarray:
     assert main([*TINY, "--input-wav", str(tmp_path / "user.wav"), *outputs(folder), *options]) == 0
     tokens: np.ndarray = np.load(folder / "agent.npz")["tokens"]
     return tokens
+
+
+def test_auto_runs_as_many_at_once_as_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for two sessions: both are used, a third is refused, and nothing changes in what is said."""
+    planned = sizing.footprint(PRESET_TINY, "float32")
+    room = planned.weights + sizing.HOST_WORKSPACE + planned.voice + 2 * planned.session
+    monkeypatch.setattr(loading, "free_memory", lambda _: room)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("one", "two", "three"):
+        sine(folder / f"{name}.wav", 0.4)
+    asked: list[int] = []
+    engine = loading.Parts.engine
+    monkeypatch.setattr(
+        loading.Parts, "engine", lambda self, config: asked.append(config.slots) or engine(self, config)
+    )
+    command = [*TINY, "--input-wav", str(folder), "--output-wav", str(tmp_path / "out"), "--batch-size"]
+    assert main([*command, "auto"]) == 0
+    assert asked == [2]
+    assert main([*command, "3"]) == 2
+    assert asked == [2]
 
 
 def test_seed_voice_and_role_decide_the_conversation(

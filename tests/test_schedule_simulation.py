@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from personaplex.config import FRAME_SECONDS
-from personaplex.engine.schedule import CATCH_UP_RATE, Lane, Waiting, plan
+from personaplex.engine.schedule import CATCH_UP_RATE, FrameQueue, PendingFrame, plan
 from personaplex.engine.steptimes import StepTimes
 
 STEPS = StepTimes.load(Path(__file__).parent.parent / "benchmarks" / "results" / "steps-example.json")
@@ -31,7 +31,7 @@ def simulate(
     arrivals: list[np.ndarray], tick: Callable[[int], float], limit: int = 5, gather: float = GATHER
 ) -> Run:
     """Frames of session i come at arrivals[i]; `tick` gives the seconds of a step over so many sessions."""
-    lanes = [Lane(index, limit, live=True) for index in range(len(arrivals))]
+    lanes = [FrameQueue(index, limit, live=True) for index in range(len(arrivals))]
     events = sorted((at, index) for index, times in enumerate(arrivals) for at in times)
     run, now, done = Run([[] for _ in lanes], [], [0] * len(lanes)), 0.0, 0
 
@@ -39,7 +39,7 @@ def simulate(
         nonlocal done
         while done < len(events) and events[done][0] <= until:
             at, index = events[done]
-            run.dropped[index] += lanes[index].put(Waiting(PCM, at))
+            run.dropped[index] += lanes[index].put(PendingFrame(PCM, at))
             done += 1
 
     while True:

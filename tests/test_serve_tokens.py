@@ -73,11 +73,11 @@ def _offline(engine: Engine, persona: Persona, client: Client) -> TokenLog:
     frames = client.decoded()
     key = persona, np.stack(frames).tobytes()
     if key not in _logs:
-        slot = engine.open(persona)
+        slot, log = engine.open(persona), TokenLog()
         for frame in frames:
             engine.feed(slot, frame)
-            engine.step()
-        _logs[key] = engine.log(slot)
+            log.append(engine.step()[0].tokens)
+        _logs[key] = log
         engine.close(slot)
     return _logs[key]
 

@@ -165,7 +165,7 @@ def test_a_tick_is_held_for_its_sessions_and_what_they_remember() -> None:
     made = engine(clock)
     slots = [made.admit(Persona(text_prompt="")) for _ in range(2)]
     for slot in slots:
-        while made.prime() != slot:
+        while made.prefill() != slot:
             pass
     began = clock.now
     made.feed(slots[0], FRAME)
@@ -184,7 +184,7 @@ def test_a_window_stops_growing_when_it_is_full() -> None:
     clock = Clock()
     made = engine(clock, table(contexts=[0, WINDOW], tick_ms=[[1, 2, 4], [10, 20, 40]]))
     slot = made.admit(Persona())
-    while made.prime() != slot:
+    while made.prefill() != slot:
         pass
     for _ in range(WINDOW):
         made.feed(slot, FRAME)
@@ -204,7 +204,7 @@ def test_a_prompt_comes_in_pieces_and_a_known_voice_is_not_run_again() -> None:
         slot, taken = made.admit(persona), []
         while True:
             began = clock.now
-            ready = made.prime()
+            ready = made.prefill()
             taken.append(clock.now - began)
             if ready == slot:
                 return taken
@@ -220,14 +220,14 @@ def test_only_so_many_voices_are_kept() -> None:
     made = engine(Clock(), voice_cache=1)
     for voice in ("NATF0", "NATF1", "NATF0"):
         slot = made.admit(Persona(voice=voice))
-        while made.prime() != slot:
+        while made.prefill() != slot:
             pass
         made.close(slot)
     assert (made.usage.voice_hits, made.usage.voice_misses) == (0, 3)
     assert made.usage.positions == 0
 
 
-def test_slots_end_and_a_closed_one_is_never_primed_nor_stepped() -> None:
+def test_slots_end_and_a_closed_one_is_never_prefilled_nor_stepped() -> None:
     made = engine(Clock(), slots=2)
     first, second = made.admit(Persona()), made.admit(Persona())
     with pytest.raises(NoCapacity):
@@ -235,10 +235,10 @@ def test_slots_end_and_a_closed_one_is_never_primed_nor_stepped() -> None:
     made.close(first)
     made.close(first)
     assert made.free == 1
-    while (ready := made.prime()) is None:
+    while (ready := made.prefill()) is None:
         pass
     assert ready == second
     made.feed(second, FRAME)
     made.close(second)
     assert made.step() == []
-    assert made.prime() is None
+    assert made.prefill() is None

@@ -18,9 +18,9 @@ from torch import Tensor
 from personaplex.config import PRESET_7B, PRESET_TINY, EngineConfig, Sampling
 from personaplex.engine.engine import Engine
 from personaplex.errors import CheckpointError
+from personaplex.kernels.ops import linear
 from personaplex.model import Model
 from personaplex.model.hub import resolve
-from personaplex.model.layers import linear
 from personaplex.model.lm import LM
 from personaplex.model.mimi import Mimi
 from personaplex.model.offload import place, resident_bytes

@@ -1,8 +1,8 @@
-"""An engine without a model: each slot says back what it hears, one frame late, as the model would.
+"""An engine without a model: each slot returns what it hears, one frame late, as the model would.
 
-Stands in for the model where only the service is under test or measurement (load tests on machines without
-an accelerator, the serving benchmark, protocol tests). It keeps the engine's laws: slots, generations, typed
-refusals, one frame per slot and tick. Needs numpy only.
+Stands in for the model where only the service is tested or measured (load tests on machines without an
+accelerator, the serving benchmark, protocol tests). Slots, generations, typed refusals and one frame per slot
+and tick are the engine's. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -13,37 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from personaplex.config import AGENT, FRAME_SIZE, SILENCE_CODES, SINE_CODES, STREAMS, TEXT_PAD, USER
-from personaplex.engine.interface import Pcm, Tokens, Usage
+from personaplex.engine.interface import Output, Pcm, Slot, Usage
 from personaplex.errors import NoCapacity, PromptTooLong, UnknownVoice
 from personaplex.persona import VOICES, Persona
 
 CHARACTERS_PER_TOKEN = 4  # how text length is counted where there is no tokenizer
 
 
-@dataclass(frozen=True)
-class Place:
-    """A slot: its number, and how often it was given away before."""
-
-    index: int
-    generation: int
-
-
-@dataclass(frozen=True)
-class Echo:
-    """One frame said back."""
-
-    slot: Place
-    frame: int
-    pcm: Pcm
-    tokens: Tokens
-    text: str = ""
-
-
 @dataclass
-class _Voice:
-    """What one open slot remembers."""
+class _SlotState:
+    """What one open slot has heard."""
 
-    place: Place
+    slot: Slot
     heard: Pcm | None = None  # fed, not yet stepped
     last: Pcm | None = None
     frames: int = 0
@@ -53,10 +34,10 @@ class EchoEngine:
     """See the module; the interface is that of `interface.Stepper`."""
 
     def __init__(self, slots: int, prompt_tokens: int = 1_000) -> None:
-        self._open: dict[int, _Voice] = {}
+        self._open: dict[int, _SlotState] = {}
         self._unused = list(range(slots))  # lowest first
         self._generation = [0] * slots
-        self._waiting: deque[Place] = deque()
+        self._waiting: deque[Slot] = deque()
         self._prompt_tokens = prompt_tokens
 
     @property
@@ -72,7 +53,7 @@ class EchoEngine:
         """It remembers one frame a slot and has no prompts."""
         return Usage(positions=len(self._open))
 
-    def admit(self, persona: Persona) -> Place:
+    def admit(self, persona: Persona) -> Slot:
         """Takes the lowest free slot. Raises UnknownVoice, PromptTooLong, NoCapacity."""
         if persona.voice not in VOICES:
             raise UnknownVoice("this voice is not in the library")
@@ -82,45 +63,45 @@ class EchoEngine:
             raise NoCapacity("every slot is taken")
         index = min(self._unused)
         self._unused.remove(index)
-        place = Place(index, self._generation[index])
-        self._open[index] = _Voice(place)
-        self._waiting.append(place)
-        return place
+        slot = Slot(index, self._generation[index])
+        self._open[index] = _SlotState(slot)
+        self._waiting.append(slot)
+        return slot
 
-    def prime(self) -> Place | None:
-        """There is no prompt to run: the oldest waiting slot is ready."""
+    def prefill(self) -> Slot | None:
+        """There is no prompt to run: the oldest waiting slot is live."""
         while self._waiting:
-            place = self._waiting.popleft()
-            if self._holds(place):
-                return place
+            slot = self._waiting.popleft()
+            if self._holds(slot):
+                return slot
         return None
 
-    def feed(self, slot: Place, frame: Pcm) -> None:
+    def feed(self, slot: Slot, frame: Pcm) -> None:
         assert self._holds(slot), "a frame for a slot that was closed"
-        voice = self._open[slot.index]
-        assert voice.heard is None, "a second frame before the tick"
+        state = self._open[slot.index]
+        assert state.heard is None, "a second frame before the tick"
         assert frame.shape == (FRAME_SIZE,), "one frame is float32 [1920]"
-        voice.heard = frame
+        state.heard = frame
 
-    def step(self) -> list[Echo]:
+    def step(self) -> list[Output]:
         """One tick: what each fed slot heard the tick before, silence at its first."""
-        return [self._say(voice) for voice in self._open.values() if voice.heard is not None]
+        return [self._output(state) for state in self._open.values() if state.heard is not None]
 
-    def close(self, slot: Place) -> None:
+    def close(self, slot: Slot) -> None:
         """Frees the slot; a slot already closed, or given to someone else since, is left alone."""
         if self._holds(slot):
             del self._open[slot.index]
             self._generation[slot.index] += 1
             self._unused.append(slot.index)
 
-    def _holds(self, slot: Place) -> bool:
-        voice = self._open.get(slot.index)
-        return voice is not None and voice.place == slot
+    def _holds(self, slot: Slot) -> bool:
+        state = self._open.get(slot.index)
+        return state is not None and state.slot == slot
 
-    def _say(self, voice: _Voice) -> Echo:
-        pcm = voice.last if voice.last is not None else np.zeros(FRAME_SIZE, np.float32)
+    def _output(self, state: _SlotState) -> Output:
+        pcm = state.last if state.last is not None else np.zeros(FRAME_SIZE, np.float32)
         tokens = np.full(STREAMS, TEXT_PAD, np.int64)
         tokens[AGENT], tokens[USER] = SILENCE_CODES, SINE_CODES
-        echo = Echo(voice.place, voice.frames, pcm, tokens)
-        voice.last, voice.heard, voice.frames = voice.heard, None, voice.frames + 1
-        return echo
+        output = Output(state.slot, state.frames, pcm, tokens, tokens[USER])
+        state.last, state.heard, state.frames = state.heard, None, state.frames + 1
+        return output

@@ -1,15 +1,15 @@
-"""One tick as one call: recorded CUDA graphs on prefixes of slots, or the same work launched piece by piece.
+"""One tick as one call: CUDA graphs captured on prefixes of slots, or the same work launched eagerly.
 
 Frames go in and out through buffers of fixed address, pinned on the host where the device is CUDA. Between
-them a tick allocates nothing anew, waits for nothing and depends on the host for nothing but which prefix of
-slots it covers: sampling rules, ring offsets and the mask of active slots are read on the device. A graph is
-therefore recorded once a prefix, at start, and replayed for any mixture of sessions.
+them a tick allocates nothing, waits for nothing and takes nothing from the host but the prefix of slots it
+covers: sampling parameters, ring offsets and the mask of active slots are read on the device. One graph per
+prefix, captured at start, therefore serves any mixture of sessions.
 
-Recording itself needs a GPU and has not run on one yet (`benchmarks/gpu.py` will: it compares the two ways
-bit by bit). What is recorded has: tests run it on the CPU, kernels in Triton's interpreter, and on torch's
-meta device, which shows that it never asks for a value.
+Capture needs a GPU and has not run on one yet (`benchmarks/gpu.py` compares captured and eager ticks bit by
+bit). What is captured has run: tests run it on the CPU, kernels in Triton's interpreter, and on torch's meta
+device, which shows that it never reads a value on the host.
 
-Without graphs (on a CPU, with weights kept on the host, or when asked) `run` does the same through `step`.
+Without graphs (on a CPU, with offloaded weights, or when asked) `run` launches the same work eagerly.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from torch import Tensor
 from personaplex.config import CODEBOOKS, FRAME_SIZE, STREAMS
 from personaplex.engine.state import EngineState
 from personaplex.engine.step import step
+from personaplex.kernels import ops
 from personaplex.model import Model
-from personaplex.model.layers import Attention
-from personaplex.model.sampling import Caps
+from personaplex.model.self_attention import SelfAttention
 
-_WARM_UP = 2  # ticks before a recording: kernels are compiled and libraries set up outside of it
+_WARM_UP = 2  # eager ticks before each capture, which compile kernels and set up libraries outside of it
 
 
 @dataclass(frozen=True)
 class Frames:
-    """What one tick gave, in memory of its own: pcm float32 [width, 1920], tokens int64 [width, 17] and
-    user_codes int64 [width, 8]. Rows of slots that took no part hold anything.
+    """Output of one tick, in its own memory: pcm float32 [width, 1920], tokens int64 [width, 17] and
+    user_codes int64 [width, 8]. Rows of inactive slots are undefined.
     """
 
     pcm: NDArray[np.float32]
@@ -47,7 +47,7 @@ class Runner:
     """Runs the ticks of one engine over its state of `slots` slots."""
 
     def __init__(self, model: Model, state: EngineState, slots: int, graphs: bool) -> None:
-        """Records the graphs, if there are to be any: seconds, and memory for the widest tick."""
+        """Captures the graphs, if any: takes seconds, and memory for the widest tick."""
         self._model, self._state, self._slots = model, state, slots
         device = model.device
         self._on_gpu = device.type == "cuda"
@@ -57,18 +57,18 @@ class Runner:
         outputs = ((FRAME_SIZE, torch.float32), (STREAMS, torch.int64), (CODEBOOKS, torch.int64))
         self._outputs = [torch.zeros(slots, size, dtype=kind, device=device) for size, kind in outputs]
         self._results = [torch.zeros_like(t, device="cpu", pin_memory=self._on_gpu) for t in self._outputs]
-        self._beside = torch.cuda.Stream(device) if self._on_gpu else None
+        self._side_stream = torch.cuda.Stream(device) if self._on_gpu else None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        if graphs and self._on_gpu and not _offloaded(model):
-            self._record()
+        if graphs and self._on_gpu and ops.fixed_shapes(self._inputs[0]) and not _offloaded(model):
+            self._capture()
 
     @property
     def widths(self) -> list[int]:
-        """The prefixes there are graphs of, narrowest first; none when ticks are launched piece by piece."""
+        """The prefixes that have a graph, narrowest first; empty when ticks run eagerly."""
         return sorted(self._graphs)
 
-    def run(self, slots: list[int], caps: Caps) -> Frames:
-        """One tick over `slots` (ascending), whose frames are in `pcm`. Returns when it is done."""
+    def run(self, slots: list[int]) -> Frames:
+        """One tick over `slots` (ascending), whose frames are in `pcm`; blocks until it is done."""
         self._active.zero_()
         self._active[slots] = True
         width = slots[-1] + 1
@@ -81,7 +81,7 @@ class Runner:
                 for inner, outer in zip(self._inputs, (self.pcm, self._active), strict=True):
                     inner[:width].copy_(outer[:width], non_blocking=True)
             if graph is None:
-                self._launch(width, caps)
+                self._launch(width)
             else:
                 graph.replay()
             for outer, inner in zip(self._results, self._outputs, strict=True):
@@ -91,44 +91,40 @@ class Runner:
         pcm, tokens, user_codes = (result[:width].numpy().copy() for result in self._results)
         return Frames(pcm, tokens, user_codes)
 
-    def _launch(self, width: int, caps: Caps) -> None:
+    def _launch(self, width: int) -> None:
         """The work between the buffers."""
         pcm, active = (t[:width] for t in self._inputs)
-        out = step(self._model, self._state.rows(0, width), pcm, active, caps, self._beside)
+        out = step(self._model, self._state.rows(0, width), pcm, active, self._side_stream)
         for kept, new in zip(self._outputs, (out.pcm, out.tokens, out.user_codes), strict=True):
             kept[:width].copy_(new)
 
-    def _record(self) -> None:
-        """Widest first: the narrower graphs live in its memory, since no two of them ever run at once.
+    def _capture(self) -> None:
+        """Widest first: the narrower graphs share its memory pool, since no two of them ever run at once.
 
-        No slot is active meanwhile, so that nothing but garbage nobody reads is written to the state.
+        No slot is active meanwhile, so the state gains nothing but garbage that nobody reads.
         """
         device = self._model.device
         side, pool = torch.cuda.Stream(device), None
-        gc.collect()  # else what a collection frees on the device meanwhile could end a recording
+        gc.collect()  # a collection that frees device memory during a capture would abort it
         with torch.inference_mode():
             for width in reversed(prefixes(self._slots)):
                 side.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(side):
                     for _ in range(_WARM_UP):
-                        self._launch(width, NO_CAPS)
+                        self._launch(width)
                 torch.cuda.current_stream(device).wait_stream(side)
                 torch.cuda.synchronize(device)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"):
-                    self._launch(width, NO_CAPS)
+                    self._launch(width)
                 pool = graph.pool()
                 self._graphs[width] = graph
 
 
-NO_CAPS = Caps(0, 0)  # kernels find every slot's rule on the device
-
-
 def prefixes(slots: int) -> list[int]:
-    """Widths to record graphs for: powers of two to 16, then steps of at most half as much, then all slots.
+    """Widths to capture graphs for: powers of two to 16, then steps of at most half as much, then all slots.
 
-    The cost of a tick grows in steps with its width, mostly by its slots' rings, which are not read for slots
-    without a session; what a wider graph wastes is a few rows of the matrix products.
+    A wider graph than needed wastes only a few rows of the matmuls: rings of inactive slots are not read.
     """
     widths = [1, 2, 4, 8, 16]
     while widths[-1] < slots:
@@ -139,9 +135,9 @@ def prefixes(slots: int) -> list[int]:
 
 
 def _offloaded(model: Model) -> bool:
-    """Whether some weights stay on the host: every tick copies them then, which no graph should hold."""
+    """True when some weights stay on the host: every tick then copies them, which no graph should hold."""
     matrices: list[Tensor] = []
     for part in model.lm.transformer.modules():
-        if isinstance(part, Attention):
+        if isinstance(part, SelfAttention):
             matrices += [m for m in part.inputs if isinstance(m, Tensor)]
     return any(matrix.device != model.device for matrix in matrices)

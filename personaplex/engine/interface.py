@@ -1,14 +1,14 @@
-"""What every engine shows to the thread that owns it. Knows no torch, so that a stand-in needs none.
+"""The interface of every engine, and what goes in and out of it. Knows no torch.
 
-`Stepper` is met by `engine.Engine` (the model) and `echo.EchoEngine` (no model). An engine is not
-thread-safe: one thread owns it, and `step` is its only clock.
+`engine.Engine` (the model), `echo.EchoEngine` and `simulated.SimulatedEngine` (no model) implement `Stepper`.
+An engine is not thread-safe: one thread owns it, and `step` is its only clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,32 +20,43 @@ Tokens = npt.NDArray[np.int64]  # one frame's tokens, int64 [17]
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What an engine holds now, and how often it was spared a voice's prompt since it was made."""
+class Slot:
+    """The right to one place in an engine. The next session in the same place has a higher generation."""
 
-    positions: int = 0  # of prompts and conversation, remembered by all open slots together
+    index: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """One agent frame of one session.
+
+    `frame` counts from 0 at the end of the prompt; `pcm` is float32 [1920]; `tokens` int64 [17] is the
+    complete frame one step back (see lm.step), `user_codes` int64 [8] the user frame of this step; `text` is
+    "" for padding.
+    """
+
+    slot: Slot
+    frame: int
+    pcm: Pcm
+    tokens: Tokens
+    user_codes: npt.NDArray[np.int64]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an engine holds now, and how often its voice cache was hit since it was made."""
+
+    positions: int = 0  # of prompts and conversation, in the windows of all open slots together
     device_bytes: int = 0  # accelerator memory in use; 0 without one
     voice_hits: int = 0
     voice_misses: int = 0
-
-
-class Spoken(Protocol):
-    """One agent frame. `frame` counts from 0 in its session; `text` is empty for padding tokens."""
-
-    @property
-    def slot(self) -> Any: ...
-    @property
-    def frame(self) -> int: ...
-    @property
-    def pcm(self) -> Pcm: ...
-    @property
-    def tokens(self) -> Tokens: ...
-    @property
-    def text(self) -> str: ...
+    voices: tuple[str, ...] = ()  # cached, least recently used first: by name, a caller's own by digest
 
 
 class Stepper(Protocol):
-    """An engine. Slots are opaque, hashable, and never used again after `close`."""
+    """An engine."""
 
     @property
     def slots(self) -> int: ...
@@ -53,17 +64,29 @@ class Stepper(Protocol):
     def free(self) -> int: ...
     @property
     def usage(self) -> Usage: ...
-    def admit(self, persona: Persona) -> Any:
-        """Takes a slot and queues its prompt; NoCapacity, UnknownVoice, PromptTooLong, BadParameter."""
+    def admit(self, persona: Persona) -> Slot:
+        """Takes the lowest free slot and queues its prompt.
 
-    def prime(self) -> Any | None:
-        """Runs one bounded piece of the oldest waiting prompt; the slot when that made it ready."""
+        Raises NoCapacity, UnknownVoice, PromptTooLong or BadParameter, and then takes nothing.
+        """
 
-    def feed(self, slot: Any, frame: Pcm) -> None:
+    def prefill(self) -> Slot | None:
+        """Runs one bounded chunk of the oldest waiting prompt; the slot when that made it live."""
+
+    def feed(self, slot: Slot, frame: Pcm) -> None:
         """Hands over one frame; at most one unconsumed frame per slot."""
 
-    def step(self) -> Sequence[Spoken]:
-        """One tick over all ready slots that hold a frame."""
+    def step(self) -> Sequence[Output]:
+        """One tick over all live slots that hold a frame."""
 
-    def close(self, slot: Any) -> None:
+    def close(self, slot: Slot) -> None:
         """Frees the slot; idempotent."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A warm engine, what its model is called and the voices it knows."""
+
+    engine: Stepper
+    name: str
+    voices: Sequence[str]

@@ -1,11 +1,11 @@
-"""The one thread that owns an engine, and the only door to it from other threads.
+"""The one thread that owns an engine, and the only access to it from other threads.
 
 Contract: `open`, `push` and `close` may be called from any thread and never block on the engine. The thread
 sleeps until something arrives or a time it chose itself, plans a tick (`schedule.py`), runs it, then runs at
-most one piece of one waiting prompt, so that somebody joining never holds the others up by more than that.
-Everything it has to say goes through the one `deliver` callable, once per tick or prompt piece, on the
-engine's thread; a session's slot is closed only between ticks. The first error of the engine that is not a
-typed refusal ends the thread: a broken device is never used again.
+most one chunk of one waiting prompt, so that a joining session never delays the others by more than that.
+All events go through the one `deliver` callable, once per tick or prompt chunk, on the engine's thread; a
+session's slot is closed only between ticks. The first error of the engine that is not a typed refusal ends
+the thread: a broken device is never used again.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from personaplex.config import FRAME_SECONDS
-from personaplex.engine.interface import Pcm, Spoken, Stepper, Usage
-from personaplex.engine.schedule import Lane, Plan, Waiting, plan
+from personaplex.engine.interface import Output, Pcm, Slot, Stepper, Usage
+from personaplex.engine.schedule import FrameQueue, PendingFrame, Plan, plan
 from personaplex.errors import EngineFault, PersonaplexError
 from personaplex.persona import Persona
 
@@ -40,17 +40,16 @@ class Ready:
 
 @dataclass(frozen=True)
 class Reply:
-    """One agent frame, in answer to the user's frame pushed with `mark`, `waited_s` ago."""
+    """One agent frame, in answer to the user's frame pushed with `mark`."""
 
     session: int
-    spoken: Spoken
-    waited_s: float
+    output: Output
     mark: int
 
 
 @dataclass(frozen=True)
 class Refused:
-    """The engine did not take the session; it holds no slot."""
+    """The engine refused the session; it holds no slot."""
 
     session: int
     error: PersonaplexError
@@ -75,7 +74,7 @@ Event = Ready | Reply | Refused | Closed | Faulted
 
 @dataclass(frozen=True)
 class Batch:
-    """What one piece of work gave, how long it took and over how many slots it ran."""
+    """The events of one piece of work, how long it took and over how many slots it ran."""
 
     work: Literal["tick", "prefill", "control"]
     events: tuple[Event, ...]
@@ -85,10 +84,8 @@ class Batch:
 
 @dataclass
 class Counters:
-    """Totals since start; written by the loop, read by anybody."""
+    """Totals since start; written by the loop, read from any thread."""
 
-    frames_in: int = 0
-    frames_out: int = 0
     frames_dropped: int = 0  # by a full inbox
     frames_late: int = 0  # answered more than one frame after they were pushed
     frames_waiting: int = 0  # in all inboxes when the last tick began; not a total
@@ -100,8 +97,8 @@ class Counters:
 class _Session:
     persona: Persona
     opened: float
-    lane: Lane
-    slot: Any = None
+    queue: FrameQueue
+    slot: Slot | None = None
 
 
 @dataclass
@@ -110,8 +107,8 @@ class _Work:
 
     opens: list[_Session]
     closes: list[_Session]
-    step: list[tuple[_Session, Waiting]] = field(default_factory=list)
-    prime: bool = False
+    step: list[tuple[_Session, PendingFrame]] = field(default_factory=list)
+    prefill: bool = False
 
 
 class EngineLoop:
@@ -129,7 +126,7 @@ class EngineLoop:
         """`gather_s`: see `schedule.plan`. `inbox_limit`: frames a session may have waiting; beyond it the
         oldest is dropped and counted. `deliver` must not block and must not raise."""
         self.counters = Counters()
-        self.usage = Usage()  # of the engine; written by the loop, read by anybody
+        self.usage = Usage()  # of the engine; written by the loop, read from any thread
         self._make, self._deliver, self._clock = make, deliver, clock
         self._gather_s, self._inbox_limit = gather_s, inbox_limit
         self._numbers = itertools.count()
@@ -139,7 +136,7 @@ class EngineLoop:
         self._sessions: dict[int, _Session] = {}
         self._opens: list[_Session] = []
         self._closes: list[_Session] = []
-        self._priming = 0
+        self._prefilling = 0
         self._silent = 0  # live sessions without a frame
         self._gathering = False  # asleep only to let more frames join the tick
         self._stopping = False
@@ -166,7 +163,7 @@ class EngineLoop:
         with self._wake:
             self._raise_if_ended()
             number = next(self._numbers)
-            session = _Session(persona, self._clock(), Lane(number, self._inbox_limit))
+            session = _Session(persona, self._clock(), FrameQueue(number, self._inbox_limit))
             self._sessions[number] = session
             self._opens.append(session)
             self._wake.notify()
@@ -179,11 +176,10 @@ class EngineLoop:
             known = self._sessions.get(session)
             if known is None:
                 return
-            lane = known.lane
-            was_empty = not lane.frames
-            self.counters.frames_in += 1
-            self.counters.frames_dropped += lane.put(Waiting(frame, self._clock(), mark))
-            if lane.live and was_empty:
+            queue = known.queue
+            was_empty = not queue.frames
+            self.counters.frames_dropped += queue.put(PendingFrame(frame, self._clock(), mark))
+            if queue.live and was_empty:
                 self._silent -= 1
                 if self._silent == 0 or not self._gathering:
                     self._wake.notify()
@@ -194,7 +190,7 @@ class EngineLoop:
             known = self._sessions.pop(session, None)
             if known is None:
                 return
-            if known.lane.live and not known.lane.frames:
+            if known.queue.live and not known.queue.frames:
                 self._silent -= 1
             self._closes.append(known)
             self._wake.notify()
@@ -221,7 +217,7 @@ class EngineLoop:
             self._started.set_exception(error)
             return
         self._started.set_result(engine.slots)
-        slots: dict[Any, _Session] = {}
+        slots: dict[Slot, _Session] = {}
         try:
             while (work := self._next()) is not None:
                 self._pass(engine, slots, work)
@@ -239,8 +235,8 @@ class EngineLoop:
                 if self._stopping:
                     return None
                 now = self._clock()
-                found = plan((session.lane for session in self._sessions.values()), now, self._gather_s)
-                if self._opens or self._closes or self._priming or found.step:
+                found = plan((session.queue for session in self._sessions.values()), now, self._gather_s)
+                if self._opens or self._closes or self._prefilling or found.step:
                     self._busy_since = now
                     return self._take(found, now)
                 self._busy_since = None
@@ -249,79 +245,78 @@ class EngineLoop:
                 self._gathering = False
 
     def _take(self, found: Plan, now: float) -> _Work:
-        work = _Work(self._opens, self._closes, prime=self._priming > 0)
+        work = _Work(self._opens, self._closes, prefill=self._prefilling > 0)
         self._opens, self._closes = [], []
-        for lane in found.step:
-            work.step.append((self._sessions[lane.session], lane.take(now)))
-            self._silent += not lane.frames
+        for queue in found.step:
+            work.step.append((self._sessions[queue.session], queue.take(now)))
+            self._silent += not queue.frames
         if found.step:
-            self.counters.frames_waiting = sum(len(one.lane.frames) for one in self._sessions.values())
+            self.counters.frames_waiting = sum(len(one.queue.frames) for one in self._sessions.values())
         return work
 
-    def _pass(self, engine: Stepper, slots: dict[Any, _Session], work: _Work) -> None:
+    def _pass(self, engine: Stepper, slots: dict[Slot, _Session], work: _Work) -> None:
         if work.opens or work.closes:
             events = [self._open(engine, slots, session) for session in work.opens]
             events += [self._close(engine, slots, session) for session in work.closes]
             self._deliver(Batch("control", tuple(event for event in events if event is not None)))
         if work.step:
             self._tick(engine, slots, work)
-        if work.prime:
-            self._prime(engine, slots)
-        if work.opens or work.closes or work.prime or self.counters.ticks % USAGE_TICKS == 0:
+        if work.prefill:
+            self._prefill(engine, slots)
+        if work.opens or work.closes or work.prefill or self.counters.ticks % USAGE_TICKS == 0:
             self.usage = engine.usage
 
-    def _open(self, engine: Stepper, slots: dict[Any, _Session], session: _Session) -> Event | None:
+    def _open(self, engine: Stepper, slots: dict[Slot, _Session], session: _Session) -> Event | None:
         try:
             session.slot = engine.admit(session.persona)
         except EngineFault:
             raise
         except PersonaplexError as error:
             with self._wake:
-                self._sessions.pop(session.lane.session, None)
-            return Refused(session.lane.session, error)
+                self._sessions.pop(session.queue.session, None)
+            return Refused(session.queue.session, error)
         slots[session.slot] = session
         with self._wake:
-            self._priming += 1
+            self._prefilling += 1
         return None
 
-    def _close(self, engine: Stepper, slots: dict[Any, _Session], session: _Session) -> Event:
+    def _close(self, engine: Stepper, slots: dict[Slot, _Session], session: _Session) -> Event:
         if session.slot is not None:
             engine.close(session.slot)
             del slots[session.slot]
             with self._wake:
-                self._priming -= not session.lane.live
-        return Closed(session.lane.session)
+                self._prefilling -= not session.queue.live
+        return Closed(session.queue.session)
 
-    def _tick(self, engine: Stepper, slots: dict[Any, _Session], work: _Work) -> None:
+    def _tick(self, engine: Stepper, slots: dict[Slot, _Session], work: _Work) -> None:
         began = self._clock()
-        fed: dict[int, Waiting] = {}
+        fed: dict[int, PendingFrame] = {}
         for session, frame in work.step:
+            assert session.slot is not None
             engine.feed(session.slot, frame.pcm)
-            fed[session.lane.session] = frame
-        spoken = engine.step()
+            fed[session.queue.session] = frame
+        outputs = engine.step()
         now = self._clock()
         events: list[Event] = []
-        for one in spoken:
-            number = slots[one.slot].lane.session
-            waited = now - fed[number].arrived
-            self.counters.frames_late += waited > FRAME_SECONDS
-            events.append(Reply(number, one, waited, fed[number].mark))
+        for output in outputs:
+            number = slots[output.slot].queue.session
+            self.counters.frames_late += now - fed[number].arrived > FRAME_SECONDS
+            events.append(Reply(number, output, fed[number].mark))
         self.counters.ticks += 1
         self.counters.ticks_late += now - began > FRAME_SECONDS
-        self.counters.frames_out += len(events)
         self._deliver(Batch("tick", tuple(events), now - began, len(work.step)))
 
-    def _prime(self, engine: Stepper, slots: dict[Any, _Session]) -> None:
+    def _prefill(self, engine: Stepper, slots: dict[Slot, _Session]) -> None:
         began = self._clock()
-        slot = engine.prime()
+        slot = engine.prefill()
         now = self._clock()
         events: tuple[Event, ...] = ()
         if slot is not None:
             session = slots[slot]
             with self._wake:
-                self._priming -= 1
-                session.lane.live = True
-                if session.lane.session in self._sessions:
-                    self._silent += not session.lane.frames
-            events = (Ready(session.lane.session, now - session.opened),)
+                self._prefilling -= 1
+                session.queue.live = True
+                if session.queue.session in self._sessions:
+                    self._silent += not session.queue.frames
+            events = (Ready(session.queue.session, now - session.opened),)
         self._deliver(Batch("prefill", events, now - began, 1))

@@ -2,10 +2,10 @@
 
 Laws:
 
-1. A tick takes at most one frame of each lane, the oldest.
+1. A tick takes at most one frame of each queue, the oldest.
 2. A tick waits at most `gather_s` after the arrival of the oldest frame that may run, and not at all once
-   every live lane has a frame that may run: one tick over many slots costs little more than over one.
-3. A lane behind real time catches up by running faster than real time, but not for ever: it may run `burst`
+   every live queue has a frame that may run: one tick over many slots costs little more than over one.
+3. A queue behind real time catches up by running faster than real time, but not for ever: it may run `burst`
    frames at once, and over time CATCH_UP_RATE times real time. What a client sends beyond that is dropped
    from its inbox, oldest first, and costs the other sessions nothing.
 """
@@ -25,8 +25,8 @@ CATCH_UP_RATE = 1.05  # leaves room for a sound card whose clock runs fast
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """One user frame, float32 [1920], when it came, and a number its sender knows it by."""
+class PendingFrame:
+    """One user frame, float32 [1920], its arrival time, and the sender's number for it."""
 
     pcm: npt.NDArray[np.float32]
     arrived: float
@@ -34,17 +34,17 @@ class Waiting:
 
 
 @dataclass(slots=True)
-class Lane:
+class FrameQueue:
     """Frames of one session on their way to its slot. Times are seconds of one monotonic clock."""
 
     session: int
     limit: int  # frames that may wait
     live: bool = False  # its prompt is done
-    frames: deque[Waiting] = field(default_factory=deque)
-    due: float = 0.0  # when the lane's next frame is due at CATCH_UP_RATE
+    frames: deque[PendingFrame] = field(default_factory=deque)
+    due: float = 0.0  # when the queue's next frame is due at CATCH_UP_RATE
 
-    def put(self, frame: Waiting) -> bool:
-        """Adds a frame; True when the oldest had to go for it."""
+    def put(self, frame: PendingFrame) -> bool:
+        """Adds a frame; True when the oldest was dropped for it."""
         self.frames.append(frame)
         if len(self.frames) <= self.limit:
             return False
@@ -55,7 +55,7 @@ class Lane:
         """The earliest time law 3 lets the next frame run; it may lie in the past."""
         return self.due - self.limit * FRAME_SECONDS
 
-    def take(self, now: float) -> Waiting:
+    def take(self, now: float) -> PendingFrame:
         """Removes the oldest frame, for a tick at `now`."""
         self.due = max(self.due, now) + FRAME_SECONDS / CATCH_UP_RATE
         return self.frames.popleft()
@@ -63,26 +63,26 @@ class Lane:
 
 @dataclass(frozen=True)
 class Plan:
-    """Either lanes to step now, or the time to plan again (None: when something new arrives)."""
+    """Either queues to step now, or the time to plan again (None: when something new arrives)."""
 
-    step: tuple[Lane, ...] = ()
+    step: tuple[FrameQueue, ...] = ()
     again_at: float | None = None
 
 
-def plan(lanes: Iterable[Lane], now: float, gather_s: float) -> Plan:
-    """Applies the laws above to `lanes` at `now`; changes nothing."""
+def plan(queues: Iterable[FrameQueue], now: float, gather_s: float) -> Plan:
+    """Applies the laws above to `queues` at `now`; changes nothing."""
     live = waiting = 0
-    ready: list[Lane] = []
+    ready: list[FrameQueue] = []
     oldest = later = float("inf")
-    for lane in lanes:
-        live += lane.live
-        if not (lane.live and lane.frames):
+    for queue in queues:
+        live += queue.live
+        if not (queue.live and queue.frames):
             continue
         waiting += 1
-        allowed = lane.may_run_at()
+        allowed = queue.may_run_at()
         if allowed <= now:
-            ready.append(lane)
-            oldest = min(oldest, max(lane.frames[0].arrived, allowed))
+            ready.append(queue)
+            oldest = min(oldest, max(queue.frames[0].arrived, allowed))
         else:
             later = min(later, allowed)
     if ready and (len(ready) == live or oldest + gather_s <= now):

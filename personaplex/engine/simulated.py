@@ -2,7 +2,7 @@
 
 For capacity tests where there is no accelerator: queues, routing, scaling and pacing see the timing of real
 hardware, while the slots say back what they hear (`EchoEngine`). The thread sleeps through each tick, as it
-does while a device computes. Keeps the engine's laws on slots, refusals, prompt pieces and cached voices.
+does while a device computes. Keeps the engine's laws on slots, refusals, prompt chunks and cached voices.
 Needs numpy only. The table's `source` says whether its times were measured.
 """
 
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from personaplex.config import PRESET_7B, SILENCE_FRAMES, EngineConfig
-from personaplex.engine.echo import CHARACTERS_PER_TOKEN, Echo, EchoEngine, Place
-from personaplex.engine.interface import Pcm, Usage
+from personaplex.engine.echo import CHARACTERS_PER_TOKEN, EchoEngine
+from personaplex.engine.interface import Output, Pcm, Slot, Usage
 from personaplex.engine.steptimes import StepTimes
 from personaplex.errors import ConfigError
 from personaplex.persona import Persona
@@ -30,7 +30,7 @@ def prompt_positions(text: str) -> int:
 
 
 @dataclass
-class _Memory:
+class _SlotState:
     """What one open slot has in its window, in positions."""
 
     voice: str
@@ -61,9 +61,9 @@ class SimulatedEngine:
         self._echo = EchoEngine(config.slots, config.prompt_tokens)
         self._times, self._config = times, config
         self._clock, self._sleep = clock, sleep
-        self._memory: dict[Place, _Memory] = {}
-        self._waiting: deque[Place] = deque()
-        self._fed: list[Place] = []
+        self._open: dict[Slot, _SlotState] = {}
+        self._waiting: deque[Slot] = deque()
+        self._fed: list[Slot] = []
         self._voices: OrderedDict[str, None] = OrderedDict()  # cached, the last used last
         self._hits = self._misses = 0
 
@@ -78,71 +78,71 @@ class SimulatedEngine:
     @property
     def usage(self) -> Usage:
         """Positions as a model would hold them; no device memory."""
-        positions = sum(memory.filled for memory in self._memory.values())
-        return Usage(positions, 0, self._hits, self._misses)
+        positions = sum(state.filled for state in self._open.values())
+        return Usage(positions, 0, self._hits, self._misses, tuple(self._voices))
 
-    def admit(self, persona: Persona) -> Place:
+    def admit(self, persona: Persona) -> Slot:
         """Takes the lowest free slot. Raises UnknownVoice, PromptTooLong, NoCapacity."""
-        place = self._echo.admit(persona)
-        self._memory[place] = _Memory(persona.voice, prompt_positions(persona.text_prompt))
-        self._waiting.append(place)
-        return place
+        slot = self._echo.admit(persona)
+        self._open[slot] = _SlotState(persona.voice, prompt_positions(persona.text_prompt))
+        self._waiting.append(slot)
+        return slot
 
-    def prime(self) -> Place | None:
-        """Holds for one piece of the oldest waiting prompt; its slot once that was the last piece."""
+    def prefill(self) -> Slot | None:
+        """Holds for one chunk of the oldest waiting prompt; its slot once that was the last chunk."""
         while self._waiting:
-            place = self._waiting[0]
-            memory = self._memory.get(place)
-            if memory is None:  # closed while it waited
+            slot = self._waiting[0]
+            state = self._open.get(slot)
+            if state is None:  # closed while it waited
                 self._waiting.popleft()
                 continue
             began = self._clock()
-            piece = self._next_piece(memory)
-            if piece:
-                self._hold(began, self._times.prefill(piece))
-                memory.filled += piece
-            if memory.filled < memory.prompt:
+            chunk = self._next_chunk(state)
+            if chunk:
+                self._hold(began, self._times.prefill(chunk))
+                state.filled += chunk
+            if state.filled < state.prompt:
                 return None
             self._waiting.popleft()
-            return self._echo_ready(place)
+            return self._echo_ready(slot)
         return None
 
-    def feed(self, slot: Place, frame: Pcm) -> None:
+    def feed(self, slot: Slot, frame: Pcm) -> None:
         self._echo.feed(slot, frame)
         self._fed.append(slot)
 
-    def step(self) -> list[Echo]:
+    def step(self) -> list[Output]:
         """One tick over the fed slots, as long as the table says for so many with so much to remember."""
-        fed = [self._memory[place] for place in self._fed if place in self._memory]
+        fed = [self._open[slot] for slot in self._fed if slot in self._open]
         self._fed.clear()
         if not fed:
             return []
         began = self._clock()
         spoken = self._echo.step()
-        for memory in fed:
-            memory.filled = min(memory.filled + 1, WINDOW)
-        context = sum(memory.filled for memory in fed) / len(fed)
+        for state in fed:
+            state.filled = min(state.filled + 1, WINDOW)
+        context = sum(state.filled for state in fed) / len(fed)
         self._hold(began, self._times.tick(len(fed), context))
         return spoken
 
-    def close(self, slot: Place) -> None:
+    def close(self, slot: Slot) -> None:
         """Frees the slot; a slot already closed, or given to someone else since, is left alone."""
-        self._memory.pop(slot, None)
+        self._open.pop(slot, None)
         self._echo.close(slot)
 
-    def _next_piece(self, memory: _Memory) -> int:
-        """Positions to run next. The voice's part ends a piece and is run once, then copied."""
-        if memory.filled < VOICE_POSITIONS:
-            if memory.filled == 0 and memory.voice in self._voices:
-                self._voices.move_to_end(memory.voice)
+    def _next_chunk(self, state: _SlotState) -> int:
+        """Positions to run next. The voice's part ends a chunk and is run once, then copied."""
+        if state.filled < VOICE_POSITIONS:
+            if state.filled == 0 and state.voice in self._voices:
+                self._voices.move_to_end(state.voice)
                 self._hits += 1
-                memory.filled = VOICE_POSITIONS
+                state.filled = VOICE_POSITIONS
             else:
-                rest = VOICE_POSITIONS - memory.filled
+                rest = VOICE_POSITIONS - state.filled
                 if rest <= self._config.prefill_chunk:
-                    self._keep_voice(memory.voice)
+                    self._keep_voice(state.voice)
                 return min(rest, self._config.prefill_chunk)
-        return min(memory.prompt - memory.filled, self._config.prefill_chunk)
+        return min(state.prompt - state.filled, self._config.prefill_chunk)
 
     def _keep_voice(self, voice: str) -> None:
         self._misses += 1
@@ -151,10 +151,10 @@ class SimulatedEngine:
         if len(self._voices) > self._config.voice_cache:
             self._voices.popitem(last=False)
 
-    def _echo_ready(self, place: Place) -> Place:
-        ready = self._echo.prime()
-        assert ready == place, "both engines take prompts in the same order"
-        return place
+    def _echo_ready(self, slot: Slot) -> Slot:
+        ready = self._echo.prefill()
+        assert ready == slot, "both engines take prompts in the same order"
+        return slot
 
     def _hold(self, began: float, seconds: float) -> None:
         """Sleeps until `seconds` after `began`; our own work counts as part of them."""

@@ -1,8 +1,8 @@
 """One tick: user audio in, agent audio out, for every active slot.
 
-The network of one tick reads the tokens of the tick before: what the user says now can be encoded beside it.
-On a GPU that happens on a stream of its own, which hides the many small kernels of the codec behind the few
-large ones that read the weights.
+The language model of one tick reads the tokens of the tick before, so the user's frame can be encoded at the
+same time. On a GPU that happens on a side stream, which hides the many small kernels of the codec behind the
+few large ones that read the weights.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 from personaplex.config import AGENT, CODEBOOKS
 from personaplex.engine.state import EngineState
 from personaplex.model import Model, lm, mimi
-from personaplex.model.sampling import Caps
 
 
 @dataclass(frozen=True)
@@ -33,24 +32,23 @@ def step(
     state: EngineState,
     pcm: Tensor,
     active: Tensor,
-    caps: Caps,
-    beside: torch.cuda.Stream | None = None,
+    side_stream: torch.cuda.Stream | None = None,
 ) -> StepOutput:
-    """pcm [N, 1920] float32 of the users, active [N] bool -> the agents' frames; moves `state` on.
+    """pcm [N, 1920] float32 of the users, active [N] bool -> the agents' frames; advances `state`.
 
-    `beside`: the CUDA stream to encode on, joined before this returns; None to do one thing after the other.
+    `side_stream`: the CUDA stream to encode on, joined before this returns; None runs everything in order.
     """
-    if beside is None:
+    if side_stream is None:
         codes = mimi.encode(model.mimi, state.mimi.encoder, pcm, active)
     else:
-        beside.wait_stream(torch.cuda.current_stream(pcm.device))
-        with torch.cuda.stream(beside):
+        side_stream.wait_stream(torch.cuda.current_stream(pcm.device))
+        with torch.cuda.stream(side_stream):
             codes = mimi.encode(model.mimi, state.mimi.encoder, pcm, active)
-    out = lm.step(model.lm, state.lm, None, state.sampling, active, caps, CODEBOOKS)
+    out = lm.step(model.lm, state.lm, None, state.sampling, active, CODEBOOKS)
     # rows that are not valid may hold markers, which no codebook has
     agent = out.tokens[:, AGENT].clamp(0, model.config.lm.card - 1)
     frame = mimi.decode(model.mimi, state.mimi.decoder, agent, out.valid)
-    if beside is not None:
-        torch.cuda.current_stream(pcm.device).wait_stream(beside)
-    lm.hear(model.lm, state.lm, codes, active)
+    if side_stream is not None:
+        torch.cuda.current_stream(pcm.device).wait_stream(side_stream)
+    lm.append_user_codes(model.lm, state.lm, codes, active)
     return StepOutput(frame, out.tokens, codes, out.valid)

@@ -7,12 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from personaplex.config import ModelConfig
-from personaplex.model import layers
 from personaplex.model.lm import LM
 from personaplex.model.mimi import Mimi
-
-if layers.NUMBA:  # kernels are compiled, or fetched from the disk, now and not in the first frame
-    from personaplex.model import host as host
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,16 @@
-"""Streaming convolutions: each call takes whole frames and a tail of the last call's columns.
+"""Streaming convolutions: each call takes whole frames and the state the last call left.
 
-Modules keep the checkpoint's names. A convolution of kernel K and stride S keeps its last K - S input
-columns; a transposed one (K = 2 S throughout this model) keeps the right half of its last output, without
-bias.
+Modules keep the checkpoint's names. The state of a convolution of kernel K and stride S is its last K - S
+input columns; that of a transposed one (K = 2 S throughout this model) is the right half of its last output,
+without bias.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from personaplex.model import layers
-from personaplex.model.layers import linear
-
-_FEW_COLUMNS = 16  # of an output; see `convolve`
+from personaplex.kernels import ops
 
 
 def commit(target: Tensor, new: Tensor, active: Tensor | None) -> None:
@@ -23,20 +19,6 @@ def commit(target: Tensor, new: Tensor, active: Tensor | None) -> None:
         target.copy_(new)
     else:
         torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, target, out=target)
-
-
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """x [N, in, T], weight [out, in, K] -> [N, out, (T - K) / stride + 1].
-
-    On a GPU a convolution with few output columns is a product with a large matrix (33 MB for the widest):
-    convolution libraries cut their work by outputs and would leave most of the chip idle, matrix libraries
-    also cut the sum.
-    """
-    columns = (x.shape[-1] - weight.shape[-1]) // stride + 1
-    if not layers.uses_kernels(x) or columns > _FEW_COLUMNS:
-        return F.conv1d(x, weight, bias, stride)
-    windows = x.unfold(-1, weight.shape[-1], stride).transpose(1, 2).flatten(2)  # [N, T', in K]
-    return F.linear(windows, weight.flatten(1), bias).transpose(1, 2)
 
 
 class _Conv(nn.Module):
@@ -64,16 +46,16 @@ class Conv(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = True) -> None:
         super().__init__()
-        self.inputs, self.stride, self.tail = inputs, stride, kernel - stride
+        self.inputs, self.stride, self.overlap = inputs, stride, kernel - stride
         self.conv = _Conv(nn.Conv1d(inputs, outputs, kernel, stride, bias=bias))
 
-    def forward(self, x: Tensor, tail: Tensor | None, active: Tensor | None) -> Tensor:
-        """x [N, in, T] -> [N, out, T / stride]; tail [N, in, K - S] is read and renewed."""
-        if tail is not None:
-            x = torch.cat([tail, x], dim=-1)
-            commit(tail, x[..., -self.tail :], active)
+    def forward(self, x: Tensor, state: Tensor | None, active: Tensor | None) -> Tensor:
+        """x [N, in, T] -> [N, out, T / stride]; state [N, in, K - S] is read and updated."""
+        if state is not None:
+            x = torch.cat([state, x], dim=-1)
+            commit(state, x[..., -self.overlap :], active)
         inner = self.conv.conv
-        return convolve(x, inner.weight, inner.bias, self.stride)
+        return ops.conv1d(x, inner.weight, inner.bias, self.stride)
 
 
 class ConvTranspose(nn.Module):
@@ -87,7 +69,7 @@ class ConvTranspose(nn.Module):
         self.convtr = _ConvTranspose(nn.ConvTranspose1d(inputs, outputs, 2 * stride, stride))
 
     def prepare(self) -> None:
-        """A transposed convolution with K = 2 S is one matrix product whose halves overlap by one step."""
+        """A transposed convolution with K = 2 S is one matmul whose halves overlap by one step."""
         inner = self.convtr.convtr
         weight = inner.weight.detach()  # [in, out, 2 S]
         self.register_buffer("matrix", weight.reshape(weight.shape[0], -1).t(), persistent=False)
@@ -95,13 +77,13 @@ class ConvTranspose(nn.Module):
         self.bias = nn.Parameter(inner.bias.detach(), requires_grad=False)
         del self.convtr
 
-    def forward(self, x: Tensor, tail: Tensor, active: Tensor | None) -> Tensor:
-        """x [N, in, T] -> [N, out, T * stride]; tail [N, out, stride] is read and renewed."""
+    def forward(self, x: Tensor, state: Tensor, active: Tensor | None) -> Tensor:
+        """x [N, in, T] -> [N, out, T * stride]; state [N, out, stride] is read and updated."""
         n, _, steps = x.shape
-        product = linear(x.transpose(1, 2), self.matrix).view(n, steps, self.outputs, 2, self.stride)
-        now, later = product.permute(3, 0, 2, 1, 4)  # each [N, out, T, stride]
-        carried = torch.cat([tail[:, :, None], later[:, :, :-1]], dim=2)
-        commit(tail, later[:, :, -1], active)
+        halves = ops.linear(x.transpose(1, 2), self.matrix).view(n, steps, self.outputs, 2, self.stride)
+        now, later = halves.permute(3, 0, 2, 1, 4)  # each [N, out, T, stride]
+        carried = torch.cat([state[:, :, None], later[:, :, :-1]], dim=2)
+        commit(state, later[:, :, -1], active)
         return (now + carried).reshape(n, self.outputs, steps * self.stride) + self.bias[:, None]
 
 
@@ -112,12 +94,12 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = Conv(dim, dim, kernel=4, stride=2, bias=False)
 
-    def forward(self, x: Tensor, tail: Tensor, first: Tensor, active: Tensor | None) -> Tensor:
-        """x [N, dim, 2] -> [N, dim, 1]; first [N] bool: the slot's stream starts here."""
-        padded = torch.where(first[:, None, None], x[..., :1], tail)
+    def forward(self, x: Tensor, state: Tensor, first: Tensor, active: Tensor | None) -> Tensor:
+        """x [N, dim, 2] -> [N, dim, 1]; state [N, dim, 2]; first [N] bool: the slot's stream starts here."""
+        padded = torch.where(first[:, None, None], x[..., :1], state)
         joined = torch.cat([padded, x], dim=-1)
-        commit(tail, joined[..., -2:], active)
-        return convolve(joined, self.conv.conv.conv.weight, None, 2)
+        commit(state, joined[..., -2:], active)
+        return ops.conv1d(joined, self.conv.conv.conv.weight, None, 2)
 
 
 class Upsample(nn.Module):
@@ -128,9 +110,9 @@ class Upsample(nn.Module):
         inner = nn.ConvTranspose1d(dim, dim, 4, 2, groups=dim, bias=False)
         self.convtr = _NestedConvTranspose(_ConvTranspose(inner))
 
-    def forward(self, x: Tensor, tail: Tensor, active: Tensor | None) -> Tensor:
-        """x [N, dim, 1] -> [N, dim, 2]; tail [N, dim, 1] = the column before."""
+    def forward(self, x: Tensor, state: Tensor, active: Tensor | None) -> Tensor:
+        """x [N, dim, 1] -> [N, dim, 2]; state [N, dim, 1] = the column before."""
         weight = self.convtr.convtr.convtr.weight[:, 0]  # [dim, 4]
-        out = weight[:, :2] * x + weight[:, 2:] * tail
-        commit(tail, x, active)
+        out = weight[:, :2] * x + weight[:, 2:] * state
+        commit(state, x, active)
         return out

@@ -1,8 +1,8 @@
 """The language model over 17 token streams, and its step.
 
-A session's tokens live in a ring of 4 columns [17, 4]; column n % 4 is being generated in the step whose
-offset is n, its input is column n - 1. Delayed streams (DELAYS) stand one column to the right of their frame.
-Cells that were given, not drawn, are marked `provided`.
+A session's tokens live in a ring of 4 columns [17, 4]; the step whose offset is n generates column n % 4 from
+column n - 1. Delayed streams (DELAYS) are one column to the right of their frame. Cells that were given, not
+sampled, are marked `provided`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, DELAYS, RING_COLUMNS, STREAMS, UNGENERATED, USER, LMConfig
-from personaplex.model import layers
+from personaplex.kernels import ops
 from personaplex.model.depth import Depth, DepthPass
-from personaplex.model.layers import Linear, RMSNorm, Stack, Table, linear, table_rows
+from personaplex.model.layers import Embedding, Linear, RMSNorm, Stack
 from personaplex.model.ring import Ring
-from personaplex.model.sampling import Caps, Draws, SamplingState
+from personaplex.model.sampling import SamplingState
 from personaplex.model.temporal import Temporal
 
 MAX_DELAY = max(DELAYS)
@@ -51,7 +50,7 @@ class LMState:
 
 @dataclass(frozen=True)
 class LMInputs:
-    """Tokens given to a step: tokens [N, 17] int64 of the frame, given [N, 17] bool which of them count."""
+    """Tokens given to a step: tokens [N, 17] int64 of the frame; given [N, 17] bool says which are."""
 
     tokens: Tensor
     given: Tensor
@@ -61,8 +60,8 @@ class LMInputs:
 class LMOutput:
     """tokens [N, 17] of frame n - 1; `valid` [N] is False for inactive slots and the first two steps.
 
-    The rest is what the draws were made from: hidden [N, dim], text_logits [N, text_card], audio_logits: one
-    [N, card] a depth step.
+    The rest is what they were sampled from: hidden [N, dim], text_logits [N, text_card], audio_logits: one
+    [N, card] per depth step.
     """
 
     tokens: Tensor
@@ -83,14 +82,15 @@ class LM(nn.Module):
         super().__init__()
         self.config = config
         temporal, depth = config.temporal, config.depth
-        self.emb = Stack(Table(config.card + 1, temporal.dim) for _ in range(2 * CODEBOOKS))
-        self.text_emb = Table(config.text_card + 1, temporal.dim)
+        self.emb = Stack(Embedding(config.card + 1, temporal.dim) for _ in range(2 * CODEBOOKS))
+        self.text_emb = Embedding(config.text_card + 1, temporal.dim)
         self.transformer = Temporal(temporal)
         self.out_norm = RMSNorm(temporal.dim)
         self.text_linear = Linear(temporal.dim, config.text_card)
         self.depformer_in = Stack(Linear(temporal.dim, depth.dim) for _ in range(config.depth_steps))
-        self.depformer_text_emb = Table(config.text_card + 1, depth.dim)
-        self.depformer_emb = Stack(Table(config.card + 1, depth.dim) for _ in range(config.depth_steps - 1))
+        self.depformer_text_emb = Embedding(config.text_card + 1, depth.dim)
+        steps = config.depth_steps
+        self.depformer_emb = Stack(Embedding(config.card + 1, depth.dim) for _ in range(steps - 1))
         self.depformer = Depth(depth)
         self.linears = Stack(Linear(depth.dim, config.card) for _ in range(config.depth_steps))
 
@@ -136,34 +136,17 @@ class LM(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """tokens [..., 17] int64 -> [..., dim]: audio streams summed in order, then text."""
-        if layers.uses_kernels(tokens):
-            from personaplex.model import pointwise  # only where there is Triton
-
-            flat = tokens.reshape(-1, STREAMS)
-            return pointwise.embed(flat, self.audio_table, self.text_emb.weight).view(*tokens.shape[:-1], -1)
-        rows = self.config.card + 1
-        base = torch.arange(2 * CODEBOOKS, device=tokens.device) * (rows + 1)
-        audio = F.embedding(table_rows(tokens[..., 1:], rows) + base, self.audio_table)
-        first, *others = audio.unbind(-2)
-        total = first.clone()
-        for stream in others:
-            total += stream
-        return total.add_(self.text_emb(tokens[..., 0]))
+        return ops.embed(tokens, self.audio_table, self.text_emb.weight)
 
     def depth_hidden(self, hidden: Tensor, steps: int) -> Tensor:
         """hidden [N, dim] -> its part [steps, N, depth dim] in the inputs of the first depth steps."""
-        wide = linear(hidden, self.depth_inputs.weight[: steps * self.config.depth.dim])
+        wide = ops.linear(hidden, self.depth_inputs.weight[: steps * self.config.depth.dim])
         return wide.unflatten(-1, (steps, -1)).transpose(0, 1)
 
     def depth_input(self, step: int, part: Tensor, token: Tensor) -> Tensor:
-        """part [N, depth dim] of `depth_hidden`, token [N] drawn before depth step `step` -> its input."""
+        """part [N, depth dim] of `depth_hidden`, token [N] sampled before depth step `step` -> its input."""
         table = self.depformer_emb[step - 1] if step else self.depformer_text_emb
-        if layers.uses_kernels(part):
-            from personaplex.model import pointwise  # only where there is Triton
-
-            return pointwise.add_row(part, table.weight, token)
-        embedded: Tensor = table(token)
-        return part + embedded
+        return ops.add_embedding(part, table.weight, token)
 
 
 def step(
@@ -172,17 +155,15 @@ def step(
     inputs: LMInputs | None,
     sampling: SamplingState,
     active: Tensor,
-    caps: Caps,
     depth_steps: int,
 ) -> LMOutput:
     """One frame for every active slot (active [N] bool); `depth_steps` 8 when all user codes are given, else
     16.
 
-    With offset n: the given tokens enter column n (+ delay), the network reads column n - 1, draws column n,
-    and frame n - 1 comes out whole. The step at n = 0 runs nothing and the frame given to it is lost.
+    With offset n: the given tokens enter column n (+ delay), the network reads column n - 1 and samples
+    column n, and frame n - 1 is complete. The step at n = 0 runs nothing and the frame given to it is lost.
 
-    No part of this reads what the user's streams are given in the same step: codes that are not among
-    `inputs` yet may follow by `hear`.
+    The step does not read the user codes of its own frame: they may follow by `append_user_codes`.
     """
     n = state.offset
     if inputs is not None:
@@ -200,17 +181,18 @@ def step(
 
     target_tokens, target_provided = _read(state.tokens, target), _read(state.provided, target)
     text_logits = lm.text_linear(hidden)
-    draws = Draws(sampling, n, depth_steps, lm.config.card, caps)
-    drawn = [torch.where(target_provided[:, 0], target_tokens[:, 0], draws.text(text_logits))]
+    keys = ops.noise_keys(sampling.text_seed, sampling.audio_seed, n, 1 + depth_steps)
+    text = ops.sample(text_logits, sampling.text_temperature, sampling.text_topk, keys[:, 0])
+    frame = [torch.where(target_provided[:, 0], target_tokens[:, 0], text)]
     audio_logits = []
     depth = DepthPass(lm.depformer)
     for index, part in enumerate(lm.depth_hidden(hidden, depth_steps)):
-        logits = lm.linears[index](depth.step(lm.depth_input(index, part, drawn[-1])))
-        token = draws.audio(index, logits)
-        drawn.append(torch.where(target_provided[:, index + 1], target_tokens[:, index + 1], token))
+        logits = lm.linears[index](depth.step(lm.depth_input(index, part, frame[-1])))
+        code = ops.sample(logits, sampling.audio_temperature, sampling.audio_topk, keys[:, index + 1])
+        frame.append(torch.where(target_provided[:, index + 1], target_tokens[:, index + 1], code))
         audio_logits.append(logits)
 
-    written = torch.cat([torch.stack(drawn, dim=1), target_tokens[:, len(drawn) :]], dim=1)
+    written = torch.cat([torch.stack(frame, dim=1), target_tokens[:, len(frame) :]], dim=1)
     state.tokens.scatter_(2, target[..., None], torch.where(runs[:, None], written, target_tokens)[..., None])
     provided = _read(state.provided, previous) & ~runs[:, None]
     state.provided.scatter_(2, previous[..., None], provided[..., None])
@@ -222,12 +204,12 @@ def step(
     return LMOutput(tokens, valid, hidden, text_logits, audio_logits)
 
 
-def hear(lm: LM, state: LMState, codes: Tensor, active: Tensor) -> None:
-    """Gives the last `step` of the active slots the user's codes [N, 8] of its frame, after the fact."""
+def append_user_codes(lm: LM, state: LMState, codes: Tensor, active: Tensor) -> None:
+    """Adds the user codes [N, 8] of the frame that the active slots last stepped through."""
     n = state.offset - active.long()
     delays = lm.delays[USER]
     columns = (n[:, None] + delays) % RING_COLUMNS
-    kept = (n[:, None] > 0) | (delays > 0)  # a start token stands in the very first column
+    kept = (n[:, None] > 0) | (delays > 0)  # the very first column holds start tokens
     _write(state, USER, columns, codes, kept & active[:, None])
 
 
@@ -237,8 +219,9 @@ def _read(ring: Tensor, columns: Tensor) -> Tensor:
 
 
 def _write(state: LMState, streams: slice, columns: Tensor, tokens: Tensor, where: Tensor) -> None:
-    """Puts tokens at columns of some streams of the token ring and marks them provided, where `where`; all
-    [N, streams] or like it.
+    """Writes tokens into columns of some streams of the token ring and marks them provided, where `where`.
+
+    columns, tokens and where broadcast to [N, streams].
     """
     index, ring, provided = columns[..., None], state.tokens[:, streams], state.provided[:, streams]
     ring.scatter_(2, index, torch.where(where, tokens, _read(ring, columns))[..., None])

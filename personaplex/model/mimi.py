@@ -1,8 +1,8 @@
-"""Mimi, the streaming audio codec: 1920 samples <-> 8 codes, one frame a call, float32 throughout.
+"""Mimi, the streaming audio codec: 1920 samples <-> 8 codes, one frame per call, float32 throughout.
 
-`encode` and `decode` are independent of each other; each reads and renews its half of a `MimiState`. On a CPU
-the slots that take part run one by one (convolutions gain nothing from a batch there, and a session's codes
-cannot depend on its neighbours); elsewhere all slots run as one batch of fixed shape.
+`encode` and `decode` are independent of each other; each reads and updates its half of a `MimiState`. On a
+CPU active slots run one by one (convolutions gain nothing from a batch there, and a session's codes cannot
+depend on its neighbours); on CUDA all slots run as one batch of fixed shape.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, FRAME_SIZE, MimiConfig, TransformerConfig
-from personaplex.model import layers, seanet
-from personaplex.model import ring as rings
+from personaplex.kernels import ops
+from personaplex.kernels.kvring import Rope, Window
+from personaplex.model import seanet
 from personaplex.model.conv import Downsample, Upsample
-from personaplex.model.layers import LAYER_NORM_EPS, Attention, Linear, Stack, angles
-from personaplex.model.ring import Ring, Window
+from personaplex.model.layers import LAYER_NORM_EPS, Linear, Stack
+from personaplex.model.ring import Ring
 from personaplex.model.rvq import SplitQuantizer
+from personaplex.model.self_attention import SelfAttention, rope
 
 STEPS = 2  # 25 Hz steps in one frame
 
@@ -28,19 +30,19 @@ STEPS = 2  # 25 Hz steps in one frame
 class CodecState:
     """One direction of the codec for N slots: columns each convolution keeps, and the transformer's ring."""
 
-    tails: list[Tensor]  # [N, channels, columns] each
+    conv_state: list[Tensor]  # [N, channels, columns] each
     resample: Tensor  # [N, dim, 2] before downsampling, [N, dim, 1] before upsampling
     ring: Ring
 
     def rows(self, start: int, stop: int) -> CodecState:
         """The same memory, slots start..stop-1 only."""
         return CodecState(
-            [t[start:stop] for t in self.tails], self.resample[start:stop], self.ring.rows(start, stop)
+            [s[start:stop] for s in self.conv_state], self.resample[start:stop], self.ring.rows(start, stop)
         )
 
     def reset(self, slot: int) -> None:
-        for tail in self.tails:
-            tail[slot].zero_()
+        for state in self.conv_state:
+            state[slot].zero_()
         self.resample[slot].zero_()
         self.ring.reset(slot)
 
@@ -70,7 +72,7 @@ class MimiLayer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = SelfAttention(config)
         self.norm1 = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPS)
         self.norm2 = nn.LayerNorm(config.dim, eps=LAYER_NORM_EPS)
         self.linear1 = Linear(config.dim, config.hidden)
@@ -81,10 +83,8 @@ class MimiLayer(nn.Module):
     def prepare(self) -> None:
         self.self_attn.prepare()
 
-    def forward(
-        self, x: Tensor, turn: tuple[Tensor, Tensor], ring: Ring, layer: int, view: Window | Tensor
-    ) -> Tensor:
-        heads = rings.attend(ring, layer, self.self_attn.project(self.norm1(x)), turn, view)
+    def forward(self, x: Tensor, angles: Rope, ring: Ring, layer: int, window: Window) -> Tensor:
+        heads = ops.attend(ring, layer, self.self_attn.project(self.norm1(x)), angles, window)
         x = torch.addcmul(x, self.layer_scale_1.scale, self.self_attn.merge(heads))
         return torch.addcmul(x, self.layer_scale_2.scale, self.linear2(F.gelu(self.linear1(self.norm2(x)))))
 
@@ -106,12 +106,12 @@ class MimiTransformer(nn.Module):
             layer.prepare()
 
     def forward(self, x: Tensor, ring: Ring, active: Tensor) -> Tensor:
-        """x [N, dim, 2] -> [N, dim, 2]; the ring moves on by two positions for active slots."""
-        view = rings.window(ring, STEPS, active)
-        turn = angles(self.config, ring.offset[:, None] + torch.arange(STEPS, device=x.device))
+        """x [N, dim, 2] -> [N, dim, 2]; the ring advances by two positions for active slots."""
+        window = ops.window(ring, STEPS, active)
+        angles = rope(self.config, ring.offset[:, None] + torch.arange(STEPS, device=x.device))
         x = x.transpose(1, 2)
         for index, layer in enumerate(self.transformer.layers):
-            x = layer(x, turn, ring, index, view)
+            x = layer(x, angles, ring, index, window)
         ring.offset += STEPS * active
         return x.transpose(1, 2)
 
@@ -153,35 +153,33 @@ class Mimi(nn.Module):
 
     def _codec_state(self, net: seanet.Seanet, columns: int, slots: int, device: torch.device) -> CodecState:
         return CodecState(
-            tails=[torch.zeros(slots, *shape, device=device) for shape in net.tail_shapes()],
+            conv_state=[torch.zeros(slots, *shape, device=device) for shape in net.state_shapes()],
             resample=torch.zeros(slots, self.config.dim, columns, device=device),
             ring=Ring.allocate(self.config.transformer, slots, device, torch.float32),
         )
 
 
 def encode(mimi: Mimi, state: CodecState, pcm: Tensor, active: Tensor) -> Tensor:
-    """pcm [N, 1920] float32, active [N] bool -> codes [N, 8] int64 (anything for inactive slots)."""
-    if layers.uses_kernels(pcm):
-        return _encode(mimi, state, pcm, active)
-    codes = torch.zeros(pcm.shape[0], CODEBOOKS, dtype=torch.int64)
-    for row in active.nonzero()[:, 0].tolist():
-        codes[row] = _encode(mimi, state.rows(row, row + 1), pcm[row : row + 1], active[row : row + 1])[0]
-    return codes
+    """pcm [N, 1920] float32, active [N] bool -> codes [N, 8] int64 (undefined for inactive slots)."""
+
+    def work(start: int, stop: int) -> Tensor:
+        return _encode(mimi, state.rows(start, stop), pcm[start:stop], active[start:stop])
+
+    return ops.over_slots(work, active, CODEBOOKS, torch.int64)
 
 
 def decode(mimi: Mimi, state: CodecState, codes: Tensor, active: Tensor) -> Tensor:
-    """codes [N, 8] int64, active [N] bool -> pcm [N, 1920] float32 (zeros for slots that are not active)."""
-    if layers.uses_kernels(codes):
-        return _decode(mimi, state, codes, active) * active[:, None]
-    pcm = torch.zeros(codes.shape[0], FRAME_SIZE)
-    for row in active.nonzero()[:, 0].tolist():
-        pcm[row] = _decode(mimi, state.rows(row, row + 1), codes[row : row + 1], active[row : row + 1])[0]
-    return pcm
+    """codes [N, 8] int64, active [N] bool -> pcm [N, 1920] float32, zeros for inactive slots."""
+
+    def work(start: int, stop: int) -> Tensor:
+        return _decode(mimi, state.rows(start, stop), codes[start:stop], active[start:stop])
+
+    return ops.over_slots(work, active, FRAME_SIZE, torch.float32) * active[:, None]
 
 
 def _encode(mimi: Mimi, state: CodecState, pcm: Tensor, active: Tensor) -> Tensor:
     first = state.ring.offset == 0
-    x = mimi.encoder(pcm[:, None], state.tails, active)
+    x = mimi.encoder(pcm[:, None], state.conv_state, active)
     x = mimi.encoder_transformer(x, state.ring, active)
     latent = mimi.downsample(x, state.resample, first, active)
     return mimi.quantizer.encode(latent[..., 0])
@@ -190,4 +188,4 @@ def _encode(mimi: Mimi, state: CodecState, pcm: Tensor, active: Tensor) -> Tenso
 def _decode(mimi: Mimi, state: CodecState, codes: Tensor, active: Tensor) -> Tensor:
     x = mimi.upsample(mimi.quantizer.decode(codes)[..., None], state.resample, active)
     x = mimi.decoder_transformer(x, state.ring, active)
-    return mimi.decoder(x, state.tails, active)[:, 0]
+    return mimi.decoder(x, state.conv_state, active)[:, 0]

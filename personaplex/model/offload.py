@@ -1,7 +1,7 @@
-"""For a GPU that cannot hold the whole model: part of the temporal layers stays in the host's memory.
+"""CPU offload, for a GPU that cannot hold the whole model: some temporal layers stay in host memory.
 
-Their matrices are pinned there and copied over each time they are used (`layers.linear`): every frame then
-crosses the bus with them, so this is meant for the offline command, not for live sessions.
+Their matrices are pinned there and copied to the device at each use (`kernels.ops.linear`). That transfer is
+paid in every frame, so this is meant for the offline command, not for live sessions.
 """
 
 from __future__ import annotations
@@ -13,22 +13,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from personaplex.config import LMConfig
 from personaplex.errors import CheckpointError
+from personaplex.kernels.int8 import Int8Matrix
 from personaplex.model.layers import Stack
 from personaplex.model.lm import LM
-from personaplex.model.quantize import Int8Matrix, quantise_layer
-from personaplex.model.ring import Ring
+from personaplex.model.quantize import quantize_layer
 
 log = logging.getLogger(__name__)
 
-_WORKSPACE = 1 << 30  # the codec, activations, one layer in transit
-
 
 def place(lm: LM, device: torch.device, budget: int) -> int:
-    """Moves a prepared model from the CPU to `device`, at most `budget` bytes of it; the layers left behind.
+    """Moves at most `budget` bytes of a prepared model from the CPU to `device`; the number of layers left.
 
-    Everything but the temporal layers always moves, then as many of these as fit, first ones first. Raises
+    Everything but the temporal layers always moves, then as many of these as fit, in order. Raises
     CheckpointError when not even the former fits.
     """
     layers = list(lm.transformer.layers)
@@ -52,23 +49,15 @@ def place(lm: LM, device: torch.device, budget: int) -> int:
     return staying
 
 
-def place_quantised(lm: LM, device: torch.device) -> None:
+def place_quantized(lm: LM, device: torch.device) -> None:
     """Moves a prepared model from the CPU to `device`, its temporal layers as int8 (see quantize.py).
 
     Layer by layer, so that the device never holds more than one of them in full.
     """
     for layer in lm.transformer.layers:
         move(layer, device)
-        quantise_layer(layer)
+        quantize_layer(layer)
     move(lm, device)
-
-
-def gpu_budget(config: LMConfig, slots: int, device: torch.device, dtype: torch.dtype, kv: str) -> int:
-    """Bytes of `device` that weights may take beside the rings of `slots` sessions, kept as `kv` says."""
-    free, _ = torch.cuda.mem_get_info(device)
-    kind = torch.int8 if kv == "int8" else dtype
-    ring = Ring.allocate(config.temporal, 1, torch.device("meta"), kind)
-    return free - slots * sum(part.nbytes for part in ring.contents) - _WORKSPACE
 
 
 def resident_bytes(module: nn.Module) -> int:
@@ -79,16 +68,24 @@ def resident_bytes(module: nn.Module) -> int:
 def move(module: nn.Module, device: torch.device) -> None:
     """Moves everything a prepared module reads."""
     for put, tensor in _tensors(module):
-        put(tensor.to(device).contiguous() if device.type != "cpu" else tensor)  # laid out for a CPU before
+        put(tensor.to(device).contiguous() if device.type != "cpu" else tensor)  # the CPU's layout differs
+    _forget(module)
 
 
 def _pin(layer: nn.Module, device: torch.device) -> None:
-    """Leaves a layer's matrices on the host, where the device can fetch them; what is small moves."""
+    """Leaves a layer's matrices in pinned host memory and moves the rest, which is small."""
     for put, tensor in _tensors(layer):
         if tensor.dim() != 2:
             put(tensor.to(device))
         elif device.type == "cuda":
             put(tensor.pin_memory())
+    _forget(layer)
+
+
+def _forget(module: nn.Module) -> None:
+    """Drops what layers have cached of the tensors they had."""
+    for part in module.modules():
+        part.__dict__.pop("step_weights", None)
 
 
 def _tensors(module: nn.Module) -> list[tuple[Callable[[Tensor], None], Tensor]]:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, MimiConfig
-from personaplex.model.layers import Stack, linear
+from personaplex.kernels import ops
+from personaplex.model.layers import Stack
 
 USAGE_FLOOR = 1e-5
 
@@ -68,10 +69,10 @@ class Quantizer(nn.Module):
 
     def encode(self, latent: Tensor) -> Tensor:
         """latent [N, dim] -> codes [N, used]; nearest vector, lowest index on a tie."""
-        residual = linear(latent, self.matrix_in)
+        residual = ops.linear(latent, self.matrix_in)
         codes = []
         for level, vectors in enumerate(self.vectors):
-            code = (self.half_norms[level] - linear(residual, vectors)).argmin(-1)
+            code = (self.half_norms[level] - ops.linear(residual, vectors)).argmin(-1)
             residual = residual - F.embedding(code, vectors)
             codes.append(code)
         return torch.stack(codes, dim=-1)
@@ -81,7 +82,7 @@ class Quantizer(nn.Module):
         total = F.embedding(codes[:, 0], self.vectors[0])
         for level in range(1, codes.shape[1]):
             total = total + F.embedding(codes[:, level], self.vectors[level])
-        return linear(total, self.matrix_out)
+        return ops.linear(total, self.matrix_out)
 
 
 class SplitQuantizer(nn.Module):

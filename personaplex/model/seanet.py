@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from personaplex.config import MimiConfig
 from personaplex.model.conv import Conv, ConvTranspose
 
-Tails = list[Tensor]
-
 
 class Residual(nn.Module):
     """x + conv1(ELU(conv3(ELU(x))))."""
@@ -23,15 +21,15 @@ class Residual(nn.Module):
             {"1": Conv(dim, hidden, config.residual_kernel), "3": Conv(hidden, dim, kernel=1)}
         )
 
-    def forward(self, x: Tensor, tail: Tensor, active: Tensor | None) -> Tensor:
-        inner = self.block["1"](F.elu(x), tail, active)
+    def forward(self, x: Tensor, state: Tensor, active: Tensor | None) -> Tensor:
+        inner = self.block["1"](F.elu(x), state, active)
         return x + self.block["3"](F.elu(inner), None, active)
 
 
 class Seanet(nn.Module):
     """A chain of layers under the checkpoint's indices (ELUs have an index but no weights).
 
-    `tails` holds one tensor for each layer that keeps columns between frames, in order.
+    `conv_state` holds one tensor for each layer that keeps columns between frames, in order.
     """
 
     def __init__(self, layers: dict[int, nn.Module]) -> None:
@@ -43,8 +41,8 @@ class Seanet(nn.Module):
             if isinstance(layer, ConvTranspose):
                 layer.prepare()
 
-    def tail_shapes(self) -> Iterator[tuple[int, int]]:
-        """(channels, columns) of each tail."""
+    def state_shapes(self) -> Iterator[tuple[int, int]]:
+        """(channels, columns) of each layer's state."""
         for layer in self.model.values():
             if isinstance(layer, Residual):
                 layer = layer.block["1"]
@@ -52,14 +50,14 @@ class Seanet(nn.Module):
                 yield layer.outputs, layer.stride
             else:
                 assert isinstance(layer, Conv)
-                yield layer.inputs, layer.tail
+                yield layer.inputs, layer.overlap
 
-    def forward(self, x: Tensor, tails: Tails, active: Tensor | None) -> Tensor:
-        """x [N, channels, T] through all layers; an ELU stands before every plain layer but the first."""
-        for index, (layer, tail) in enumerate(zip(self.model.values(), tails, strict=True)):
+    def forward(self, x: Tensor, conv_state: list[Tensor], active: Tensor | None) -> Tensor:
+        """x [N, channels, T] through all layers, with an ELU before every plain layer but the first."""
+        for index, (layer, state) in enumerate(zip(self.model.values(), conv_state, strict=True)):
             if index and not isinstance(layer, Residual):
                 x = F.elu(x)
-            x = layer(x, tail, active)
+            x = layer(x, state, active)
         return x
 
 

@@ -23,7 +23,8 @@ from personaplex.model import Model, tiny
 from personaplex.model.hub import Checkpoint
 from personaplex.model.lm import LM
 from personaplex.model.mimi import Mimi
-from personaplex.model.offload import gpu_budget, place, place_quantised
+from personaplex.model.offload import place, place_quantized
+from personaplex.sizing import WORKSPACE, footprint
 
 Network = TypeVar("Network", LM, Mimi)
 Shapes = dict[str, tuple[int, ...]]
@@ -68,10 +69,12 @@ def load_model(
     mimi = load_mimi(checkpoint.mimi, config.mimi, device)
     if weights == "int8":
         lm = load_lm(checkpoint.lm, config.lm, torch.device("cpu"), dtype)
-        place_quantised(lm, device)
+        place_quantized(lm, device)
     elif offload_slots and device.type == "cuda":
         lm = load_lm(checkpoint.lm, config.lm, torch.device("cpu"), dtype)
-        place(lm, device, gpu_budget(config.lm, offload_slots, device, dtype, kv))
+        session = footprint(config, str(dtype).removeprefix("torch."), weights, kv).session
+        free, _ = torch.cuda.mem_get_info(device)
+        place(lm, device, free - offload_slots * session - WORKSPACE)
     else:
         lm = load_lm(checkpoint.lm, config.lm, device, dtype)
     return Model(lm, mimi, config)

@@ -1,8 +1,8 @@
-"""What stands between a step's matrix products on a device, each piece one Triton kernel.
+"""Triton kernels for the small operations between the matmuls of a step.
 
-At a few rows a step is bound by reading weights and by the number of kernels; these replace chains of small
-ones. Each names its counterpart in plain torch, which is what runs elsewhere. Rows do not influence each
-other. This module needs Triton, which comes with torch for CUDA.
+At a few rows a step is bound by reading weights and by the number of launches; each kernel here replaces a
+chain of small ones. `torch_reference` holds a function of the same name and signature for each. Rows are
+independent of each other.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from personaplex.model.sampling import DRAW_STREAMS, UNIFORM_BITS
+from personaplex.kernels.constants import NOISE_STRIDE, UNIFORM_BITS
 
 _COLUMNS = 1024  # of a row, to one program of `silu_multiply`
-_FEATURES = 256  # of a row, to one program of `embed` and `add_row`
+_FEATURES = 256  # of a row, to one program of `embed` and `add_embedding`
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x [..., dim] contiguous, gain [dim] float32 -> the same shape and type. `layers.rms_norm`."""
+    """x [..., dim] contiguous, gain [dim] float32 -> the same shape and dtype."""
     assert x.is_contiguous()
     dim = x.shape[-1]
     out = torch.empty_like(x)
@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def silu_multiply(x: Tensor) -> Tensor:
-    """x [..., 2 h] contiguous = (a, b) -> silu(a) * b [..., h]. The middle of `layers.GatedFeedForward`."""
+    """x [..., 2 h] contiguous = (a, b) -> silu(a) * b [..., h]."""
     assert x.is_contiguous()
     hidden = x.shape[-1] // 2
     out = torch.empty(*x.shape[:-1], hidden, device=x.device, dtype=x.dtype)
@@ -39,9 +39,9 @@ def silu_multiply(x: Tensor) -> Tensor:
 
 
 def embed(tokens: Tensor, audio: Tensor, text: Tensor) -> Tensor:
-    """tokens [N, 1 + streams] int64, audio [streams * rows of a table, dim], text [rows, dim] -> [N, dim].
+    """tokens [N, 1 + streams] int64, audio [streams * rows of one table, dim], text [rows, dim] -> [N, dim].
 
-    `LM.embed`. The last row of each table is what token -1 reads.
+    Token -1 reads the last row of its table.
     """
     assert tokens.is_contiguous()
     count, dim, streams = tokens.shape[0], text.shape[1], tokens.shape[1] - 1
@@ -53,33 +53,32 @@ def embed(tokens: Tensor, audio: Tensor, text: Tensor) -> Tensor:
     return out
 
 
-def add_row(x: Tensor, table: Tensor, tokens: Tensor) -> Tensor:
-    """x [N, dim], contiguous rows, + the row of a prepared table for each of tokens [N] int64. `Table`."""
+def add_embedding(x: Tensor, table: Tensor, tokens: Tensor) -> Tensor:
+    """x [N, dim], contiguous rows, plus the row of `table` [rows, dim] for each of tokens [N] int64."""
     n, dim = x.shape
     assert x.stride(1) == 1
     assert tokens.is_contiguous()
     out = torch.empty(n, dim, device=x.device, dtype=x.dtype)
     grid = (n, triton.cdiv(dim, _FEATURES))
-    _add_row[grid](x, table, tokens, out, x.stride(0), dim, table.shape[0], _FEATURES, num_warps=1)
+    _add_embedding[grid](x, table, tokens, out, x.stride(0), dim, table.shape[0], _FEATURES, num_warps=1)
     return out
 
 
-def draw_keys(text_seed: Tensor, audio_seed: Tensor, steps: Tensor, draws: int) -> Tensor:
-    """Seeds and steps [N] int64, contiguous -> keys [N, draws] int64. `sampling.draw_keys`."""
+def noise_keys(text_seed: Tensor, audio_seed: Tensor, steps: Tensor, count: int) -> Tensor:
+    """Seeds and steps [N] int64, contiguous -> keys [N, count] int64."""
     n = steps.shape[0]
-    keys = torch.empty(n, draws, device=steps.device, dtype=torch.int64)
-    _draw_keys[(n,)](
-        text_seed, audio_seed, steps, keys, draws, triton.next_power_of_2(draws), DRAW_STREAMS, num_warps=1
+    keys = torch.empty(n, count, device=steps.device, dtype=torch.int64)
+    _noise_keys[(n,)](
+        text_seed, audio_seed, steps, keys, count, triton.next_power_of_2(count), NOISE_STRIDE, num_warps=1
     )
     return keys
 
 
-def draw(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor) -> Tensor:
+def sample(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor) -> Tensor:
     """logits [N, V], temperature [N] float32, topk [N] and keys [N] int64 -> tokens [N] int64.
 
-    `sampling.draw` for any mixture of rules in one launch: the k-th largest logit is found bit by bit instead
-    of by sorting, so no bound on k has to be known beforehand. Of logits equal to the k-th largest those with
-    the lowest token ids are in.
+    The k-th largest logit is found bit by bit instead of by sorting, so k needs no bound. Of logits equal to
+    it those with the lowest token ids are candidates.
     """
     n, size = logits.shape
     assert logits.stride(1) == 1
@@ -87,7 +86,7 @@ def draw(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor) -> Ten
     wide = triton.next_power_of_2(size)
     # Of a bfloat16 the upper half of the float32's bits is all there is to search.
     low = 16 if logits.dtype == torch.bfloat16 else 0
-    _draw[(n,)](
+    _sample[(n,)](
         logits, temperature, topk, keys, tokens, logits.stride(0), temperature.stride(0), topk.stride(0),
         keys.stride(0), size, wide, low, UNIFORM_BITS,
         num_warps=min(max(wide // 512, 1), 32),
@@ -118,7 +117,7 @@ def _silu_multiply(x, out, hidden, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _table_row(token, rows):
-    """Row of a prepared table of `rows` rows, as `layers.table_rows`."""
+    """Row of a table of `rows` rows whose last is all zeros, for token -1."""
     return tl.where(token == -1, rows - 1, tl.maximum(token, 0))
 
 
@@ -142,7 +141,7 @@ def _embed(
 
 
 @triton.jit
-def _add_row(x, table, tokens, out, stride, dim, rows, COLUMNS: tl.constexpr):
+def _add_embedding(x, table, tokens, out, stride, dim, rows, COLUMNS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < dim
@@ -153,20 +152,20 @@ def _add_row(x, table, tokens, out, stride, dim, rows, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _draw_keys(
-    text_seed, audio_seed, steps, keys, draws, WIDE: tl.constexpr, STREAMS: tl.constexpr
+def _noise_keys(
+    text_seed, audio_seed, steps, keys, count, WIDE: tl.constexpr, STRIDE: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     stream = tl.arange(0, WIDE)
     text = tl.load(text_seed + row).to(tl.uint64, bitcast=True)
     audio = tl.load(audio_seed + row).to(tl.uint64, bitcast=True)
-    count = (tl.load(steps + row) * STREAMS + stream).to(tl.uint64, bitcast=True)
-    mixed = _mix(_mix(tl.where(stream == 0, text, audio)) ^ count)
-    tl.store(keys + row * draws + stream, mixed.to(tl.int64, bitcast=True), stream < draws)
+    counter = (tl.load(steps + row) * STRIDE + stream).to(tl.uint64, bitcast=True)
+    mixed = _mix(_mix(tl.where(stream == 0, text, audio)) ^ counter)
+    tl.store(keys + row * count + stream, mixed.to(tl.int64, bitcast=True), stream < count)
 
 
 @triton.jit
-def _draw(
+def _sample(
     logits, temperature, topk, keys, tokens, row_stride, temperature_stride, topk_stride, key_stride, size,
     WIDE: tl.constexpr, LOW: tl.constexpr, UNIFORM_BITS: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +202,7 @@ def _draw(
 
 @triton.jit
 def _mix(x):
-    """splitmix64's finaliser, as `sampling._mix`."""
+    """The splitmix64 finalizer."""
     x = x + 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB

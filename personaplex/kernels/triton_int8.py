@@ -1,8 +1,8 @@
-"""The product of a few rows with an int8 matrix as one Triton kernel; `quantize.Int8Matrix.product` in torch.
+"""Matmul of a few rows with an int8 matrix as one Triton kernel.
 
-Codes are read once, as they are, and turned into the rows' type in registers; sums and scales are float32.
-One program computes some outputs of up to 64 rows, over all inputs in order: a row's result depends neither
-on the other rows nor on timing. This module needs Triton, which comes with torch for CUDA.
+Codes are read once and converted to the rows' dtype in registers; sums and scales are float32. One program
+computes some outputs of up to 64 rows, over all inputs in order, so a row's result depends neither on the
+other rows nor on timing.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ _INPUTS = 8_192  # rows times inputs of one step of its loop: what the shared me
 
 
 def matmul(x: Tensor, codes: Tensor, scale: Tensor, residual: Tensor | None = None) -> Tensor:
-    """x [rows, in], codes [out, in] int8, scale [out] float32, all contiguous -> [rows, out] in x's type.
-
-    With `residual` [rows, out] that much is added, and the sum takes its place.
+    """x [rows, in], codes [out, in] int8, scale [out] float32, all contiguous -> [rows, out] in x's
+    dtype. With `residual` [rows, out] the product is added to it in place.
     """
     rows, inputs = x.shape
     outputs = codes.shape[0]

@@ -1,13 +1,11 @@
-"""The work of single steps on a CPU in float32, compiled by Numba; `layers.py`, `ring.py` and `depth.py` hold
-the same in torch.
+"""Single steps on a CPU in float32, compiled by Numba; `torch_reference` computes the same up to rounding.
 
-torch sums one row in another order than several, and calling it costs more than a small layer's work. Here
-every row of a batch goes through the same instructions whoever stands beside it, so that a session's numbers
-are the same to the last bit in any company, and a weight is read from memory once for all rows.
+torch sums one row in another order than several, and a call to it costs more than a small layer. Here every
+row of a batch runs through the same instructions, so results are bit-identical whatever the batch size, and a
+weight is read from memory once for all rows.
 
-The compiler may reorder sums, once and for all; NaN and infinities keep their meaning. Compiled code is kept
-on disk (Numba's cache), for one kind of CPU. Where there is no Numba torch does the work, equal up to
-rounding.
+The compiler may reorder sums, but always in the same way; NaN and infinities propagate as usual. Numba caches
+compiled code on disk, per CPU model.
 """
 
 from __future__ import annotations
@@ -24,47 +22,47 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from personaplex.model import layers
-from personaplex.model.layers import RMS_EPS, Array
-from personaplex.model.sampling import UNIFORM_BITS
+from personaplex.kernels.constants import GOLDEN, LARGE_MATRIX, RMS_EPS, UNIFORM_BITS
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+Array = NDArray[np.float32]
+
+_GOLDEN = np.uint64(GOLDEN)
 _OPTIONS = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True, "error_model": "numpy"}
 
 
 def _kernel(signature: str | None = None) -> Callable[[Callable[..., Any]], Any]:
-    """Compiles when this module is imported, or takes from the disk what an earlier import compiled."""
+    """Compiles when this module is imported, or loads what an earlier import cached on disk."""
 
     def compiled(function: Callable[..., Any]) -> Any:
         compiler: Any = njit
         try:
             return compiler(signature, cache=True, **_OPTIONS)(function)
-        except (RuntimeError, OSError):  # there is no folder to keep it in
+        except (RuntimeError, OSError):  # no writable folder for the cache
             return compiler(signature, **_OPTIONS)(function)
 
     return compiled
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
+def matmul(x: Tensor, weight: Tensor) -> Tensor:
     """`x @ weight.T` for x [N, in], weight [out, in] -> [N, out]."""
     outputs, threads = weight.shape[0], torch.get_num_threads()
     out = x.new_empty(x.shape[0], outputs)
     arrays = x.contiguous().numpy(), weight.contiguous().numpy(), out.numpy()
-    if threads == 1 or weight.numel() < layers.LARGE:
-        _product(*arrays, 0, outputs)
+    if threads == 1 or weight.numel() < LARGE_MATRIX:
+        _matmul(*arrays, 0, outputs)
         return out
-    # pieces begin where blocks of outputs do, so that each is summed as it would be alone
-    bounds = [8 * (outputs // 8 * part // threads) for part in range(threads)] + [outputs]
-    work: Callable[[int, int], None] = functools.partial(_product, *arrays)
-    pieces = [_pool(threads).submit(work, start, stop) for start, stop in itertools.pairwise(bounds)]
-    for piece in pieces:
-        piece.result()
+    # Parts begin where blocks of outputs do, so that each output is summed as on one thread.
+    bounds = [8 * (outputs // 8 * index // threads) for index in range(threads)] + [outputs]
+    work: Callable[[int, int], None] = functools.partial(_matmul, *arrays)
+    parts = [_pool(threads).submit(work, start, stop) for start, stop in itertools.pairwise(bounds)]
+    for part in parts:
+        part.result()
     return out
 
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="product")
+    return ThreadPoolExecutor(threads, thread_name_prefix="matmul")
 
 
 def step_layer(
@@ -78,12 +76,12 @@ def step_layer(
     cos: Array,
     sin: Array,
 ) -> None:
-    """One position a slot through one pre-norm layer of either transformer; x [N, dim] is replaced.
+    """One position per slot through one pre-norm layer; replaces x [N, dim].
 
     `weights`: gain of norm1 [dim], in_proj [3 dim, dim], out_proj [dim, dim], gain of norm2, linear_in
     [2 hidden, dim], linear_out [dim, hidden]. keys, values [N, layers, H, C, head_dim] are a ring that holds
-    `written` [N] positions and takes one more of each slot that is `active` [N]; rows of the others hold
-    anything afterwards. cos, sin [N, head_dim / 2] turn q and k, or [N, 0].
+    `written` [N] positions and gains one for each slot that is `active` [N]; rows of x of inactive slots are
+    undefined afterwards. cos, sin [N, head_dim / 2] are the rope of q and k; [N, 0] for none.
     """
     _step_layer(x, *weights, keys, values, layer, written, active, cos, sin)
 
@@ -95,10 +93,10 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     return out
 
 
-def draw(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor) -> Tensor:
-    """logits [N, V], temperature [N], topk [N] int64, keys [N] int64 -> tokens [N] int64. `sampling.draw`."""
+def sample(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor) -> Tensor:
+    """logits [N, V], temperature [N], topk [N] int64, keys [N] int64 -> tokens [N] int64."""
     tokens = topk.new_empty(len(topk))
-    _draw(
+    _sample(
         logits.numpy(), temperature.numpy(), topk.numpy(), keys.contiguous().numpy().view(np.uint64),
         tokens.numpy(),
     )  # fmt: skip
@@ -109,9 +107,9 @@ _1, _2, _4, _5 = (f"float32[{'' if d == 1 else ','.join(':' * (d - 1)) + ','}::1
 
 
 @_kernel(f"void({_2}, {_2}, {_2}, int64, int64)")
-def _product(x, weight, out, start, stop):
-    # Two rows by eight outputs in registers. The last of an odd number of rows is its own partner: what is
-    # done for a row must not depend on how many there are.
+def _matmul(x, weight, out, start, stop):
+    # Two rows by eight outputs in registers. The last of an odd number of rows is paired with itself: the
+    # arithmetic of a row must not depend on how many rows there are.
     rows, inner = x.shape
     whole = start + (stop - start) // 8 * 8
     for o in range(start, whole, 8):
@@ -162,7 +160,7 @@ def _rms_norm(x, gain, out):
 
 
 @_kernel()
-def _turn(head, cos, sin):
+def _rope(head, cos, sin):
     """Rotates the interleaved pairs of one head."""
     for i in range(len(cos)):
         a, b = head[2 * i], head[2 * i + 1]
@@ -172,7 +170,7 @@ def _turn(head, cos, sin):
 
 @_kernel()
 def _attend(query, k, v, filled, hidden, scores, out):
-    """query, out [head_dim], k, v [C, head_dim]: reads the `filled` first columns but for `hidden`."""
+    """query, out [head_dim], k, v [C, head_dim]: attends to the first `filled` columns except `hidden`."""
     size = len(query)
     scale = np.float32(size**-0.5)
     largest = np.float32(-np.inf)
@@ -208,36 +206,36 @@ def _step_layer(
     both, gated = np.empty((rows, 2 * hidden), np.float32), np.empty((rows, hidden), np.float32)
 
     _rms_norm(x, norm1, normed)
-    _product(normed, in_proj, qkv, 0, 3 * dim)
+    _matmul(normed, in_proj, qkv, 0, 3 * dim)
     for n in range(rows):
         if not active[n]:
             continue
         column = written[n] % capacity
         after = written[n] + 1
-        out_of_sight = after % capacity if after >= capacity else -1  # see ring.py
+        unseen = after % capacity if after >= capacity else -1  # see kvring.py
         for h in range(heads):
             one = slice(h * size, (h + 1) * size)
             q, k, v = qkv[n, :dim][one], qkv[n, dim : 2 * dim][one], qkv[n, 2 * dim :][one]
-            _turn(q, cos[n], sin[n])
-            _turn(k, cos[n], sin[n])
+            _rope(q, cos[n], sin[n])
+            _rope(k, cos[n], sin[n])
             keys[n, layer, h, column] = k
             values[n, layer, h, column] = v
             _attend(
-                q, keys[n, layer, h], values[n, layer, h], min(after, capacity), out_of_sight, scores,
+                q, keys[n, layer, h], values[n, layer, h], min(after, capacity), unseen, scores,
                 read[n, one],
             )  # fmt: skip
-    _product(read, out_proj, normed, 0, dim)
+    _matmul(read, out_proj, normed, 0, dim)
     for n in range(rows):
         for i in range(dim):
             x[n, i] += normed[n, i]
 
     _rms_norm(x, norm2, normed)
-    _product(normed, linear_in, both, 0, 2 * hidden)
+    _matmul(normed, linear_in, both, 0, 2 * hidden)
     for n in range(rows):
         for i in range(hidden):
             a = both[n, i]
             gated[n, i] = a / (1 + np.exp(-a)) * both[n, hidden + i]
-    _product(gated, linear_out, normed, 0, dim)
+    _matmul(gated, linear_out, normed, 0, dim)
     for n in range(rows):
         for i in range(dim):
             x[n, i] += normed[n, i]
@@ -245,7 +243,7 @@ def _step_layer(
 
 @_kernel("uint64(uint64)")
 def _mix(x):
-    """splitmix64's finaliser; `sampling._mix`."""
+    """The splitmix64 finalizer."""
     x += _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -254,7 +252,7 @@ def _mix(x):
 
 @_kernel()
 def _kth_largest(row, k):
-    """The k-th largest of float32 [V], found bit by bit among the integers that are ordered as floats are."""
+    """The k-th largest of float32 [V], by bisection over the integers that sort as floats do."""
     ordered = row.view(np.int32).copy()
     for v in range(len(ordered)):
         ordered[v] ^= (ordered[v] >> 31) & 0x7FFFFFFF
@@ -275,12 +273,12 @@ def _kth_largest(row, k):
 
 
 @_kernel(f"void({_2}, {_1}, int64[::1], uint64[::1], int64[::1])")
-def _draw(logits, temperature, topk, keys, tokens):
+def _sample(logits, temperature, topk, keys, tokens):
     rows, size = logits.shape
     for n in range(rows):
-        row, cold = logits[n], temperature[n] <= 0
+        row, greedy = logits[n], temperature[n] <= 0
         least, room = np.float32(-np.inf), size  # of the candidates, and how many may be as small as that
-        if not cold and 0 < topk[n] < size:
+        if not greedy and 0 < topk[n] < size:
             least = _kth_largest(row, topk[n])
             room = topk[n]
             for v in range(size):
@@ -288,7 +286,7 @@ def _draw(logits, temperature, topk, keys, tokens):
         best, token = np.float32(-np.inf), 0
         for v in range(size):
             score = row[v]
-            if not cold:
+            if not greedy:
                 if score < least or (score == least and room <= 0):
                     continue
                 room -= score == least

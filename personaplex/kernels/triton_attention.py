@@ -1,14 +1,14 @@
-"""Attention of single steps as Triton kernels, for devices; `ring.py` and `depth.py` hold the same in torch.
+"""Attention of single steps as Triton kernels; `torch_reference` computes the same.
 
-A step reads a ring in pieces of CHUNK columns, one program a slot, head, query and piece, so that one long
-session keeps as many programs busy as many short ones; a second kernel joins the pieces. Only what a slot
-has filled is read, by its offset on the device: shapes never depend on how long a session is, nothing is
-copied to the host, and a slot's result does not depend on how many others share the step. Slots that take no
-part in it cost next to nothing: sessions' frames do not arrive together, and a tick must not pay for the
-rings of those it is not for.
+A step reads a ring in chunks of CHUNK columns, one program per slot, head, query and chunk, so that one long
+session keeps as many programs busy as many short ones; a second kernel joins the chunks. Only the filled part
+of a ring is read, by its offset on the device: shapes never depend on the length of a session, nothing is
+copied to the host, and a slot's result does not depend on how many others share the step. Inactive slots cost
+next to nothing: frames of different sessions do not arrive together, and a tick must not pay for the rings of
+the slots it skips.
 
-Keys and values lie in the ring as they are, or as int8 with one scale a position and head (`ring.quantise`).
-All sums are float32. This module needs Triton, which comes with torch for CUDA.
+Keys and values are in the model's dtype, or int8 with one float16 scale per position and head. All sums are
+float32.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from personaplex.model.ring import INT8_STEPS, SMALLEST_SCALE, Ring
+from personaplex.kernels.constants import INT8_MAX, SMALLEST_SCALE
+from personaplex.kernels.kvring import KVRing, Rope
 
-CHUNK = 256  # ring columns of one program
+CHUNK = 256  # ring columns per program
 BLOCK = 32  # of them held in registers at a time
 WARPS = 4
 STAGES = 3  # blocks on their way from memory while one is summed
@@ -30,10 +31,10 @@ _ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and taking it away roun
 
 
 def attend(
-    ring: Ring,
+    ring: KVRing,
     layer: int,
     qkv: Tensor,
-    turn: tuple[Tensor, Tensor],
+    rope: Rope,
     active: Tensor,
     *,
     chunk: int = CHUNK,
@@ -41,11 +42,11 @@ def attend(
     warps: int = WARPS,
     stages: int = STAGES,
 ) -> Tensor:
-    """Turns q and k, writes k and v into the ring and reads it, as `ring.attend`, in two or three kernels.
+    """Rotates q and k, writes k and v into the ring and attends to it, in two or three kernels.
 
-    qkv [N, T, 3, H, head_dim] contiguous; turn as `layers.angles` gives it; active [N] bool, contiguous: the
-    others' rings are neither read nor written -> [N, H, T, head_dim], zeros for them. The rest are sizes to
-    tune; only `chunk` and `block` change the result, by rounding.
+    qkv [N, T, 3, H, head_dim], active [N] bool, both contiguous -> [N, H, T, head_dim]. Rings of inactive
+    slots are neither read nor written; their output is zeros. The rest are tuning sizes, of which only
+    `chunk` and `block` change the result, by rounding.
     """
     n, steps, _, heads, size = qkv.shape
     assert qkv.is_contiguous()
@@ -56,13 +57,13 @@ def attend(
     int8 = ring.k_scale is not None
     k_scale = ring.k_scale[:, layer] if ring.k_scale is not None else keys
     v_scale = ring.v_scale[:, layer] if ring.v_scale is not None else values
-    cos, sin = turn
+    cos, sin = rope
     queries = torch.empty(n, steps, heads, size, device=qkv.device, dtype=qkv.dtype)
     half = size // 2
-    _turn_and_store[(n * steps, heads)](
+    _rope_and_store[(n * steps, heads)](
         qkv, cos, sin, queries, keys, values, k_scale, v_scale, ring.offset, active,
         keys.stride(0), keys.stride(1), k_scale.stride(0), k_scale.stride(1), ring.capacity, heads,
-        steps, half, triton.next_power_of_2(half), int8, INT8_STEPS, SMALLEST_SCALE,
+        steps, half, triton.next_power_of_2(half), int8, INT8_MAX, SMALLEST_SCALE,
         num_warps=1,
     )  # fmt: skip
     out = torch.empty_like(queries)
@@ -85,11 +86,11 @@ def attend(
     return out.transpose(1, 2)
 
 
-def attend_step(qkv: Tensor, keys: Tensor, values: Tensor, step: int) -> Tensor:
-    """Step `step` of a depth transformer's layer: writes its k, v and attends to all steps that may be seen.
+def attend_depth(qkv: Tensor, keys: Tensor, values: Tensor, step: int) -> Tensor:
+    """One layer's attention at step `step` of the depth transformer: writes k and v, attends to what it sees.
 
     qkv [N, 1, 3, H, head_dim], keys and values [N, H, context, head_dim], all contiguous ->
-    [N, H, 1, head_dim]. The last step of a full context does not see the first (see ring.py).
+    [N, H, 1, head_dim]. The last step of a full context does not see the first (see `kvring`).
     """
     n, _, _, heads, size = qkv.shape
     context = keys.shape[2]
@@ -97,7 +98,7 @@ def attend_step(qkv: Tensor, keys: Tensor, values: Tensor, step: int) -> Tensor:
     assert keys.is_contiguous()
     assert values.is_contiguous()
     out = torch.empty(n, heads, 1, size, device=qkv.device, dtype=qkv.dtype)
-    _attend_step[(n, heads)](
+    _attend_depth[(n, heads)](
         qkv, keys, values, out, step, 1 if step + 1 == context else 0, heads, size**-0.5,
         context, triton.next_power_of_2(context), size, triton.next_power_of_2(size),
         num_warps=1,
@@ -106,13 +107,13 @@ def attend_step(qkv: Tensor, keys: Tensor, values: Tensor, step: int) -> Tensor:
 
 
 @triton.jit
-def _turn_and_store(
+def _rope_and_store(
     qkv, cos, sin, queries, keys, values, k_scale, v_scale, offset, active,
     slot_stride, head_stride, scale_slot_stride, scale_head_stride, capacity, heads,
     STEPS: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr, INT8: tl.constexpr,
-    INT8_STEPS: tl.constexpr, SMALLEST_SCALE: tl.constexpr,
+    INT8_MAX: tl.constexpr, SMALLEST_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """One query, key and value of one head: rotated in interleaved pairs; the latter two into the ring."""
+    """One query, key and value of one head: q and k rotated in interleaved pairs, k and v into the ring."""
     row, head = tl.program_id(0), tl.program_id(1)
     slot = (row // STEPS).to(tl.int64)
     if not tl.load(active + slot):
@@ -137,35 +138,35 @@ def _turn_and_store(
     place = slot * slot_stride + head * head_stride + column * 2 * HALF + 2 * pair
     scale_place = slot * scale_slot_stride + head * scale_head_stride + column
     _store_pairs((a * c - b * s).to(kind), (a * s + b * c).to(kind), keys + place, k_scale + scale_place,
-                 there, INT8, INT8_STEPS, SMALLEST_SCALE)  # fmt: skip
+                 there, INT8, INT8_MAX, SMALLEST_SCALE)  # fmt: skip
     a = tl.load(source + 2 * third, there, other=0.0)
     b = tl.load(source + 2 * third + 1, there, other=0.0)
-    _store_pairs(a, b, values + place, v_scale + scale_place, there, INT8, INT8_STEPS, SMALLEST_SCALE)
+    _store_pairs(a, b, values + place, v_scale + scale_place, there, INT8, INT8_MAX, SMALLEST_SCALE)
 
 
 @triton.jit
 def _store_pairs(
     a, b, place, scale_place, there,
-    INT8: tl.constexpr, INT8_STEPS: tl.constexpr, SMALLEST_SCALE: tl.constexpr,
+    INT8: tl.constexpr, INT8_MAX: tl.constexpr, SMALLEST_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the even (a) and odd (b) numbers of one vector; if asked, quantised as by `ring.quantise`."""
+    """Writes the even (a) and odd (b) elements of one vector, for INT8 as `int8.quantize_vectors` does."""
     if INT8:
         a, b = a.to(tl.float32), b.to(tl.float32)
         largest = tl.max(tl.maximum(tl.abs(a), tl.abs(b)), axis=0)
-        scale = tl.minimum(tl.maximum(largest * (1.0 / INT8_STEPS), SMALLEST_SCALE), 65504.0).to(tl.float16)
+        scale = tl.minimum(tl.maximum(largest * (1.0 / INT8_MAX), SMALLEST_SCALE), 65504.0).to(tl.float16)
         tl.store(scale_place, scale)
         step = scale.to(tl.float32)
         a = (tl.div_rn(a, step) + _ROUND) - _ROUND
         b = (tl.div_rn(b, step) + _ROUND) - _ROUND
-        a = tl.minimum(tl.maximum(a, -INT8_STEPS), INT8_STEPS)
-        b = tl.minimum(tl.maximum(b, -INT8_STEPS), INT8_STEPS)
+        a = tl.minimum(tl.maximum(a, -INT8_MAX), INT8_MAX)
+        b = tl.minimum(tl.maximum(b, -INT8_MAX), INT8_MAX)
     tl.store(place, a.to(place.dtype.element_ty), there)
     tl.store(place + 1, b.to(place.dtype.element_ty), there)
 
 
 @triton.jit
 def _seen(column, filled, newest, ahead, shown, capacity):
-    """Which columns a query may read that came `ahead` positions before the newest; see ring.py."""
+    """Columns visible to a query `ahead` positions before the newest; see `kvring`."""
     age = newest - column  # positions since the one in this column
     age = tl.where(age < 0, age + capacity, age)
     return (column < filled) & (age >= ahead) & (age < shown)
@@ -186,7 +187,7 @@ def _attend_chunk(
     STEPS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
     INT8: tl.constexpr, LONE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One query over one piece of its slot's ring.
+    """One query over one chunk of its slot's ring.
 
     Each of BLOCK lanes keeps a running softmax of its own over the columns it meets (largest score, sum,
     weighted values); lanes are joined at the end, so that the loop never waits for other warps.
@@ -220,8 +221,8 @@ def _attend_chunk(
     if INT8:
         k_unit = tl.load(k_scale + scale_base + start + lane, start + lane < filled, other=0.0)
         v_unit = tl.load(v_scale + scale_base + start + lane, start + lane < filled, other=0.0)
-    for piece in tl.range(0, CHUNK, BLOCK, num_stages=STAGES):
-        column = start + piece + lane
+    for first in tl.range(0, CHUNK, BLOCK, num_stages=STAGES):
+        column = start + first + lane
         seen = _seen(column, filled, newest, ahead, shown, capacity)
         place = base + column[:, None].to(tl.int64) * SIZE + d[None, :]
         mask = seen[:, None] & inside[None, :]
@@ -257,7 +258,7 @@ def _join_chunks(
     parts, offset, active, out, capacity, splits,
     STEPS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The pieces of one query and head, each with its share of the softmax; unfilled ones are not read."""
+    """Joins the chunks of one query and head by their softmax sums; unfilled ones are not read."""
     row, head = tl.program_id(0), tl.program_id(1)
     split, d = tl.arange(0, SPLITS), tl.arange(0, WIDE)
     inside = d < SIZE
@@ -280,7 +281,7 @@ def _join_chunks(
 
 
 @triton.jit(do_not_specialize=["step", "skip"])
-def _attend_step(
+def _attend_depth(
     qkv, keys, values, out, step, skip, heads, scale,
     CONTEXT: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
