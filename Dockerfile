@@ -1,7 +1,8 @@
-# Two images from one file:
+# Three images from one file:
 #   docker build --target gateway -t personaplex-serve-gateway .   gateways, Ray's head, jobs: no torch, no CUDA
 #   docker build --target gpu     -t personaplex-serve .           replicas; also runs the whole service alone
-# CUDA comes with torch's own wheels; the node brings the driver.
+#   docker build --target cpu     -t personaplex-serve-cpu .       the whole service without CUDA, for a first look
+# CUDA comes with torch's own wheels; the node brings the driver (docker/constraints.txt).
 #
 # The base is pinned by digest. To move on:
 #   docker buildx imagetools inspect python:3.11-slim-bookworm --format '{{.Manifest.Digest}}'
@@ -25,24 +26,31 @@ ENV PATH=/opt/personaplex/bin:$PATH \
 WORKDIR /home/personaplex
 EXPOSE 8998
 
-FROM ${PYTHON_IMAGE} AS source
+# Dependencies come first and from pinned versions: a change of the source alone adds one small layer to an image.
+FROM ${PYTHON_IMAGE} AS dependencies
 WORKDIR /src
-ENV PIP_NO_CACHE_DIR=1
-COPY pyproject.toml README.md LICENSE ./
-COPY docker/install.sh docker/
+COPY pyproject.toml ./
+COPY docker/install.sh docker/requirements.py docker/constraints.txt docker/
+
+FROM dependencies AS gateway-dependencies
+RUN docker/install.sh gateway /opt/personaplex dependencies
+
+FROM dependencies AS gpu-dependencies
+RUN docker/install.sh gpu /opt/personaplex dependencies
+
+FROM dependencies AS cpu-dependencies
+RUN docker/install.sh cpu /opt/personaplex dependencies
+
+FROM dependencies AS source
+COPY README.md LICENSE ./
 COPY personaplex personaplex
 COPY deployments deployments
 COPY loadtest loadtest
 COPY k8s/*.py k8s/
 
-FROM source AS gateway-install
-RUN docker/install.sh gateway /opt/personaplex
-
-FROM source AS gpu-install
-RUN docker/install.sh gpu /opt/personaplex
-
 FROM runtime AS gateway
-COPY --from=gateway-install /opt/personaplex /opt/personaplex
+COPY --from=gateway-dependencies /opt/personaplex /opt/personaplex
+RUN --mount=type=bind,from=source,source=/src,target=/src,rw /src/docker/install.sh gateway /opt/personaplex package
 USER 1000:1000
 # Inside a cluster, KubeRay's own probes decide; this is for `docker run`.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
@@ -50,13 +58,23 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
 ENTRYPOINT ["tini", "--"]
 CMD ["ray", "--version"]
 
+FROM runtime AS cpu
+COPY --from=cpu-dependencies /opt/personaplex /opt/personaplex
+RUN --mount=type=bind,from=source,source=/src,target=/src,rw /src/docker/install.sh cpu /opt/personaplex package
+USER 1000:1000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
+    CMD ["wget", "--quiet", "--tries=1", "--output-document=-", "http://localhost:8998/healthz"]
+ENTRYPOINT ["tini", "--"]
+CMD ["python", "-m", "personaplex.server", "--host", "0.0.0.0", "--port", "8998", "--device", "cpu"]
+
 FROM runtime AS gpu
 # The one compiler at run time: Triton builds a small launcher for each of its kernels on first use.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-COPY --from=gpu-install /opt/personaplex /opt/personaplex
+COPY --from=gpu-dependencies /opt/personaplex /opt/personaplex
+RUN --mount=type=bind,from=source,source=/src,target=/src,rw /src/docker/install.sh gpu /opt/personaplex package
 USER 1000:1000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s \
     CMD ["wget", "--quiet", "--tries=1", "--output-document=-", "http://localhost:8998/healthz"]

@@ -77,6 +77,14 @@ bench: install
 	$(BIN)/python -m benchmarks.engine --output benchmarks/results/engine-cpu.json
 	$(BIN)/python -m benchmarks.codec --output benchmarks/results/codec.json
 
+# The first thing to run on a machine with a GPU: is everything right, and how fast is it? Leaves one JSON file,
+# and step-time tables for planners, which belong into the repository.
+GPU_RESULTS ?= benchmarks/results/gpu.json
+.PHONY: gpu
+gpu: install
+	$(BIN)/python -m pytest -m gpu tests/test_kernels.py tests/test_gpu.py
+	$(BIN)/python -m benchmarks.gpu --output $(GPU_RESULTS)
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -110,6 +110,9 @@ class NoFleet:
     async def describe(self) -> list[Any]:
         return []
 
+    async def wait_close(self, gateway: str) -> None:
+        await asyncio.Event().wait()
+
 
 def build_floor(settings: Settings) -> Application:
     """The floor as an application with one gateway."""

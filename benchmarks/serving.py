@@ -25,7 +25,9 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import socket
+import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -150,15 +152,18 @@ def _free_port() -> int:
 @contextlib.contextmanager
 def _cluster(gateways: int) -> Iterator[int]:
     """Ray and Serve behind HAProxy with both applications; the port clients connect to."""
+    from deployments import haproxy
     from personaplex.server import ENVIRONMENT
 
     os.environ.update(
         ENVIRONMENT,
         RAY_SERVE_ENABLE_HA_PROXY="1",
         RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",  # at the end, nobody is left to wait for
+        RAY_SERVE_HAPROXY_BINARY_PATH=str(Path(sysconfig.get_path("scripts")) / haproxy.COMMAND),
         RAY_SERVE_HAPROXY_METRICS_PORT=str(_free_port()),  # fixed ones otherwise
         RAY_SERVE_HAPROXY_STATS_PORT=str(_free_port()),
-        RAY_AUTH_MODE="disabled",
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN=secrets.token_hex(32),
     )
     import ray
     from ray import serve
@@ -169,7 +174,7 @@ def _cluster(gateways: int) -> Iterator[int]:
 
     port = _free_port()
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
-    serve.start(http_options={"host": "0.0.0.0", "port": port}, logging_config={"log_level": "WARNING"})
+    serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
     settings = Settings(
         model="echo",
         slots=SLOTS,

@@ -9,6 +9,7 @@ No `from __future__ import annotations` here: Serve reads the builder's annotati
 
 import json
 import logging
+import sys
 from typing import Any
 
 import ray
@@ -16,11 +17,12 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.deployment import Application
 
+from deployments import ingress
 from deployments.fleet import Fleet
 from deployments.gateway import Gateway
 from deployments.policy import SessionScaling
 from deployments.replica import Replica
-from deployments.settings import Settings
+from deployments.settings import PROXY_CALLBACK, Settings, refuse_keys_among
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ LONGEST_RETRY_S = 0.2  # between two looks for a free slot, for whoever waits
 
 
 _GATEWAY_ENVIRONMENT = {
+    # What the proxies got, as Ray fills it in; and the same limits for a gateway's own server (HAProxy mode).
+    PROXY_CALLBACK: f"${{{ingress.VARIABLE}}}",
+    ingress.VARIABLE: ingress.CALLBACK,
     # One event loop for sockets, sessions and the router: a third less CPU than Serve's three threads.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -41,6 +46,7 @@ _QUIET = {"enable_access_log": False}  # one line a session is written at its en
 
 def build(settings: Settings) -> Application:
     """The application for `settings`: gateways in front, replicas behind, the fleet beside them."""
+    refuse_keys_among(sys.argv[1:])  # of `serve run deployments:build`, and of our own command
     logger.info("settings: %s", json.dumps(settings.public(), sort_keys=True))
     if not settings.guarded:
         logger.info("no API key is needed: whoever reaches this service may use it")

@@ -85,10 +85,12 @@ class Conversation:
                 self._on(ReceivedText(message["text"]) if data is None else Received(data))
         except (WebSocketDisconnect, RuntimeError):  # RuntimeError: Starlette, when it was closed before
             pass
-        self._on(PeerClosed())
+        except Exception as error:  # noqa: BLE001  a task root: Serve raises all sorts when its proxy is gone
+            logger.warning("session %s: its connection is gone: %s", self._session, type(error).__name__)
+        self._on(PeerClosed())  # nobody is there any more, whatever the cause
 
     async def _write(self) -> None:
-        with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+        try:
             while True:
                 await self._writable.wait()
                 self._writable.clear()
@@ -97,6 +99,11 @@ class Conversation:
                 if self._close is not None:
                     await self._socket.close(self._close.code, self._close.reason)
                     return
+        except (WebSocketDisconnect, RuntimeError):  # the reader notices too, and says so
+            pass
+        except Exception as error:  # noqa: BLE001  a task root, as above
+            logger.warning("session %s: its connection is gone: %s", self._session, type(error).__name__)
+            self._on(PeerClosed())
 
     async def _serve(self, admit: Callable[[], AbstractContextManager[Persona]]) -> None:
         """Opens the line; from then on what the replica says carries the session."""

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,8 @@ class Fleet:
     def __init__(self) -> None:
         self._known: dict[str, tuple[ReplicaStatus, float]] = {}
         self._closing = False
+        self._end = asyncio.Event()
+        self._gateways: set[str] = set()
 
     async def report(self, status: ReplicaStatus) -> bool:
         """Takes a replica's word; the answer is whether it shall let go of its sessions."""
@@ -77,8 +79,23 @@ class Fleet:
         return [self._known[name][0] for name in sorted(self._known)]
 
     async def close(self) -> None:
-        """The service ends: every replica lets go of its sessions, within about REPORT_EVERY_S."""
+        """The service ends: every replica lets go of its sessions, within about REPORT_EVERY_S, and every
+        gateway of those that wait for a slot."""
         self._closing = True
+        self._end.set()
+
+    async def wait_close(self, gateway: str) -> None:
+        """Returns when the service ends. The gateway then tells whoever waits, and calls `closed`."""
+        self._gateways.add(gateway)
+        await self._end.wait()
+
+    async def closed(self, gateway: str) -> None:
+        """Nobody waits in this gateway any more."""
+        self._gateways.discard(gateway)
+
+    async def held(self) -> int:
+        """Slots in use and gateways that have not told those who wait; 0 once `close` is done."""
+        return len(self._gateways) + sum(replica.used for replica in await self.describe())
 
 
 class Reporter:
@@ -124,6 +141,18 @@ class Observer:
         self._asking = asyncio.Lock()
         self._known: list[ReplicaStatus] = []
         self._asked = float("-inf")
+
+    async def wait_close(self, gateway: str, close: Callable[[], Awaitable[None]]) -> None:
+        """Awaits `close()` once the service ends. To be run as a task for as long as the gateway lives."""
+        while True:
+            try:
+                await _answer(self._fleet.wait_close.remote(gateway))
+                await close()
+                await _answer(self._fleet.closed.remote(gateway))
+                return
+            except (RayError, RayServeException) as error:  # the fleet has ended and will be there again
+                logger.info("the fleet is away: %s", type(error).__name__)
+                await asyncio.sleep(REPORT_EVERY_S)
 
     async def describe(self) -> list[ReplicaStatus]:
         """[] while no replica is there, and when the fleet does not answer."""

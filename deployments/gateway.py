@@ -5,7 +5,8 @@
     /api/voices    names a session may ask for
     /api/prompts   role texts to choose from
     /metrics       this gateway's own series, where the setting metrics_page asks for them
-    /healthz       200 when sessions can be taken, 503 while no replica is there
+    /healthz       200 when sessions can be taken, 503 while no replica is there; `proxy_limits` is whether
+                   the process that read this request has the limits of ingress.py
     /              the web page
 
 Errors of a session are told to its client as an error message and a close code; nothing a client sent is
@@ -25,6 +26,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
@@ -32,15 +34,16 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket
 
 import personaplex
-from deployments import logs, media, metrics, tracing
+from deployments import ingress, logs, media, metrics, tracing
 from deployments.catalogue import prompt_list, voice_list
-from deployments.conversation import Conversation
+from deployments.conversation import CLOSE_TIMEOUT_S, Conversation
 from deployments.doors import Doors, Visitor
 from deployments.fleet import Observer
+from deployments.headers import SecurityHeaders
 from deployments.lease import Leases
 from deployments.line import Services
 from deployments.query import persona_from, read_query
-from deployments.settings import Settings
+from deployments.settings import Settings, proxy_callback
 from personaplex.errors import ConfigError, NoCapacity
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
@@ -75,14 +78,20 @@ class Gateway:
             leases=self._leases,
             metrics=self._metrics,
             limits=Limits(session_s=settings.session_limit_s, idle_s=settings.idle_limit_s),
-            connect=lambda grant, *heard: media.connect(grant.host, grant.port, *heard),
+            connect=lambda grant, on_message, on_lost: media.connect(
+                grant.host, grant.port, on_message, on_lost, settings.stall_limit_s
+            ),
             connect_timeout_s=settings.lease_timeout_s,
             keep=self._keep,
             changed=self._publish,
             trace=tracing.connect() if settings.tracing else None,
         )
         self._open = 0
+        self._empty = asyncio.Event()  # no session is open
+        self._empty.set()
         self._keeping = asyncio.ensure_future(self._metrics.keep())
+        self._watching = asyncio.ensure_future(self._fleet.wait_close(uuid.uuid4().hex, self._close))
+        warn_of_proxies_without_limits()
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
 
     def __serve_build_asgi_app__(self) -> Starlette:
@@ -100,17 +109,23 @@ class Gateway:
             if not page.is_dir():
                 raise ConfigError("static is neither none nor a directory")
             routes.append(Mount("/", StaticFiles(directory=page, html=True)))
-        return Starlette(routes=routes)
+        pages = Middleware(
+            SecurityHeaders, policy=self._settings.content_security_policy, hsts_s=self._settings.hsts_s
+        )
+        return Starlette(routes=routes, middleware=[pages])
 
     async def chat(self, socket: WebSocket) -> None:
         await socket.accept()
         conversation = Conversation(socket, uuid.uuid4().hex, self._services)
         self._open += 1
+        self._empty.clear()
         self._publish()
         try:
             await conversation.run(functools.partial(self._admit, socket))
         finally:
             self._open -= 1
+            if not self._open:
+                self._empty.set()
             self._publish()
 
     async def census(self) -> dict[str, int]:
@@ -150,7 +165,10 @@ class Gateway:
 
     async def health(self, request: Request) -> Response:
         up = any(replica.accepting for replica in await self._fleet.describe())
-        return JSONResponse({"status": "ok" if up else "no replica"}, status_code=200 if up else 503)
+        return JSONResponse(
+            {"status": "ok" if up else "no replica", "proxy_limits": ingress.limited(request.scope)},
+            status_code=200 if up else 503,
+        )
 
     @contextlib.contextmanager
     def _admit(self, socket: WebSocket) -> Iterator[Persona]:
@@ -161,6 +179,12 @@ class Gateway:
         address = socket.client.host if socket.client else ""
         with self._doors.enter(Visitor(address, socket.headers, query)):
             yield persona_from(query)
+
+    async def _close(self) -> None:
+        """The service ends: whoever waits is told; those who hold a slot hear it from their replica."""
+        self._leases.close()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._empty.wait(), CLOSE_TIMEOUT_S)
 
     def _publish(self) -> None:
         self._metrics.set(metrics.SESSIONS_LIVE, len(self._services.live))
@@ -176,3 +200,12 @@ class Gateway:
             await asyncio.to_thread(log.save, folder / f"{session}.npz")
         except OSError:
             logger.exception("the tokens of session %s could not be saved", session)
+
+
+def warn_of_proxies_without_limits() -> None:
+    """One line of log where Ray's processes were started without the limits of ingress.py."""
+    if proxy_callback() != ingress.CALLBACK:
+        logger.warning(
+            "Serve's proxies take compressed messages of 16 MiB from anybody: set %s=%s for Ray",
+            *(ingress.VARIABLE, ingress.CALLBACK),
+        )

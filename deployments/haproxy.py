@@ -3,12 +3,15 @@
 Serve starts HAProxy as a child of an actor of its own. An actor that is killed, or whose node ends in haste,
 leaves its child running: it goes on holding the service's ports, with servers behind it that are gone, and
 the next start fails. So Serve is given `personaplex-haproxy` for HAProxy's binary: it asks the kernel to end
-it with its parent and then becomes the real one. Knows no Ray.
+it with its parent, closes what Serve's configuration leaves open (`closed`) and then becomes the real one.
+Knows no Ray.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shutil
 import socket
 import sys
@@ -34,6 +37,10 @@ FILES = {
     "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
 }
 QUARANTINE_SPARE_S = 30
+# HAProxy's own format for HTTP, with the path (%HPO) in place of the request line.
+LOG_FORMAT = (
+    'log-format "%ci:%cp [%tr] %ft %b/%s %TR/%Tw/%Tc/%Tr/%Ta %ST %B %tsc %ac/%fc/%bc/%sc/%rc %HM %HPO"'
+)
 
 
 def environment(folder: Path, longest_session_s: float) -> dict[str, str]:
@@ -60,13 +67,45 @@ def environment(folder: Path, longest_session_s: float) -> dict[str, str]:
 
 def main() -> None:
     """Becomes HAProxy, with this command's arguments, tied to the process that called it."""
-    try:
-        binary = real_binary()
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
     if not end_with_parent():
         sys.exit("error: whoever called this has ended")
+    try:
+        binary = real_binary()
+        for flag, path in itertools.pairwise(sys.argv):
+            if flag == "-f":
+                _close(Path(path))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     os.execv(binary, [binary, *sys.argv[1:]])
+
+
+def closed(config: str) -> str:
+    """Serve's configuration with its doors for operators on loopback only, and without queries in its log.
+
+    Serve binds metrics and statistics to every interface, and logs whole request lines: keys may stand in
+    their queries. Raises ConfigError when a line that has to change is not there. Idempotent.
+    """
+    changes = (
+        ("metrics", r"(?m)^(frontend prometheus\n\s+bind )\S*:(\d+)$", r"\g<1>127.0.0.1:\g<2>"),
+        ("statistics", r"(?m)^(listen stats\n\s+bind )\S*:(\d+)$", r"\g<1>127.0.0.1:\g<2>"),
+        ("log", rf"(?m)^(\s+)(?:option httplog|{re.escape(LOG_FORMAT)})$", rf"\g<1>{LOG_FORMAT}"),
+    )
+    for what, pattern, line in changes:
+        config, count = re.subn(pattern, line, config)
+        if count != 1:
+            raise ConfigError(f"this version of Serve sets up HAProxy's {what} in another way than 2.60")
+    return config
+
+
+def _close(path: Path) -> None:
+    """Rewrites the file in place: Serve knows its HAProxy by this path. Raises ConfigError."""
+    try:
+        config = closed(path.read_text(encoding="utf-8"))
+        fresh = path.with_name(f"{path.name}.{os.getpid()}")
+        fresh.write_text(config, encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        raise ConfigError(f"HAProxy's configuration cannot be rewritten: {error.strerror}") from error
 
 
 def real_binary() -> str:

@@ -21,12 +21,12 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from personaplex.errors import NoCapacity, PersonaplexError
+from personaplex.errors import NoCapacity, PersonaplexError, SessionLost
 
 logger = logging.getLogger(__name__)
 
 GRACE_S = 0.3  # without a slot for this long a session counts as queued
-RETRY_S = 0.1  # between two tries after a replica refused or died
+RETRY_S = 0.2  # between two tries after a replica refused or died
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ class Leases:
         self._call = replicas.options(method_name="lease", stream=True)
         self._queue_limit, self._queue_timeout_s = queue_limit, queue_timeout_s
         self._waiting: list[_Waiter] = []
+        self._closed = asyncio.get_running_loop().create_future()
 
     @property
     def queued(self) -> int:
@@ -102,7 +103,8 @@ class Leases:
     async def acquire(self, request: LeaseRequest, tell: Callable[[int], None]) -> Lease:
         """A slot. `tell(position)` is called when the session is queued and when it moves up, 1 being next.
 
-        Raises NoCapacity when the queue is full or the wait too long. Cancelling gives everything back.
+        Raises NoCapacity when the queue is full or the wait too long, SessionLost when the service is being
+        stopped. Cancelling gives everything back.
         """
         waiter = _Waiter(tell)
         self._waiting.append(waiter)
@@ -112,21 +114,30 @@ class Leases:
             self._waiting.remove(waiter)
             self._announce()
 
+    def close(self) -> None:
+        """The service is being stopped: whoever waits, now or later, is told so. Idempotent."""
+        if not self._closed.done():
+            self._closed.set_result(None)
+
     async def _acquire(self, request: LeaseRequest, waiter: _Waiter) -> Lease:
         began = time.monotonic()
+        warned = False
         while True:
-            attempt = _Attempt(self._call.remote(request))
+            if self._closed.done():
+                raise SessionLost("the server is being stopped; please connect again")
+            attempt = _Attempt(self._call.remote(request), self._closed)
             try:
                 if not await attempt.wait(GRACE_S if not waiter.queued else 0):
                     self._queue(waiter)
                     if not await attempt.wait(began + self._queue_timeout_s - time.monotonic()):
                         raise NoCapacity("no slot became free in time", self._queue_timeout_s)
-                grant = attempt.result()
+                grant = attempt.result(warn=not warned)
             except BaseException:
                 attempt.cancel()
                 raise
             if grant is not None:
                 return Lease(grant, attempt.response)
+            warned = True
             self._queue(waiter)
             if time.monotonic() - began > self._queue_timeout_s:
                 raise NoCapacity("no slot became free in time", self._queue_timeout_s)
@@ -151,20 +162,27 @@ class Leases:
 class _Attempt:
     """One call for a lease, up to its first item."""
 
-    def __init__(self, response: Any) -> None:
+    def __init__(self, response: Any, closed: asyncio.Future[None]) -> None:
         self.response = response
         self._first: asyncio.Future[Any] = asyncio.ensure_future(response.__anext__())
+        self._closed = closed
 
     async def wait(self, timeout_s: float) -> bool:
-        done, _ = await asyncio.wait({self._first}, timeout=max(0.0, timeout_s))
-        return bool(done)
+        """Whether the first item came in time. Raises SessionLost when `closed` came before it."""
+        await asyncio.wait(
+            {self._first, self._closed}, timeout=max(0.0, timeout_s), return_when=asyncio.FIRST_COMPLETED
+        )
+        if self._closed.done() and not self._first.done():
+            raise SessionLost("the server is being stopped; please connect again")
+        return self._first.done()
 
-    def result(self) -> Grant | None:
-        """The grant, or None when another try may do better."""
+    def result(self, *, warn: bool) -> Grant | None:
+        """The grant, or None when another try may do better; then one line of log if `warn`."""
         try:
             first = self._first.result()
         except (RayError, RayServeException, StopAsyncIteration) as error:
-            logger.warning("a lease could not be had: %s", type(error).__name__)
+            if warn:
+                logger.warning("a lease could not be had, trying again: %s", type(error).__name__)
             return None
         return first if isinstance(first, Grant) else None
 

@@ -12,7 +12,8 @@ Every message is `length: uint32 LE | kind: uint8 | payload`, length counting th
 
 Contract: bytes and connections only, no Ray, no engine. Nothing is queued without a bound: while the peer
 does not read, the newest `OUTBOX_FRAMES` frames are kept, older ones are dropped and counted. The kernel ends
-a connection whose other machine is gone within about `PEER_GONE_S`; a process that ends closes it at once.
+a connection whose other machine is gone, or whose other process stands still, within about a second more than
+`stall_s` (the setting `stall_limit_s`): a shorter stall is a gap. A process that ends closes it at once.
 Bytes outside this protocol raise ProtocolError and end the connection.
 """
 
@@ -41,7 +42,7 @@ from personaplex.persona import Persona, voice_name
 TOKEN_BYTES = 16
 OUTBOX_FRAMES = 25  # frames that wait for a peer that does not read: 2 s
 SOCKET_BYTES = 65_536  # the kernel's send buffer: 8 frames
-PEER_GONE_S = 2
+STALL_S = 10.0  # as the setting stall_limit_s has it
 MESSAGE_LIMIT = 65_536  # bytes; no message of this protocol comes near
 
 _LENGTH = _MARK = struct.Struct("<I")
@@ -183,8 +184,8 @@ class Link(asyncio.Protocol):
     """One end of a connection. `on_message(kind, payload)` and `on_lost()` are called on the event loop;
     `on_lost` once, after the last message. A ProtocolError raised by `on_message` ends the connection."""
 
-    def __init__(self, on_message: OnMessage, on_lost: OnLost) -> None:
-        self._on_message, self._on_lost = on_message, on_lost
+    def __init__(self, on_message: OnMessage, on_lost: OnLost, stall_s: float = STALL_S) -> None:
+        self._on_message, self._on_lost, self._stall_s = on_message, on_lost, stall_s
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
         self._outbox: deque[bytes] = deque()
@@ -230,7 +231,7 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=2 * _FRAME_BYTES)  # beyond it frames wait in the outbox
-        tune(cast(socket.socket, transport.get_extra_info("socket")))
+        tune(cast(socket.socket, transport.get_extra_info("socket")), self._stall_s)
         if self._closing:
             self._transport.abort()
 
@@ -275,21 +276,25 @@ class Link(asyncio.Protocol):
             self._transport.write(self._outbox.popleft())
 
 
-def tune(sock: Any) -> None:
-    """No delay for small messages, and a dead machine at the other end noticed within about PEER_GONE_S."""
+def tune(sock: Any, stall_s: float) -> None:
+    """No delay for small messages; whoever answers nothing, or reads nothing, for longer than `stall_s` is
+    given up by the kernel, about a second later."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", PEER_GONE_S)):
+    probes = min(math.ceil(stall_s), 127)
+    for name, value in (("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", probes)):
         if hasattr(socket, name):  # not on macOS
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1_000 * PEER_GONE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1_000 * (stall_s + 1)))
 
 
-async def connect(host: str, port: int, on_message: OnMessage, on_lost: OnLost) -> Link:
+async def connect(
+    host: str, port: int, on_message: OnMessage, on_lost: OnLost, stall_s: float = STALL_S
+) -> Link:
     """A link to a listening replica. Raises OSError."""
-    link = Link(on_message, on_lost)
+    link = Link(on_message, on_lost, stall_s)
     await asyncio.get_running_loop().create_connection(lambda: link, host, port)
     if not link.open:
         raise ConnectionError("the replica hung up at once")

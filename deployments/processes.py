@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 END_TIMEOUT_S = 5.0
@@ -43,6 +44,17 @@ def below(pid: int) -> list[int]:
                 unseen += [child for child in map(int, task.read_text().split()) if lives(child)]
         found.append(one)
     return found[1:]
+
+
+def named(pids: Iterable[int], names: Collection[str]) -> dict[int, str]:
+    """Those of `pids` whose program is called one of `names`, with its name; {} where there is no /proc."""
+    found = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
+            if name in names:
+                found[pid] = name
+    return found
 
 
 def end_all_below(spared: set[int]) -> None:

@@ -148,7 +148,7 @@ class Replica:
     # Media links
 
     def _accept(self) -> Link:
-        link = Link(self._message, self._lost)
+        link = Link(self._message, self._lost, self._settings.stall_limit_s)
         self._strangers[link] = self._event_loop.call_later(
             self._settings.lease_timeout_s, self._turn_away, link, SessionLost("nothing was said in time")
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -27,6 +27,8 @@ from personaplex.files import key_lines
 ENV_PREFIX = "PERSONAPLEX_"
 SLOTS_LIMIT = 512
 AUTO = "auto"
+
+PROXY_CALLBACK = "PERSONAPLEX_PROXY_CALLBACK"  # not a setting: what Ray's processes were given, for gateways
 
 # Kubernetes adds these to every pod when a Service is called "personaplex" (or "personaplex-..."); no field
 # may have such a name.
@@ -128,7 +130,10 @@ class Settings(BaseSettings):
         1_800.0, gt=0, description="Longest time a replica may take to load its weights and warm up."
     )
     stall_limit_s: float = Field(
-        10.0, gt=0, description="A tick longer than this makes the replica report itself unhealthy."
+        10.0,
+        gt=0,
+        description="A tick longer than this makes the replica report itself unhealthy, and a gateway or "
+        "replica that stands still for longer is given up by the other. A shorter stall is a gap.",
     )
     inbox_frames: int = Field(
         25,
@@ -208,6 +213,17 @@ class Settings(BaseSettings):
     trusted_proxies: int = Field(
         0, ge=0, le=8, description="Proxies in front that append to X-Forwarded-For; 0 ignores that header."
     )
+    content_security_policy: str = Field(
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        description="Content-Security-Policy of every page; a page of your own (static) may need another. "
+        "Empty sends none.",
+    )
+    hsts_s: int = Field(
+        0,
+        ge=0,
+        description="Strict-Transport-Security for this many seconds; 0 sends none, localhost never gets it.",
+    )
     query_limit_bytes: int = Field(16_384, ge=1_024, description="Longest query string from a client.")
 
     # Observation; the fleet's metrics are Ray's and always there
@@ -246,7 +262,7 @@ class Settings(BaseSettings):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_variables(cls, data: Any) -> Any:
-        known = {f"{ENV_PREFIX}{name.upper()}" for name in cls.model_fields}
+        known = {f"{ENV_PREFIX}{name.upper()}" for name in cls.model_fields} | {PROXY_CALLBACK}
         unknown = sorted(
             name
             for name in (key.upper() for key in os.environ)
@@ -339,6 +355,19 @@ class Settings(BaseSettings):
             raise ConfigError("; ".join(problems)) from error
         except SettingsError as error:  # a variable that is not JSON; names the field only
             raise ConfigError(str(error)) from error
+
+
+def proxy_callback() -> str:
+    """The import path of the function that Serve calls in its proxies; empty where there is none."""
+    return os.environ.get(PROXY_CALLBACK, "")
+
+
+def refuse_keys_among(arguments: Sequence[str]) -> None:
+    """Raises ConfigError when a key is among a command's arguments, which the process list shows."""
+    if any(re.match(r"(--?set=)?api_keys=", argument) for argument in arguments):
+        raise ConfigError(
+            "api_keys on the command line show in the process list: use api_keys_file or PERSONAPLEX_API_KEYS"
+        )
 
 
 def _json_list(value: str) -> Any:

@@ -18,7 +18,7 @@ from k8s import tools
 ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "personaplex"
 BASE = ROOT / "k8s" / "base"
-TOKEN = "huggingFace.existingSecret=huggingface"
+TOKEN = "huggingFace.existingSecret=hf"
 OVERLAYS = {"dev": "values-dev.yaml", "h100": "values-h100.yaml"}
 HELM_LABELS = ("helm.sh/chart", "app.kubernetes.io/managed-by")
 HEADER = "# Made from the chart by: python helm/generate.py\n"

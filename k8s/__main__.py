@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         "rollout", _rollout, "wait until an upgrade is complete, then release the old cluster early"
     )
     command.add_argument("name", help="name of the RayService")
-    command.add_argument("--timeout", type=cli.not_negative, default=3_600.0, metavar="S")
+    command.add_argument(
+        "--timeout", type=cli.not_negative, metavar="S", help="the change's own longest, unless given"
+    )
     command.add_argument(
         "--interval", type=cli.positive, default=5.0, metavar="S", help="time between readings"
     )
@@ -73,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--memory-gib", type=_size, required=True)
     how = command.add_mutually_exclusive_group(required=True)
     how.add_argument("--bandwidth-gbs", type=_size, default=0.0, help="GB/s of the data sheet")
-    how.add_argument("--measured", type=Path, metavar="FILE", help="report of benchmarks/gpu.py on that card")
+    how.add_argument("--measured", type=Path, metavar="FILE", help="report of benchmarks.gpu on that card")
     command.add_argument("--kv", choices=sizing.KINDS, default="auto", help="as the setting")
     command.add_argument("--weights", choices=sizing.KINDS, default="auto", help="as the setting")
     return parser

@@ -17,6 +17,7 @@ from typing import Any
 
 import kubernetes
 import urllib3
+import yaml
 from kubernetes.stream import portforward
 
 from k8s import errors
@@ -41,7 +42,7 @@ class Cluster:
 
     @classmethod
     def connect(cls, namespace: str | None = None, context: str | None = None) -> Cluster:
-        """From KUBECONFIG, or a pod's service account. Raises Unreachable when there is neither."""
+        """From KUBECONFIG, or a pod's service account. Raises Unreachable when neither can be used."""
         configuration, config = kubernetes.client.Configuration(), _untyped(kubernetes.config)
         configuration.retries = False  # they are counted here, not in the pool below
         files = os.environ.get("KUBECONFIG", DEFAULT_KUBECONFIG)
@@ -56,6 +57,10 @@ class Cluster:
                 namespace = namespace or Path(OWN_NAMESPACE).read_text(encoding="utf-8").strip()
         except (kubernetes.config.ConfigException, OSError) as error:
             raise errors.Unreachable(f"no cluster is configured: {error}") from error
+        except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+            # The client reads a kubeconfig without checking its shape.
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise errors.Unreachable(f"the kubeconfig {files} cannot be used: {why}") from error
         return cls(kubernetes.client.ApiClient(configuration), namespace)
 
     def path(self, plural: str, name: str = "", *, root: str = "/api/v1") -> str:

@@ -2,29 +2,26 @@
 
     helm template NAME helm/personaplex -f VALUES -n NAMESPACE | python -m k8s preflight -n NAMESPACE
 
-Reads only. A check that the operator may not make (nodes are cluster-wide) is a warning, not a pass.
+Reads only. A check that the operator may not make (nodes are cluster-wide) is a warning, not a pass. What
+depends on nodes is in nodes.py.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from k8s import errors
-from k8s.cluster import RAY, Cluster
+from k8s import crd, errors, nodes
+from k8s.cluster import Cluster
+from k8s.nodes import Finding
 
-GPU = "nvidia.com/gpu"
 OLDEST_KUBERAY = (1, 5)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """`level`: ok, warn (look at it) or fail (it will not run)."""
-
-    level: str
-    text: str
+SOURCES = {  # API group -> where its kinds come from
+    "ray.io": "install the KubeRay operator",
+    "monitoring.coreos.com": "install the Prometheus operator, or leave monitoring off",
+    "gateway.networking.k8s.io": "install the Gateway API, or leave httpRoute off",
+}
 
 
 def run(cluster: Cluster, documents: list[Any]) -> list[Finding]:
@@ -36,15 +33,24 @@ def run(cluster: Cluster, documents: list[Any]) -> list[Finding]:
     if len(services) != 1:
         raise errors.Failed(f"the manifest holds {len(services)} RayServices, not one")
     service = services[0]
-    checks: list[Callable[[Cluster, Any], Iterator[Finding]]] = [name, api, operator, secrets, claims, gpus]
-    return [finding for check in checks for finding in _permitted(check, cluster, service)]
+    checks: list[Callable[[Cluster, Any], Iterator[Finding]]] = [
+        name,
+        operator,
+        fields,
+        secrets,
+        claims,
+        nodes.gpus,
+        nodes.drivers,
+    ]
+    served = list(_permitted(api, cluster, documents))
+    return served + [finding for check in checks for finding in _permitted(check, cluster, service)]
 
 
 def _permitted(
-    check: Callable[[Cluster, Any], Iterator[Finding]], cluster: Cluster, service: Any
+    check: Callable[[Cluster, Any], Iterator[Finding]], cluster: Cluster, subject: Any
 ) -> Iterator[Finding]:
     try:
-        yield from check(cluster, service)
+        yield from check(cluster, subject)
     except errors.Forbidden as error:
         yield Finding("warn", f"{check.__name__}: not allowed to look ({error})")
 
@@ -58,25 +64,35 @@ def name(cluster: Cluster, service: Any) -> Iterator[Finding]:
         yield Finding("ok", f"name {text}")
 
 
-def api(cluster: Cluster, service: Any) -> Iterator[Finding]:
-    """Discovery needs no permission."""
-    try:
-        kinds = {item["kind"] for item in cluster.get(RAY)["resources"]}
-    except errors.NotFound:
-        kinds = set()
-    missing = sorted({"RayService", "RayCluster"} - kinds)
-    if missing:
-        yield Finding("fail", f"no {' and no '.join(missing)} in ray.io/v1: install the KubeRay operator")
-    else:
-        yield Finding("ok", "ray.io/v1 is served")
+def api(cluster: Cluster, documents: list[Any]) -> Iterator[Finding]:
+    """Every kind of the manifest is served; discovery needs no permission."""
+    wanted: dict[str, set[str]] = {"ray.io/v1": {"RayCluster"}}
+    for item in filter(None, documents):
+        wanted.setdefault(item["apiVersion"], set()).add(item["kind"])
+    for version, kinds in sorted(wanted.items()):
+        root = f"/apis/{version}" if "/" in version else f"/api/{version}"
+        try:
+            missing = sorted(kinds - {item["kind"] for item in cluster.get(root)["resources"]})
+        except errors.NotFound:
+            missing = sorted(kinds)
+        if missing:
+            advice = SOURCES.get(version.split("/")[0], "this Kubernetes is too old or too new")
+            yield Finding("fail", f"no {' and no '.join(missing)} in {version}: {advice}")
+        else:
+            yield Finding("ok", f"{version} is served")
 
 
 def operator(cluster: Cluster, service: Any) -> Iterator[Finding]:
     """The running operator's version, from its image."""
-    found = cluster.list("/apis/apps/v1/deployments", labelSelector="app.kubernetes.io/name=kuberay-operator")
+    labels = ("name=kuberay-operator", "component=kuberay-operator")  # of its chart, of its kustomization
+    found = {
+        item["metadata"]["uid"]: item
+        for label in labels
+        for item in cluster.list("/apis/apps/v1/deployments", labelSelector=f"app.kubernetes.io/{label}")
+    }
     if not found:
         yield Finding("warn", "no deployment labelled kuberay-operator: is the operator running?")
-    for deployment in found:
+    for deployment in found.values():
         where = f"{deployment['metadata']['namespace']}/{deployment['metadata']['name']}"
         image = deployment["spec"]["template"]["spec"]["containers"][0]["image"]
         version = re.search(r":v?(\d+)\.(\d+)", image)
@@ -88,6 +104,22 @@ def operator(cluster: Cluster, service: Any) -> Iterator[Finding]:
             yield Finding("fail", f"operator {where} is {version[1]}.{version[2]}; 1.5 or later is needed")
         else:
             yield Finding("ok", f"operator {where} {version[1]}.{version[2]}")
+
+
+def fields(cluster: Cluster, service: Any) -> Iterator[Finding]:
+    """The operator's own schema has every field: an unknown one would be dropped in silence."""
+    try:
+        definition = cluster.get(f"{crd.CRDS}/rayservices.ray.io")
+    except errors.NotFound:
+        return  # said by `api`
+    schema = crd.schema_of(definition)
+    unknown = crd.dropped(schema or {}, service)
+    for path in unknown:
+        yield Finding(
+            "fail", f"this KubeRay does not know {path} and would drop it in silence{crd.floor(path)}"
+        )
+    if not unknown:
+        yield Finding("ok", "this KubeRay knows every field")
 
 
 def secrets(cluster: Cluster, service: Any) -> Iterator[Finding]:
@@ -126,73 +158,6 @@ def claims(cluster: Cluster, service: Any) -> Iterator[Finding]:
             yield Finding("fail", f"claim {claim} is {', '.join(sorted(modes))}: {pods} pods cannot share it")
         else:
             yield Finding("ok", f"claim {claim}")
-
-
-def gpus(cluster: Cluster, service: Any) -> Iterator[Finding]:
-    """Free GPUs where each group may run: for its fewest pods, and for a second cluster during an upgrade."""
-    groups = [
-        group for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"] if _gpus(group["template"])
-    ]
-    if not groups:
-        return
-    nodes, used = cluster.list("/api/v1/nodes"), _gpus_in_use(cluster)
-    free = {
-        node["metadata"]["name"]: int(node["status"]["allocatable"].get(GPU, 0))
-        - used.get(node["metadata"]["name"], 0)
-        for node in nodes
-    }
-    for group in groups:
-        each, least = _gpus(group["template"]), group["minReplicas"]
-        suitable = [node["metadata"]["name"] for node in nodes if admits(node, group["template"]["spec"])]
-        pods = sum(max(free[node], 0) // each for node in suitable)
-        text = f"group {group['groupName']}: room for {pods} pods of {each} GPUs on {len(suitable)} nodes"
-        if pods >= 2 * least:
-            yield Finding("ok", f"{text}, an upgrade's second cluster included")
-        elif pods >= least:
-            yield Finding("warn", f"{text}; an upgrade needs {2 * least}: the node pool must grow")
-        else:
-            yield Finding(
-                "warn" if suitable else "fail", f"{text}; {least} are needed: the node pool must grow"
-            )
-
-
-def admits(node: Any, spec: Any) -> bool:
-    """Whether a pod's nodeSelector and tolerations let it on a node; affinity is not looked at."""
-    labels = node["metadata"].get("labels", {})
-    if any(labels.get(key) != value for key, value in spec.get("nodeSelector", {}).items()):
-        return False
-    if node["spec"].get("unschedulable"):
-        return False
-    taints = [t for t in node["spec"].get("taints", []) if t["effect"] in ("NoSchedule", "NoExecute")]
-    return all(any(_tolerates(item, taint) for item in spec.get("tolerations", [])) for taint in taints)
-
-
-def _tolerates(toleration: Any, taint: Any) -> bool:
-    if toleration.get("effect") not in (None, "", taint["effect"]):
-        return False
-    if toleration.get("operator", "Equal") == "Exists":
-        return toleration.get("key") in (None, "", taint["key"])
-    return bool(toleration.get("key") == taint["key"]) and toleration.get("value", "") == taint.get(
-        "value", ""
-    )
-
-
-def _gpus(template: Any) -> int:
-    limits = template["spec"]["containers"][0].get("resources", {}).get("limits", {})
-    return int(limits.get(GPU, 0))
-
-
-def _gpus_in_use(cluster: Cluster) -> dict[str, int]:
-    """GPUs of live pods, by node."""
-    used: dict[str, int] = {}
-    for pod in cluster.list("/api/v1/pods", fieldSelector="status.phase!=Succeeded,status.phase!=Failed"):
-        node = pod["spec"].get("nodeName")
-        if node:
-            limits = [
-                container.get("resources", {}).get("limits", {}) for container in pod["spec"]["containers"]
-            ]
-            used[node] = used.get(node, 0) + sum(int(limit.get(GPU, 0)) for limit in limits)
-    return used
 
 
 def _references(value: Any) -> dict[str, set[str]]:

@@ -10,18 +10,25 @@ tool only ever shortens that time. Its laws:
   before the delete, and an older answer than one already seen is not believed.
 - The delete names the UID of the cluster that was watched.
 - What cannot be known is left to KubeRay's own delay, and said.
+
+A change that KubeRay has not carried out is no success, however well the old cluster serves; a state that no
+waiting ends is an error at once; and what keeps pods from running is said while it does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from k8s import errors, sessions
+from k8s import errors, inplace, sessions
 from k8s.cluster import RAY, Cluster
+from k8s.differences import differences
+from k8s.troubles import troubles
 
+PATIENCE_S = 3_600.0  # for a new cluster; an in-place change gets the time it may take on top
 SETTLED_READINGS = 3  # an in-place update is believed after this many equal readings
 
 
@@ -37,6 +44,7 @@ class State:
     ready: bool
     upgrading: bool
     unhealthy: tuple[str, ...]  # applications that do not run, with their message
+    given_up: bool = False  # KubeRay's initializing timeout has passed, which nothing but a new object ends
 
     @property
     def settled(self) -> bool:
@@ -69,6 +77,7 @@ def read(service: Any) -> State:
     status = service.get("status", {})
     active, pending = status.get("activeServiceStatus", {}), status.get("pendingServiceStatus", {})
     conditions = {item["type"]: item["status"] == "True" for item in status.get("conditions", [])}
+    reasons = {item.get("reason") for item in status.get("conditions", []) if item["type"] == "Ready"}
     unhealthy = tuple(
         f"{name} is {application.get('status', 'unknown')} {application.get('message', '')}".rstrip()
         for name, application in sorted(active.get("applicationStatuses", {}).items())
@@ -83,28 +92,41 @@ def read(service: Any) -> State:
         ready=conditions.get("Ready", False),
         upgrading=conditions.get("UpgradeInProgress", False),
         unhealthy=unhealthy,
+        given_up="InitializingTimeout" in reasons,
     )
 
 
 @dataclass
 class Rollout:
-    """One run of the tool. `sleep` and `now` are injected; `report` gets each line of progress once."""
+    """One run of the tool. `sleep` and `now` are injected; `report` gets each line of progress once.
+
+    Without `timeout_s` it waits as long as the change may rightly take.
+    """
 
     cluster: Cluster
     name: str
     report: Callable[[str], None]
-    timeout_s: float = 3_600.0
+    timeout_s: float | None = None
     interval_s: float = 5.0
     zeros: int = 4  # times interval_s: more than the ten seconds after which Ray exports a change
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], float] = time.monotonic
     _newest: State | None = field(default=None, init=False)
+    _service: Any = field(default=None, init=False)  # the object that _newest was read from
     _said: str = field(default="", init=False)
+    _told: set[str] = field(default_factory=set, init=False)
 
     def run(self, release: bool = True) -> None:
-        """Raises TimedOut, NotFound, Forbidden or Unreachable; on return the upgrade is complete."""
+        """On return the upgrade is complete.
+
+        Raises Failed when it never will be, TimedOut, NotFound, Forbidden or Unreachable.
+        """
+        if self.timeout_s is None:
+            self.state()
+            self.timeout_s = PATIENCE_S + inplace.longest_s(self._service)
         end = self.now() + self.timeout_s
         self._wait_until_settled(end)
+        self._check_replaced()
         if release:
             self._release_all(end)
 
@@ -114,12 +136,13 @@ class Rollout:
         Raises Unreachable when only stale answers come, Failed when the service was replaced.
         """
         for _ in range(10):
-            found = read(self.cluster.service(self.name))
+            service = self.cluster.service(self.name)
+            found = read(service)
             newest = self._newest or found
             if found.uid != newest.uid:
                 raise errors.Failed(f"{self.name} was deleted and made anew meanwhile")
             if (found.generation, found.observed) >= (newest.generation, newest.observed):
-                self._newest = found
+                self._newest, self._service = found, service
                 return found
             self.sleep(1.0)
         raise errors.Unreachable("the API server keeps answering from a stale cache")
@@ -131,10 +154,50 @@ class Rollout:
             readings = readings + 1 if state.settled and state == last else int(state.settled)
             last = state
             self._say(state.describe())
+            if state.given_up:
+                again = f"kubectl -n {self.cluster.namespace} delete rayservice {self.name}"
+                raise errors.Failed(
+                    f"{self.name}: KubeRay gave up for good when its initializing timeout passed; no change "
+                    f"is looked at any more. Mend the cause, then: {again}, and helm upgrade (or apply)"
+                )
+            if not state.settled:
+                self._explain(state)
             if readings < SETTLED_READINGS:
                 if self.now() >= end:
                     raise errors.TimedOut(f"{self.name}: {state.describe()} after {self.timeout_s:.0f} s")
                 self.sleep(self.interval_s)
+
+    def _explain(self, state: State) -> None:
+        """Says, each thing once, which way the change goes and what keeps its pods from running."""
+        if state.active and not state.pending and state.unhealthy and state.observed >= state.generation:
+            with contextlib.suppress(errors.Failed):  # a Serve config unlike ours: nothing is known of it
+                self._tell(*(f"in place, {way.describe()}" for way in inplace.ways(self._service)))
+        ray_cluster = state.pending or state.active
+        if ray_cluster:
+            try:
+                self._tell(*troubles(self.cluster.pods(f"ray.io/cluster={ray_cluster}")))
+            except (errors.Unreachable, errors.Forbidden) as error:
+                self._tell(f"{ray_cluster}: its pods cannot be read: {error}")
+
+    def _check_replaced(self) -> None:
+        """Raises Failed when the cluster that serves is not what the RayService asks for.
+
+        Looks more than once: KubeRay adds a new worker group to the running cluster, a little later.
+        """
+        for attempt in range(SETTLED_READINGS):
+            if attempt:
+                self.sleep(self.interval_s)
+            active = self.state().active
+            running = self.cluster.get(self.cluster.path("rayclusters", active, root=RAY))
+            found = differences(self._service["spec"].get("rayClusterConfig", {}), running.get("spec", {}))
+            if not found:
+                return
+        strategy = self._service["spec"].get("upgradeStrategy", {}).get("type", "not set")
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise errors.Failed(
+            f"nothing was replaced: {active} differs from what {self.name} asks for at "
+            f"{', '.join(found[:3])}{more} (upgradeStrategy.type is {strategy})"
+        )
 
     def _release_all(self, end: float) -> None:
         zeros: dict[str, int] = {}
@@ -190,6 +253,12 @@ class Rollout:
             self._say(f"{name}: not deleted ({error}); looking again")
             return
         self._say(f"{name}: released" if gone else f"{name}: gone already")
+
+    def _tell(self, *lines: str) -> None:
+        for line in lines:
+            if line not in self._told:
+                self._told.add(line)
+                self.report(line)
 
     def _say(self, line: str) -> None:
         if line != self._said:

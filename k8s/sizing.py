@@ -2,7 +2,7 @@
 
 Those are computed, not measured: sizes follow from the model's shapes, memory and bandwidth from the cards'
 data sheets. `python -m k8s slots --measured` takes the time of a step from a measurement of the card instead
-(the JSON of `benchmarks/gpu.py`): believe it, and set `settings.slots`.
+(the JSON of `benchmarks.gpu`): believe it, and set `settings.slots`.
 
     memory   : `personaplex.sizing` in MEMORY_SHARE of the card's, voices' prefixes and RESERVE included
     time     : a tick with n full windows, read within one frame at a share of the card's bandwidth
@@ -58,7 +58,7 @@ def slots(card: Card, kv: str = "auto", weights: str = "auto", measured: StepTim
 
 
 def read_measured(path: Path, kv: str) -> tuple[StepTimes, str]:
-    """The step times with `kv` in a report of `benchmarks/gpu.py`, and the GPU they were measured on.
+    """The step times with `kv` in a report of `benchmarks.gpu`, and the GPU they were measured on.
 
     Raises Failed for a file that holds none; those of a dry run are none.
     """

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from k8s import conversation, errors
+from k8s import conversation, errors, inplace
 from k8s.cluster import Cluster
 from k8s.rollout import read
 
@@ -33,8 +33,9 @@ def smoke(
         return
     pod, port = serving_pod(cluster, service, state.active)
     with tunnel(cluster, pod, port) as local:
+        prefix = str(inplace.application(service).get("route_prefix") or "/").rstrip("/")
         report(f"talking to {pod}")
-        report(_converse(f"ws://127.0.0.1:{local}/api/chat", key))
+        report(_converse(f"ws://127.0.0.1:{local}{prefix}/api/chat", key))
 
 
 def serving_pod(cluster: Cluster, service: Any, ray_cluster: str) -> tuple[str, int]:

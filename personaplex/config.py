@@ -242,9 +242,9 @@ PRESET_TINY = ModelConfig(
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one session draws its tokens.
+    """How one session samples its tokens.
 
-    A temperature <= 0 is greedy; top-k 0 draws from the whole vocabulary. A seed is any integer in
+    A temperature <= 0 is greedy; top-k 0 samples from the whole vocabulary. A seed is any integer in
     [0, 2**63); the same seed gives the same conversation. Defaults are the reference's.
     """
 
@@ -261,7 +261,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Sizes, limits and ways of one engine.
+    """Sizes and limits of one engine.
 
     `kv` "int8" keeps the temporal transformer's keys and values as int8: half the memory of a session, and a
     little noise. `voice_memory` "host" keeps cached voices in (pinned) host memory instead of the device's.
@@ -269,7 +269,7 @@ class EngineConfig:
 
     slots: int = 1
     kv: Literal["auto", "int8"] = "auto"
-    graphs: bool = True  # on CUDA, replay ticks as graphs
+    graphs: bool = True  # on CUDA, replay ticks as captured graphs
     prefill_chunk: int = 256  # prompt positions run between two ticks
     prompt_tokens: int = 1_000  # longest text prompt, in tokens
     voice_cache: int = 32  # voices whose KV prefix is kept

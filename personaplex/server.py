@@ -15,6 +15,7 @@ import ipaddress
 import logging
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import ssl
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 CERTIFICATE, KEY = "cert.pem", "key.pem"
 CERTIFICATE_DAYS = 365
 LEAVE_TIMEOUT_S = 3.0  # for sessions to end once the service is to
+WATCH_EVERY_S = 1.0  # a look whether Ray is still there
+SHUTDOWN_TIMEOUT_S = 10.0  # for Ray's own shutdown, which waits for ever for a raylet that is gone
 ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray otherwise sets it there
     "RAY_worker_niceness": "0",  # Ray's 15 lets any other process make speech late
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -48,6 +51,10 @@ ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray other
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
     "WEBSOCKETS_MAX_LINE_LENGTH": "32768",  # a role text of 1000 Chinese characters is 9 KB of URL
+    # Limits in the proxy, which reads what anybody sends before a gateway can refuse it.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.ingress.configure",
+    # One machine, whatever it runs on: then all of Ray listens on 127.0.0.1 and not on every interface.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own: the cluster its programs connect to
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own
@@ -56,6 +63,10 @@ _SETTINGS = (
     *("model", "device", "slots", "weights", "kv", "static"),
     *("hf_repo", "hf_revision", "moshi_weight", "mimi_weight", "tokenizer", "voice_prompt_dir"),
 )
+
+
+class RayEnded(Exception):
+    """A process that everything hangs on has ended: no session can be served any more."""
 
 
 EXAMPLES = (
@@ -69,7 +80,8 @@ _MODELS = ("auto", "7b", "tiny", "echo", "simulated")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the service until SIGINT or SIGTERM; 0 then, 2 for a wrong set-up, 130 for Ctrl-C before that."""
+    """Runs the service until SIGINT or SIGTERM; 0 then, 2 for a wrong set-up, 1 when Ray
+    ended before, 130 for Ctrl-C while it started."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     return cli.run(lambda: _main(_parser().parse_args(argv)), "serve")
 
@@ -83,8 +95,12 @@ def _main(options: argparse.Namespace) -> int:
         raise ConfigError("--haproxy speaks no https: leave out --ssl, and end https in front of it")
     if options.ssl is not None:
         certificate = ensure_certificate(options.ssl, lan_address())
-    with _environment(options.haproxy, settings):
-        _serve(options.host, options.port, certificate, settings)
+    try:
+        with _environment(options.haproxy, settings):
+            _serve(options.host, options.port, certificate, settings)
+    except RayEnded as error:
+        cli.complain(str(error))
+        return cli.FAILED
     return 0
 
 
@@ -181,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    from deployments.settings import Settings
+    from deployments.settings import Settings, refuse_keys_among
 
     values: dict[str, Any] = {}
     for name in _SETTINGS:
@@ -196,6 +212,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         if not given:
             raise ConfigError(f"--set takes NAME=VALUE, not {item!r}")
         values[name] = value
+    refuse_keys_among(options.set)
     if Settings.wants_auto_slots(values):
         values["slots"] = _slots_that_fit(Settings.load({**values, "slots": 1}))
         print(f"slots=auto: {values['slots']}", flush=True)
@@ -260,21 +277,22 @@ def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings
     if certificate is not None:
         http["ssl_certfile"], http["ssl_keyfile"] = map(str, certificate)
     try:
+        _keep_token_private()
         _start_ray(max(os.cpu_count() or 1, round(needed + 0.5)))
+        vital = processes.named(set(processes.below(os.getpid())) - others, ("raylet", "gcs_server"))
         serve.start(http_options=http, logging_config={"log_level": "WARNING"})
         serve.run(build(settings), route_prefix=settings.route_prefix)
         _greet(host, port, certificate is not None, settings)
-        _wait_for_signal()
+        _wait_for_signal(vital)
         print("closing", flush=True)
         _take_leave()
-    except (
-        RuntimeError,
-        RayError,
-    ) as error:  # the former: Serve says so
+    except (RuntimeError, RayError) as error:  # what Serve says of an application that does not come up
         raise ConfigError(f"the service did not start: {error}") from error
     finally:
         processes.adopt_orphans()  # a node that ends in haste leaves some
-        ray.shutdown()
+        ending = threading.Thread(target=ray.shutdown, daemon=True)
+        ending.start()
+        ending.join(SHUTDOWN_TIMEOUT_S)
         processes.end_all_below(spared=others)
 
 
@@ -289,7 +307,7 @@ def _start_ray(cpus: int) -> None:
 
 
 def _take_leave() -> None:
-    """Clients are told why they are let go; only those still waiting for a slot are cut off."""
+    """Clients are told why they are let go, those who wait for a slot too."""
     from ray import serve
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
@@ -297,18 +315,45 @@ def _take_leave() -> None:
     fleet, deadline = serve.get_deployment_handle("fleet", "default"), time.monotonic() + LEAVE_TIMEOUT_S
     with contextlib.suppress(RayError, RayServeException, TimeoutError):
         fleet.close.remote().result(timeout_s=LEAVE_TIMEOUT_S)
-        while any(replica.used for replica in fleet.describe.remote().result(timeout_s=LEAVE_TIMEOUT_S)):
+        while fleet.held.remote().result(timeout_s=LEAVE_TIMEOUT_S):
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
 
 
-def _wait_for_signal() -> None:
+def _wait_for_signal(vital: Mapping[int, str]) -> None:
+    """Until SIGINT or SIGTERM. Raises RayEnded when a process of `vital` (names by id) has ended before."""
+    from deployments import processes
+
     # Not earlier: Ray sets handlers of its own while it starts.
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    stop.wait()
+    while not stop.wait(WATCH_EVERY_S):
+        for pid, name in vital.items():
+            if not processes.lives(pid):
+                raise RayEnded(f"Ray's {name} has ended, and the service with it; start it again")
+
+
+def _keep_token_private() -> None:
+    """Only its owner may read the token that opens this machine's Ray, which Ray writes for all to read.
+
+    One that is missing is made here, where Ray would make it. Raises ConfigError when it cannot be written.
+    """
+    token = Path.home() / ".ray" / "auth_token"
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        return
+    try:
+        token.parent.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+        token.chmod(0o600)
+    except OSError as error:
+        raise ConfigError(f"Ray's token {token} cannot be made private: {error.strerror}") from error
 
 
 def _greet(host: str, port: int, secure: bool, settings: Settings) -> None:

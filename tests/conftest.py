@@ -6,12 +6,19 @@ Triton's kernels run in its interpreter where there is no GPU; it looks at the v
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# For Ray, which looks when it is imported: listen on 127.0.0.1, and ask for a token everywhere.
+os.environ |= {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
+}
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

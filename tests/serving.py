@@ -51,7 +51,6 @@ def ray_cluster() -> Iterator[str]:
     """Ray and Serve on this machine; gives the base address, without a scheme."""
     environment = {
         **ENVIRONMENT,
-        "RAY_AUTH_MODE": "disabled",
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1",  # applications come and go all the time
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",

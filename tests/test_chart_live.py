@@ -57,7 +57,12 @@ class Live:
 def live() -> Iterator[Live]:
     """`serve run` of the rendered file, in a Ray of its own."""
     port = _free_port()
-    service = chart.only(chart.render("values-dev.yaml", (f"serve.port={port}",)), "RayService")
+    surge = (
+        "gateway.surgePods=1",
+        "replicaGroups.cpu.surgePods=1",
+    )  # so that overrides of deployments are deployed
+    service = chart.only(chart.render("values-dev.yaml", (f"serve.port={port}", *surge)), "RayService")
+    assert service["spec"]["serveConfigV2"].count("max_surge_percent") == 2
     folder = Path(tempfile.mkdtemp(prefix="chart-", dir="/tmp"))  # Ray's socket paths must stay short
     (folder / "serve.yaml").write_text(service["spec"]["serveConfigV2"])
     environment = {

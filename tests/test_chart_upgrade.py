@@ -74,3 +74,47 @@ def test_an_upgrade_keeps_what_the_autoscaler_has_scaled() -> None:
     assert not any("replicas" in group for group in groups)
     static = _cluster(chart.render("ci/static-values.yaml"))["workerGroupSpecs"]
     assert all(group["replicas"] == group["minReplicas"] == group["maxReplicas"] for group in static)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "image.digest=sha256:" + "2" * 64,
+        "settings.hf_revision=abc",
+        "weights.prefetch.resources.limits.memory=8Gi",
+        "weights.claim.subPath=other",
+        "huggingFace.tokenKey=other",
+    ],
+)
+def test_whatever_changes_a_jobs_template_makes_another_job(change: str) -> None:
+    """A Job's template is immutable: an upgrade that changed one in place would fail."""
+    first, second = (
+        chart.only(chart.render(VALUES), "Job"),
+        chart.only(chart.render(VALUES, (change,)), "Job"),
+    )
+    assert first["spec"]["template"] != second["spec"]["template"]
+    assert first["metadata"]["name"] != second["metadata"]["name"]
+
+
+def test_what_does_not_change_it_keeps_the_job() -> None:
+    first = chart.only(chart.render(VALUES), "Job")
+    for change in (
+        "settings.slots=9",
+        "weights.prefetch.activeDeadlineSeconds=60",
+        "commonLabels.team=other",
+    ):
+        assert (
+            chart.only(chart.render(VALUES, (change,)), "Job")["metadata"]["name"]
+            == first["metadata"]["name"]
+        )
+
+
+def test_another_download_of_the_same_weights_starts_no_cluster() -> None:
+    """Replicas wait for a marker that names the weights, not the Job."""
+    change = ("weights.prefetch.resources.limits.memory=8Gi",)
+    assert _cluster(chart.render(VALUES, change)) == _cluster(chart.render(VALUES))
+
+
+def test_a_jobs_name_fits_a_label() -> None:
+    job = chart.only(chart.render(VALUES, ("fullnameOverride=a" + "-bcdefghi" * 5,)), "Job")
+    assert len(job["metadata"]["name"]) <= 63

@@ -21,14 +21,20 @@ import pytest
 import ray
 import requests
 import websockets
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 from serving import Heard, Service, connect, running, speech
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.responses import Response
+from starlette.routing import Route
 from starlette.websockets import WebSocket, WebSocketState
 
 from deployments.application import build
 from deployments.conversation import Conversation
 from deployments.doors import Doors, Visitor
-from deployments.gateway import Gateway
+from deployments.gateway import PAGE, Gateway
+from deployments.headers import SecurityHeaders
 from deployments.lease import Grant
 from deployments.line import Services
 from deployments.media import Kind, pack_ready
@@ -416,6 +422,45 @@ def test_a_handler_cancelled_again_and_again_gives_everything_back() -> None:
     asyncio.run(run())
 
 
+class DeadProxy(Silence):
+    """A socket whose process was killed: what Serve raises then is no disconnect."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self._error, self.dead = error, asyncio.Event()
+
+    async def receive(self) -> Any:
+        await self.dead.wait()
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    "error", [ActorDiedError(), ActorUnavailableError("gone", None), OSError(), KeyError("x"), ValueError()]
+)
+def test_whatever_the_connection_raises_ends_the_session_at_once(error: Exception) -> None:
+    """Only a disconnect did once: four sessions of a dead proxy kept their slots for a minute."""
+
+    async def run() -> None:
+        spy = Spy()
+
+        async def acquire(*_: Any) -> Any:
+            return spy
+
+        async def connect(*_: Any) -> Any:
+            return spy
+
+        services, socket = _services(acquire, connect), DeadProxy(error)
+        conversation = Conversation(cast(WebSocket, socket), "s", services)
+        running = asyncio.ensure_future(conversation.run(lambda: contextlib.nullcontext(Persona())))
+        await asyncio.wait_for(spy.connected.wait(), 5)
+        socket.dead.set()
+        await asyncio.wait_for(running, 2)
+        assert spy.closed
+        await asyncio.wait_for(spy.released.wait(), 2)
+
+    asyncio.run(run())
+
+
 async def _forget(*_: Any) -> None:
     pass
 
@@ -432,6 +477,75 @@ def _services(acquire: Any, connect: Any) -> Services:
         if field.name not in values and field.default_factory is dataclasses.MISSING:
             values[field.name] = Nothing()
     return Services(**values)
+
+
+# Headers of pages
+
+
+def _headers(host: str = "talk.example", **options: Any) -> Any:
+    chosen = {"policy": Settings().content_security_policy, "hsts_s": 0, **options}
+    app = Starlette(
+        routes=[Route("/", lambda _: Response("x"))], middleware=[Middleware(SecurityHeaders, **chosen)]
+    )
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "http.request"}
+
+    async def run(path: str) -> Headers:
+        sent.clear()
+        scope = {"type": "http", "method": "GET", "path": path, "query_string": b"", "root_path": ""}
+        await app({**scope, "headers": [(b"host", host.encode())]}, receive, send)
+        return Headers(raw=sent[0]["headers"])
+
+    found, missing = asyncio.run(run("/")), asyncio.run(run("/nowhere"))
+    assert {name: missing[name] for name in found if name not in ("content-length", "content-type")} == {
+        name: found[name] for name in found if name not in ("content-length", "content-type")
+    }, "an error is a page too"
+    return found
+
+
+def test_every_answer_has_security_headers() -> None:
+    headers = _headers()
+    policy = headers["content-security-policy"]
+    assert "unsafe" not in policy
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["x-frame-options"] == "DENY"
+    assert headers["referrer-policy"] == "no-referrer"
+    assert "microphone=(self)" in headers["permissions-policy"]
+    assert "strict-transport-security" not in headers
+    assert "content-security-policy" not in _headers(policy="")
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        ("localhost", True),
+        ("localhost:8998", True),
+        ("app.localhost:1", True),
+        ("127.0.0.5", True),
+        ("[::1]:8998", True),
+        ("talk.example", False),
+        ("localhost.example:443", False),
+        ("[2001:db8::1]:1", False),
+        ("192.0.2.1", False),
+    ],
+)
+def test_strict_transport_is_asked_for_by_a_setting_and_never_of_this_machine(host: str, local: bool) -> None:
+    headers = _headers(host, hsts_s=60)
+    assert headers.get("strict-transport-security") == (None if local else "max-age=60")
+
+
+def test_the_page_has_nothing_inline() -> None:
+    """What the policy would block in silence."""
+    text = (PAGE / "index.html").read_text()
+    assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=|javascript:", text)
+    assert "data:" not in (PAGE / "style.css").read_text()
 
 
 # A running gateway
@@ -491,7 +605,7 @@ def test_a_key_holds_as_many_sessions_as_it_may_and_a_session_its_time(service: 
 
 
 def test_pages_and_lists_are_served(service: Service) -> None:
-    assert service.get("healthz").json() == {"status": "ok"}
+    assert service.get("healthz").json() == {"status": "ok", "proxy_limits": True}
     info = service.info()
     assert (info["model"], info["slots"], info["replicas"], info["key_needed"]) == ("echo", 2, 1, True)
     voices = service.get("api/voices").json()

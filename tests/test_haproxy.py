@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from serving import Client, Service, connect, free_port, speech
 
 from deployments import haproxy
@@ -28,11 +29,17 @@ CONFIG = """
 global
     stats socket {folder}/admin.sock
 defaults
+    mode http
+    option httplog
     timeout connect 1s
     timeout client 1s
     timeout server 1s
+frontend prometheus
+    bind :{metrics}
 listen one
     bind 127.0.0.1:{port}
+listen stats
+  bind *:{stats}
 """
 
 
@@ -80,8 +87,8 @@ def test_the_environment_is_as_before_when_the_command_ends(monkeypatch: pytest.
 
 @needs_haproxy
 def test_haproxy_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
-    port, config = free_port(), tmp_path / "haproxy.cfg"
-    config.write_text(CONFIG.format(folder=tmp_path, port=port))
+    (port, *others), config = [free_port() for _ in range(3)], tmp_path / "haproxy.cfg"
+    config.write_text(CONFIG.format(folder=tmp_path, port=port, metrics=others[0], stats=others[1]))
     parent = subprocess.Popen(
         [
             sys.executable,
@@ -94,10 +101,38 @@ def test_haproxy_goes_when_its_parent_is_killed(tmp_path: Path) -> None:
         ]
     )
     _until(lambda: _listens(port))
+    assert {f"127.0.0.1:{other}" for other in others} <= _addresses(), "its doors for operators"
     parent.kill()
     parent.wait()
     _until(lambda: not _listens(port))
     assert not _listens(port)
+
+
+def _addresses() -> set[str]:
+    """Addresses of this machine at which something listens, by IPv4."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    found = set()
+    for _, local, _, state, *_ in rows:
+        address, _, port = local.partition(":")
+        if state == "0A":
+            found.add(f"{socket.inet_ntoa(bytes.fromhex(address)[::-1])}:{int(port, 16)}")
+    return found
+
+
+def test_what_serve_leaves_open_is_closed() -> None:
+    """Serve's own template, so that another Serve is noticed here first."""
+    served = HAPROXY_CONFIG_TEMPLATE.replace("{{ config.metrics_port }}", "9101").replace(
+        "{{ config.stats_port }}", "8404"
+    )
+    once = haproxy.closed(served)
+    assert "bind 127.0.0.1:9101" in once
+    assert "bind 127.0.0.1:8404" in once
+    assert "httplog" not in once
+    assert "%HPO" in once
+    assert len(once.splitlines()) == len(served.splitlines())
+    assert haproxy.closed(once) == once
+    with pytest.raises(ConfigError, match="statistics"):
+        haproxy.closed(served.replace("listen stats", "listen other"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells whose child a process is")
@@ -152,7 +187,6 @@ def _server(port: int) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
     ) as process:
         assert process.stdout is not None
         said = list[str]()

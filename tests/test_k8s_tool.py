@@ -1,4 +1,7 @@
-"""The operator's tool against an API server: preflight, rollout, sessions, and all that can go wrong."""
+"""The operator's tool against an API server: rollout, sessions, and all that can go wrong.
+
+Preflight has a file of its own: test_k8s_preflight.py.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +15,19 @@ from aiohttp import web
 from kube import chart
 from kube.apiserver import ApiServer
 from kube.objects import Status
+from kube.world import NAME, Clock, World, connected, ready
 
 from deployments import metrics
 from k8s import __main__ as tool
-from k8s import errors, preflight, rollout, sessions
+from k8s import conversation, errors, preflight, rollout, sessions, smoke
 from k8s.cluster import ATTEMPTS, Cluster
-
-NAME = "talk-personaplex"
-OWNER = "11111111-1111-1111-1111-111111111111"
+from k8s.differences import differences
 
 
 @pytest.fixture
 def server() -> Iterator[ApiServer]:
     with ApiServer() as server:
         yield server
-
-
-class Clock:
-    """Time that passes only while the tool sleeps; each sleep also runs the world's next event."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.events: list[Callable[[], None]] = []
-
-    def now(self) -> float:
-        return self.seconds
-
-    def sleep(self, seconds: float) -> None:
-        self.seconds += seconds
-        if self.events:
-            self.events.pop(0)()
 
 
 @pytest.fixture
@@ -53,77 +39,8 @@ def clock() -> Clock:
 def cluster(
     server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
 ) -> Iterator[Cluster]:
-    path = tmp_path / "kubeconfig"
-    path.write_text(server.kubeconfig())
-    monkeypatch.setenv("KUBECONFIG", str(path))
-    found = Cluster.connect()
-    found._sleep = clock.sleep
-    yield found
-    found.api.rest_client.pool_manager.clear()
-
-
-class World:
-    """A RayService as KubeRay would keep it, with its clusters, pods and their metrics."""
-
-    def __init__(self, server: ApiServer) -> None:
-        self.server = server
-        self.load: dict[str, int | None] = {}
-
-    def service(self, active: str = "", pending: str = "", **status: Any) -> None:
-        conditions = {"Ready": bool(active), "UpgradeInProgress": bool(active and pending)}
-        conditions.update(status.pop("conditions", {}))
-        applications = status.pop("applications", {"personaplex": {"status": "RUNNING"}})
-        old = self.server.find("RayService", NAME)
-        generation = old[0]["metadata"]["generation"] if old else 1
-        self.server.put(
-            {
-                "apiVersion": "ray.io/v1",
-                "kind": "RayService",
-                "metadata": {"name": NAME, "uid": OWNER},
-                "spec": status.pop("spec", old[0]["spec"] if old else {"serveConfigV2": "1"}),
-                "status": {
-                    "observedGeneration": status.pop("observed", generation),
-                    "activeServiceStatus": {"rayClusterName": active, "applicationStatuses": applications},
-                    "pendingServiceStatus": {"rayClusterName": pending} if pending else {},
-                    "conditions": [{"type": key, "status": str(value)} for key, value in conditions.items()],
-                },
-            }
-        )
-
-    def ray_cluster(self, name: str, sessions: int | None = 0, owner: str = OWNER) -> None:
-        metadata = {"name": name, "ownerReferences": [{"kind": "RayService", "name": NAME, "uid": owner}]}
-        self.server.put({"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": metadata, "spec": {}})
-        self.load[name] = sessions
-        for role in ("head", "gateway", "replica"):
-            self.pod(f"{name}-{role}", name, role)
-
-    def pod(self, pod: str, ray_cluster: str, role: str, phase: str = "Running") -> None:
-        labels = {"ray.io/cluster": ray_cluster, "app.kubernetes.io/component": role}
-        self.server.put(
-            {
-                "apiVersion": "v1",
-                "kind": "Pod",
-                "metadata": {"name": pod, "labels": labels},
-                "spec": {"nodeName": "node-1", "containers": []},
-                "status": {"phase": phase},
-            }
-        )
-        self.server.pages[pod, sessions.METRICS_PORT] = lambda: self.page(ray_cluster, role)
-
-    def page(self, ray_cluster: str, role: str) -> str:
-        count = self.load[ray_cluster]
-        if count is None or role == "head":
-            return "# nothing of ours\nray_node_cpu_count 4\n"
-        if role == "gateway":
-            return (
-                f'ray_personaplex_sessions_live{{replica="a",application="p"}} {float(count)}\n'
-                'ray_personaplex_sessions_queued{replica="a"} 0.0\n'
-            )
-        used = f'ray_personaplex_slots_used{{replica="b"}} {float(count)}'
-        return f'{used}\nray_personaplex_slots{{replica="b"}} 8.0\n'
-
-    def clusters(self) -> set[str]:
-        return {item["metadata"]["name"] for item in self.server.find("RayCluster")}
+    with connected(server, tmp_path, monkeypatch, clock) as found:
+        yield found
 
 
 @pytest.fixture
@@ -203,6 +120,127 @@ def test_an_upgrade_that_never_serves_times_out(world: World, clock: Clock, run:
         run.run()
     assert caught.value.code == 3
     assert world.clusters() == {"old", "new"}
+
+
+def test_a_state_that_nothing_ends_is_an_error_at_once(
+    world: World, clock: Clock, run: rollout.Rollout
+) -> None:
+    """After KubeRay's initializing timeout no change helps, only another object does."""
+    world.service(reason="InitializingTimeout")
+    with pytest.raises(errors.Failed, match=f"kubectl -n speech delete rayservice {NAME}, and helm upgrade"):
+        run.run()
+    assert clock.seconds == 0
+
+
+def test_what_keeps_pods_from_running_is_said_while_waiting(
+    world: World, server: ApiServer, run: rollout.Rollout, said: list[str]
+) -> None:
+    world.ray_cluster("new")
+    world.service(pending="new")
+    unschedulable = {
+        "phase": "Pending",
+        "conditions": [
+            {"type": "PodScheduled", "status": "False", "message": "0/3 nodes: insufficient nvidia.com/gpu"}
+        ],
+    }
+    token = {"exitCode": 1, "message": "weights not fetched: the account of this HF_TOKEN has no access\n"}
+    download = {"name": "download-weights", "state": {"waiting": {"reason": "CrashLoopBackOff"}}}
+    pull = {"name": "ray", "state": {"waiting": {"reason": "ImagePullBackOff", "message": "no such tag"}}}
+    starting = {"name": "ray", "state": {"waiting": {"reason": "PodInitializing"}}}
+    for name, status in {
+        "new-replica": unschedulable,
+        "new-replica-2": unschedulable,
+        "new-replica-3": {"initContainerStatuses": [{**download, "lastState": {"terminated": token}}]},
+        "new-gateway": {"containerStatuses": [pull]},
+        "new-head": {"containerStatuses": [starting]},
+    }.items():
+        world.pod(name, "new", "replica")
+        (pod,) = server.find("Pod", name)
+        server.put({**pod, "status": status})
+    run.timeout_s = 20
+    with pytest.raises(errors.TimedOut):
+        run.run()
+    assert said == [
+        "a new cluster is being made: new, next to none",
+        "new-gateway container ray waits: ImagePullBackOff no such tag",
+        "new-replica cannot be scheduled: 0/3 nodes: insufficient nvidia.com/gpu",
+        "new-replica-3 container download-weights failed with 1: weights not fetched: the account of this "
+        "HF_TOKEN has no access",
+    ]
+
+
+def _chart_spec(values: str = "ci/minimal-values.yaml", sets: tuple[str, ...] = ()) -> Any:
+    return copy.deepcopy(chart.only(chart.render(values, sets), "RayService")["spec"])
+
+
+@pytest.mark.parametrize("strategy", ["None", "NewClusterWithIncrementalUpgrade"])
+def test_a_change_that_replaced_nothing_is_no_success(
+    world: World, run: rollout.Rollout, strategy: str
+) -> None:
+    """KubeRay has seen it, serves, and will do nothing: with None, or with a strategy whose gate is off."""
+    world.ray_cluster("old", spec=_chart_spec()["rayClusterConfig"])
+    wanted = _chart_spec(sets=("image.tag=0.2.0",)) | {"upgradeStrategy": {"type": strategy}}
+    world.service(active="old", spec=wanted)
+    place = r"workerGroupSpecs\[1\]\.template\.spec\.containers\[0\]\.image"
+    with pytest.raises(errors.Failed, match=rf"nothing was replaced: old differs .*{place}.*{strategy}"):
+        run.run()
+
+
+def test_a_cluster_that_kuberay_wrote_in_its_own_way_is_the_same(
+    world: World, run: rollout.Rollout, said: list[str]
+) -> None:
+    """Its Go types write out empty values and shorten quantities; the autoscaler owns the numbers of pods."""
+    running = _chart_spec()["rayClusterConfig"]
+    running["headGroupSpec"]["template"]["metadata"]["creationTimestamp"] = None
+    running["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeDevices"] = []
+    running["autoscalerOptions"]["resources"]["limits"] = {"cpu": "0.5", "memory": "1024Mi"}
+    group = running["workerGroupSpecs"][1]
+    group |= {"replicas": 3, "scaleStrategy": {"workersToDelete": ["pod"]}, "maxReplicas": 9}
+    container = group["template"]["spec"]["containers"][0]
+    container["resources"]["limits"]["nvidia.com/gpu"] = 1
+    container["resources"]["requests"] |= {"cpu": "6000m", "nvidia.com/gpu": "1"}
+    world.ray_cluster("one", spec=running)
+    world.service(active="one", spec=_chart_spec())
+    run.run()
+    assert said[-1] == "no old cluster is left"
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        (lambda group: group["template"]["spec"]["containers"][0]["env"].pop(), "containers[0].env"),
+        (lambda group: group["template"]["spec"].pop("nodeSelector"), "nodeSelector"),
+        (lambda group: group["rayStartParams"].update({"object-store-memory": "1"}), "object-store-memory"),
+    ],
+)
+def test_whatever_differs_is_found(change: Callable[[Any], Any], place: str) -> None:
+    wanted = _chart_spec(sets=("gateway.nodeSelector.a=b",))["rayClusterConfig"]
+    running = copy.deepcopy(wanted)
+    change(running["workerGroupSpecs"][0])
+    (found,) = differences(wanted, running)
+    assert found.endswith(place)
+    assert differences(running, wanted) == [found]
+
+
+def test_an_in_place_change_says_which_way_it_goes_and_is_given_its_time(
+    world: World, clock: Clock, cluster: Cluster, said: list[str]
+) -> None:
+    """Twelve gateways, two at a time, may each wait a longest session: far more than an hour."""
+    stopping = {"personaplex": {"status": "DEPLOYING"}}
+    spec = _chart_spec(sets=("gateway.surgePods=0", "replicaGroups.gpu.surgePods=1"))
+    world.ray_cluster("one", spec=spec["rayClusterConfig"])
+    world.service(active="one", spec=spec, applications=stopping)
+    run = rollout.Rollout(cluster, NAME, said.append, interval_s=600, sleep=clock.sleep, now=clock.now)
+    clock.events = [*(15 * [lambda: None]), lambda: world.service(active="one")]
+    run.run()
+    assert clock.seconds > 2.5 * 3_600
+    assert run.timeout_s == 3_600 + 6 * 1_955
+    assert [line for line in said if line.startswith("in place, ")] == [
+        "in place, gateway: each stops before its replacement starts and may wait 1955 s for its sessions; "
+        "up to 12 of them, up to 3.3 h in all",
+        "in place, replica: up to 1 more start before as many stop; without room for them the old ones go on "
+        "serving and the change waits",
+    ]
 
 
 def test_one_session_starts_the_count_anew(world: World, clock: Clock, run: rollout.Rollout) -> None:
@@ -424,8 +462,8 @@ def test_the_role_of_the_chart_is_enough_for_all_commands(
     assert tool.main(["sessions", NAME, "-n", "speech"]) == 0
     clock.events = [lambda: server.remove("Pod", "new-replica")]
     sessions.drain(cluster, "new-replica", said.append, 60, clock.sleep, clock.now)
-    _ready(server)
-    _levels(cluster)
+    ready(server)
+    preflight.run(cluster, chart.render("ci/everything-values.yaml"))
     inside = {(method, path) for method, path in server.requests if "/namespaces/" in path}
     assert {method for method, _ in inside} == {"GET", "POST", "DELETE"}
     assert [request for request in sorted(inside) if not _granted(*request)] == []
@@ -510,157 +548,7 @@ def test_a_drain_that_is_not_allowed_says_so(
     assert said == []
 
 
-# Preflight
-
-
-def _node(name: str, gpus: int, labels: dict[str, str] | None = None, taint: bool = True) -> Any:
-    taints = [{"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}] if taint else []
-    return {
-        "apiVersion": "v1",
-        "kind": "Node",
-        "metadata": {"name": name, "labels": labels or {}},
-        "spec": {"taints": taints},
-        "status": {"allocatable": {"nvidia.com/gpu": str(gpus)}},
-    }
-
-
-def _ready(server: ApiServer, image: str = "quay.example/kuberay/operator:v1.7.0") -> None:
-    operator = {
-        "apiVersion": "apps/v1",
-        "kind": "Deployment",
-        "metadata": {"name": "kuberay-operator", "labels": {"app.kubernetes.io/name": "kuberay-operator"}},
-        "spec": {"template": {"spec": {"containers": [{"image": image}]}}},
-        "status": {"availableReplicas": 1},
-    }
-    server.put(operator, namespace="kuberay")
-    for name, keys in {
-        "hf": ["token"],
-        "keys": ["keys"],
-        "registry": [".dockerconfigjson"],
-        "redis": ["password", "user"],
-        "ray-token": ["auth_token"],
-    }.items():
-        server.put(
-            {
-                "apiVersion": "v1",
-                "kind": "Secret",
-                "metadata": {"name": name},
-                "data": dict.fromkeys(keys, "eA=="),
-            }
-        )
-    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "weights"}}
-    server.put({**claim, "spec": {"accessModes": ["ReadWriteMany"]}, "status": {"phase": "Bound"}})
-    server.put(_node("gpu-1", 8))
-    server.put(_node("spot-1", 4, {"node-pool": "spot"}))
-
-
-def _levels(cluster: Cluster, values: str = "ci/everything-values.yaml") -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {"ok": [], "warn": [], "fail": []}
-    for finding in preflight.run(cluster, copy.deepcopy(chart.render(values))):
-        found[finding.level].append(finding.text)
-    return found
-
-
-def test_a_fit_cluster_passes(server: ApiServer, cluster: Cluster) -> None:
-    _ready(server)
-    found = _levels(cluster)
-    assert found["fail"] == found["warn"] == []
-    assert (
-        "group gpu: room for 12 pods of 1 GPUs on 2 nodes, an upgrade's second cluster included"
-        in found["ok"]
-    )
-    assert "operator kuberay/kuberay-operator 1.7" in found["ok"]
-    assert {f"secret {name}" for name in ("keys", "redis", "ray-token", "registry")} <= set(found["ok"])
-
-
-@pytest.mark.parametrize(
-    ("change", "level", "text"),
-    [
-        ("no crds", "fail", "no RayCluster and no RayService in ray.io/v1: install the KubeRay operator"),
-        ("old operator", "fail", "operator kuberay/kuberay-operator is 1.4; 1.5 or later is needed"),
-        ("no operator", "warn", "no deployment labelled kuberay-operator: is the operator running?"),
-        ("no secret", "fail", "no secret keys"),
-        ("no key", "fail", "secret redis has no key user"),
-        ("single writer", "fail", "claim weights is ReadWriteOnce: 10 pods cannot share it"),
-        ("no claim", "fail", "no claim weights"),
-        (
-            "busy gpus",
-            "warn",
-            "group gpu: room for 3 pods of 1 GPUs on 1 nodes; an upgrade needs 4: the node pool must grow",
-        ),
-        (
-            "no gpus",
-            "fail",
-            "group gpu: room for 0 pods of 1 GPUs on 0 nodes; 2 are needed: the node pool must grow",
-        ),
-    ],
-)
-def test_what_is_missing_is_named(
-    server: ApiServer, cluster: Cluster, change: str, level: str, text: str
-) -> None:
-    _ready(server)
-    if change == "no crds":
-        server.missing.add("ray.io/v1")
-    elif change == "old operator":
-        _ready(server, "kuberay/operator:1.4.2")
-    elif change == "no operator":
-        server.remove("Deployment", "kuberay-operator", "kuberay")
-    elif change == "no secret":
-        server.remove("Secret", "keys")
-    elif change == "no key":
-        server.put(
-            {
-                "apiVersion": "v1",
-                "kind": "Secret",
-                "metadata": {"name": "redis"},
-                "data": {"password": "eA=="},
-            }
-        )
-    elif change == "single writer":
-        claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "weights"}}
-        server.put({**claim, "spec": {"accessModes": ["ReadWriteOnce"]}, "status": {"phase": "Bound"}})
-    elif change == "no claim":
-        server.remove("PersistentVolumeClaim", "weights")
-    elif change == "busy gpus":
-        server.remove("Node", "spot-1", "")
-        container = {"name": "c", "resources": {"limits": {"nvidia.com/gpu": "5"}}}
-        spec = {"nodeName": "gpu-1", "containers": [container]}
-        server.put(
-            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "train"}, "spec": spec}, namespace="ml"
-        )
-    elif change == "no gpus":
-        server.remove("Node", "spot-1", "")
-        server.remove("Node", "gpu-1", "")
-    assert text in _levels(cluster)[level]
-
-
-def test_what_may_not_be_seen_is_a_warning(server: ApiServer, cluster: Cluster) -> None:
-    _ready(server)
-
-    def forbid(method: str, path: str) -> web.Response | None:
-        if path == "/api/v1/nodes":
-            raise Status(403, "Forbidden", "nodes is forbidden")
-        return None
-
-    server.faults.append(forbid)
-    (warning,) = _levels(cluster)["warn"]
-    assert warning.startswith("gpus: not allowed to look")
-
-
-def test_preflight_command_speaks_in_exit_codes(
-    server: ApiServer, cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    manifest = tmp_path / "manifest.yaml"
-    manifest.write_text(chart.template("ci/everything-values.yaml").stdout)
-    command = ["preflight", "-n", "speech", "-f", str(manifest)]
-    _ready(server)
-    assert tool.main(command) == 0
-    server.remove("Secret", "keys")
-    assert tool.main(command) == 1
-    assert "fail  no secret keys" in capsys.readouterr().out
-    manifest.write_text("a: [")
-    assert tool.main(command) == 1
-    assert "the manifest cannot be read" in capsys.readouterr().err
+# Command line
 
 
 def test_a_missing_kubeconfig_is_one_line(
@@ -669,6 +557,57 @@ def test_a_missing_kubeconfig_is_one_line(
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     assert tool.main(["sessions", NAME]) == 4
     assert capsys.readouterr().err.startswith("error: no cluster is configured")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"a: [",
+        b"42",
+        b"[]",
+        b"clusters: 5",
+        b"{current-context: a, contexts: [{name: a}], clusters: [], users: []}",
+        b"\xff\xfe\x00clusters",
+    ],
+)
+def test_a_malformed_kubeconfig_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: bytes
+) -> None:
+    path = tmp_path / "kubeconfig"
+    path.write_bytes(text)
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    assert tool.main(["sessions", NAME]) == 4
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("prefix", "path"), [("/", "/api/chat"), ("/speech", "/speech/api/chat")])
+def test_smoke_talks_under_the_services_own_prefix(
+    world: World, server: ApiServer, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, prefix: str, path: str
+) -> None:
+    world.ray_cluster("one")
+    world.service(active="one", spec=_chart_spec(sets=(f"settings.route_prefix={prefix}",)))
+    for role in ("gateway", "replica"):
+        (pod,) = server.find("Pod", f"one-{role}")
+        pod["metadata"]["labels"]["ray.io/serve"] = "true"
+        ready_now = "True" if role == "gateway" else "False"
+        pod["status"]["conditions"] = [{"type": "Ready", "status": ready_now}]
+        server.put(pod)
+    asked: list[str] = []
+
+    def converse(url: str, key: str | None) -> str:
+        asked.append(url)
+        return "spoken"
+
+    monkeypatch.setattr(conversation, "converse", converse)
+    said: list[str] = []
+    smoke.smoke(cluster, NAME, said.append)
+    (url,) = asked
+    assert url.startswith("ws://127.0.0.1:")
+    assert url.endswith(path)
+    assert url.count("/") == path.count("/") + 2
+    assert said[1] == "talking to one-gateway"
 
 
 def test_serve_config_is_printed_from_a_render(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

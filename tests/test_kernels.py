@@ -1,8 +1,10 @@
-"""Triton's kernels, run by its interpreter on the CPU, against the same sums in torch."""
+"""Triton's kernels against plain torch: in its interpreter on the CPU, on a GPU with `-m gpu`.
+
+The comparisons themselves are `benchmarks.gpu.compare`'s, which the GPU benchmark runs too.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -10,16 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden import CONFIG
 
-from personaplex.config import STREAMS, TransformerConfig
-from personaplex.kernels import kvring
+from benchmarks.gpu import compare
+from benchmarks.gpu.compare import LAYER, copied, filled_ring
+from personaplex.config import TransformerConfig
 from personaplex.kernels import torch_reference as reference
-from personaplex.kernels.constants import RMS_EPS
 from personaplex.kernels.int8 import Int8Matrix, quantize_vectors
-from personaplex.model.lm import LM
-from personaplex.model.ring import Ring
-from personaplex.model.sampling import SamplingState
 from personaplex.model.self_attention import rope
 
 pytest.importorskip("triton")
@@ -28,38 +26,21 @@ from personaplex.kernels import triton_attention as attention
 from personaplex.kernels import triton_int8 as int8
 from personaplex.kernels import triton_pointwise as pointwise
 
-CPU = torch.device("cpu")
-LAYER = 1
+
+def limit(device: torch.device, on_cpu: float, on_gpu: float = 1e-4) -> float:
+    """A GPU's exponentials and fused multiply-adds round differently from the CPU's."""
+    return on_gpu if device.type == "cuda" else on_cpu
 
 
-def filled_ring(config: TransformerConfig, offsets: list[int], kind: torch.dtype) -> Ring:
-    """A ring of random contents; columns nobody has written hold NaN, or the largest codes."""
-    ring = Ring.allocate(config, len(offsets), CPU, kind)
-    ring.offset[:] = torch.tensor(offsets)
-    k, v = torch.randn(2, *ring.k.shape, generator=torch.Generator().manual_seed(8)).unbind(0)
-    if kind == torch.int8:
-        assert ring.k_scale is not None
-        assert ring.v_scale is not None
-        for codes, scales, numbers in [(ring.k, ring.k_scale, k), (ring.v, ring.v_scale, v)]:
-            new_codes, new_scales = quantize_vectors(numbers)
-            codes.copy_(new_codes)
-            scales.copy_(new_scales)
-    else:
-        ring.k.copy_(k)
-        ring.v.copy_(v)
-    for slot, offset in enumerate(offsets):
-        for part in ring.contents:
-            part[slot, :, :, offset:] = torch.nan if part.is_floating_point() else 127
-    return ring
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, by Triton's interpreter, and a GPU with `-m gpu`."""
+    if (request.param == "cuda") != torch.cuda.is_available():
+        pytest.skip(f"Triton does not run on {request.param} here")
+    return torch.device(request.param)
 
 
-def copied(ring: Ring) -> Ring:
-    return dataclasses.replace(
-        ring,
-        **{f.name: t.clone() for f in dataclasses.fields(ring) if (t := getattr(ring, f.name)) is not None},
-    )
-
-
+@pytest.mark.parametrize("sizes", [{"chunk": 16, "block": 16}, {"chunk": 64, "block": 64}])
 @pytest.mark.parametrize(
     ("kind", "steps", "capacity"),
     [
@@ -70,40 +51,34 @@ def copied(ring: Ring) -> Ring:
         (torch.int8, 2, 33),
     ],
 )
-def test_ring_attention(kind: torch.dtype, steps: int, capacity: int) -> None:
+def test_ring_attention(
+    device: torch.device, kind: torch.dtype, steps: int, capacity: int, sizes: dict[str, int]
+) -> None:
     """Rows empty, part filled, one short of full, full to the column and wrapped often."""
-    config = TransformerConfig(dim=48, layers=2, heads=2, hidden=1, context=capacity)
-    offsets = [0, capacity - 2 * steps, capacity - steps, 5 * capacity + 3]
-    ring = filled_ring(config, offsets, kind)
-    twin = copied(ring)
-    dtype = torch.float32 if kind == torch.int8 else kind
-    qkv = torch.randn(len(offsets), steps, 3, 2, 24, generator=torch.Generator().manual_seed(9)).to(dtype)
-    angles = rope(config, ring.offset[:, None] + torch.arange(steps))
-    everyone = torch.ones(len(offsets), dtype=torch.bool)
-    expected = reference.attend(ring, LAYER, qkv, angles, kvring.window(ring, steps, everyone))
-    limit = 1e-2 if kind == torch.bfloat16 else 3e-6
-    for chunk, block in [(16, 16), (64, 64)]:  # the latter: all in one piece
-        written = copied(twin)
-        ours = attention.attend(written, LAYER, qkv, angles, everyone, chunk=chunk, block=block)
-        assert ours.shape == expected.shape
-        assert (ours - expected).abs().max() < limit
-    for part, other in zip(ring.contents, written.contents, strict=True):
-        near = 2**-7 if kind == torch.bfloat16 else 0.0  # the interpreter does not round to nearest there
-        assert torch.allclose(part.float(), other.float(), rtol=near, atol=1e-6, equal_nan=True)
+    output, contents = compare.ring_attention(device, kind, steps, capacity, **sizes)
+    if kind == torch.bfloat16:  # to which the interpreter does not round to nearest
+        assert output < 1e-2
+        assert contents <= 2**-7
+    elif kind == torch.int8:
+        assert output < limit(device, 3e-6, 1e-1)
+        assert contents <= limit(device, 0.0, 0.5)  # a code on the other side of a half
+    else:
+        assert output < limit(device, 3e-6)
+        assert contents <= limit(device, 1e-6, 1e-5)
 
 
-def test_ring_attention_does_not_depend_on_its_neighbours() -> None:
+def test_ring_attention_does_not_depend_on_its_neighbours(device: torch.device) -> None:
     config = TransformerConfig(dim=32, layers=2, heads=2, hidden=1, context=40)
-    ring = filled_ring(config, [30, 90, 3], torch.float32)
-    qkv = torch.randn(3, 1, 3, 2, 16, generator=torch.Generator().manual_seed(9))
+    ring = copied(filled_ring(config, [30, 90, 3], torch.float32), device)
+    qkv = torch.randn(3, 1, 3, 2, 16, generator=torch.Generator().manual_seed(9)).to(device)
     angles = rope(config, ring.offset[:, None])
-    everyone = torch.ones(3, dtype=torch.bool)
-    whole = attention.attend(copied(ring), LAYER, qkv, angles, everyone, chunk=16, block=8)
+    everyone = torch.ones(3, dtype=torch.bool, device=device)
+    whole = attention.attend(copied(ring, device), LAYER, qkv, angles, everyone, chunk=16, block=8)
     for row in range(3):
         one = slice(row, row + 1)
         alone = attention.attend(
             *(
-                copied(ring).rows(row, row + 1),
+                copied(ring, device).rows(row, row + 1),
                 LAYER,
                 qkv[one],
                 (angles[0][one], angles[1][one]),
@@ -116,18 +91,19 @@ def test_ring_attention_does_not_depend_on_its_neighbours() -> None:
 
 
 @pytest.mark.parametrize("chunk", [16, 64])
-def test_ring_attention_leaves_alone_who_takes_no_part(chunk: int) -> None:
+def test_ring_attention_leaves_alone_who_takes_no_part(device: torch.device, chunk: int) -> None:
     """Their rings are not written, not read (they hold NaN), and give zeros; the others do not notice."""
     config = TransformerConfig(dim=32, layers=2, heads=2, hidden=1, context=40)
-    ring = filled_ring(config, [30, 90, 3], torch.float32)
-    qkv = torch.randn(3, 1, 3, 2, 16, generator=torch.Generator().manual_seed(9))
+    ring = copied(filled_ring(config, [30, 90, 3], torch.float32), device)
+    qkv = torch.randn(3, 1, 3, 2, 16, generator=torch.Generator().manual_seed(9)).to(device)
     angles = rope(config, ring.offset[:, None])
     sizes = {"chunk": chunk, "block": 8}
-    whole = attention.attend(copied(ring), LAYER, qkv, angles, torch.ones(3, dtype=torch.bool), **sizes)
+    everyone, others = torch.tensor([[True, True, True], [True, False, True]], device=device)
+    whole = attention.attend(copied(ring, device), LAYER, qkv, angles, everyone, **sizes)
     for part in ring.contents:
         part[1] = torch.nan
-    before = copied(ring)
-    some = attention.attend(ring, LAYER, qkv, angles, torch.tensor([True, False, True]), **sizes)
+    before = copied(ring, device)
+    some = attention.attend(ring, LAYER, qkv, angles, others, **sizes)
     assert torch.equal(some[[0, 2]], whole[[0, 2]])
     assert (some[1] == 0).all()
     for part, old in zip(ring.contents, before.contents, strict=True):
@@ -136,87 +112,51 @@ def test_ring_attention_leaves_alone_who_takes_no_part(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("context", [5, 16])
-def test_depth_attention(context: int) -> None:
-    """All steps of a small context; the last does not see the first."""
-    heads, size = 2, 12
-    qkv = torch.randn(context, 3, 1, 3, heads, size, generator=torch.Generator().manual_seed(4))
-    keys, values = torch.full((2, 3, heads, context, size), torch.nan).unbind(0)
-    for step in range(context):
-        ours = attention.attend_depth(qkv[step], keys, values, step)
-        first = 1 if step + 1 == context else 0
-        q, k, v = (qkv[: step + 1, :, 0, i].permute(1, 2, 0, 3) for i in range(3))
-        expected = torch.nn.functional.scaled_dot_product_attention(
-            q[:, :, -1:], k[:, :, first:], v[:, :, first:]
-        )
-        assert (ours - expected).abs().max() < 1e-6
+def test_depth_attention(device: torch.device, context: int) -> None:
+    assert compare.depth_attention(device, context) < limit(device, 1e-6)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 48), (1, 1, 64), (5, 1030)])
-def test_norm_and_gate(shape: tuple[int, ...]) -> None:
-    x = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    gain = torch.rand(shape[-1], generator=torch.Generator().manual_seed(2))
-    assert (pointwise.rms_norm(x, gain, RMS_EPS) - reference.rms_norm(x, gain, RMS_EPS)).abs().max() < 2e-6
-    assert (pointwise.silu_multiply(x) - reference.silu_multiply(x)).abs().max() < 2e-6
+def test_norm_and_gate(device: torch.device, shape: tuple[int, ...]) -> None:
+    assert max(compare.norm_and_gate(device, shape)) < limit(device, 2e-6)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_sample(kind: torch.dtype) -> None:
-    """Every mixture of rules, ties included (bfloat16 has many): of equals the lowest ids are in."""
-    random = torch.Generator().manual_seed(7)
-    size, rows = 300, 10
-    logits = (3 * torch.randn(rows, size, generator=random)).to(kind)
-    temperature = torch.tensor([0.8, 0.0, 1.3, 0.7, -1.0, 0.8, 0.5, 2.0, 0.8, 0.9])
-    topk = torch.tensor([25, 25, 0, 1, 0, 250, 299, 300, 2, 40])
-    keys = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=random)
-    ranks = logits.float().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    score = logits.float() / torch.where(temperature > 0, temperature, 1.0)[:, None]
-    score = score - reference.log_noise(keys, torch.arange(size))
-    kept = ranks < torch.where(topk == 0, size, topk)[:, None]
-    expected = torch.where(
-        temperature > 0, score.masked_fill(~kept, -torch.inf).argmax(-1), logits.argmax(-1)
-    )
-    assert pointwise.sample(logits, temperature, topk, keys).tolist() == expected.tolist()
+def test_sample(device: torch.device, kind: torch.dtype) -> None:
+    assert compare.sampled(device, kind) == 0
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_embedding(kind: torch.dtype) -> None:
-    """All 17 streams, the markers -1 (zeros) and -2 (row 0) among them; a row of depth inputs likewise."""
-    random = torch.Generator().manual_seed(4)
-    net = LM(CONFIG.lm).to(kind)
-    for weight in net.parameters():
-        weight.copy_(torch.randint(-7, 8, weight.shape, generator=random))  # sums are exact in bfloat16
-    net.prepare()
-    tokens = torch.randint(-2, CONFIG.lm.text_card + 1, (5, STREAMS), generator=random)
-    tokens[0], tokens[1] = -1, -2
-    ours = pointwise.embed(tokens, net.audio_table, net.text_emb.weight)
-    assert torch.equal(ours, net.embed(tokens))
-    assert (ours[0] == 0).all()
-    part = torch.randint(-7, 8, (5, 2, CONFIG.lm.depth.dim), generator=random).to(kind)[:, 1]
-    row = pointwise.add_embedding(part, net.depformer_text_emb.weight, tokens[:, 0].contiguous())
-    assert torch.equal(row, net.depth_input(0, part, tokens[:, 0]))
+def test_embedding(device: torch.device, kind: torch.dtype) -> None:
+    assert compare.embeddings(device, kind) == (0.0, 0.0)
 
 
-def test_noise_keys() -> None:
-    random = torch.Generator().manual_seed(7)
-    state = SamplingState.allocate(6, CPU)
-    for seeds in (state.text_seed, state.audio_seed):
-        seeds.random_(0, 2**63 - 1, generator=random)
-    steps = torch.tensor([0, 1, 2, 3_000, 10_000, 2**40])
-    ours = pointwise.noise_keys(state.text_seed, state.audio_seed, steps, 9)
-    assert torch.equal(ours, reference.noise_keys(state.text_seed, state.audio_seed, steps, 9))
+def test_noise_keys(device: torch.device) -> None:
+    assert compare.noise_keys(device) == 0
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 64, 40), (5, 300, 33), (70, 96, 64)])
-def test_int8_matmul(rows: int, inputs: int, outputs: int) -> None:
-    random = torch.Generator().manual_seed(5)
-    x, weight = (torch.randn(n, inputs, generator=random) for n in (rows, outputs))
-    residual = torch.randn(rows, outputs, generator=random)
+def test_int8_matmul(device: torch.device, rows: int, inputs: int, outputs: int) -> None:
+    assert max(compare.int8_matmul(device, rows, inputs, outputs)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_sampling_ranks_ties_by_token(kind: torch.dtype) -> None:
+    """The reference itself, against sorting: of equal logits the lowest ids are candidates."""
+    random = torch.Generator().manual_seed(7)
+    logits = (3 * torch.randn(200, 300, generator=random)).to(kind)
+    keys, topk = torch.arange(200), torch.randint(0, 301, (200,), generator=random)
+    ranks = logits.float().argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    score = logits.float() / 0.8 - reference.log_noise(keys, torch.arange(300))
+    kept = ranks < torch.where(topk == 0, 300, topk)[:, None]
+    expected = score.masked_fill(~kept, -torch.inf).argmax(-1)
+    assert torch.equal(reference.sample(logits, torch.full((200,), 0.8), topk, keys), expected)
+
+
+def test_an_int8_matrix_is_close() -> None:
+    weight = torch.randn(33, 300, generator=torch.Generator().manual_seed(5))
     matrix = Int8Matrix.of(weight)
     assert (matrix.dequantize(torch.float32) - weight).abs().max() < 0.51 * matrix.scale.max()
-    expected = x @ matrix.dequantize(torch.float32).t()
-    assert (int8.matmul(x, matrix.codes, matrix.scale) - expected).abs().max() < 1e-4
-    added = int8.matmul(x, matrix.codes, matrix.scale, residual.clone())
-    assert (added - residual - expected).abs().max() < 1e-4
 
 
 def test_quantized_vectors_are_close() -> None:

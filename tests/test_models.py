@@ -125,6 +125,12 @@ def test_the_server_puts_a_number_in_the_place_of_auto(
     assert server._settings(server._parser().parse_args([*asked, "--kv", "int8"])).slots == 7
 
 
+def test_auto_is_looked_up_in_a_process_of_its_own() -> None:
+    """Whose refusal comes through as what it is."""
+    with pytest.raises(ConfigError, match="the echo model has no size"):
+        server._slots_that_fit(Settings.load({"model": "echo", "slots": 1}))
+
+
 def test_a_bfloat16_model_speaks_on_a_cpu() -> None:
     """Where no kernel takes the operands torch does the work, sampling included."""
     engine = _engine(dtype="bfloat16", slots=1)

@@ -14,8 +14,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.lease import GRACE_S, Grant, Lease, LeaseRequest, Leases, Refusal
 from deployments.policy import Candidate, SessionScaling, rank, replicas_for
-from deployments.router import SessionRouter
-from personaplex.errors import NoCapacity
+from deployments.router import LOOK_EVERY_S, SessionRouter
+from personaplex.errors import NoCapacity, SessionLost
 
 REQUEST = LeaseRequest("s", "NATF2")
 GRANT = Grant("192.0.2.1", 1, bytes(16), "r", 4)
@@ -70,13 +70,22 @@ def _replica(name: str, **stats: Any) -> Any:
     return SimpleNamespace(replica_id=name, routing_stats=stats, max_ongoing_requests=2)
 
 
-def _route(queue: dict[str, int | None], replicas: list[Any], voice: str = "") -> list[list[str]]:
-    """What SessionRouter answers Serve, with Serve's queue lengths as given."""
+def _router(queue: dict[str, int | None]) -> SessionRouter:
+    """A router with Serve's queue lengths as given."""
     router = SessionRouter.__new__(SessionRouter)
     router.initialize_state(placement="pack")
     router._replica_queue_len_cache = SimpleNamespace(get=queue.get)  # Serve's, filled by its own calls
-    pending: Any = SimpleNamespace(args=[LeaseRequest("s", voice)])
-    ranks = asyncio.run(router.choose_replicas(replicas, pending))
+    return router
+
+
+def _pending(voice: str = "") -> Any:
+    context = SimpleNamespace(should_backoff=False)
+    return SimpleNamespace(args=[LeaseRequest("s", voice)], routing_context=context)
+
+
+def _route(queue: dict[str, int | None], replicas: list[Any], voice: str = "") -> list[list[str]]:
+    """What a new SessionRouter answers Serve."""
+    ranks = asyncio.run(_router(queue).choose_replicas(replicas, _pending(voice)))
     return [[replica.replica_id for replica in ones] for ones in ranks]
 
 
@@ -86,6 +95,27 @@ def test_the_router_ranks_what_serve_knows_and_has_full_replicas_asked_last() ->
     assert _route({"a": 2, "b": 2, "c": 2}, replicas[:3]) == [["a", "b", "c"]]
     assert _route({}, replicas[:2]) == [["a"], ["b"]]
     assert _route({}, [_replica("a"), _replica("b", voices=["NATF2"])], "NATF2") == [["b"], ["a"]]
+
+
+def test_a_call_that_waits_sleeps_and_full_replicas_are_asked_by_one_of_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without `should_backoff` Serve calls again at once: a waiting session took a third of a core, twice."""
+    now = [100.0]
+    monkeypatch.setattr("deployments.router.time.monotonic", lambda: now[0])
+    queue: dict[str, int | None] = {"a": 2}
+    router, calls = _router(queue), [_pending() for _ in range(6)]
+
+    def offered() -> list[int]:
+        return [len(asyncio.run(router.choose_replicas([_replica("a")], call))) for call in calls]
+
+    assert offered() == [1, 0, 0, 0, 0, 0]
+    assert all(call.routing_context.should_backoff for call in calls)
+    assert offered() == [0] * 6
+    now[0] += LOOK_EVERY_S
+    assert offered() == [1, 0, 0, 0, 0, 0]
+    queue["a"] = 1  # a session of this gateway ended: nobody has to ask
+    assert offered() == [1] * 6
 
 
 # Leases
@@ -211,6 +241,37 @@ def test_a_full_queue_refuses_and_a_long_wait_ends() -> None:
         assert leases.queued == 0
 
     _run(test)
+
+
+def test_who_waits_when_the_service_ends_is_told_and_who_comes_later_too() -> None:
+    async def test() -> None:
+        calls = [Call() for _ in range(3)]
+        leases = _leases(*calls)
+        waiting = [asyncio.ensure_future(leases.acquire(REQUEST, lambda _: None)) for _ in range(2)]
+        await asyncio.sleep(GRACE_S * 1.2)
+        waiting.append(asyncio.ensure_future(leases.acquire(REQUEST, lambda _: None)))  # not queued yet
+        await asyncio.sleep(0)
+        leases.close()
+        leases.close()
+        for one in waiting:
+            with pytest.raises(SessionLost, match="stopped"):
+                await one
+        with pytest.raises(SessionLost, match="stopped"):
+            await leases.acquire(REQUEST, lambda _: None)
+        assert all(call.cancelled for call in calls)
+        assert leases.queued == 0
+
+    _run(test)
+
+
+def test_tries_that_fail_make_one_line_of_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        calls = [Call(ActorDiedError()) for _ in range(50)]
+        with pytest.raises(NoCapacity):
+            await _leases(*calls, timeout_s=1.0).acquire(REQUEST, lambda _: None)
+
+    _run(test)
+    assert len(caplog.records) == 1
 
 
 def test_without_a_queue_nobody_waits() -> None:

@@ -21,8 +21,18 @@ import websockets
 from cryptography import x509
 from serving import Client, Heard, free_port, speech
 
+from deployments.processes import named
 from personaplex.errors import ConfigError
-from personaplex.server import CERTIFICATE, KEY, addresses, ensure_certificate, main
+from personaplex.server import (
+    CERTIFICATE,
+    KEY,
+    RayEnded,
+    _keep_token_private,
+    _wait_for_signal,
+    addresses,
+    ensure_certificate,
+    main,
+)
 
 
 def test_a_certificate_is_made_once_for_every_name_of_this_machine(tmp_path: Path) -> None:
@@ -60,6 +70,7 @@ def test_addresses_are_those_people_can_open() -> None:
         (["--slots", "many"], "slots"),
         (["--device", "tpu"], "device"),
         (["--port", "99999"], "99999"),
+        (["--set", "api_keys=secret"], "process list"),
     ],
 )
 def test_a_wrong_option_ends_the_command_in_words(
@@ -70,6 +81,37 @@ def test_a_wrong_option_ends_the_command_in_words(
     assert error.startswith("error: ")
     assert complaint in error
     assert "Traceback" not in error
+
+
+def test_only_its_owner_reads_the_key_to_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    token = tmp_path / ".ray" / "auth_token"
+    _keep_token_private()
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+    assert len(token.read_text()) == 64
+    token.write_text("Ray's own")
+    token.chmod(0o644)
+    _keep_token_private()
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert token.read_text() == "Ray's own"
+
+
+def test_a_process_that_everything_hangs_on_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command stayed for ever once its raylet had ended, and heard no signal."""
+    monkeypatch.setattr("personaplex.server.WATCH_EVERY_S", 0.01)
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with subprocess.Popen(["sleep", "60"]) as vital:
+            assert named([vital.pid, os.getpid()], ("sleep",)) == {vital.pid: "sleep"}
+            vital.kill()
+            with pytest.raises(RayEnded, match="Ray's raylet has ended"):
+                _wait_for_signal({vital.pid: "raylet"})
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def test_a_taken_port_is_said_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +138,7 @@ def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, list[st
     command = [sys.executable, "-m", "personaplex.server", "--model", "echo", "--port", str(port)]
     command += ["--ssl", str(tmp_path), "--set", "slots=2", "--low-latency"]
     # A cluster that is not there any more: the command starts a Ray of its own all the same.
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "127.0.0.1:9"}
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:9"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:

@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from deployments.settings import ENV_PREFIX, Settings
+from deployments.settings import ENV_PREFIX, Settings, refuse_keys_among
 from personaplex.errors import ConfigError
 
 
@@ -35,6 +35,14 @@ def test_every_setting_has_a_description_a_default_and_a_variable(
     except (ValidationError, SettingsError):
         return  # it was read
     assert changed != field.get_default(call_default_factory=True)
+
+
+@pytest.mark.parametrize("argument", ["api_keys=a", "--set=api_keys=a", "api_keys=[]"])
+def test_keys_are_no_arguments_of_a_command(argument: str) -> None:
+    with pytest.raises(ConfigError, match="process list") as caught:
+        refuse_keys_among(["run", "deployments:build", argument])
+    assert "=a" not in str(caught.value)
+    refuse_keys_among(["run", "deployments:build", "api_keys_file=keys", "model=tiny"])
 
 
 def test_unknown_keys_are_refused() -> None:

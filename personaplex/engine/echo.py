@@ -50,7 +50,7 @@ class EchoEngine:
 
     @property
     def usage(self) -> Usage:
-        """It remembers one frame a slot and has no prompts."""
+        """One frame per slot, no prompts."""
         return Usage(positions=len(self._open))
 
     def admit(self, persona: Persona) -> Slot:
@@ -88,7 +88,7 @@ class EchoEngine:
         return [self._output(state) for state in self._open.values() if state.heard is not None]
 
     def close(self, slot: Slot) -> None:
-        """Frees the slot; a slot already closed, or given to someone else since, is left alone."""
+        """Frees the slot. Idempotent; a slot with a newer generation is left alone."""
         if self._holds(slot):
             del self._open[slot.index]
             self._generation[slot.index] += 1

@@ -5,7 +5,7 @@ them a tick allocates nothing, waits for nothing and takes nothing from the host
 covers: sampling parameters, ring offsets and the mask of active slots are read on the device. One graph per
 prefix, captured at start, therefore serves any mixture of sessions.
 
-Capture needs a GPU and has not run on one yet (`benchmarks/gpu.py` compares captured and eager ticks bit by
+Capture needs a GPU and has not run on one yet (`benchmarks.gpu` compares captured and eager ticks bit by
 bit). What is captured has run: tests run it on the CPU, kernels in Triton's interpreter, and on torch's meta
 device, which shows that it never reads a value on the host.
 

@@ -27,7 +27,7 @@ from personaplex.persona import Persona
 
 logger = logging.getLogger(__name__)
 
-USAGE_TICKS = 25  # between two looks at the engine's usage, while nobody comes or goes
+USAGE_TICKS = 25  # between two readings of the engine's usage, while no session opens or closes
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Refused:
 
 @dataclass(frozen=True)
 class Closed:
-    """The session's slot is free again; nothing more comes for it."""
+    """The session's slot is free again; its last event."""
 
     session: int
 
 
 @dataclass(frozen=True)
 class Faulted:
-    """The engine cannot go on; nothing more comes for anybody."""
+    """The engine cannot go on; no session gets another event."""
 
     error: EngineFault
 
@@ -112,7 +112,7 @@ class _Work:
 
 
 class EngineLoop:
-    """Runs the engine that `make` builds (in the thread that will own it) until `stop` or its first fault."""
+    """Runs the engine that `make` builds, in the thread that owns it, until `stop` or its first fault."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class EngineLoop:
         return self._started
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """Ends the thread after its current piece of work; sessions still open get nothing more."""
+        """Ends the thread after its current work; sessions still open get no further event."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -196,7 +196,7 @@ class EngineLoop:
             self._wake.notify()
 
     def check(self, stall_limit_s: float) -> None:
-        """Raises EngineFault when the engine has ended or has been at one piece of work for too long."""
+        """Raises EngineFault when the engine has ended or one tick or chunk takes longer than the limit."""
         with self._wake:
             self._raise_if_ended()
             busy = 0.0 if self._busy_since is None else self._clock() - self._busy_since
@@ -212,7 +212,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             engine = self._make()
-        except Exception as error:  # a task root: whoever started us gets the error
+        except Exception as error:  # a task root: the future of `start` carries the error
             logger.exception("the engine could not start")
             self._started.set_exception(error)
             return
@@ -221,7 +221,7 @@ class EngineLoop:
         try:
             while (work := self._next()) is not None:
                 self._pass(engine, slots, work)
-        except Exception as error:  # a task root: the device may be broken, so nobody goes on
+        except Exception as error:  # a task root: the device may be broken, so every session ends
             logger.exception("the engine failed")
             fault = error if isinstance(error, EngineFault) else EngineFault("the engine failed")
             with self._wake:
@@ -229,7 +229,7 @@ class EngineLoop:
             self._deliver(Batch("control", (Faulted(fault),)))
 
     def _next(self) -> _Work | None:
-        """Sleeps until there is something to do; None at the end."""
+        """Sleeps until there is work; None at the end."""
         with self._wake:
             while True:
                 if self._stopping:

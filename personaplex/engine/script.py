@@ -1,8 +1,8 @@
 """From a persona to the frames a slot consumes before it goes live.
 
-A prompt is voice frames, silence, the role text one token a frame, silence; the agent's stream carries the
-voice's codes and then silence, the user's stream a sine. `Script` holds what the network reads of it:
-positions 0..P-2 to prefill and the token ring as it stands when frame P is about to be generated.
+A prompt is voice frames, silence, the role text at one token per frame, silence; the agent's stream carries
+the voice's codes and then silence, the user's stream a sine. `Script` holds what the network reads of it:
+positions 0..P-2 to prefill, and the token ring just before frame P is generated.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Script:
     """A prompt of P frames, ready to prefill; all tensors on the CPU.
 
     `positions` [P - 1, 17] are the network's inputs; of these the first `prefix` belong to the voice, and
-    `embeddings` [prefix, dim] stands for them when the voice came as embeddings. `ring` [17, 4] and
+    `embeddings` [prefix, dim] replaces them when the voice came as embeddings. `ring` [17, 4] and
     `provided` [17, 4] are the token ring after the prompt.
     """
 

@@ -1,9 +1,9 @@
-"""An engine without a model that takes as long as one with: each tick is held for as long as a table says.
+"""An engine without a model but with a model's timing: each tick takes as long as a table says.
 
-For capacity tests where there is no accelerator: queues, routing, scaling and pacing see the timing of real
-hardware, while the slots say back what they hear (`EchoEngine`). The thread sleeps through each tick, as it
-does while a device computes. Keeps the engine's laws on slots, refusals, prompt chunks and cached voices.
-Needs numpy only. The table's `source` says whether its times were measured.
+For capacity tests without an accelerator: queues, routing, scaling and pacing see the timing of real
+hardware, while the slots return what they hear (`EchoEngine`). The thread sleeps through each tick, as it
+does while a device computes. Slots, refusals, prompt chunks and cached voices are the engine's. Needs numpy
+only. The table's `source` says whether its times were measured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def prompt_positions(text: str) -> int:
 
 @dataclass
 class _SlotState:
-    """What one open slot has in its window, in positions."""
+    """Positions in the window of one open slot."""
 
     voice: str
     text: int  # positions behind the voice
@@ -89,7 +89,7 @@ class SimulatedEngine:
         return slot
 
     def prefill(self) -> Slot | None:
-        """Holds for one chunk of the oldest waiting prompt; its slot once that was the last chunk."""
+        """Sleeps for one chunk of the oldest waiting prompt; its slot after the last chunk."""
         while self._waiting:
             slot = self._waiting[0]
             state = self._open.get(slot)
@@ -112,7 +112,7 @@ class SimulatedEngine:
         self._fed.append(slot)
 
     def step(self) -> list[Output]:
-        """One tick over the fed slots, as long as the table says for so many with so much to remember."""
+        """One tick over the fed slots, for as long as the table says at their number and context."""
         fed = [self._open[slot] for slot in self._fed if slot in self._open]
         self._fed.clear()
         if not fed:
@@ -126,7 +126,7 @@ class SimulatedEngine:
         return spoken
 
     def close(self, slot: Slot) -> None:
-        """Frees the slot; a slot already closed, or given to someone else since, is left alone."""
+        """Frees the slot. Idempotent; a slot with a newer generation is left alone."""
         self._open.pop(slot, None)
         self._echo.close(slot)
 

@@ -20,7 +20,7 @@ class EngineState:
 
     @classmethod
     def allocate(cls, model: Model, slots: int, kv: str = "auto") -> EngineState:
-        """All memory of `slots` sessions, once; with a context of C positions the rings dominate.
+        """All memory of `slots` sessions, allocated once; the KV rings dominate.
 
         `kv`: see EngineConfig.
         """
@@ -37,6 +37,6 @@ class EngineState:
         )
 
     def reset(self, slot: int) -> None:
-        """Makes one slot as if it had never been used."""
+        """Returns one slot to its initial state."""
         self.lm.reset(slot)
         self.mimi.reset(slot)

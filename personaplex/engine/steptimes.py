@@ -1,15 +1,15 @@
-"""How long one engine step takes, by sessions in it and by how much they remember: a table, read and asked.
+"""How long one engine step takes, by its sessions and their context: a table of times, interpolated.
 
-A table comes from a measurement or is derived (`benchmarks/bound.py`); `source` says which, and whoever shows
-a figure that rests on one shows it too. Seconds everywhere here, milliseconds in the file:
+A table is measured or derived (`benchmarks/bound.py`); `source` says which, and every report built on a table
+repeats it. Seconds everywhere here, milliseconds in the file:
 
     {"table": "steps", "source": "measured" | "derived", "note": ..., "machine": {...},
      "contexts": [...], "batches": [...], "tick_ms": [[one row per context, one number per batch]],
      "prefill_positions": [...], "prefill_ms": [...]}
 
-Between entries times are interpolated along both axes; below the first entry the first holds; above the last
-context the last holds, since a full window does not grow. A batch beyond the table is refused: the table ends
-where the card's memory or the measurement does.
+Times are interpolated along both axes and clamped below the first entry and above the last context, since a
+full window does not grow. A batch beyond the table is refused: the table ends where the card's memory or the
+measurement does.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class StepTimes:
         return int(self.batches[-1])
 
     def tick(self, batch: float, context: float) -> float:
-        """Seconds of one step over `batch` sessions that remember `context` positions each, on average."""
+        """Seconds of one step over `batch` sessions with `context` positions each, on average."""
         return float(self.tick_many(np.array([batch]), np.array([context]))[0])
 
     def tick_many(self, batches: Floats, contexts: Floats) -> Floats:

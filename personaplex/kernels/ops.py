@@ -205,9 +205,8 @@ def window(ring: KVRing, steps: int, active: Tensor) -> Window:
 
 
 def attend(ring: KVRing, layer: int, qkv: Tensor, rope: Rope, window: Window) -> Tensor:
-    """Rotates q and k by their positions, writes k and v into the ring and attends to it.
-
-    qkv [N, T, 3, H, head_dim] -> [N, H, T, head_dim], zeros for inactive slots.
+    """Rotates q and k, writes k and v into the ring and attends to it: qkv [N, T, 3, H, head_dim] ->
+    [N, H, T, head_dim], zeros for inactive slots.
     """
     if window.columns is None:
         from personaplex.kernels import triton_attention

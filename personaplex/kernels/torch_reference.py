@@ -1,7 +1,7 @@
 """Every operation in plain torch: what runs where no kernel does, and what the kernels are tested against.
 
-Functions have the names and signatures of the kernels'. `attend` takes a `Window` where the Triton kernel
-takes the active slots.
+Functions have the names, signatures and results of the kernels, which document the shapes (see also `ops`);
+`attend` takes a `Window` where the Triton kernel takes the active slots.
 """
 
 from __future__ import annotations
@@ -18,21 +18,16 @@ _GOLDEN = GOLDEN - 2**64  # as int64
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x [..., dim], gain [dim] float32 -> x * gain / rms(x), computed in float32, in x's dtype."""
     return F.rms_norm(x.float(), gain.shape, gain, eps).to(x.dtype)
 
 
 def silu_multiply(x: Tensor) -> Tensor:
-    """x [..., 2 h] = (a, b) -> silu(a) * b [..., h]."""
     a, b = x.chunk(2, dim=-1)
     return F.silu(a).mul_(b)
 
 
 def embed(tokens: Tensor, audio: Tensor, text: Tensor) -> Tensor:
-    """tokens [N, 1 + streams] int64, audio [streams * rows of one table, dim], text [rows, dim] -> [N, dim].
-
-    Audio streams are summed in order, then text; token -1 reads the last row of its table.
-    """
+    """Audio streams are summed in order, then text; tokens [N, 1 + streams]."""
     streams = tokens.shape[1] - 1
     rows = audio.shape[0] // streams
     base = torch.arange(streams, device=tokens.device) * rows
@@ -44,7 +39,6 @@ def embed(tokens: Tensor, audio: Tensor, text: Tensor) -> Tensor:
 
 
 def add_embedding(x: Tensor, table: Tensor, tokens: Tensor) -> Tensor:
-    """x [N, dim] plus the row of `table` [rows, dim] for each of tokens [N] int64."""
     return x + F.embedding(_table_rows(tokens, table.shape[0]), table)
 
 
@@ -61,10 +55,6 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
 
 
 def attend(ring: KVRing, layer: int, qkv: Tensor, rope: Rope, window: Window) -> Tensor:
-    """Rotates q and k, writes k and v into the ring and attends to it.
-
-    qkv [N, T, 3, H, head_dim] -> [N, H, T, head_dim], zeros for inactive slots.
-    """
     assert window.columns is not None
     q, k = apply_rope(qkv[:, :, :2], rope).unbind(2)
     slots = torch.arange(len(q), device=q.device)[:, None]
@@ -96,11 +86,6 @@ def loaded(contents: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def attend_depth(qkv: Tensor, keys: Tensor, values: Tensor, step: int) -> Tensor:
-    """One layer's attention at step `step` of the depth transformer: writes k and v, attends to what it sees.
-
-    qkv [N, 1, 3, H, head_dim], keys and values [N, H, context, head_dim] -> [N, H, 1, head_dim]. The last
-    step of a full context does not see the first (see `kvring`).
-    """
     q, k, v = qkv.transpose(1, 3).unbind(2)  # each [N, H, 1, head_dim]
     keys[:, :, step], values[:, :, step] = k[:, :, 0], v[:, :, 0]
     first = 1 if step + 1 == keys.shape[2] else 0
@@ -109,14 +94,12 @@ def attend_depth(qkv: Tensor, keys: Tensor, values: Tensor, step: int) -> Tensor
 
 
 def noise_keys(text_seed: Tensor, audio_seed: Tensor, steps: Tensor, count: int) -> Tensor:
-    """Seeds and steps [N] int64 -> keys [N, count] int64: of the text token, then of the codebooks."""
     stream = torch.arange(count, device=steps.device)
     seeds = torch.where(stream == 0, text_seed[:, None], audio_seed[:, None])
     return _mix(_mix(seeds) ^ (steps[:, None] * NOISE_STRIDE + stream))
 
 
 def sample(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor) -> Tensor:
-    """logits [N, V], temperature [N] float32, topk [N] and keys [N] int64 -> tokens [N] int64."""
     return choose(logits, temperature, topk, log_noise(keys, torch.arange(logits.shape[1])))
 
 

@@ -1,6 +1,6 @@
 """Where a model's files are: the Hugging Face hub, a local directory, or inside this package (`tiny`).
 
-`resolve` turns what a user wrote into a `Checkpoint`, a list of files that exist, without reading a tensor.
+`resolve` turns a model's name into a `Checkpoint`, a list of files that exist, without reading a tensor.
 The hub's cache, its offline switch and HF_TOKEN are huggingface_hub's own and respected as they are.
 """
 

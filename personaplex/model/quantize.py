@@ -2,7 +2,7 @@
 
 Each row of a matrix (one output) is int8 codes times one float32 scale, rounded to nearest; activations keep
 their dtype and matmuls sum in float32. What this costs in quality has to be measured on the real weights;
-`python -m benchmarks.gpu_checks` measures it on random ones.
+`python -m benchmarks.gpu.checks` measures it on random ones.
 """
 
 from __future__ import annotations

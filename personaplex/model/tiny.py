@@ -1,7 +1,7 @@
 """The weights of `tiny`: the full architecture at toy size, computed from the tensors' names.
 
-Nothing here is trained. The scales are chosen so that the numbers stay of order one over any length of run,
-the sound stays soft, and the text comes in pieces with padding between them, as the real model's does.
+Nothing here is trained. Scales are chosen so that activations stay of order one over a run of any length, the
+audio stays quiet, and text tokens come with padding between them, as the real model's do.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A checkpoint's tensors into modules: all of them, of the right shape, or an error naming every wrong one.
+"""Loads a checkpoint's tensors into modules: all of them, of the right shape, or an error naming each fault.
 
 Safetensors are read through a memory map, tensor by tensor, straight to their device and dtype. The modules
-are built without memory and have the names and shapes of the checkpoint format; nothing is ever left as it
-was allocated. The language model is loaded in the dtype asked for, the codec always in float32.
+are built on the meta device with the checkpoint's names and shapes; no tensor is left uninitialized. The
+language model is loaded in the dtype asked for, the codec always in float32.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def load_model(
 ) -> Model:
     """Loads a resolved checkpoint.
 
-    With `offload_slots` > 0 weights that do not fit a GPU beside that many sessions, whose keys and values
-    are kept as `kv` says (see EngineConfig), stay in host memory. With `weights` "int8" the temporal
-    transformer's are quantised. Raises CheckpointError for a damaged file or
-    one with other tensors, ConfigError for ways that do not go together.
+    With `offload_slots` > 0 weights that do not fit a GPU beside that many sessions with `kv` (see
+    EngineConfig) stay in host memory. With `weights` "int8" the temporal transformer's are quantized. Raises
+    CheckpointError for a damaged file or one with other tensors, ConfigError for options that exclude each
+    other.
     """
     if weights not in ("auto", "int8") or (weights == "int8" and offload_slots):
         raise ConfigError("weights must be auto or int8; int8 leaves nothing to offload")
@@ -106,7 +106,7 @@ def load_mimi(path: Path | None, config: MimiConfig, device: torch.device) -> Mi
 
 @dataclass(frozen=True)
 class Piece:
-    """How one expected tensor is made: `times` copies of the file's tensor `name`, along dimension 0."""
+    """How one expected tensor is built: `times` copies of the file's tensor `name` along dimension 0."""
 
     name: str
     times: int = 1

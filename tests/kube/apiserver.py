@@ -1,9 +1,9 @@
 """A Kubernetes API server in memory: enough for the real helm and kubectl and for the operator's tool.
 
 Faithful: discovery, create, read, list with selectors, update with resource versions, delete with
-preconditions, watch, evictions, tunnels into pods, the status codes of all these. Not faithful: server-side
-apply (a merge), admission, validation, RBAC, garbage collection, controllers. Whatever a controller would do,
-a test does by hand. Faults are injected through `faults`.
+preconditions, watch, evictions, tunnels into pods, fields fixed at creation, the status codes of all these.
+Not faithful: server-side apply (a merge), admission, validation, RBAC, garbage collection, controllers.
+Whatever a controller would do, a test does by hand. Faults are injected through `faults`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ from typing import Any
 import yaml
 from aiohttp import web
 
-from kube.objects import CLUSTER_WIDE, KINDS, PLURALS, RESOURCES, VERBS, Status, body, matches, merge
+from kube.objects import (
+    CLUSTER_WIDE,
+    KINDS,
+    PLURALS,
+    RESOURCES,
+    VERBS,
+    Status,
+    body,
+    check_fixed,
+    matches,
+    merge,
+)
 from kube.tunnel import tunnel
 
 Key = tuple[str, str, str, str]  # api version, plural, namespace, name
@@ -262,6 +273,7 @@ class ApiServer:
                 raise Status(409, "Conflict", "the object has been modified")
             item = copy.deepcopy(change) if request.method == "PUT" else merge(copy.deepcopy(old), change)
             item["metadata"]["uid"] = old["metadata"]["uid"]
+            check_fixed(old["kind"], old, item)
             return web.json_response(self._store(key, item))
 
     def _delete(self, key: Key, options: Any) -> web.Response:

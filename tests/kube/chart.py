@@ -15,8 +15,7 @@ from k8s import tools
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "personaplex"
 CARDS = ("l40s", "a100", "h100", "h200")
-VERSIONS = ("1.31", "1.34", "1.37")
-APIS = ("ray.io/v1", "gateway.networking.k8s.io/v1", "monitoring.coreos.com/v1")
+VERSIONS = ("1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
 TOKEN = "huggingFace.existingSecret=hf"
 
 # Every values file of the chart, with what it leaves to the person who installs it.
@@ -37,7 +36,6 @@ def template(
     values: str = "",
     sets: tuple[str, ...] = (),
     version: str = "1.34",
-    apis: tuple[str, ...] = APIS,
     chart: Path = CHART,
     release: str = "talk",
 ) -> subprocess.CompletedProcess[str]:
@@ -47,8 +45,6 @@ def template(
         arguments += ["--values", str(chart / values)]
     for item in sets:
         arguments += ["--set", item]
-    for api in apis:
-        arguments += ["--api-versions", api]
     return helm(*arguments)
 
 
@@ -62,9 +58,9 @@ def render(
     return [document for document in yaml.safe_load_all(done.stdout) if document]
 
 
-def refused(*sets: str, values: str = "ci/minimal-values.yaml", apis: tuple[str, ...] = APIS) -> str:
+def refused(*sets: str, values: str = "ci/minimal-values.yaml") -> str:
     """Helm's message about values that must not render."""
-    done = template(values, sets, apis=apis)
+    done = template(values, sets)
     assert done.returncode != 0, f"rendered although {sets} is wrong"
     return done.stderr
 

@@ -1,17 +1,66 @@
-"""What the KubeRay operator refuses, as far as this chart could run into it.
+"""What the KubeRay operator refuses, as far as this chart could run into it, and what its releases know.
 
 From the validation of KubeRay's ray-operator (1.5 to 1.7): it has no admission webhook by default, so a wrong
-RayService is accepted by the API server and then never served.
+RayService is accepted by the API server and then never served. `tests/data/kuberay` holds the schemas of its
+RayService (v1), one for each release, without descriptions.
 """
 
 from __future__ import annotations
 
+import functools
+import gzip
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
+
+from kube import chart
+
+RELEASES = ("1.5.1", "1.6.2", "1.7.0")  # of which every render must be valid; 1.5.0 lacks authentication
 _AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"
 _DURATION = re.compile(r"([0-9]+(\.[0-9]+)?(ns|us|ms|s|m|h))+")
+
+
+@functools.cache
+def schema(release: str) -> Any:
+    """The schema of RayService in the CustomResourceDefinition of one release."""
+    path = chart.ROOT / "tests" / "data" / "kuberay" / f"rayservice-{release}.json.gz"
+    return json.loads(gzip.decompress(path.read_bytes()))
+
+
+def definition(release: str) -> Any:
+    """The CustomResourceDefinition as far as anybody here reads it."""
+    version = {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema(release)}}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": "rayservices.ray.io"},
+        "spec": {"group": "ray.io", "versions": [version]},
+    }
+
+
+def check(service: Any, release: str) -> None:
+    """Raises jsonschema.ValidationError; a field that the release does not know is an error."""
+    _validator(release).validate(service)
+
+
+@functools.cache
+def _validator(release: str) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(_closed(schema(release)))
+
+
+def _closed(part: Any) -> Any:
+    """The same schema with every object that names its fields closed to others."""
+    if isinstance(part, list):
+        return [_closed(inner) for inner in part]
+    if not isinstance(part, dict):
+        return part
+    found = {name: _closed(inner) for name, inner in part.items()}
+    if part.get("type") == "object" and isinstance(part.get("properties"), dict):
+        found.setdefault("additionalProperties", False)
+    return found
 
 
 def violations(service: Any) -> list[str]:
@@ -30,17 +79,8 @@ def _metadata(metadata: Any) -> Iterator[str]:
 
 
 def _upgrade(spec: Any) -> Iterator[str]:
-    strategy = spec.get("upgradeStrategy", {})
-    if strategy.get("type") == "NewClusterWithIncrementalUpgrade":
-        options = strategy.get("clusterUpgradeOptions", {})
-        if not spec["rayClusterConfig"].get("enableInTreeAutoscaling"):
-            yield "incremental upgrade needs the autoscaler"
-        if not options.get("gatewayClassName"):
-            yield "incremental upgrade needs gatewayClassName"
-        if options.get("intervalSeconds", 0) <= 0:
-            yield "intervalSeconds must be positive"
-        if options.get("stepSizePercent", 101) > options.get("maxSurgePercent", 100):
-            yield "stepSizePercent is more than maxSurgePercent"
+    if spec.get("upgradeStrategy", {}).get("type") not in ("NewCluster", "None"):
+        yield "an upgrade strategy that strands the chart's own routes"
     if spec.get("rayClusterDeletionDelaySeconds", 60) < 0:
         yield "rayClusterDeletionDelaySeconds is negative"
     if "name" in spec["rayClusterConfig"]["headGroupSpec"].get("headService", {}).get("metadata", {}):

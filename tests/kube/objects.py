@@ -21,6 +21,7 @@ RESOURCES = {
     "ray.io/v1": "rayservices:RayService rayclusters:RayCluster",
     "gateway.networking.k8s.io/v1": "httproutes:HTTPRoute",
     "monitoring.coreos.com/v1": "podmonitors:PodMonitor prometheusrules:PrometheusRule",
+    "apiextensions.k8s.io/v1": "customresourcedefinitions:CustomResourceDefinition!",
 }
 KINDS = {
     (api, word.split(":")[0]): word.split(":")[1].rstrip("!")
@@ -28,7 +29,34 @@ KINDS = {
     for word in words.split()
 }
 PLURALS = {(api, kind): plural for (api, plural), kind in KINDS.items()}
-CLUSTER_WIDE = {"namespaces", "nodes"}
+CLUSTER_WIDE = {"namespaces", "nodes", "customresourcedefinitions"}
+# What an object of a kind keeps from its creation on. A claim may grow, nothing else of it may change.
+FIXED = {
+    "Job": (
+        "spec.template",
+        "spec.selector",
+        "spec.completions",
+        "spec.completionMode",
+        "spec.podFailurePolicy",
+    ),
+    "Deployment": ("spec.selector",),
+    "StatefulSet": (
+        "spec.selector",
+        "spec.serviceName",
+        "spec.volumeClaimTemplates",
+        "spec.podManagementPolicy",
+    ),
+    "Service": ("spec.clusterIP", "spec.clusterIPs"),
+    "PersistentVolumeClaim": (
+        "spec.accessModes",
+        "spec.storageClassName",
+        "spec.volumeName",
+        "spec.selector",
+    ),
+    "RoleBinding": ("roleRef",),
+    "Pod": ("spec.nodeName", "spec.volumes", "spec.serviceAccountName", "spec.restartPolicy"),
+    "Secret": ("type",),
+}
 VERBS = ["create", "delete", "get", "list", "patch", "update", "watch"]
 
 
@@ -67,6 +95,21 @@ def merge(old: Any, change: Any) -> Any:
         else:
             old[name] = value
     return old
+
+
+def check_fixed(kind: str, old: Any, new: Any) -> None:
+    """Raises Status 422 as the API server does when a field that is fixed at creation changes."""
+    paths = FIXED.get(kind, ())
+    if kind in ("Secret", "ConfigMap") and old.get("immutable"):
+        paths = (*paths, "data", "stringData", "binaryData", "immutable")
+    for path in paths:
+        before, after = old, new
+        for part in path.split("."):
+            before = before.get(part) if isinstance(before, dict) else None
+            after = after.get(part) if isinstance(after, dict) else None
+        if before is not None and before != after:
+            name = new["metadata"]["name"]
+            raise Status(422, "Invalid", f'{kind} "{name}" is invalid: {path}: field is immutable')
 
 
 def matches(item: Any, query: Any) -> bool:

@@ -1,8 +1,8 @@
 """Strict validation of Kubernetes documents: an unknown kind is an error, and so is an unknown field.
 
 Built-in kinds use the schemas of kubernetes-validate, loaded once per version. Kinds of custom resources have
-schemas here, written from their API references; their pod templates, Services and containers refer to the
-built-in ones, so that a misspelt field deep inside a RayService is found too.
+schemas here, written from their API references; the parts of a RayService that are built-in kinds (pod
+templates, a Service) refer to those; its own structure is checked against KubeRay's schemas in kuberay.py.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ _CORE = "/api/_definitions.json#/$defs/io.k8s.api.core.v1."
 _META = "/api/_definitions.json#/$defs/io.k8s.apimachinery.pkg.apis.meta.v1."
 _STRING = {"type": "string"}
 _COUNT = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
-_FLAG = {"type": "boolean"}
 _STRINGS = {"type": "object", "additionalProperties": _STRING}
-_LOOSE = {"type": "object"}
 
 
 def _object(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
@@ -54,79 +52,24 @@ def _resource(spec: Any) -> dict[str, Any]:
     )
 
 
-_CREDENTIAL = _object(value=_STRING, valueFrom=_core("EnvVarSource"))
-_GROUP = {
-    "template": _core("PodTemplateSpec"),
-    "rayStartParams": _STRINGS,
-    "resources": _STRINGS,
-    "labels": _STRINGS,
+_POD = {"properties": {"template": _core("PodTemplateSpec")}}
+_RAY_SERVICE = {  # what Kubernetes says of its parts; its own structure is in KubeRay's schema (kuberay.py)
+    "properties": {
+        "serveService": _core("Service"),
+        "rayClusterConfig": {
+            "properties": {
+                "autoscalerOptions": {
+                    "properties": {
+                        "resources": _core("ResourceRequirements"),
+                        "securityContext": _core("SecurityContext"),
+                    }
+                },
+                "headGroupSpec": _POD,
+                "workerGroupSpecs": _list(_POD),
+            }
+        },
+    }
 }
-_RAY_CLUSTER = _object(
-    ("headGroupSpec",),
-    rayVersion=_STRING,
-    suspend=_FLAG,
-    enableInTreeAutoscaling=_FLAG,
-    headServiceAnnotations=_STRINGS,
-    autoscalerOptions=_object(
-        version={"enum": ["v1", "v2"]},
-        upscalingMode={"enum": ["Default", "Aggressive", "Conservative"]},
-        idleTimeoutSeconds=_COUNT,
-        image=_STRING,
-        imagePullPolicy={"enum": ["Always", "IfNotPresent", "Never"]},
-        resources=_core("ResourceRequirements"),
-        securityContext=_core("SecurityContext"),
-        env=_list(_core("EnvVar")),
-        envFrom=_list(_core("EnvFromSource")),
-        volumeMounts=_list(_core("VolumeMount")),
-    ),
-    gcsFaultToleranceOptions=_object(
-        redisAddress=_STRING,
-        redisUsername=_CREDENTIAL,
-        redisPassword=_CREDENTIAL,
-        externalStorageNamespace=_STRING,
-    ),
-    authOptions=_object(mode={"enum": ["disabled", "token"]}, secretName=_STRING),
-    headGroupSpec=_object(
-        ("template", "rayStartParams"),
-        **_GROUP,
-        serviceType=_STRING,
-        headService=_core("Service"),
-        enableIngress=_FLAG,
-    ),
-    workerGroupSpecs=_list(
-        _object(
-            ("groupName", "template", "rayStartParams", "minReplicas", "maxReplicas"),
-            **_GROUP,
-            groupName=_STRING,
-            replicas=_COUNT,
-            minReplicas=_COUNT,
-            maxReplicas=_COUNT,
-            numOfHosts=_COUNT,
-            idleTimeoutSeconds=_COUNT,
-            suspend=_FLAG,
-            scaleStrategy=_LOOSE,
-        )
-    ),
-)
-_PERCENT = {"type": "integer", "minimum": 0, "maximum": 100}
-_RAY_SERVICE = _object(
-    ("serveConfigV2", "rayClusterConfig"),
-    serveConfigV2=_STRING,
-    rayClusterConfig=_RAY_CLUSTER,
-    serveService=_core("Service"),
-    excludeHeadPodFromServeSvc=_FLAG,
-    rayClusterDeletionDelaySeconds=_COUNT,
-    suspend=_FLAG,
-    upgradeStrategy=_object(
-        type={"enum": ["NewCluster", "NewClusterWithIncrementalUpgrade", "None"]},
-        clusterUpgradeOptions=_object(
-            maxSurgePercent=_PERCENT,
-            stepSizePercent=_PERCENT,
-            intervalSeconds=_COUNT,
-            gatewayClassName=_STRING,
-        ),
-    ),
-)
 _DURATION = {"type": "string", "pattern": r"^([0-9]{1,5}(h|m|s|ms)){1,4}$"}
 _HTTP_ROUTE = _object(
     parentRefs=_list(

@@ -4,11 +4,11 @@ resets what it has scaled.
 */}}
 {{- define "personaplex.group" -}}
 minReplicas: {{ .pod.minPods }}
-maxReplicas: {{ .pod.maxPods }}
+maxReplicas: {{ add .pod.maxPods (default 0 .pod.surgePods) }}
 {{- if .root.Values.autoscaler.enabled }}
 idleTimeoutSeconds: {{ .pod.idleTimeoutSeconds }}
 {{- else }}
-replicas: {{ .pod.minPods }}
+replicas: {{ add .pod.minPods (default 0 .pod.surgePods) }}
 {{- end }}
 {{- if .root.Values.serve.dedicatedNodes }}
 resources:

@@ -14,6 +14,8 @@ app version and checksums must never appear in this file.
 - {name: RAY_worker_niceness, value: "0"}
 # A role text of 1000 Chinese characters makes a request line of 9 KB.
 - {name: WEBSOCKETS_MAX_LINE_LENGTH, value: "32768"}
+# Limits in whatever process reads a client's bytes first, proxy or gateway.
+- {name: RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH, value: deployments.ingress.configure}
 # A busy gateway answers a proxy late; at Serve's 1 s it is asked again and again, and nobody new gets in.
 - {name: RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S, value: "10"}
 - {name: RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, value: {{ $timeouts.drain | quote }}}
@@ -63,8 +65,16 @@ app version and checksums must never appear in this file.
           name: {{ $root.Values.huggingFace.existingSecret }}
           key: {{ $root.Values.huggingFace.tokenKey }}
     {{- end }}
+  # The reason of a failure, such as a token that may not read the weights, is then in the pod's status.
+  terminationMessagePolicy: FallbackToLogsOnError
   resources:
-    {{- toYaml $root.Values.weights.prefetch.resources | nindent 4 }}
+    {{- $resources := deepCopy $root.Values.weights.prefetch.resources }}
+    {{- if eq $root.Values.weights.source "node" }}
+    {{- /* The cache lies on the node's disk: the scheduler has to know. */}}
+    {{- $storage := dict "ephemeral-storage" $root.Values.weights.node.sizeLimit }}
+    {{- $_ := set $resources "requests" (merge (default dict $resources.requests) $storage) }}
+    {{- end }}
+    {{- toYaml $resources | nindent 4 }}
   securityContext:
     {{- toYaml (merge (dict "readOnlyRootFilesystem" true) $root.Values.securityContext) | nindent 4 }}
   volumeMounts:
@@ -131,6 +141,15 @@ app version and checksums must never appear in this file.
 {{- end -}}
 {{- end -}}
 
+{{/* A node selector; a label set to null in a later values file is none, so that one can replace a card's. */}}
+{{- define "personaplex.nodeSelector" -}}
+{{- range $label, $value := . }}
+{{- if not (kindIs "invalid" $value) }}
+{{ $label }}: {{ $value | quote }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* Ports of the Ray container: (list $ role). */}}
 {{- define "personaplex.ports" -}}
 {{- $root := index . 0 -}}
@@ -161,14 +180,18 @@ metadata:
     {{- toYaml . | nindent 4 }}
     {{- end }}
   annotations:
-    {{- if ne $role "gateway" }}
-    cluster-autoscaler.kubernetes.io/safe-to-evict: "false"
-    {{- end }}
-    kubectl.kubernetes.io/default-container: ray
-    {{- with $pod.podAnnotations }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    {{- $annotations := dict
+      "cluster-autoscaler.kubernetes.io/safe-to-evict" "false"
+      "karpenter.sh/do-not-disrupt" "true"
+      "kubectl.kubernetes.io/default-container" "ray" }}
+    {{- merge (deepCopy (default dict $pod.podAnnotations)) $annotations | toYaml | nindent 4 }}
 spec:
+  {{- if and (eq $role "replica") $root.Values.serve.dedicatedNodes }}
+  # KubeRay labels every worker as serving and leaves it to readiness which of them take sockets. Nothing ever sets
+  # this condition, so a replica's pod is no endpoint of the Service: its loss ends no session but its own.
+  readinessGates:
+    - conditionType: personaplex.io/takes-sockets
+  {{- end }}
   enableServiceLinks: false
   {{- if not (and (eq $role "head") $root.Values.autoscaler.enabled) }}
   automountServiceAccountToken: false
@@ -183,7 +206,11 @@ spec:
   imagePullSecrets:
     {{- toYaml . | nindent 4 }}
   {{- end }}
-  {{- range $key := list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" "priorityClassName" "runtimeClassName" }}
+  {{- with include "personaplex.nodeSelector" $pod.nodeSelector | trim }}
+  nodeSelector:
+    {{- . | nindent 4 }}
+  {{- end }}
+  {{- range $key := list "tolerations" "affinity" "topologySpreadConstraints" "priorityClassName" "runtimeClassName" }}
   {{- with get $pod $key }}
   {{ $key }}:
     {{- if kindIs "string" . }} {{ . }}{{ else }}{{ toYaml . | nindent 4 }}{{ end }}
@@ -220,6 +247,8 @@ spec:
         {{- $_ := set $resources $key (set (default dict (get $resources $key)) "nvidia.com/gpu" (toString (int $.gpus))) }}
         {{- end }}
         {{- end }}
+        {{- /* Logs and Ray's spilled objects; without a request, a full disk evicts this pod first. */}}
+        {{- $_ := set $resources "requests" (merge (default dict $resources.requests) (dict "ephemeral-storage" "4Gi")) }}
         {{- toYaml $resources | nindent 8 }}
       securityContext:
         {{- toYaml $root.Values.securityContext | nindent 8 }}

@@ -33,6 +33,34 @@ applications:
   - name: personaplex
     route_prefix: {{ default "/" .Values.settings.route_prefix }}
     import_path: deployments:build
+    {{- with include "personaplex.surge" . }}
+    # A replacement starts before what it replaces stops: the groups' surgePods are room for it.
+    deployments:
+      {{- . | trim | nindent 6 }}
+    {{- end }}
     args:
       {{- include "personaplex.settings" . | nindent 6 }}
+{{- end -}}
+
+{{/*
+Serve's overrides for the deployments that have room to surge. The percentage is the largest whose share of the most
+replicas, rounded up as Serve does, fits the surge pods; without room there is none, as old replicas would then go on
+serving and the update never end.
+*/}}
+{{- define "personaplex.surge" -}}
+{{- $settings := include "personaplex.settings" . | fromYaml -}}
+{{- $room := dict "gateway" (mul (default 0 .Values.gateway.surgePods) .Values.gateway.perPod) "replica" 0 -}}
+{{- range .Values.replicaGroups -}}
+{{- $_ := set $room "replica" (add $room.replica (mul (default 0 .surgePods) .perPod)) -}}
+{{- end -}}
+{{- range $name, $most := dict "gateway" $settings.gateways_max "replica" $settings.replicas_max -}}
+{{- $percent := min 100 (div (mul 100 (get $room $name)) $most) -}}
+{{- if and (gt (int (get $room $name)) 0) (lt (int $percent) 1) -}}
+{{- fail (printf "%s: room for %v more is less than 1 %% of %v, the least Serve can surge by: raise surgePods or set it to 0" (eq $name "gateway" | ternary "gateway.surgePods" "replicaGroups.*.surgePods") (get $room $name) $most) -}}
+{{- end -}}
+{{- if gt (int $percent) 0 }}
+- name: {{ $name }}
+  max_surge_percent: {{ $percent }}
+{{- end -}}
+{{- end -}}
 {{- end -}}

@@ -12,15 +12,10 @@ What a schema cannot say: rules between values. Each message names the value to 
 {{- include "personaplex.validateSettings" . -}}
 {{- include "personaplex.validateTimeouts" . -}}
 {{- include "personaplex.validateGroups" . -}}
+{{- include "personaplex.validatePods" . -}}
 {{- include "personaplex.validateWeights" . -}}
 {{- include "personaplex.validateNetwork" . -}}
-{{- if eq .Values.upgrade.strategy "NewClusterWithIncrementalUpgrade" -}}
-{{- if not .Values.autoscaler.enabled -}}{{- fail "upgrade.strategy NewClusterWithIncrementalUpgrade needs autoscaler.enabled" -}}{{- end -}}
-{{- if not .Values.upgrade.incremental.gatewayClassName -}}{{- fail "upgrade.strategy NewClusterWithIncrementalUpgrade needs upgrade.incremental.gatewayClassName" -}}{{- end -}}
-{{- if gt (int .Values.upgrade.incremental.stepSizePercent) (int .Values.upgrade.incremental.maxSurgePercent) -}}
-{{- fail "upgrade.incremental.stepSizePercent is more than maxSurgePercent" -}}
-{{- end -}}
-{{- end -}}
+{{- include "personaplex.validatePorts" . -}}
 {{- if and .Values.redis.existingSecret (not .Values.redis.address) -}}{{- fail "redis.existingSecret is set without redis.address" -}}{{- end -}}
 {{- if and .Values.rayAuth.existingSecret (not .Values.rayAuth.enabled) -}}{{- fail "rayAuth.existingSecret is set without rayAuth.enabled" -}}{{- end -}}
 {{- end -}}
@@ -33,6 +28,13 @@ What a schema cannot say: rules between values. Each message names the value to 
   "api_keys" "apiKeys.existingSecret" "api_keys_file" "apiKeys.existingSecret" -}}
 {{- range $key, $instead := $derived -}}
 {{- if hasKey $.Values.settings $key -}}{{- fail (printf "settings.%s is derived: use %s" $key $instead) -}}{{- end -}}
+{{- end -}}
+{{- if hasKey .Values.settings "replicas_initial" -}}
+{{- $derived := include "personaplex.settings" . | fromYaml -}}
+{{- $initial := .Values.settings.replicas_initial -}}
+{{- if and (not (kindIs "invalid" $initial)) (or (lt (int $initial) (int $derived.replicas_min)) (gt (int $initial) (int $derived.replicas_max))) -}}
+{{- fail (printf "settings.replicas_initial is %v, not between the %v and %v replicas of replicaGroups" $initial $derived.replicas_min $derived.replicas_max) -}}
+{{- end -}}
 {{- end -}}
 {{- range $image := list .Values.image .Values.gatewayImage -}}
 {{- if and (eq $image.tag "latest") (not $image.digest) -}}
@@ -54,23 +56,6 @@ What a schema cannot say: rules between values. Each message names the value to 
 {{- end -}}
 {{- end -}}
 
-{{- define "personaplex.validateGroups" -}}
-{{- if not .Values.replicaGroups -}}{{- fail "replicaGroups is empty: nothing would run the model" -}}{{- end -}}
-{{- range $name, $group := merge (dict "gateway" .Values.gateway) .Values.replicaGroups -}}
-{{- if gt (int $group.minPods) (int $group.maxPods) -}}{{- fail (printf "%s: minPods is more than maxPods" $name) -}}{{- end -}}
-{{- if and (not $.Values.autoscaler.enabled) (ne (int $group.minPods) (int $group.maxPods)) -}}
-{{- fail (printf "%s: without autoscaler.enabled minPods must equal maxPods" $name) -}}
-{{- end -}}
-{{- end -}}
-{{- if hasKey .Values.replicaGroups "gateway" -}}{{- fail "replicaGroups.gateway: the name belongs to the gateways" -}}{{- end -}}
-{{- $wanted := default 0 .Values.settings.replica_num_gpus | float64 -}}
-{{- range $name, $group := .Values.replicaGroups -}}
-{{- if gt (mulf $wanted (float64 $group.perPod)) (float64 $group.gpusPerPod) -}}
-{{- fail (printf "replicaGroups.%s: %v replicas of %v GPUs do not fit in %v" $name $group.perPod $wanted $group.gpusPerPod) -}}
-{{- end -}}
-{{- end -}}
-{{- end -}}
-
 {{- define "personaplex.validateWeights" -}}
 {{- $weights := .Values.weights -}}
 {{- $model := toString .Values.settings.model -}}
@@ -83,23 +68,14 @@ What a schema cannot say: rules between values. Each message names the value to 
 {{- fail "weights.prefetch.enabled downloads a gated model: name a token's Secret in huggingFace.existingSecret" -}}
 {{- end -}}
 {{- if and (eq $weights.source "none") (eq $model "7b") -}}{{- fail "settings.model 7b needs weights.source node or claim" -}}{{- end -}}
+{{- $least := 18 -}}{{- /* GB: the files of 7b and their voices */ -}}
+{{- if and (eq $weights.source "node") (eq $model "7b") (lt (include "personaplex.quantity" $weights.node.sizeLimit | float64) (mulf $least 1e9)) -}}
+{{- fail (printf "weights.node.sizeLimit is %v, but the weights of settings.model 7b take %d GB" $weights.node.sizeLimit $least) -}}
+{{- end -}}
 {{- if eq $model "auto" -}}{{- fail "settings.model auto could serve noise when weights are missing: name the model" -}}{{- end -}}
 {{- end -}}
 
 {{- define "personaplex.validateNetwork" -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}{{- fail "ingress.enabled needs ingress.hosts" -}}{{- end -}}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}{{- fail "httpRoute.enabled needs httpRoute.parentRefs" -}}{{- end -}}
-{{- if and .Values.httpRoute.enabled (not (.Capabilities.APIVersions.Has "gateway.networking.k8s.io/v1")) -}}
-{{- fail "httpRoute.enabled needs the Gateway API (gateway.networking.k8s.io/v1) in the cluster" -}}
-{{- end -}}
-{{- if and (or .Values.monitoring.podMonitor.enabled .Values.monitoring.rules.enabled) (not (.Capabilities.APIVersions.Has "monitoring.coreos.com/v1")) -}}
-{{- fail "monitoring.podMonitor and monitoring.rules need the Prometheus operator (monitoring.coreos.com/v1) in the cluster" -}}
-{{- end -}}
-{{- $first := default 0 .Values.settings.media_port_min | int -}}
-{{- $last := default 0 .Values.settings.media_port_max | int -}}
-{{- range $name, $group := .Values.replicaGroups -}}
-{{- if and (gt $first 0) (lt (add (sub $last $first) 1 | int) (int $group.perPod)) -}}
-{{- fail (printf "replicaGroups.%s: %d media ports for %v replicas in a pod" $name (add (sub $last $first) 1 | int) $group.perPod) -}}
-{{- end -}}
-{{- end -}}
 {{- end -}}

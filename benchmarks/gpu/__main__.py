@@ -1,17 +1,16 @@
 """What the engine does on a GPU: `python -m benchmarks.gpu --output benchmarks/results/gpu.json`.
 
-The machine's own ceilings and checks first (kernels, device against CPU, graphs against pieces), then ticks
+The machine's own ceilings and checks first (kernels, device against CPU, captured against eager), then ticks
 by sessions and context in int8 and bfloat16 keys and values, session starts, joins, a paced minute, memory;
 last what helps to tune. Runs on a machine with torch, triton, numpy, safetensors and sentencepiece and
 nothing else: the 7B weights are random and made on the device. Keeps to `--budget` seconds: parts that no
-longer fit are under `skipped`. Each group of parts runs in a process of its own (`gpu_report.py`).
+longer fit are under `skipped`. Each group of parts runs in a process of its own (`report.py`).
 
 No result of it is here yet: the kernels have run in Triton's interpreter and compile for an H100/H200
 (`tests/test_kernels.py`), but nothing has been timed on a GPU.
 
 `--dry-run` goes through the same parts with `tiny` on whatever device there is, in seconds; its figures mean
-nothing and say so. `benchmarks/gpu_setup.py` makes the models, `gpu_checks.py` and `gpu_parts.py` hold the
-parts, `gpu_chart.py` draws the plot.
+nothing and say so.
 """
 
 from __future__ import annotations
@@ -27,11 +26,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_checks as checks
-from benchmarks import gpu_parts as parts
-from benchmarks.gpu_chart import draw
-from benchmarks.gpu_report import GRACE_S, Report, run_group
-from benchmarks.gpu_setup import make_engine, random_model, release
+from benchmarks.gpu import checks, compare, parts
+from benchmarks.gpu.chart import draw
+from benchmarks.gpu.report import GRACE_S, Report, run_group
+from benchmarks.gpu.setup import make_engine, random_model, release
 from benchmarks.machine import machine
 from personaplex.config import PRESET_7B, PRESET_TINY, ModelConfig
 from personaplex.engine.engine import Engine
@@ -105,21 +103,21 @@ def make_model(plan: Plan, group: str, device: torch.device, report: Report) -> 
 
 def check(plan: Plan, device: torch.device, report: Report, dry: bool) -> None:
     """Whether it computes what it should."""
-    report.part("kernel_checks", 20, lambda: checks.kernels(device, 40 if dry else 1_000))
+    report.part("kernel_checks", 20, lambda: compare.all_kernels(device, 40 if dry else 1_000))
     report.part("against_cpu", 20, lambda: checks.against_cpu(device, 3 if dry else 40))
 
-    def compare() -> dict[str, Any]:
+    def both_ways() -> dict[str, Any]:
         model = random_model(plan.config, device, plan.dtype)
-        return checks.graphs_against_pieces(model, 3, 2 if dry else 8)
+        return checks.captured_against_eager(model, 3, 2 if dry else 8)
 
-    report.part("graphs_against_pieces", 30, compare)
+    report.part("captured_against_eager", 30, both_ways)
 
 
 def tune(plan: Plan, device: torch.device, report: Report, dry: bool) -> None:
     """Sizes of kernels, one layer at a time, and what int8 costs in quality."""
     temporal = plan.config.lm.temporal
     sizes: dict[str, Any] = {"rows": [1, 3], "copies": 1, "rounds": 1} if dry else {"rows": [1, 8, 32, 128]}
-    report.part("products", 20, lambda: parts.products(temporal, device, **sizes))
+    report.part("matmuls", 20, lambda: parts.matmuls(temporal, device, **sizes))
     if device.type == "cuda":
         report.part("attention_sizes", 40, lambda: parts.attention_sizes(temporal, device, 32))
     report.part("int8_cost", 20, lambda: checks.int8_cost(20 if dry else 200))
@@ -140,12 +138,12 @@ def measure(plan: Plan, model: Model, device: torch.device, report: Report, name
 
     def build(graphs: bool) -> dict[str, Any]:
         engines.append(make_engine(model, slots, kv=kv, graphs=graphs))
-        return {"slots": slots, "recorded": engines[0]._runner.widths}
+        return {"slots": slots, "captured": engines[0]._runner.widths}
 
     report.part(f"engine_{name}", 20, lambda: build(True))
     if not engines:  # what can be measured without graphs still is
         release(device)
-        report.part(f"engine_{name}_in_pieces", 20, lambda: build(False))
+        report.part(f"engine_{name}_eager", 20, lambda: build(False))
     if not engines:
         return
     engine = engines[0]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu_setup import Spread, fill, frames, make_engine, persona, set_context, synchronise, timed
+from benchmarks.gpu.setup import Spread, fill, frames, make_engine, persona, set_context, synchronise, timed
 from personaplex.config import FRAME_SECONDS, TransformerConfig
 from personaplex.engine.engine import Engine
 from personaplex.engine.interface import Slot
@@ -40,7 +40,7 @@ def ceilings(device: torch.device, small: bool) -> dict[str, float]:
     }
 
 
-def products(
+def matmuls(
     config: TransformerConfig, device: torch.device, rows: list[int], copies: int = 8, rounds: int = 5
 ) -> list[dict[str, Any]]:
     """A layer's matrices times a few rows: cuBLAS in bfloat16, the int8 kernel with int8 and with bfloat16
@@ -260,7 +260,7 @@ def step_table(
     return {
         "table": "steps",
         "source": "measured",
-        "note": "benchmarks/gpu.py: medians, random 7B weights",
+        "note": "benchmarks/gpu: medians, random 7B weights",
         "machine": machine,
         "contexts": contexts,
         "batches": batches,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_setup import synchronise
+from benchmarks.gpu.setup import synchronise
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,156 @@
+{{/*
+What a schema cannot say about pods: numbers that do not fit each other, names that are taken. Each message begins
+with the path of the value to change.
+*/}}
+
+{{- define "personaplex.validateGroups" -}}
+{{- if not .Values.replicaGroups -}}{{- fail "replicaGroups is empty: nothing would run the model" -}}{{- end -}}
+{{- $needed := list "minPods" "maxPods" "perPod" "gpusPerPod" "idleTimeoutSeconds" "objectStoreBytes" "shmSize" "resources" -}}
+{{- range $name, $group := .Values.replicaGroups -}}
+{{- if has $name (list "gateway" "head" "headgroup") -}}{{- fail (printf "replicaGroups.%s: the name belongs to the %s" $name (eq $name "gateway" | ternary "gateways" "head")) -}}{{- end -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]{0,18}[a-z0-9])?$" $name) -}}
+{{- fail (printf "replicaGroups.%s: a group's name has at most 20 of a-z, 0-9 and -, and begins with a letter" $name) -}}
+{{- end -}}
+{{- range $needed -}}
+{{- if not (hasKey $group .) -}}{{- fail (printf "replicaGroups.%s.%s is missing" $name .) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- include "personaplex.validatePodCounts" (dict "root" . "path" "gateway" "group" .Values.gateway) -}}
+{{- $wanted := default 0 .Values.settings.replica_num_gpus | float64 -}}
+{{- range $name, $group := .Values.replicaGroups -}}
+{{- include "personaplex.validatePodCounts" (dict "root" $ "path" (printf "replicaGroups.%s" $name) "group" $group) -}}
+{{- if gt (mulf $wanted (float64 $group.perPod)) (float64 $group.gpusPerPod) -}}
+{{- fail (printf "replicaGroups.%s: %v replicas of %v GPUs do not fit in %v" $name $group.perPod $wanted $group.gpusPerPod) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "personaplex.validatePodCounts" -}}
+{{- if gt (int .group.minPods) (int .group.maxPods) -}}{{- fail (printf "%s.minPods is %v, more than the maxPods of %v" .path .group.minPods .group.maxPods) -}}{{- end -}}
+{{- if and (not .root.Values.autoscaler.enabled) (ne (int .group.minPods) (int .group.maxPods)) -}}
+{{- fail (printf "%s: without autoscaler.enabled minPods must equal maxPods" .path) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "personaplex.validatePods" -}}
+{{- include "personaplex.validatePod" (dict "root" . "path" "head" "pod" .Values.head "cpus" 0.0 "volumes" list) -}}
+{{- $keys := empty .Values.apiKeys.existingSecret | not | ternary (list "api-keys") list -}}
+{{- $each := hasKey .Values.settings "gateway_num_cpus" | ternary .Values.settings.gateway_num_cpus 1 -}}
+{{- $asks := printf "%v gateways of settings.gateway_num_cpus %v" .Values.gateway.perPod $each -}}
+{{- include "personaplex.validatePod" (dict "root" . "path" "gateway" "pod" .Values.gateway "cpus" (mulf (float64 .Values.gateway.perPod) (float64 $each)) "asks" $asks "volumes" $keys) -}}
+{{- $weights := ne .Values.weights.source "none" | ternary (list "weights") list -}}
+{{- range $name, $group := .Values.replicaGroups -}}
+{{- $each := hasKey $.Values.settings "replica_num_cpus" | ternary $.Values.settings.replica_num_cpus 1 -}}
+{{- $asks := printf "%v replicas of settings.replica_num_cpus %v" $group.perPod $each -}}
+{{- include "personaplex.validatePod" (dict "root" $ "path" (printf "replicaGroups.%s" $name) "pod" $group "cpus" (mulf (float64 $group.perPod) (float64 $each)) "asks" $asks "volumes" $weights) -}}
+{{- end -}}
+{{- include "personaplex.validateTolerations" (dict "path" "weights.prefetch" "tolerations" .Values.weights.prefetch.tolerations) -}}
+{{- range $path, $resources := dict "autoscaler.resources" .Values.autoscaler.resources "weights.prefetch.resources" .Values.weights.prefetch.resources "test.resources" .Values.test.resources -}}
+{{- include "personaplex.validateResources" (dict "path" $path "resources" $resources) -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "personaplex.validatePod" -}}
+{{- include "personaplex.validateResources" (dict "path" (printf "%s.resources" .path) "resources" .pod.resources) -}}
+{{- $requests := default dict .pod.resources.requests -}}{{- $limits := default dict .pod.resources.limits -}}
+{{- range list "cpu" "memory" -}}
+{{- if not (or (hasKey $requests .) (hasKey $limits .)) -}}
+{{- fail (printf "%s.resources names no %s: Ray's autoscaler has to know what a pod offers" $.path .) -}}
+{{- end -}}
+{{- end -}}
+{{- $offer := include "personaplex.quantity" (default $requests.cpu $limits.cpu) | float64 | ceil -}}
+{{- if gt (float64 .cpus) (float64 $offer) -}}
+{{- fail (printf "%s.resources: %s need %v CPUs, the pod has %v: Ray would never place them" .path .asks .cpus $offer) -}}
+{{- end -}}
+{{- $store := float64 .pod.objectStoreBytes -}}
+{{- if gt $store (include "personaplex.quantity" .pod.shmSize | float64) -}}
+{{- fail (printf "%s.shmSize is %v, less than the objectStoreBytes of %s that lie in it" .path .pod.shmSize .pod.objectStoreBytes) -}}
+{{- end -}}
+{{- if ge $store (include "personaplex.quantity" (default $limits.memory $requests.memory) | float64) -}}
+{{- fail (printf "%s.objectStoreBytes is %s, all of the pod's memory or more" .path .pod.objectStoreBytes) -}}
+{{- end -}}
+{{- include "personaplex.validateEnv" . -}}
+{{- include "personaplex.validateVolumes" . -}}
+{{- include "personaplex.validateTolerations" (dict "path" .path "tolerations" .pod.tolerations) -}}
+{{- range $label, $_ := default dict .pod.podLabels -}}
+{{- if or (hasPrefix "ray.io/" $label) (has $label (list "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/component")) -}}
+{{- fail (printf "%s.podLabels.%s: Services and policies select pods by it" $.path $label) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "personaplex.validateResources" -}}
+{{- $limits := default dict .resources.limits -}}
+{{- range $name, $request := default dict .resources.requests -}}
+{{- if hasKey $limits $name -}}
+{{- $limit := get $limits $name -}}
+{{- if gt (include "personaplex.quantity" $request | float64) (include "personaplex.quantity" $limit | float64) -}}
+{{- fail (printf "%s.limits.%s is %v, less than the request of %v" $.path $name $limit $request) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Variables that extraEnv may not set: those of the chart, whatever the values, and those of KubeRay. */}}
+{{- define "personaplex.ownVariables" -}}
+RAY_USAGE_STATS_ENABLED RAY_worker_niceness WEBSOCKETS_MAX_LINE_LENGTH
+RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
+RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S
+RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S RAY_SERVE_ENABLE_HA_PROXY RAY_SERVE_HAPROXY_BINARY_PATH
+RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S RAY_SERVE_PORT_QUARANTINE_S RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S
+RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH
+HF_HOME HF_HUB_OFFLINE HF_TOKEN
+RAY_ADDRESS RAY_CLUSTER_NAME RAY_CLOUD_INSTANCE_ID RAY_NODE_TYPE_NAME RAY_IP FQ_RAY_IP RAY_PORT RAY_AUTH_MODE RAY_AUTH_TOKEN
+RAY_REDIS_ADDRESS REDIS_PASSWORD REDIS_USERNAME RAY_enable_autoscaler_v2 KUBERAY_GEN_RAY_START_CMD
+{{- end -}}
+
+{{- define "personaplex.validateEnv" -}}
+{{- $taken := include "personaplex.ownVariables" . | replace "\n" " " | splitList " " -}}
+{{- $seen := dict -}}
+{{- range $index, $variable := default list .pod.extraEnv -}}
+{{- if has $variable.name $taken -}}
+{{- fail (printf "%s.extraEnv[%d]: %s is set by the chart or by KubeRay; a second value would silently win" $.path $index $variable.name) -}}
+{{- end -}}
+{{- if hasKey $seen $variable.name -}}{{- fail (printf "%s.extraEnv[%d]: %s is there twice" $.path $index $variable.name) -}}{{- end -}}
+{{- $_ := set $seen $variable.name true -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "personaplex.validateTolerations" -}}
+{{- range $index, $toleration := default list .tolerations -}}
+{{- $path := printf "%s.tolerations[%d]" $.path $index -}}
+{{- if eq (default "Equal" $toleration.operator) "Exists" -}}
+{{- if $toleration.value -}}{{- fail (printf "%s: operator Exists takes no value" $path) -}}{{- end -}}
+{{- else if not $toleration.key -}}
+{{- fail (printf "%s: operator Equal needs a key" $path) -}}
+{{- end -}}
+{{- if and (hasKey $toleration "tolerationSeconds") (ne (default "" $toleration.effect) "NoExecute") -}}
+{{- fail (printf "%s: tolerationSeconds belongs to the effect NoExecute" $path) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "personaplex.validateVolumes" -}}
+{{- $names := concat (list "tmp" "shared-memory") .volumes -}}
+{{- range $index, $volume := default list .pod.extraVolumes -}}
+{{- if has $volume.name $names -}}{{- fail (printf "%s.extraVolumes[%d]: a volume %s is there already" $.path $index $volume.name) -}}{{- end -}}
+{{- $names = append $names $volume.name -}}
+{{- end -}}
+{{- $paths := list "/tmp" "/dev/shm" -}}
+{{- if has "weights" .volumes -}}{{- $paths = append $paths (trimSuffix "/" .root.Values.weights.mountPath) -}}{{- end -}}
+{{- if has "api-keys" .volumes -}}{{- $paths = append $paths "/etc/personaplex" -}}{{- end -}}
+{{- range $index, $mount := default list .pod.extraVolumeMounts -}}
+{{- if not (has $mount.name $names) -}}{{- fail (printf "%s.extraVolumeMounts[%d]: no volume %s in extraVolumes" $.path $index $mount.name) -}}{{- end -}}
+{{- $path := trimSuffix "/" $mount.mountPath -}}
+{{- if has $path $paths -}}{{- fail (printf "%s.extraVolumeMounts[%d]: something is mounted at %s already" $.path $index $path) -}}{{- end -}}
+{{- $paths = append $paths $path -}}
+{{- end -}}
+{{- $containers := list "ray" "download-weights" "wait-for-weights" "wait-gcs-ready" "autoscaler" -}}
+{{- range $index, $container := default list .pod.initContainers -}}
+{{- if has $container.name $containers -}}{{- fail (printf "%s.initContainers[%d]: a container %s is there already" $.path $index $container.name) -}}{{- end -}}
+{{- $containers = append $containers $container.name -}}
+{{- range $number, $mount := default list $container.volumeMounts -}}
+{{- if not (has $mount.name $names) -}}{{- fail (printf "%s.initContainers[%d].volumeMounts[%d]: no volume %s in extraVolumes" $.path $index $number $mount.name) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}

@@ -1,0 +1,82 @@
+"""How a change of the Serve config alone is carried out, and how long it may take.
+
+Serve replaces a share of a deployment's replicas at a time. Without `max_surge_percent` each stops first and
+lets its sessions end; with it a replacement starts first, which never ends without room for one more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from k8s import errors
+
+BATCH = 0.2  # Serve's rolling_update_percentage
+_MOST = {"gateway": "gateways_max", "replica": "replicas_max"}  # deployment -> setting
+
+
+@dataclass(frozen=True)
+class Way:
+    """One deployment: the most replicas it has, its surge in percent, the seconds one may take to stop."""
+
+    deployment: str
+    most: int
+    surge: int
+    stop_s: float
+
+    @property
+    def longest_s(self) -> float:
+        """Until the last replica has stopped, when every one holds the longest session."""
+        at_once = max(int(BATCH * self.most), 1)
+        return math.ceil(self.most / at_once) * self.stop_s
+
+    def describe(self) -> str:
+        if self.surge:
+            more = math.ceil(self.surge * self.most / 100)
+            return (
+                f"{self.deployment}: up to {more} more start before as many stop; without room for them "
+                "the old ones go on serving and the change waits"
+            )
+        return (
+            f"{self.deployment}: each stops before its replacement starts and may wait {self.stop_s:.0f} s "
+            f"for its sessions; up to {self.most} of them, up to {self.longest_s / 3_600:.1f} h in all"
+        )
+
+
+def ways(service: Any) -> list[Way]:
+    """How each deployment of a RayService would change. Raises Failed for a Serve config unlike ours."""
+    return list(_ways(service["spec"]))
+
+
+def longest_s(service: Any) -> float:
+    """The longest an in-place change may take; 0 for a Serve config unlike ours."""
+    try:
+        return max((way.longest_s for way in ways(service)), default=0.0)
+    except errors.Failed:
+        return 0.0
+
+
+def application(service: Any) -> Any:
+    """The one application in a RayService's Serve config. Raises Failed."""
+    try:
+        config = yaml.safe_load(service["spec"]["serveConfigV2"])
+        (found,) = config["applications"]
+        return found if isinstance(found, dict) else {}
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise errors.Failed("serveConfigV2 holds no single application") from error
+
+
+def _ways(spec: Any) -> Iterator[Way]:
+    found = application({"spec": spec})
+    settings, overrides = found.get("args") or {}, found.get("deployments") or []
+    surges = {item.get("name"): item.get("max_surge_percent", 0) for item in overrides}
+    pods = [
+        group["template"]["spec"] for group in spec.get("rayClusterConfig", {}).get("workerGroupSpecs", [])
+    ]
+    stop_s = max((pod.get("terminationGracePeriodSeconds", 30) for pod in pods), default=30)
+    for deployment, setting in _MOST.items():
+        yield Way(deployment, int(settings.get(setting, 1)), int(surges.get(deployment) or 0), float(stop_s))
