@@ -15,12 +15,14 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from personaplex.config import EngineConfig
 from personaplex.errors import ConfigError
+from personaplex.files import key_lines
 
 ENV_PREFIX = "PERSONAPLEX_"
 SLOTS_LIMIT = 512
@@ -31,6 +33,8 @@ PROXY_CALLBACK = "PERSONAPLEX_PROXY_CALLBACK"  # not a setting: what Ray's proce
 # Kubernetes adds these to every pod when a Service is called "personaplex" (or "personaplex-..."); no field
 # may have such a name.
 _SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?)")
+
+_PORTS = {"http": 80, "https": 443}
 
 Resources = dict[str, float]
 WordList = Annotated[tuple[str, ...], NoDecode]
@@ -242,6 +246,11 @@ class Settings(BaseSettings):
             return _json_list(value)
         return tuple(part.strip() for part in value.split(",") if part.strip())
 
+    @field_validator("allowed_origins")
+    @classmethod
+    def _as_browsers_send(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(_origin, origins))
+
     @field_validator("slots", mode="before")
     @classmethod
     def _need_a_number(cls, value: Any) -> Any:
@@ -323,13 +332,9 @@ class Settings(BaseSettings):
         keys = [key.get_secret_value() for key in self.api_keys]
         if self.api_keys_file is not None:
             try:
-                lines = self.api_keys_file.read_text(encoding="utf-8").splitlines()
-            except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name with a NUL
-                raise ConfigError("api_keys_file cannot be read") from error
-            found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-            if not found:
-                raise ConfigError("api_keys_file holds no key")
-            keys += found
+                keys += key_lines(self.api_keys_file)
+            except ConfigError as error:
+                raise ConfigError(f"api_keys_file: {error}") from error
         return tuple(keys)
 
     @classmethod
@@ -370,3 +375,19 @@ def _json_list(value: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
         raise ValueError("not a JSON array") from error
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers spell it: lower case, no slash at the end, no default port. Raises ValueError."""
+    if text == "null":  # of pages without an origin, such as local files
+        return text
+    try:
+        parts = urlsplit(text.strip())
+        host = (parts.hostname or "").encode("idna").decode()
+        port = parts.port
+    except ValueError as error:  # UnicodeError is one
+        raise ValueError(f"an origin has another form: {error}") from error
+    if not parts.scheme or not host or parts.path.strip("/") or parts.query or parts.fragment:
+        raise ValueError("an origin is SCHEME://HOST or SCHEME://HOST:PORT; leave them all out to allow any")
+    shown = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{shown}" + ("" if port in (None, _PORTS.get(parts.scheme)) else f":{port}")

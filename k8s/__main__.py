@@ -10,16 +10,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from personaplex import cli
+
+if __name__ == "__main__":
+    cli.guard_imports("k8s")
+
 import yaml
 
 from k8s import conversation, errors, preflight, rollout, sessions, sizing, smoke
 from k8s.cluster import Cluster
 
+_size = cli.number(0, 2**20, above=True)
+
 Command = Callable[[argparse.Namespace], None]
+
+EXAMPLES = (
+    "helm template speech helm/personaplex | python -m k8s preflight -n speech",
+    "python -m k8s rollout speech -n speech --timeout 3600",
+    "python -m k8s smoke speech -n speech",
+    "python -m k8s sessions speech -n speech",
+    "python -m k8s serve-config -f manifest.yaml",
+    "python -m k8s slots --memory-gib 80 --bandwidth-gbs 3350 --kv int8",
+)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m k8s", description="Operates PersonaPlex on KubeRay.")
+    parser = cli.Parser(
+        prog="python -m k8s", description="Operates PersonaPlex on KubeRay.", examples=EXAMPLES
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     add = functools.partial(_command, commands)
 
@@ -29,9 +47,15 @@ def _parser() -> argparse.ArgumentParser:
         "rollout", _rollout, "wait until an upgrade is complete, then release the old cluster early"
     )
     command.add_argument("name", help="name of the RayService")
-    command.add_argument("--timeout", type=float, metavar="S", help="the change's own longest, unless given")
-    command.add_argument("--interval", type=float, default=5.0, metavar="S", help="time between readings")
-    command.add_argument("--zeros", type=int, default=4, help="readings without a session before the release")
+    command.add_argument(
+        "--timeout", type=cli.not_negative, metavar="S", help="the change's own longest, unless given"
+    )
+    command.add_argument(
+        "--interval", type=cli.positive, default=5.0, metavar="S", help="time between readings"
+    )
+    command.add_argument(
+        "--zeros", type=cli.whole(1), default=4, help="readings without a session before the release"
+    )
     command.add_argument("--keep-old", action="store_true", help="leave the old cluster to KubeRay's delay")
     command = add("smoke", _smoke, "ready? then one real conversation")
     command.add_argument("name", help="name of the RayService")
@@ -40,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add("sessions", _sessions, "who is where; with --drain, move sessions off one replica's pod")
     command.add_argument("name", help="name of the RayService")
     command.add_argument("--drain", metavar="POD", help="evict this replica's pod and wait until it has gone")
-    command.add_argument("--timeout", type=float, default=3_600.0, metavar="S")
+    command.add_argument("--timeout", type=cli.not_negative, default=3_600.0, metavar="S")
     command = add(
         "serve-config", _serve_config, "print the Serve config inside a rendered manifest", local=True
     )
@@ -48,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "slots", _slots, "how many sessions a card holds: computed, or from a measurement", local=True
     )
-    command.add_argument("--memory-gib", type=float, required=True)
+    command.add_argument("--memory-gib", type=_size, required=True)
     how = command.add_mutually_exclusive_group(required=True)
-    how.add_argument("--bandwidth-gbs", type=float, default=0.0, help="GB/s of the data sheet")
+    how.add_argument("--bandwidth-gbs", type=_size, default=0.0, help="GB/s of the data sheet")
     how.add_argument("--measured", type=Path, metavar="FILE", help="report of benchmarks.gpu on that card")
     command.add_argument("--kv", choices=sizing.KINDS, default="auto", help="as the setting")
     command.add_argument("--weights", choices=sizing.KINDS, default="auto", help="as the setting")
@@ -148,15 +172,17 @@ def _slots(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; the exit code says how it went."""
-    args = _parser().parse_args(arguments)
+    return cli.run(
+        lambda: _main(_parser().parse_args(arguments)), "k8s", "stopped; nothing is left half done"
+    )
+
+
+def _main(args: argparse.Namespace) -> int:
     try:
         args.run(args)
     except errors.ToolError as error:
-        print(f"error: {error}", file=sys.stderr)
+        cli.complain(str(error))
         return error.code
-    except KeyboardInterrupt:
-        print("stopped; nothing is left half done", file=sys.stderr)
-        return 130
     return 0
 
 

@@ -17,6 +17,10 @@ import tempfile
 import wave
 from pathlib import Path
 
+from personaplex import cli
+from personaplex.errors import ConfigError
+from personaplex.files import key_lines
+
 RATE = 24_000
 SECONDS = 4.0
 LEAST = 0.5  # share of the input's length that must come back
@@ -44,11 +48,11 @@ def length(path: Path) -> float:
 
 
 def first_key(path: Path) -> str:
-    """The first key of a file with one key a line. Raises ValueError when there is none."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip() and not line.lstrip().startswith("#"):
-            return line.strip()
-    raise ValueError(f"{path.name} holds no key")
+    """The first key of a file with one key a line. Raises ValueError when there is none, or no file."""
+    try:
+        return key_lines(path)[0]
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
 
 
 def converse(url: str, key: str | None = None, insecure: bool = False) -> str:
@@ -74,18 +78,30 @@ def converse(url: str, key: str | None = None, insecure: bool = False) -> str:
         return done.stdout
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m k8s.conversation", description="One short conversation.")
+EXAMPLES = ("python -m k8s.conversation --url ws://localhost:8998/api/chat",)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        prog="python -m k8s.conversation", description="One short conversation.", examples=EXAMPLES
+    )
     parser.add_argument("--url", required=True, help="ws://HOST:PORT/api/chat")
     parser.add_argument("--api-keys-file", type=Path, help="file of keys, one a line; the first is used")
     parser.add_argument("--insecure", action="store_true", help="accept any certificate")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    return cli.run(lambda: _main(_parser().parse_args()), "client")
+
+
+def _main(args: argparse.Namespace) -> int:
     try:
         key = first_key(args.api_keys_file) if args.api_keys_file else None
         print(converse(args.url, key, args.insecure))
     except (RuntimeError, OSError, ValueError) as error:
-        print(f"no conversation: {error}", file=sys.stderr)
-        return 1
+        cli.complain(str(error), "no conversation: ")
+        return cli.FAILED
     return 0
 
 

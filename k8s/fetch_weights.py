@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from personaplex import cli
 from personaplex.errors import PersonaplexError
 from personaplex.model.hub import DEFAULT_REPO, resolve
+from personaplex.outputs import file_name, try_output
 from personaplex.voicearchive import unpack
 
 
@@ -25,21 +26,35 @@ def fetch(repo: str, revision: str) -> None:
         unpack(checkpoint.voices)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m k8s.fetch_weights", description="Fill the weights' cache."
+EXAMPLES = ("HF_HOME=/models/huggingface HF_TOKEN=... python -m k8s.fetch_weights --marker /models/complete",)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        prog="python -m k8s.fetch_weights", description="Fill the weights' cache.", examples=EXAMPLES
     )
     parser.add_argument("--repo", default=DEFAULT_REPO)
     parser.add_argument("--revision", default="main")
-    parser.add_argument("--marker", type=Path, help="file made when everything is there")
-    args = parser.parse_args(arguments)
+    parser.add_argument("--marker", type=file_name, help="file made when everything is there")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return cli.run(
+        lambda: _main(_parser().parse_args(arguments)), "model", "interrupted; what has arrived is kept"
+    )
+
+
+def _main(args: argparse.Namespace) -> int:
     try:
+        if args.marker:
+            try_output(args.marker)
         fetch(args.repo, args.revision)
         if args.marker:
             args.marker.touch()
     except (PersonaplexError, OSError) as error:
-        print(f"weights not fetched: {error}", file=sys.stderr)
-        return 1
+        cli.complain(cli.reason(error), "weights not fetched: ")
+        return cli.FAILED
     print(f"{args.repo} at {args.revision} is complete")
     return 0
 

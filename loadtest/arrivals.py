@@ -19,6 +19,8 @@ from personaplex.errors import ConfigError
 from personaplex.persona import PROMPTS, VOICES
 
 SHORTEST_S = 1.0  # no session is meant to last less
+MOST = 1e7  # sessions of a profile, all of which are held in memory
+WIDEST = 10.0  # sigma of a lognormal distribution; far below, its exponentials are still finite
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def profile(text: str) -> tuple[Piece, ...]:
         if not (0 < piece.seconds < math.inf and 0 <= piece.first < math.inf and 0 <= piece.last < math.inf):
             raise ConfigError(f"arrivals: {part!r} needs a positive time and rates of 0 or more")
         pieces.append(piece)
+    if sum(piece.seconds * (piece.first + piece.last) / 2 for piece in pieces) > MOST:
+        raise ConfigError(f"arrivals: {text!r} makes more than {MOST:.0e} sessions")
     return tuple(pieces)
 
 
@@ -80,7 +84,7 @@ def lengths(text: str) -> Lengths:
                 return lambda random: random.uniform(low, high)
             case "exponential", [mean]:
                 return lambda random: random.expovariate(1 / mean)
-            case "lognormal", [mean, sigma]:
+            case "lognormal", [mean, sigma] if sigma <= WIDEST:
                 return lambda random: random.lognormvariate(math.log(mean) - sigma**2 / 2, sigma)
             case _:
                 raise ValueError

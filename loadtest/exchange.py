@@ -14,7 +14,6 @@ import time
 from collections import deque
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import gevent
 from locust.env import Environment
@@ -24,9 +23,11 @@ from loadtest import arrivals
 from loadtest.arrivals import Arrival
 from loadtest.caller import Caller, Target
 from loadtest.outcome import Outcome
-from loadtest.report import Report, Threshold
+from loadtest.report import Report, Threshold, report_files
 from loadtest.speech import Speech
+from personaplex.client_io import split_address
 from personaplex.errors import ConfigError
+from personaplex.outputs import make_folder_of, refuse_overwriting, try_output
 
 logger = logging.getLogger(__name__)
 
@@ -39,19 +40,19 @@ OPTIONS = ("arrivals", "lengths", "longest", "draw_seed", "voices", "prompts", "
 
 def address(host: str) -> str:
     """The WebSocket address of a host as people write it. Raises ConfigError."""
-    parts = urlsplit(host if "://" in host else f"ws://{host}")
-    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
-    if scheme not in ("ws", "wss") or not parts.hostname:
-        raise ConfigError("--host must look like ws://HOST:8998")
+    try:
+        parts = split_address(host)
+    except ValueError as error:
+        raise ConfigError(f"--host must look like ws://HOST:8998, not {host!r}: {error}") from error
     path = parts.path.rstrip("/")
-    return f"{scheme}://{parts.netloc}{path if path.endswith('/api/chat') else path + '/api/chat'}"
+    return f"{parts.scheme}://{parts.netloc}{path if path.endswith('/api/chat') else path + '/api/chat'}"
 
 
 class Exchange:
     """Made once per process; listens to Locust's events. `user` is the name of the user class to start."""
 
     def __init__(self, environment: Environment, user: str) -> None:
-        """Raises ConfigError or BadAudio when the options make no sense; a worker gets its own later."""
+        """Raises ConfigError, BadAudio or OSError when the options will not do; a worker gets them later."""
         self._environment, self._user = environment, user
         self._outcomes: dict[int, Outcome] = {}  # by number of the session
         self._due: deque[tuple[Arrival, float]] = deque()
@@ -62,6 +63,7 @@ class Exchange:
         if self._worker:
             environment.runner.register_message(SHARE, self._take_share)
         else:
+            self._try_outputs()
             self.thresholds = [Threshold.parse(text) for text in environment.parsed_options.require]
             self._prepare(self._options())
             environment.runner.register_message(OUTCOME, self._hear_worker)
@@ -103,6 +105,19 @@ class Exchange:
         asked = {name: value for name, value in self._options().items() if name != SECRET}
         asked["speech"] = [Path(path).name for path in asked["speech"]]
         return Report(outcomes, self.thresholds, asked)
+
+    def _try_outputs(self) -> None:
+        """Raises ConfigError or OSError where a report could not be written at the end."""
+        options = self._environment.parsed_options
+        if options.output:
+            outputs = report_files(Path(options.output))
+            refuse_overwriting(
+                [("--output", path) for path in outputs],
+                [("--speech", Path(path)) for path in options.speech],
+            )
+            for path in outputs:
+                make_folder_of(path)
+                try_output(path)
 
     def _options(self) -> dict[str, Any]:
         options = self._environment.parsed_options

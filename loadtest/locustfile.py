@@ -22,6 +22,7 @@ from loadtest.exchange import UNFINISHED, Exchange
 from loadtest.outcome import Outcome
 from loadtest.report import REQUIRED
 from loadtest.speech import DEFAULT
+from personaplex import cli
 from personaplex.errors import PersonaplexError
 from personaplex.persona import PROMPTS, VOICES
 
@@ -35,14 +36,24 @@ def add_options(parser: LocustArgumentParser) -> None:
 
     add("--arrivals", default="60@1", help="SECONDS@RATE or SECONDS@RATE-RATE, ..., in sessions a second")
     add("--lengths", default="exponential:30", help="how long sessions talk, in seconds")
-    add("--longest", type=float, default=600.0, help="no session wishes to talk longer, in seconds")
-    add("--draw-seed", type=int, default=1, help="the same seed gives the same sessions")
+    add(
+        "--longest",
+        type=cli.positive,
+        default=600.0,
+        help="no session wishes to talk longer, in seconds",
+    )
+    add("--draw-seed", type=cli.whole(0), default=1, help="the same seed gives the same sessions")
     add("--voices", default=",".join(VOICES), help="drawn from these")
     add("--prompts", default=",".join(PROMPTS), help="drawn from these")
     add("--speech", nargs="+", default=[str(DEFAULT)], help="recordings the sessions send")
     add("--api-key", default="", help="sent as a bearer token")
     add("--insecure", action="store_true", help="accept any certificate")
-    add("--drain", type=float, default=700.0, help="longest time after the last arrival, in seconds")
+    add(
+        "--drain",
+        type=cli.not_negative,
+        default=700.0,
+        help="longest time after the last arrival, seconds",
+    )
     add("--require", nargs="*", default=list(REQUIRED), help="thresholds, such as good_share>=0.99")
     add("--output", default="", help="writes OUTPUT.json and OUTPUT.html")
 
@@ -51,8 +62,9 @@ def add_options(parser: LocustArgumentParser) -> None:
 def prepare(environment: Environment, **_: Any) -> None:
     try:
         environment.exchange = Exchange(environment, PersonaPlexUser.__name__)
-    except PersonaplexError as error:
-        raise SystemExit(f"error: {error}") from error
+    except (PersonaplexError, OSError) as error:
+        cli.complain(cli.reason(error))
+        raise SystemExit(cli.REFUSED) from error
 
 
 class PersonaPlexUser(User):

@@ -24,6 +24,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from personaplex import cli
 from personaplex.errors import ConfigError
 
 RULES = Path(__file__).parent.parent / "helm" / "personaplex" / "rules" / "personaplex.yaml"
@@ -126,14 +127,38 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+EXAMPLES = (
+    "python -m loadtest.observe --once",
+    "python -m loadtest.observe --target localhost:8080 --port 9090",
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        prog="python -m loadtest.observe", description="Prometheus, locally.", examples=EXAMPLES
+    )
+    parser.add_argument("--once", action="store_true", help="print the main series and exit")
+    parser.add_argument("--timeout", type=cli.not_negative, default=60.0, help="seconds to wait for them")
+    parser.add_argument("--port", type=cli.port, default=0, help="of Prometheus; any free one by default")
+    parser.add_argument(
+        "--target", type=_target, nargs="+", default=[], metavar="HOST:PORT", help="scrape these instead"
+    )
+    return parser
+
+
+def _target(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not host or not colon or not port.isdecimal() or not 1 <= int(port) <= 65_535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 1 when with --once a needed series did not come, or for an error."""
-    parser = argparse.ArgumentParser(prog="python -m loadtest.observe", description="Prometheus, locally.")
-    parser.add_argument("--once", action="store_true", help="print the main series and exit")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds to wait for them")
-    parser.add_argument("--port", type=int, default=0, help="of Prometheus; any free one by default")
-    parser.add_argument("--target", nargs="+", default=[], metavar="HOST:PORT", help="scrape these instead")
-    options = parser.parse_args(argv)
+    return cli.run(lambda: _main(_parser().parse_args(argv)), "loadtest")
+
+
+def _main(options: argparse.Namespace) -> int:
     try:
         with prometheus(options.target, options.port or _free_port()) as address:
             print(f"Prometheus: {address}", flush=True)
@@ -143,9 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                         time.sleep(3_600)
                 return 0
             values = wait_for(address, options.timeout)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (ConfigError, OSError) as error:
+        cli.complain(cli.reason(error))
+        return cli.FAILED
     for name, value in values.items():
         print(f"{name:22} {'none' if value is None else f'{value:.6g}'}")
     return int(any(values[name] is None for name in NEEDED))

@@ -21,13 +21,20 @@ from pathlib import Path
 from loadtest import arrivals
 from loadtest.chart import chart
 from loadtest.planner import Goals, Plan, Prices, make
-from loadtest.report import page, shown, table
+from loadtest.report import page, report_files, shown, table
 from loadtest.simulation import Timing
+from personaplex import cli
 from personaplex.engine.steptimes import StepTimes
 from personaplex.errors import ConfigError, PersonaplexError
 from personaplex.files import replacing
+from personaplex.outputs import file_name, refuse_overwriting, try_output
 
 DOTS = 3_000  # that a page can bear
+_STEPS = "benchmarks/results/steps-example.json"
+EXAMPLES = (
+    f"python -m loadtest.plan --steps {_STEPS} --arrivals 600@0.5 --lengths exponential:60",
+    f"python -m loadtest.plan --steps {_STEPS} --arrivals 300@0.2-1,300@1 --gpu-hour 3.50 --output plan",
+)
 
 
 def rows(plan: Plan) -> list[tuple[str, str]]:
@@ -62,29 +69,47 @@ def html(plan: Plan) -> str:
     )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
         prog="python -m loadtest.plan",
         description="Plans a fleet for a load, by simulation.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=cli.HelpWithDefaults,
+        examples=EXAMPLES,
     )
     add = parser.add_argument
     add("--arrivals", default="3600@1", help="SECONDS@RATE or SECONDS@RATE-RATE, ..., in sessions a second")
     add("--lengths", default="lognormal:300:1", help="how long sessions talk, in seconds")
-    add("--longest", type=float, default=1_800.0, help="no session wishes to talk longer, in seconds")
-    add("--draw-seed", type=int, default=1, help="the same seed gives the same sessions")
+    add(
+        "--longest",
+        type=cli.positive,
+        default=1_800.0,
+        help="no session wishes to talk longer, in seconds",
+    )
+    add("--draw-seed", type=cli.whole(0), default=1, help="the same seed gives the same sessions")
     add("--steps", type=Path, required=True, help="step-time table")
-    add("--tick-limit-ms", type=float, default=64.0, help="longest step a full GPU may take; a frame is 80")
-    add("--gpus", type=int, help="most GPUs; searched unless given")
-    add("--ready-p95", type=float, default=2.0, help="goal: 95 %% are ready within so many seconds")
-    add("--refused", type=float, default=0.01, help="goal: at most this share is refused")
-    add("--startup", type=float, default=60.0, help="seconds until a new replica takes sessions")
-    add("--push", type=float, default=10.0, help="seconds between Serve's reports of load")
-    add("--gpu-hour", type=float, default=0.0, help="price of a GPU")
-    add("--core-hour", type=float, default=0.0, help="price of a CPU core")
+    add(
+        "--tick-limit-ms",
+        type=cli.positive,
+        default=64.0,
+        help="longest step a full GPU may take; a frame is 80",
+    )
+    add("--gpus", type=cli.whole(1, 100_000), help="most GPUs; searched unless given")
+    add(
+        "--ready-p95", type=cli.not_negative, default=2.0, help="goal: 95 %% are ready within so many seconds"
+    )
+    add("--refused", type=cli.number(0, 1), default=0.01, help="goal: at most this share is refused")
+    add("--startup", type=cli.not_negative, default=60.0, help="seconds until a new replica takes sessions")
+    add("--push", type=cli.positive, default=10.0, help="seconds between Serve's reports of load")
+    add("--gpu-hour", type=cli.not_negative, default=0.0, help="price of a GPU")
+    add("--core-hour", type=cli.not_negative, default=0.0, help="price of a CPU core")
     add("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of the service")
-    add("--output", type=Path, help="writes OUTPUT.json and OUTPUT.html")
-    return parser.parse_args(argv)
+    add("--output", type=file_name, help="writes OUTPUT.json and OUTPUT.html")
+    return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Raises ConfigError for a command line that makes no sense."""
+    return _parser().parse_args(argv)
 
 
 def run(options: argparse.Namespace) -> Plan:
@@ -114,19 +139,30 @@ def run(options: argparse.Namespace) -> Plan:
 
 def write(plan: Plan, stem: Path) -> None:
     """STEM.json and STEM.html, each whole or not at all."""
-    for suffix, text in ((".json", json.dumps(plan.data(), indent=1) + "\n"), (".html", html(plan))):
-        with replacing(stem.with_name(stem.name + suffix)) as part:
+    for path, text in zip(
+        report_files(stem), (json.dumps(plan.data(), indent=1) + "\n", html(plan)), strict=True
+    ):
+        with replacing(path) as part:
             part.write_text(text, encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 when the goals are met, 1 when not or for an error."""
-    options = parse(argv)
+    """0 when the goals are met, 1 when not or when there is no plan, 2 for a command line or a file that will
+    not do."""
+    return cli.run(lambda: _main(parse(argv)), "loadtest")
+
+
+def _main(options: argparse.Namespace) -> int:
+    if options.output:
+        files = report_files(options.output)
+        refuse_overwriting([("--output", path) for path in files], [("--steps", options.steps)])
+        for path in files:
+            try_output(path)
     try:
         plan = run(options)
     except PersonaplexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        cli.complain(cli.reason(error))
+        return cli.FAILED
     print("\n".join(f"{name:24} {value}" for name, value in rows(plan)))
     if options.output:
         write(plan, options.output)

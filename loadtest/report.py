@@ -22,6 +22,7 @@ from loadtest.chart import STYLE, chart
 from loadtest.outcome import Outcome, causes, merged, summary
 from personaplex.errors import ConfigError
 from personaplex.files import replacing
+from personaplex.outputs import is_folder
 
 REQUIRED = (
     "good_share>=0.99",
@@ -109,9 +110,8 @@ class Report:
 
     def write(self, stem: Path) -> list[Path]:
         """Writes STEM.json and STEM.html whole or not at all; gives their paths."""
-        contents = {".json": _lines(self.data()), ".html": self.html()}
-        paths = [stem.with_name(stem.name + suffix) for suffix in contents]
-        for path, text in zip(paths, contents.values(), strict=True):
+        paths = report_files(stem)
+        for path, text in zip(paths, (_lines(self.data()), self.html()), strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as part:
                 part.write_text(text, encoding="utf-8")
@@ -145,6 +145,13 @@ class Report:
             "<h2>What was asked for</h2>"
             + table(("option", "", ""), [(escape(n), "", escape(str(v))) for n, v in self.options.items()]),
         )
+
+
+def report_files(stem: Path) -> list[Path]:
+    """STEM.json and STEM.html. Raises ConfigError for a stem that is a folder's name."""
+    if is_folder(stem) and not stem.name:
+        raise ConfigError(f"--output {stem} is a folder: name a file in it, without .json")
+    return [stem.with_name(stem.name + suffix) for suffix in (".json", ".html")]
 
 
 def _facts(outcome: Outcome) -> dict[str, Any]:

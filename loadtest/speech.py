@@ -15,7 +15,7 @@ import numpy as np
 from personaplex.audio.ogg import OggMuxer
 from personaplex.audio.opus import PACKET_SAMPLES, OpusEncoder
 from personaplex.audio.transcoder import Transcoder
-from personaplex.audio.wav import read_wav, resample
+from personaplex.audio.wav import one_channel, read_wav, resample
 from personaplex.config import FRAME_SIZE, SAMPLE_RATE
 from personaplex.errors import BadAudio, PersonaplexError
 
@@ -66,12 +66,14 @@ def new_stream() -> OggMuxer:
 
 
 def _frames(path: Path) -> list[np.ndarray]:
+    if not path.is_file():
+        raise BadAudio(f"{path.name} is no file")
     try:
         data = path.read_bytes()
         if data.startswith(b"OggS"):
             return Transcoder().receive(data)
         pcm, rate = read_wav(path)
     except (OSError, PersonaplexError) as error:
-        raise BadAudio(f"{path.name} cannot be read") from error
-    mono = resample(pcm[0], rate, SAMPLE_RATE)
+        raise BadAudio(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    mono = resample(one_channel(pcm, path.name), rate, SAMPLE_RATE)
     return list(mono[: len(mono) // FRAME_SIZE * FRAME_SIZE].reshape(-1, FRAME_SIZE))

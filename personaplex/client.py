@@ -15,6 +15,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
+from personaplex import cli
+
+if __name__ == "__main__":
+    cli.guard_imports("client")
+
 import numpy as np
 import numpy.typing as npt
 from websockets.asyncio.client import ClientConnection, connect
@@ -27,6 +32,7 @@ from personaplex.client_io import (
     CONNECT_ERRORS,
     Report,
     chat_url,
+    check_outputs,
     ending,
     keep,
     load_recording,
@@ -35,7 +41,8 @@ from personaplex.client_io import (
     tls_context,
 )
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
-from personaplex.errors import ConfigError, PersonaplexError
+from personaplex.errors import BadAudio, PersonaplexError
+from personaplex.outputs import check_room, wav_bytes
 from personaplex.session.core import LIVE
 from personaplex.session.events import Close, PeerClosed, Received, ReceivedText, Send, Tick
 from personaplex.session.pacer import SLACK_S
@@ -55,7 +62,7 @@ from personaplex.session.wire import MESSAGE_LIMIT
 
 Pcm = npt.NDArray[np.float32]
 
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+INTERRUPTED = cli.INTERRUPTED
 TAIL_S = 3.0  # longest wait for the last answers after a recording has ended
 _OPEN_TIMEOUT_S = 20.0
 _CLOSE_TIMEOUT_S = 2.0
@@ -240,38 +247,45 @@ async def microphone(device: Device, ready: asyncio.Event) -> AsyncIterator[Pcm]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 0 when the conversation ended as wished, 1 for an error, 130 for an interrupt.
+    """Runs the command; 0 when the conversation ended as wished, 1 for an error, 2 for a command line that
+    makes no sense, 130 for an interrupt.
 
     An interrupt is how a microphone session is meant to end. However it ends, what was heard is kept.
     """
-    options = parser().parse_args(argv)
-    try:
-        return _main(options)
-    except PersonaplexError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
-    return 1
+    return cli.run(lambda: _main(parser().parse_args(argv)), "client")
 
 
 def _main(options: argparse.Namespace) -> int:
     url = chat_url(options)
-    for path in (options.output_wav, options.output_text, options.output_json):
-        if path and not path.parent.is_dir():
-            raise ConfigError(f"no such folder: {path.parent}")
-    said = load_recording(options.input_wav, options.tail) if options.input_wav else None
+    try:
+        check_outputs(options)
+        said = load_recording(options.input_wav, options.tail, options.channel) if options.input_wav else None
+        if options.output_wav and said is not None:
+            check_room(options.output_wav, wav_bytes(len(said)))
+    except (BadAudio, OSError) as error:
+        cli.complain(cli.reason(error))
+        return cli.FAILED
+    return _talk(options, url, said)
+
+
+def _talk(options: argparse.Namespace, url: str, said: Pcm | None) -> int:
     kept: list[Conversation] = []
+    code = 0
     try:
         asyncio.run(_converse(options, url, said, kept))
     except KeyboardInterrupt:
-        return INTERRUPTED if said is not None else 0
-    finally:
-        for conversation in kept:
-            report = conversation.report
-            print("\n" * bool(report.transcript), end="")
-            _inform(report.lines())
-            keep(report, conversation.heard, options, 0 if said is None else len(said))
-    return 0
+        code = INTERRUPTED if said is not None else 0
+    except (PersonaplexError, OSError) as error:
+        cli.complain(cli.reason(error))
+        code = cli.FAILED
+    for conversation in kept:
+        report = conversation.report
+        print("\n" * bool(report.transcript), end="")
+        _inform(report.lines())
+        for failure in keep(report, conversation.heard, options, 0 if said is None else len(said)):
+            cli.complain(failure)
+            code = code or cli.FAILED
+    return code
 
 
 async def _converse(

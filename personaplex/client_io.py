@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlencode, urlsplit, urlunsplit
 
 import numpy as np
 import numpy.typing as npt
-from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.exceptions import InvalidHandshake, InvalidProxy, InvalidStatus, InvalidURI
 
+from personaplex import cli
 from personaplex.audio.recorder import Recorder, Rhythm
-from personaplex.audio.wav import read_wav, resample, write_wav
+from personaplex.audio.wav import one_channel, read_wav, resample, write_wav
 from personaplex.config import SAMPLE_RATE
 from personaplex.errors import (
     BadAudio,
@@ -32,10 +34,12 @@ from personaplex.errors import (
     Unauthorized,
 )
 from personaplex.files import replacing
+from personaplex.outputs import file_name, refuse_overwriting, try_output
 
 Pcm = npt.NDArray[np.float32]
 
-CONNECT_ERRORS = (OSError, InvalidHandshake, InvalidURI)  # of opening a connection; see `refusal`
+# Of opening a connection; see `refusal`. ImportError: a SOCKS proxy needs a package of its own.
+CONNECT_ERRORS = (OSError, InvalidHandshake, InvalidURI, InvalidProxy, ImportError)
 _BAD_URL = "--url must look like ws://HOST:8998/api/chat"
 _ERRORS_BY_CODE: Mapping[int, type[PersonaplexError]] = {
     kind.close_code: kind
@@ -93,6 +97,8 @@ def refusal(error: Exception) -> PersonaplexError:
         return ProtocolError(f"the server answered HTTP {status} instead of opening a WebSocket")
     if isinstance(error, InvalidURI):
         return ConfigError(_BAD_URL)
+    if isinstance(error, InvalidProxy | ImportError):
+        return ConfigError(f"the proxy that the environment names cannot be used: {error}")
     if isinstance(error, InvalidHandshake):
         return ProtocolError("the server does not speak WebSocket")
     if isinstance(error, TimeoutError):
@@ -106,13 +112,28 @@ def ending(code: int, reason: str) -> PersonaplexError:
     return kind(reason or f"the server closed the connection (code {code})")
 
 
+def split_address(text: str) -> SplitResult:
+    """A service's address as people write it, with the scheme ws or wss. Raises ValueError, in words."""
+    if any(character.isspace() or not character.isprintable() for character in text):
+        raise ValueError("it holds a space or a character that cannot be shown")
+    parts = urlsplit(text if "://" in text else f"ws://{text}")
+    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+    if scheme not in ("ws", "wss"):
+        raise ValueError(f"its scheme is {parts.scheme}")
+    if not parts.hostname:
+        raise ValueError("it has no host")
+    parts.hostname.encode("idna")  # UnicodeError is a ValueError
+    if parts.port == 0:  # a ValueError for any other that is none
+        raise ValueError("Port out of range 1-65535")
+    return parts._replace(scheme=scheme)
+
+
 def chat_url(options: argparse.Namespace) -> str:
     """The address with the persona in its query. Raises ConfigError for an address of another kind."""
-    text = options.url if "://" in options.url else f"ws://{options.url}"
-    parts = urlsplit(text)
-    scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
-    if scheme not in ("ws", "wss") or not parts.hostname:
-        raise ConfigError(_BAD_URL)
+    try:
+        parts = split_address(options.url)
+    except ValueError as error:
+        raise ConfigError(f"{_BAD_URL}, not {options.url!r}: {error}") from error
     query = {
         "voice_prompt": options.voice and f"{options.voice.removesuffix('.pt')}.pt",
         "text_prompt": options.text_prompt,
@@ -125,7 +146,7 @@ def chat_url(options: argparse.Namespace) -> str:
     given = urlencode({name: value for name, value in query.items() if value is not None})
     both = "&".join(part for part in (parts.query, given) if part)
     path = parts.path if parts.path.strip("/") else "/api/chat"
-    return urlunsplit((scheme, parts.netloc, path, both, ""))
+    return urlunsplit((parts.scheme, parts.netloc, path, both, ""))
 
 
 def tls_context(url: str, insecure: bool) -> ssl.SSLContext | None:
@@ -139,64 +160,105 @@ def tls_context(url: str, insecure: bool) -> ssl.SSLContext | None:
     return context
 
 
-def load_recording(path: Path, tail_s: float) -> Pcm:
-    """The first channel at 24 kHz, float32 [samples], with `tail_s` of silence behind it.
-
-    Raises BadAudio for a file without sound, OSError for one that cannot be opened.
+def check_outputs(options: argparse.Namespace) -> None:
+    """Raises ConfigError for an output that is the input or another output, OSError for one that cannot be
+    written.
     """
-    pcm, rate = read_wav(path)
+    outputs = _outputs(options)
+    refuse_overwriting(outputs, [("--input-wav", options.input_wav)] if options.input_wav else [])
+    for _, path in outputs:
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
+        try_output(path)
+
+
+def _outputs(options: argparse.Namespace) -> list[tuple[str, Path]]:
+    named = [(f"--output-{kind}", getattr(options, f"output_{kind}")) for kind in ("wav", "text", "json")]
+    return [(option, path) for option, path in named if path is not None]
+
+
+def load_recording(path: Path, tail_s: float, channel: int = 1) -> Pcm:
+    """One channel at 24 kHz, float32 [samples], with `tail_s` of silence behind it.
+
+    Raises BadAudio, which names the file, for one without sound, OSError for one that cannot be opened.
+    """
+    try:
+        pcm, rate = read_wav(path)
+        heard = one_channel(pcm, path.name, channel, "--channel")
+    except BadAudio as error:
+        raise BadAudio(f"{path}: {error}") from error
     silence = np.zeros(round(tail_s * SAMPLE_RATE), np.float32)
-    return np.concatenate((resample(pcm[0], rate, SAMPLE_RATE), silence))
+    return np.concatenate((resample(heard, rate, SAMPLE_RATE), silence))
 
 
-def keep(report: Report, heard: Recorder | None, options: argparse.Namespace, samples: int) -> None:
-    """Writes what was heard, at least `samples` long, and the reports asked for; whole files or none."""
-    if options.output_wav and heard is not None:
-        write_wav(options.output_wav, heard.pcm(samples), SAMPLE_RATE)
-    for path, text in ((options.output_text, report.transcript), (options.output_json, report.json())):
-        if path:
+def keep(report: Report, heard: Recorder | None, options: argparse.Namespace, samples: int) -> list[str]:
+    """Writes what was heard, at least `samples` long, and the reports asked for; whole files or none.
+
+    Gives the reasons why some could not be written; one does not keep another from it.
+    """
+    failures = []
+    for option, path in _outputs(options):
+        try:
+            if option == "--output-wav":
+                if heard is not None:
+                    write_wav(path, heard.pcm(samples), SAMPLE_RATE)
+                continue
             with replacing(path) as part:
-                part.write_text(text, encoding="utf-8")
+                part.write_text(report.transcript if option == "--output-text" else report.json(), "utf-8")
+        except OSError as error:
+            failures.append(cli.reason(error))
+    return failures
+
+
+EXAMPLES = (
+    "python -m personaplex.client",
+    "python -m personaplex.client --input-wav user.wav --output-wav heard.wav --output-text said.txt",
+    "python -m personaplex.client --url ws://localhost:8998/api/chat --input-wav user.wav --voice NATM1 "
+    "--text-prompt 'You enjoy having a good conversation.'",
+)
 
 
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m personaplex.client",
-        description="Talks to a PersonaPlex service: a recording in real time, or the microphone.",
-        epilog="NVIDIA's own server needs --voice and --text-prompt; here everything has a default.",
+        description="Talks to a PersonaPlex service: a recording in real time, or the microphone. "
+        "NVIDIA's own server needs --voice and --text-prompt; here everything has a default.",
+        examples=EXAMPLES,
     )
     parser.add_argument(
         "--url", default="ws://localhost:8998/api/chat", help="address of the service (default: %(default)s)"
     )
     files = parser.add_argument_group("files")
     files.add_argument("--input-wav", type=Path, metavar="PATH", help="what to say (default: the microphone)")
-    files.add_argument("--output-wav", type=Path, metavar="PATH", help="what was heard, from our first word")
-    files.add_argument("--output-text", type=Path, metavar="PATH", help="the agent's transcript")
-    files.add_argument("--output-json", type=Path, metavar="PATH", help="the report, for programs")
+    files.add_argument("--output-wav", type=file_name, metavar="PATH", help="what was heard")
+    files.add_argument("--output-text", type=file_name, metavar="PATH", help="the agent's transcript")
+    files.add_argument("--output-json", type=file_name, metavar="PATH", help="the report, for programs")
     files.add_argument(
         "--tail",
-        type=_non_negative,
+        type=cli.number(0, 3_600),
         default=2.0,
         metavar="SECONDS",
         help="silence after the recording, for the agent to answer in (default: %(default)s)",
     )
+    files.add_argument(
+        "--channel", type=cli.whole(1), default=1, metavar="N", help="of a recording that has several"
+    )
     persona = parser.add_argument_group("persona (the service's defaults unless given)")
-    persona.add_argument("--voice", metavar="NAME", help="a voice of the service, such as NATF2")
-    persona.add_argument("--text-prompt", metavar="TEXT", help="the agent's role")
-    persona.add_argument("--seed", type=int, metavar="N", help="same seed, same audio: same answers")
-    persona.add_argument("--text-temperature", type=float, metavar="T")
-    persona.add_argument("--text-topk", type=int, metavar="K")
-    persona.add_argument("--audio-temperature", type=float, metavar="T")
-    persona.add_argument("--audio-topk", type=int, metavar="K")
+    persona.add_argument("--voice", type=cli.text, metavar="NAME", help="a voice, such as NATF2")
+    persona.add_argument("--text-prompt", type=cli.text, metavar="TEXT", help="the agent's role")
+    persona.add_argument("--seed", type=cli.whole(-1), metavar="N", help="same seed and audio: same answers")
+    persona.add_argument("--text-temperature", type=cli.not_negative, metavar="T")
+    persona.add_argument("--text-topk", type=cli.whole(0), metavar="K")
+    persona.add_argument("--audio-temperature", type=cli.not_negative, metavar="T")
+    persona.add_argument("--audio-topk", type=cli.whole(0), metavar="K")
     access = parser.add_argument_group("access")
-    access.add_argument("--api-key", metavar="KEY", help="sent as a bearer token")
+    access.add_argument("--api-key", type=_key, metavar="KEY", help="sent as a bearer token")
     access.add_argument("--insecure", action="store_true", help="accept any certificate (self-signed)")
     return parser
 
 
-def _non_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 3_600:
-        raise argparse.ArgumentTypeError("must be between 0 and 3600")
-    return value
+def _key(text: str) -> str:
+    if not (text.isascii() and text.isprintable()) or text != text.strip():
+        raise argparse.ArgumentTypeError("holds characters that a header cannot carry")
+    return text

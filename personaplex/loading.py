@@ -202,6 +202,8 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"unknown device {name!r}: auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported: auto, cpu, cuda or cuda:N")
+    if device.type == "cpu" and device.index:
+        raise ConfigError(f"unknown device {name!r}: auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"this machine has no {name}: try --device cpu")
     return device

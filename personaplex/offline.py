@@ -9,68 +9,96 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import math
 import secrets
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from personaplex import cli
+
+if __name__ == "__main__":
+    cli.guard_imports("model")
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from personaplex.config import EngineConfig, Sampling
-from personaplex.engine.engine import Engine
+from personaplex.config import FRAME_SECONDS, FRAME_SIZE, EngineConfig, LMConfig, Sampling
+from personaplex.engine.engine import Engine, check_sampling
 from personaplex.engine.interface import Slot
 from personaplex.engine.script import embed_voice, encode_voice
-from personaplex.errors import ConfigError, PersonaplexError
-from personaplex.loading import DTYPES, ModelSpec, load_parts, resolve
+from personaplex.errors import BadAudio, BadParameter, ConfigError, EngineFault, PersonaplexError
+from personaplex.loading import ModelSpec, load_parts, resolve
 from personaplex.model import Model
-from personaplex.model.hub import DEFAULT_REPO, Checkpoint
+from personaplex.model.hub import Checkpoint
+from personaplex.model.lm import LM
 from personaplex.offline_io import Conversation, Job, Report, plan_jobs, prepare_outputs
-from personaplex.persona import DEFAULT_VOICE, Persona
+from personaplex.offline_options import AUTO, parser
+from personaplex.outputs import make_folder_of, refuse_overwriting, try_output
+from personaplex.persona import Persona
+from personaplex.recordings import find_recordings
 from personaplex.text import Tokenizer
 from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, save_voice
 
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
+INTERRUPTED = cli.INTERRUPTED
 _ANY_LENGTH = 2**31  # tokens of a role text: whoever runs this may wait as long as they like
-AUTO = "auto"  # batch size: as many conversations as fit in memory
+
+
+_INPUT_FILES = ("voice_prompt", "moshi_weight", "mimi_weight", "tokenizer")
+_SAMPLING = {  # option -> field of Sampling
+    "temp_text": "text_temperature",
+    "topk_text": "text_topk",
+    "temp_audio": "audio_temperature",
+    "topk_audio": "audio_topk",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 0 when every conversation was written, 1 when some failed, 2 for a wrong set-up."""
-    options = _parser().parse_args(argv)
+    """Runs the command; the exit codes are those of `cli`: 1 when some recordings failed or were skipped."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        report = _run(options)
-    except (PersonaplexError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the conversations that had ended are written", file=sys.stderr)
-        return INTERRUPTED
-    return 1 if report.failures else 0
+    return cli.run(
+        lambda: _run(parser().parse_args(argv)),
+        "model",
+        "interrupted; the conversations that had ended are written",
+    )
 
 
-def _run(options: argparse.Namespace) -> Report:
-    jobs = plan_jobs(options.input_wav, options.output_wav, options.output_text, options.output_tokens)
-    if options.batch_size != AUTO and options.batch_size < 1:
-        raise ConfigError("--batch-size must be at least 1")
+def _run(options: argparse.Namespace) -> int:
+    report = Report()
+    jobs = _prepared_jobs(options, report)
     found = resolve(_spec(options))
+    checkpoint, lm = found.checkpoint, found.checkpoint.config.lm
+    sampling = _sampling(options, lm)
+    refuse_overwriting(_outputs(jobs, options), [("the model", path) for path in _files(checkpoint, options)])
+    spoken = find_voice(options.voice_prompt, checkpoint, VoiceLibrary(lm, checkpoint.voices))
     config = EngineConfig(kv=options.kv, prompt_tokens=_ANY_LENGTH, voice_cache=1)
     most = found.slots(config, live=False) if options.batch_size == AUTO else options.batch_size
     config = dataclasses.replace(config, slots=min(most, len(jobs)))
-    parts = load_parts(found, config)
-    voice = find_voice(options.voice_prompt, found.checkpoint, parts.library, parts.model, options.save_voice)
-    sampling = _sampling(options)
+    try:
+        parts = load_parts(found, config)
+        voice = spoken if isinstance(spoken, Voice) else _encoded(parts.model, spoken)
+        if options.save_voice is not None:
+            keep_voice(voice, parts.model.lm, options.save_voice)
+        engine = parts.engine(config)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            "the GPU has too little free memory: try --cpu-offload, --kv int8 or a smaller --batch-size"
+        ) from error
     persona = Persona(text_prompt=options.text_prompt, sampling=sampling)
-    prepare_outputs(jobs)
     started = time.perf_counter()
-    report = converse(parts.engine(config), parts.tokenizer, persona, voice, jobs)
+    try:
+        converse(engine, parts.tokenizer, persona, voice, jobs, report, options.channel)
+    except EngineFault as error:
+        cli.complain(f"{error}; the conversations that had ended are written")
+        return cli.FAILED
     print(report.table(time.perf_counter() - started))
     if not options.greedy:
         print(f"seed {sampling.audio_seed}: give it with --seed to hear the same again")
-    return report
+    return cli.FAILED if report.failures else 0
 
 
 def _spec(options: argparse.Namespace) -> ModelSpec:
@@ -90,14 +118,56 @@ def _spec(options: argparse.Namespace) -> ModelSpec:
     )
 
 
+def _encoded(model: Model, pcm: NDArray[np.float32]) -> Voice:
+    return Voice.from_codes(encode_voice(model, torch.from_numpy(pcm)))
+
+
+def _prepared_jobs(options: argparse.Namespace, report: Report) -> list[Job]:
+    """The jobs whose outputs can be written; what cannot be run is said, and noted in `report`."""
+    found = find_recordings(options.input_wav)
+    jobs = plan_jobs(options.input_wav, options.output_wav, options.output_text, options.output_tokens)
+    named = [(f"--{name.replace('_', '-')}", getattr(options, name)) for name in _INPUT_FILES]
+    inputs = [("--input-wav", path) for path in found.recordings]
+    inputs += [(option, Path(value)) for option, value in named if value is not None]
+    refuse_overwriting(_outputs(jobs, options), inputs)
+    jobs, failures = prepare_outputs(jobs)
+    if options.save_voice is not None:
+        make_folder_of(options.save_voice)
+        try_output(options.save_voice)
+    for note in found.notes:
+        cli.complain(note, "")
+    for name, why in (*found.unreadable, *failures):
+        report.fail(name, why)
+    return jobs
+
+
+def _files(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Path]:
+    """What is read of the model, the voice asked for included."""
+    parts = [checkpoint.lm, checkpoint.mimi, checkpoint.tokenizer, checkpoint.voices]
+    if checkpoint.voices is not None:
+        parts += [checkpoint.voices / options.voice_prompt, checkpoint.voices / f"{options.voice_prompt}.pt"]
+    return [path for path in parts if path is not None]
+
+
+def _outputs(jobs: Sequence[Job], options: argparse.Namespace) -> list[tuple[str, Path]]:
+    saved = [] if options.save_voice is None else [("--save-voice", options.save_voice)]
+    return [output for job in jobs for output in job.outputs] + saved
+
+
 def converse(
-    engine: Engine, tokenizer: Tokenizer, persona: Persona, voice: Voice, jobs: Sequence[Job]
-) -> Report:
+    engine: Engine,
+    tokenizer: Tokenizer,
+    persona: Persona,
+    voice: Voice,
+    jobs: Sequence[Job],
+    report: Report,
+    channel: int = 1,
+) -> None:
     """Runs all jobs through the engine's slots, each written as soon as it ends.
 
-    A recording that cannot be read is reported and does not stop the others.
+    A recording that cannot be read, or an output that cannot be written, is reported and does not stop the
+    others.
     """
-    report = Report()
     waiting = list(reversed(jobs))
     live: dict[Slot, Conversation] = {}
     with tqdm(unit="frame", disable=None) as progress:
@@ -105,9 +175,9 @@ def converse(
             while waiting and engine.free:
                 job = waiting.pop()
                 try:
-                    conversation = Conversation(job, time.perf_counter())
+                    conversation = Conversation(job, time.perf_counter(), channel)
                 except (PersonaplexError, OSError) as error:
-                    report.failures.append((job.input.name, str(error)))
+                    report.fail(job.input.name, cli.reason(error))
                     continue
                 progress.total = (progress.total or 0) + conversation.frames
                 live[engine.open(persona, voice)] = conversation
@@ -115,11 +185,17 @@ def converse(
             progress.update(len(live))
             for slot in [slot for slot, conversation in live.items() if conversation.finished]:
                 engine.close(slot)
-                conversation = live.pop(slot)
-                conversation.write(tokenizer)
-                took = time.perf_counter() - conversation.started
-                report.rows.append((conversation.job.input.name, conversation.frames, took))
-    return report
+                _finish(live.pop(slot), tokenizer, report)
+
+
+def _finish(conversation: Conversation, tokenizer: Tokenizer, report: Report) -> None:
+    name = conversation.job.input.name
+    try:
+        conversation.write(tokenizer)
+    except OSError as error:
+        report.fail(name, cli.reason(error))
+        return
+    report.rows.append((name, conversation.frames, time.perf_counter() - conversation.started))
 
 
 def _tick(engine: Engine, live: dict[Slot, Conversation]) -> None:
@@ -129,154 +205,67 @@ def _tick(engine: Engine, live: dict[Slot, Conversation]) -> None:
         live[output.slot].take(output.pcm, output.tokens, output.user_codes)
 
 
-def find_voice(
-    prompt: str, checkpoint: Checkpoint, library: VoiceLibrary, model: Model, save: Path | None = None
-) -> Voice:
+def find_voice(prompt: str, checkpoint: Checkpoint, library: VoiceLibrary) -> Voice | NDArray[np.float32]:
     """The voice behind `--voice-prompt`: a name, else a .pt or sound file in the voice folder or anywhere.
 
-    A recording is encoded, and written to `save` as a voice file. Raises ConfigError, CheckpointError or
-    BadAudio.
+    Of a sound file it is the recording as the model hears it, float32 [samples]. Needs no model, so that what
+    is wrong is found before one is loaded. Raises ConfigError, CheckpointError, BadAudio or OSError.
     """
+    lm = checkpoint.config.lm
     if prompt.removesuffix(".pt") in library.names():
-        return library.get(prompt)
+        voice = library.get(prompt)
+        _check_voice(prompt, voice.frames, lm)
+        return voice
     path = Path(prompt)
     if checkpoint.voices is not None and (checkpoint.voices / path).is_file():
         path = checkpoint.voices / path
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         known = ", ".join(library.names()) or "none in this checkpoint"
         raise ConfigError(f"no voice {prompt!r}: give a file or one of the names ({known})")
-    lm = checkpoint.config.lm
     if path.suffix == ".pt":
-        return load_voice(path, lm)
-    codes = encode_voice(model, torch.from_numpy(load_voice_wav(path)))
-    if save is not None:
-        save_voice(save, *embed_voice(model.lm, codes))
-    return Voice.from_codes(codes)
+        voice = load_voice(path, lm)
+        _check_voice(prompt, voice.frames, lm)
+        return voice
+    try:
+        pcm = load_voice_wav(path)
+    except BadAudio as error:
+        raise BadAudio(f"--voice-prompt {prompt}: {error}") from error
+    _check_voice(prompt, math.ceil(len(pcm) / FRAME_SIZE), lm)
+    return pcm
 
 
-def _sampling(options: argparse.Namespace) -> Sampling:
+def keep_voice(voice: Voice, lm: LM, path: Path) -> None:
+    """Writes any voice as a voice file. Raises OSError."""
+    if voice.codes is not None:
+        save_voice(path, *embed_voice(lm, voice.codes))
+        return
+    assert voice.embeddings is not None
+    assert voice.cache is not None
+    save_voice(path, voice.embeddings, voice.cache)
+
+
+def _check_voice(prompt: str, frames: int, lm: LMConfig) -> None:
+    """Raises ConfigError for a voice that would push itself out of the model's memory."""
+    if frames >= lm.temporal.context:
+        limit = lm.temporal.context * FRAME_SECONDS
+        raise ConfigError(
+            f"--voice-prompt {prompt} lasts {frames * FRAME_SECONDS:.1f} s, and the model remembers "
+            f"{limit:.1f} s in all: give some 10 s of it"
+        )
+
+
+def _sampling(options: argparse.Namespace, lm: LMConfig) -> Sampling:
+    """Raises ConfigError, naming the option, for a value the model cannot draw with."""
+    given = {}
+    for option, name in _SAMPLING.items():
+        given[name] = getattr(options, option)
+        try:
+            check_sampling(dataclasses.replace(Sampling(), **{name: given[name]}), lm)
+        except BadParameter as error:
+            raise ConfigError(f"--{option.replace('_', '-')}: {error}") from error
     seed = options.seed if options.seed >= 0 else secrets.randbits(62)
-    sampling = Sampling(
-        text_temperature=options.temp_text,
-        text_topk=options.topk_text,
-        audio_temperature=options.temp_audio,
-        audio_topk=options.topk_audio,
-        text_seed=seed,
-        audio_seed=seed,
-    )
+    sampling = Sampling(**given, text_seed=seed, audio_seed=seed)
     return sampling.greedy() if options.greedy else sampling
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m personaplex.offline",
-        description="Runs recorded users through PersonaPlex and writes what the agent said.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    _add_files(parser.add_argument_group("files"))
-    _add_checkpoint(parser.add_argument_group("checkpoint"))
-    _add_engine(parser.add_argument_group("engine"))
-    _add_persona(parser.add_argument_group("persona"))
-    _add_sampling(parser.add_argument_group("sampling"))
-    return parser
-
-
-def _add_files(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--input-wav",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="recordings, or folders of them",
-    )
-    group.add_argument(
-        "--output-wav",
-        type=Path,
-        required=True,
-        metavar="PATH",
-        help="the agent's sound, as long as the input; a folder when there are several inputs",
-    )
-    group.add_argument("--output-text", type=Path, metavar="PATH", help="JSON list of one text piece a frame")
-    group.add_argument(
-        "--output-tokens", type=Path, metavar="PATH", help=".npz with tokens [n, 17] and user_codes [8, n]"
-    )
-
-
-def _add_checkpoint(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--model", default="7b", help="7b (from Hugging Face), tiny (built in, untrained) or a directory"
-    )
-    group.add_argument("--hf-repo", default=DEFAULT_REPO, help="Hugging Face repository of 7b")
-    group.add_argument("--revision", help="branch, tag or commit in that repository")
-    group.add_argument(
-        "--moshi-weight", type=Path, metavar="FILE", help="language model, in place of the checkpoint's"
-    )
-    group.add_argument("--mimi-weight", type=Path, metavar="FILE", help="codec, in place of the checkpoint's")
-    group.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="tokenizer, in place of the checkpoint's"
-    )
-
-
-def _add_engine(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", *DTYPES),
-        help="of the language model; auto is bfloat16 on CUDA, float32 on a CPU",
-    )
-    group.add_argument(
-        "--weights", default="auto", choices=("auto", "int8"), help="int8: smaller, at some cost in quality"
-    )
-    group.add_argument(
-        "--kv",
-        default="auto",
-        choices=("auto", "int8"),
-        help="int8: half a conversation's memory, a little noise",
-    )
-    group.add_argument(
-        "--cpu-offload", action="store_true", help="keep what does not fit the GPU in host memory; slower"
-    )
-    group.add_argument(
-        "--batch-size",
-        type=_batch_size,
-        default=1,
-        metavar="N",
-        help="conversations run at once, or auto: as many as fit in memory; changes no result",
-    )
-
-
-def _batch_size(value: str) -> int | str:
-    return value if value == AUTO else int(value)
-
-
-def _add_persona(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--voice-prompt",
-        default=f"{DEFAULT_VOICE}.pt",
-        metavar="VOICE",
-        help="a voice's name, a .pt voice file or a recording",
-    )
-    group.add_argument(
-        "--voice-prompt-dir", type=Path, metavar="DIR", help="voices, in place of the checkpoint's"
-    )
-    group.add_argument(
-        "--save-voice", type=Path, metavar="FILE", help="write the voice of a recording as a .pt voice file"
-    )
-    group.add_argument(
-        "--text-prompt", default=Persona().text_prompt, metavar="TEXT", help="the agent's role; may be empty"
-    )
-
-
-def _add_sampling(group: argparse._ArgumentGroup) -> None:
-    defaults = Sampling()
-    group.add_argument("--seed", type=int, default=-1, help="-1 draws one")
-    group.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    group.add_argument("--temp-audio", type=float, default=defaults.audio_temperature, metavar="T")
-    group.add_argument("--temp-text", type=float, default=defaults.text_temperature, metavar="T")
-    group.add_argument("--topk-audio", type=int, default=defaults.audio_topk, metavar="K", help="0: all")
-    group.add_argument("--topk-text", type=int, default=defaults.text_topk, metavar="K", help="0: all")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,24 @@
-"""Files of the offline command: which recordings go in, where their conversations go, and the final table."""
+"""Files of the offline command: a job a recording, what each writes, and the final table."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from personaplex.audio.wav import read_wav, resample, write_wav
+from personaplex import cli
+from personaplex.audio.wav import one_channel, read_wav, resample, write_wav
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE
 from personaplex.errors import BadAudio, ConfigError
 from personaplex.files import replacing
+from personaplex.outputs import check_room, is_folder, make_folder_of, try_output, wav_bytes
+from personaplex.recordings import Failure, PathLike, find_recordings
 from personaplex.text import Tokenizer
 from personaplex.tokenlog import save_arrays
-
-SOUND_FILES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3"})  # what is taken from a folder
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,40 @@ class Job:
     text: Path | None
     tokens: Path | None
 
+    @property
+    def outputs(self) -> list[tuple[str, Path]]:
+        """Its output files, each with its option."""
+        named = (
+            ("--output-wav", self.wav),
+            ("--output-text", self.text),
+            ("--output-tokens", self.tokens),
+        )
+        return [(option, path) for option, path in named if path is not None]
 
-def plan_jobs(inputs: Sequence[Path], wav: Path, text: Path | None, tokens: Path | None) -> list[Job]:
-    """One job a recording. Several recordings, or a folder of them, make the outputs folders.
 
-    A folder is read in order of its names. Raises ConfigError when nothing is found, when an input does not
-    exist, and when two outputs would have the same name.
+def plan_jobs(
+    inputs: Sequence[PathLike], wav: PathLike, text: PathLike | None, tokens: PathLike | None
+) -> list[Job]:
+    """One job a recording. Several recordings, a folder of them, or --output-wav that is a folder or ends in
+    a slash, make all outputs folders.
+
+    Raises ConfigError when nothing is found, when an input does not exist, when two outputs would have the
+    same name, and when a file stands where a folder is meant or a folder where a file is.
     """
-    recordings = [recording for path in inputs for recording in _recordings(path)]
-    if len(recordings) == 1 and not inputs[0].is_dir() and not wav.is_dir():
-        return [Job(recordings[0], wav, text, tokens)]
+    recordings = find_recordings(inputs).recordings
+    named = {"--output-wav": wav, "--output-text": text, "--output-tokens": tokens}
+    given = {option: value for option, value in named.items() if value is not None}
+    paths = {option: Path(value) for option, value in given.items()}
+    single = len(recordings) == 1 and not Path(inputs[0]).is_dir() and not is_folder(wav)
+    for option, value in given.items():
+        if single and is_folder(value):
+            raise ConfigError(
+                f"{option} {value} is a folder, and --output-wav is a file: name a file here too"
+            )
+        if not single and paths[option].exists() and not paths[option].is_dir():
+            raise ConfigError(f"{option} {value} is a file, but here the outputs need a folder")
+    if single:
+        return [Job(recordings[0], Path(wav), paths.get("--output-text"), paths.get("--output-tokens"))]
     stems = [recording.stem for recording in recordings]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
@@ -46,44 +71,50 @@ def plan_jobs(inputs: Sequence[Path], wav: Path, text: Path | None, tokens: Path
     return [
         Job(
             input=recording,
-            wav=wav / f"{recording.stem}.wav",
-            text=text / f"{recording.stem}.json" if text else None,
-            tokens=tokens / f"{recording.stem}.npz" if tokens else None,
+            wav=paths["--output-wav"] / f"{recording.stem}.wav",
+            text=paths["--output-text"] / f"{recording.stem}.json" if text is not None else None,
+            tokens=paths["--output-tokens"] / f"{recording.stem}.npz" if tokens is not None else None,
         )
         for recording in recordings
     ]
 
 
-def prepare_outputs(jobs: Sequence[Job]) -> None:
-    """Makes the folders that the jobs write to, so that no conversation is lost to a missing one."""
+def prepare_outputs(jobs: Sequence[Job]) -> tuple[list[Job], list[Failure]]:
+    """The jobs all of whose outputs can be written, and why the others' cannot; makes missing folders.
+
+    Raises OSError when that is so for none of them.
+    """
+    ready: list[Job] = []
+    failures: list[Failure] = []
     for job in jobs:
-        for path in (job.wav, job.text, job.tokens):
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-
-
-def _recordings(path: Path) -> list[Path]:
-    if not path.exists():
-        raise ConfigError(f"no such input: {path}")
-    if path.is_file():
-        return [path]
-    found = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in SOUND_FILES)
-    if not found:
-        raise ConfigError(f"no recording in {path}")
-    return found
+        try:
+            for _, path in job.outputs:
+                make_folder_of(path)
+                try_output(path)
+        except OSError as error:
+            if len(jobs) == 1:
+                raise
+            failures.append((job.input.name, cli.reason(error)))
+        else:
+            ready.append(job)
+    if not ready:
+        raise OSError(None, f"no output can be written ({failures[0][1]})")
+    return ready, failures
 
 
 class Conversation:
     """One job while it runs: hands out the user's frames, takes the agent's, and writes the outputs."""
 
-    def __init__(self, job: Job, started: float) -> None:
-        """Reads the recording: its first channel, at 24 kHz. Raises BadAudio or OSError."""
+    def __init__(self, job: Job, started: float, channel: int = 1) -> None:
+        """Reads the recording: one channel, at 24 kHz. Raises BadAudio, or OSError, also where the disk has
+        no room for what will be written."""
         pcm, rate = read_wav(job.input)
         self.job = job
         self.started = started
-        self.samples = resample(pcm[0], rate, SAMPLE_RATE)
+        self.samples = resample(one_channel(pcm, job.input.name, channel, "--channel"), rate, SAMPLE_RATE)
         if not len(self.samples):
             raise BadAudio("the recording is shorter than one sample at 24 kHz")
+        check_room(job.wav, wav_bytes(len(self.samples)))
         self.frames = -(-len(self.samples) // FRAME_SIZE)
         self._sent = 0
         self._pcm: list[NDArray[np.float32]] = []
@@ -110,15 +141,35 @@ class Conversation:
         self._user_codes.append(user_codes.copy())
 
     def write(self, tokenizer: Tokenizer) -> None:
-        """All outputs; the sound is as long as the recording, the text one string a frame."""
-        tokens = np.stack(self._tokens)
-        if self.job.text is not None:
-            labels = [tokenizer.label(token) for token in tokens[:, 0].tolist()]
-            with replacing(self.job.text) as part:
-                part.write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
-        if self.job.tokens is not None:
-            save_arrays(self.job.tokens, tokens=tokens, user_codes=np.stack(self._user_codes, axis=1))
-        write_wav(self.job.wav, np.concatenate(self._pcm)[: len(self.samples)], SAMPLE_RATE)
+        """All outputs; the sound is as long as the recording, the text one string a frame.
+
+        Raises the first OSError, after all that can be written is.
+        """
+        writers: list[tuple[Path | None, Callable[[Path], None]]] = [
+            (self.job.wav, self._write_wav),
+            (self.job.text, lambda path: self._write_text(path, tokenizer)),
+            (self.job.tokens, self._write_tokens),
+        ]
+        errors = []
+        for path, write in writers:
+            try:
+                if path is not None:
+                    write(path)
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    def _write_wav(self, path: Path) -> None:
+        write_wav(path, np.concatenate(self._pcm)[: len(self.samples)], SAMPLE_RATE)
+
+    def _write_text(self, path: Path, tokenizer: Tokenizer) -> None:
+        labels = [tokenizer.label(tokens[0]) for tokens in np.stack(self._tokens).tolist()]
+        with replacing(path) as part:
+            part.write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
+
+    def _write_tokens(self, path: Path) -> None:
+        save_arrays(path, tokens=np.stack(self._tokens), user_codes=np.stack(self._user_codes, axis=1))
 
 
 @dataclass
@@ -126,7 +177,12 @@ class Report:
     """What was done, for the table at the end; times in seconds."""
 
     rows: list[tuple[str, int, float]] = field(default_factory=list)  # name, frames, time it took
-    failures: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    failures: list[Failure] = field(default_factory=list)
+
+    def fail(self, name: str, why: str) -> None:
+        """Notes and says why a recording has no conversation, or not all of its files."""
+        self.failures.append((name, why))
+        cli.complain(f"{name}: {why}")
 
     def table(self, elapsed: float) -> str:
         """A row a conversation: its length, how long it took, and the ratio (below 1: faster than live)."""

@@ -18,6 +18,7 @@ import os
 import secrets
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 import threading
@@ -27,7 +28,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from personaplex.errors import ConfigError, PersonaplexError
+from personaplex import cli
+from personaplex.errors import ConfigError
+from personaplex.outputs import try_output
 
 if TYPE_CHECKING:
     from deployments.settings import Settings
@@ -37,8 +40,6 @@ CERTIFICATE_DAYS = 365
 LEAVE_TIMEOUT_S = 3.0  # for sessions to end once the service is to
 WATCH_EVERY_S = 1.0  # a look whether Ray is still there
 SHUTDOWN_TIMEOUT_S = 10.0  # for Ray's own shutdown, which waits for ever for a raylet that is gone
-RAY_ENDED = 1  # exit status
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray otherwise sets it there
     "RAY_worker_niceness": "0",  # Ray's 15 lets any other process make speech late
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -55,6 +56,7 @@ ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray other
     # One machine, whatever it runs on: then all of Ray listens on 127.0.0.1 and not on every interface.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
+RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own: the cluster its programs connect to
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own
 # Options that are settings of the same name.
 _SETTINGS = (
@@ -67,34 +69,64 @@ class RayEnded(Exception):
     """A process that everything hangs on has ended: no session can be served any more."""
 
 
+EXAMPLES = (
+    "python -m personaplex.server",
+    "python -m personaplex.server --model tiny --slots 2 --port 8998",
+    "python -m personaplex.server --ssl certs --host 0.0.0.0",
+    "python -m personaplex.server --model 7b --slots 8 --kv int8 --set api_keys_file=keys.txt",
+)
+_READ = ("moshi_weight", "mimi_weight", "tokenizer", "voice_prompt_dir", "step_times")  # settings: paths
+_MODELS = ("auto", "7b", "tiny", "echo", "simulated")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the service until SIGINT or SIGTERM; 0 then, 2 for a wrong set-up, 1 when Ray ended before."""
-    options = _parser().parse_args(argv)
+    """Runs the service until SIGINT or SIGTERM; 0 then, 2 for a wrong set-up, 1 when Ray
+    ended before, 130 for Ctrl-C while it started."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return cli.run(lambda: _main(_parser().parse_args(argv)), "serve")
+
+
+def _main(options: argparse.Namespace) -> int:
+    settings = _settings(options)
+    _check_files(settings)
+    _check_port(options.host, options.port)
+    certificate = None
+    if options.ssl is not None and options.haproxy:
+        raise ConfigError("--haproxy speaks no https: leave out --ssl, and end https in front of it")
+    if options.ssl is not None:
+        certificate = ensure_certificate(options.ssl, lan_address())
     try:
-        settings = _settings(options)
-        _check_port(options.host, options.port)
-        certificate = None
-        if options.ssl is not None and options.haproxy:
-            raise ConfigError("--haproxy speaks no https: leave out --ssl, and end https in front of it")
-        if options.ssl is not None:
-            certificate = ensure_certificate(options.ssl, lan_address())
         with _environment(options.haproxy, settings):
             _serve(options.host, options.port, certificate, settings)
     except RayEnded as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return RAY_ENDED
-    except PersonaplexError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:  # while it started
-        return INTERRUPTED
+        cli.complain(str(error))
+        return cli.FAILED
     return 0
+
+
+def _check_files(settings: Settings) -> None:
+    """Raises ConfigError for files and folders that only a gateway or a replica would miss, later."""
+    settings.keys()
+    for name in _READ:
+        path = getattr(settings, name)
+        if path is not None and not path.exists():
+            raise ConfigError(f"{name}: no such file or folder: {path}")
+    if settings.model not in _MODELS and not Path(settings.model).is_dir():
+        raise ConfigError(f"no model {settings.model!r}: one of {', '.join(_MODELS)}, or a directory")
+    if settings.static not in ("", "none") and not Path(settings.static).is_dir():
+        raise ConfigError(f"static: no such folder: {settings.static}")
+    if settings.token_log_dir is not None:
+        try:
+            settings.token_log_dir.mkdir(parents=True, exist_ok=True)
+            try_output(settings.token_log_dir / "trial")
+        except OSError as error:
+            raise ConfigError(f"token_log_dir: {settings.token_log_dir}: {error.strerror}") from error
 
 
 def ensure_certificate(folder: Path, address: str) -> tuple[Path, Path]:
     """Paths of certificate and key in `folder`. Makes a self-signed pair for this machine's names and
-    `address` when neither is there. Raises ConfigError when only one is, or when they cannot be written."""
+    `address` when neither is there. Raises ConfigError when only one is, when they cannot be written, and
+    when they do not go together."""
     certificate, key = folder / CERTIFICATE, folder / KEY
     if certificate.exists() != key.exists():
         raise ConfigError(f"--ssl: {CERTIFICATE} and {KEY} must both be there, or neither")
@@ -104,6 +136,10 @@ def ensure_certificate(folder: Path, address: str) -> tuple[Path, Path]:
             _make_certificate(certificate, key, address)
         except OSError as error:
             raise ConfigError(f"--ssl: the certificate cannot be written: {error.strerror}") from error
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--ssl: {CERTIFICATE} and {KEY} do not go together: {error}") from error
     return certificate, key
 
 
@@ -126,9 +162,13 @@ def addresses(host: str, port: int, secure: bool, lan: str) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m personaplex.server", description=__doc__.split("\n")[0])
+    parser = cli.Parser(
+        prog="python -m personaplex.server",
+        description="The whole service on this machine: Ray, gateway, model replica and web page.",
+        examples=EXAMPLES,
+    )
     parser.add_argument("--host", default="localhost", help="address to listen on; 0.0.0.0 is all")
-    parser.add_argument("--port", type=int, default=8998)
+    parser.add_argument("--port", type=cli.whole(1, 65_535), default=8998)
     parser.add_argument("--ssl", type=Path, metavar="DIR", help="https; makes a certificate in DIR if needed")
     parser.add_argument(
         "--haproxy", action="store_true", help="HAProxy carries the sockets: for many sessions; without --ssl"
@@ -195,7 +235,7 @@ def _check_port(host: str, port: int) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family):
             pass
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: no name of a host can look like this
         raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
 
 
@@ -213,6 +253,8 @@ def _environment(behind_haproxy: bool, settings: Settings) -> Iterator[None]:
             wanted |= haproxy.environment(Path(folder), settings.drain_timeout_s)
         for name, value in wanted.items():
             os.environ.setdefault(name, value)
+        if os.environ.pop(RAY_ADDRESS, None):
+            print(f"{RAY_ADDRESS} is not used: this starts a Ray of its own", file=sys.stderr)
         try:
             yield
         finally:
@@ -223,6 +265,7 @@ def _environment(behind_haproxy: bool, settings: Settings) -> Iterator[None]:
 def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings: Settings) -> None:
     import ray
     from ray import serve
+    from ray.exceptions import RayError
 
     from deployments import build, processes
 
@@ -235,7 +278,7 @@ def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings
         http["ssl_certfile"], http["ssl_keyfile"] = map(str, certificate)
     try:
         _keep_token_private()
-        ray.init(num_cpus=max(os.cpu_count() or 1, round(needed + 0.5)), include_dashboard=False)
+        _start_ray(max(os.cpu_count() or 1, round(needed + 0.5)))
         vital = processes.named(set(processes.below(os.getpid())) - others, ("raylet", "gcs_server"))
         serve.start(http_options=http, logging_config={"log_level": "WARNING"})
         serve.run(build(settings), route_prefix=settings.route_prefix)
@@ -243,7 +286,7 @@ def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings
         _wait_for_signal(vital)
         print("closing", flush=True)
         _take_leave()
-    except RuntimeError as error:  # Serve's word for an application that does not come up
+    except (RuntimeError, RayError) as error:  # what Serve says of an application that does not come up
         raise ConfigError(f"the service did not start: {error}") from error
     finally:
         processes.adopt_orphans()  # a node that ends in haste leaves some
@@ -251,6 +294,16 @@ def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings
         ending.start()
         ending.join(SHUTDOWN_TIMEOUT_S)
         processes.end_all_below(spared=others)
+
+
+def _start_ray(cpus: int) -> None:
+    """A Ray for this service alone, beside any that runs here already. Raises ConfigError."""
+    import ray
+
+    try:
+        ray.init("local", num_cpus=cpus, include_dashboard=False)
+    except Exception as error:
+        raise ConfigError(f"Ray did not start: {str(error).splitlines()[0]}") from error
 
 
 def _take_leave() -> None:
@@ -346,6 +399,6 @@ def _make_certificate(certificate: Path, key: Path, address: str) -> None:
 
 if __name__ == "__main__":
     status = main()
-    if status == RAY_ENDED:
-        os._exit(status)  # Ray's own exit handlers would talk to processes that are gone
+    if status == cli.FAILED:  # Ray has ended
+        os._exit(status)  # its own exit handlers would talk to processes that are gone
     sys.exit(status)

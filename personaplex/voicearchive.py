@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 from personaplex.errors import CheckpointError
+from personaplex.files import LFS_ADVICE, is_lfs_pointer
 
 UNPACKED_LIMIT = 2**30  # bytes; the released voices take a thirtieth
 HEADER_LIMIT = 20_000  # reads of a tar block or less: a few for each file
@@ -36,6 +37,8 @@ def unpack(archive: Path) -> Path:
     try:
         if not archive.is_file():
             raise FileNotFoundError(archive)
+        if is_lfs_pointer(archive):
+            raise CheckpointError(f"{archive.name} {LFS_ADVICE}")
         scratch = Path(tempfile.mkdtemp(dir=archive.parent, prefix=".voices-"))
         _extract(archive, scratch)
         try:

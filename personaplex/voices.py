@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import logging
 import warnings
 import zlib
@@ -31,7 +32,7 @@ from personaplex.config import (
     LMConfig,
 )
 from personaplex.errors import BadAudio, CheckpointError, UnknownVoice
-from personaplex.files import LFS_POINTER, read_bounded, replacing
+from personaplex.files import LFS_ADVICE, LFS_POINTER, read_bounded, replacing
 from personaplex.persona import VOICES, voice_name
 from personaplex.voicearchive import unpack
 from personaplex.voicefile import Described, TensorFile
@@ -153,7 +154,7 @@ def load_voice(path: Path, lm: LMConfig) -> Voice:
     try:
         data = read_bounded(path, 2 * 4 * lm.temporal.context * lm.temporal.dim + _PT_OVERHEAD)
         if data.startswith(LFS_POINTER):
-            raise CheckpointError("it is a git-lfs pointer, not the file itself: run `git lfs pull`")
+            raise CheckpointError(f"it {LFS_ADVICE}")
         file = TensorFile(data)
         fault = _misfit(file.content, lm)
         if fault is None:
@@ -169,8 +170,10 @@ def load_voice(path: Path, lm: LMConfig) -> Voice:
 
 def save_voice(path: Path, embeddings: Tensor, cache: Tensor) -> None:
     """Writes embeddings [F - 1, dim] and token ring [17, 4] in the reference's format, all or nothing."""
+    content = io.BytesIO()  # torch's own writer has no OSError for a full disk
+    torch.save({"embeddings": embeddings[:, None, None].cpu(), "cache": cache[None].cpu()}, content)
     with replacing(path) as part:
-        torch.save({"embeddings": embeddings[:, None, None].cpu(), "cache": cache[None].cpu()}, part)
+        part.write_bytes(content.getvalue())
 
 
 def load_voice_wav(path: Path) -> NDArray[np.float32]:
@@ -181,12 +184,12 @@ def load_voice_wav(path: Path) -> NDArray[np.float32]:
     """
     import pyloudnorm  # here, so that an engine without recordings needs no audio libraries
 
-    from personaplex.audio.wav import read_wav, resample
+    from personaplex.audio.wav import one_channel, read_wav, resample
 
     pcm, rate = read_wav(path)
     if pcm.shape[1] > LONGEST_SECONDS * rate:
         raise BadAudio(f"a voice recording must last at most {LONGEST_SECONDS:g} s")
-    mono = resample(pcm[0], rate, SAMPLE_RATE)
+    mono = resample(one_channel(pcm, path.name), rate, SAMPLE_RATE)
     if len(mono) < SHORTEST_SECONDS * SAMPLE_RATE:
         raise BadAudio(f"a voice recording must last at least {SHORTEST_SECONDS} s")
     with warnings.catch_warnings():

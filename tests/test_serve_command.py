@@ -137,7 +137,11 @@ def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int, list[st
     port, said = free_port(), list[str]()
     command = [sys.executable, "-m", "personaplex.server", "--model", "echo", "--port", str(port)]
     command += ["--ssl", str(tmp_path), "--set", "slots=2", "--low-latency"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    # A cluster that is not there any more: the command starts a Ray of its own all the same.
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:9"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         reader = threading.Thread(target=lambda stream: said.extend(stream), args=(process.stdout,))
         reader.start()
@@ -158,6 +162,7 @@ def test_the_command_serves_a_page_and_conversations_and_ends(
     process, port, said = server
     base = f"https://localhost:{port}"
     assert f"Open {base}\n" in said
+    assert "RAY_ADDRESS is not used: this starts a Ray of its own\n" in said
     page = requests.get(base, verify=tmp_path / CERTIFICATE, timeout=10)
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")

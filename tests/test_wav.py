@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import os
 import random
 import struct
+import threading
 import wave
 from pathlib import Path
 
@@ -13,7 +17,7 @@ import pytest
 import soundfile
 from mutation import memory_within, mutants
 
-from personaplex.audio import wav
+from personaplex.audio import readable, wav
 from personaplex.errors import BadAudio
 
 
@@ -66,6 +70,178 @@ def test_a_file_with_samples_that_are_not_numbers(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "a.wav", np.array([0.0, np.nan]), 24_000, subtype="FLOAT")
     with pytest.raises(BadAudio, match="not numbers"):
         wav.read_wav(tmp_path / "a.wav")
+
+
+def written(kind: str, subtype: str = "PCM_16", samples: int = 4_800) -> bytearray:
+    """A file of `kind` with a tone."""
+    file = io.BytesIO()
+    soundfile.write(file, tone(samples, 24_000), 24_000, format=kind, subtype=subtype)
+    return bytearray(file.getvalue())
+
+
+NEVER = 0xFFFFFFFF  # what some recorders leave where a size belongs; others leave 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype"),
+    [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("WAV", "ULAW"), ("WAV", "IMA_ADPCM"), ("WAVEX", "PCM_24")],
+)
+@pytest.mark.parametrize(
+    ("riff", "size"),
+    [(0, 0), (36, 0), (NEVER, 0), (0, NEVER), (NEVER, NEVER), (0x7FFFFFFF, 0x7FFFFFFF), (0, 10**8)],
+)
+def test_sizes_that_were_never_filled_in(
+    tmp_path: Path, kind: str, subtype: str, riff: int, size: int
+) -> None:
+    data = written(kind, subtype)
+    (tmp_path / "whole.wav").write_bytes(data)
+    at = data.index(b"data")
+    data[4:8], data[at + 4 : at + 8] = struct.pack("<I", riff), struct.pack("<I", size)
+    (tmp_path / "cut.wav").write_bytes(data)
+    np.testing.assert_array_equal(
+        wav.read_wav(tmp_path / "cut.wav")[0], wav.read_wav(tmp_path / "whole.wav")[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("RF64", {20: bytes(24)}),
+        ("RF64", {20: b"\xff" * 24}),
+        ("AU", {8: bytes(4)}),
+        ("AU", {8: b"\xff" * 4}),
+        ("CAF", {"data": bytes(8)}),
+        ("CAF", {"data": b"\xff" * 8}),
+        ("AIFF", {4: bytes(4), "SSND": bytes(4)}),
+        ("W64", {16: bytes(8)}),
+    ],
+)
+def test_other_containers_whose_sizes_were_never_filled_in(
+    tmp_path: Path, kind: str, sizes: dict[int | str, bytes]
+) -> None:
+    data = written(kind)
+    for place, content in sizes.items():
+        at = place if isinstance(place, int) else data.index(place.encode()) + 4
+        data[at : at + len(content)] = content
+    (tmp_path / "cut").write_bytes(data)
+    heard, _ = wav.read_wav(tmp_path / "cut")
+    assert heard.shape == (1, 4_800)
+    assert np.abs(heard[0] - tone(4_800, 24_000)).max() <= 1 / 32_768
+
+
+def test_an_empty_recording_stays_empty_whatever_follows(tmp_path: Path) -> None:
+    """A text chunk behind no samples is no sound."""
+    data = written("WAV", samples=0) + b"LIST" + struct.pack("<I", 14) + b"INFOICMT\x01\x00\x00\x00x\x00"
+    (tmp_path / "a.wav").write_bytes(data)
+    with pytest.raises(BadAudio, match="no audio"):
+        wav.read_wav(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("scale", [2.0**15, 2.0**23, 2.0**31])
+def test_floats_that_are_integers_are_scaled_and_said(
+    tmp_path: Path, scale: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    soundfile.write(tmp_path / "a.wav", tone(4_800, 24_000) * scale, 24_000, subtype="DOUBLE")
+    heard, _ = wav.read_wav(tmp_path / "a.wav")
+    assert np.abs(heard[0] - tone(4_800, 24_000)).max() < 1e-6
+    assert caplog.messages == [
+        f"a.wav: float samples up to {scale / 2:.0f} are taken as integers and divided by {scale:.0f}"
+    ]
+
+
+def test_loud_floats_are_left_as_they_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    soundfile.write(tmp_path / "a.wav", tone(4_800, 24_000) * 6, 24_000, subtype="FLOAT")
+    assert wav.read_wav(tmp_path / "a.wav")[0].max() == pytest.approx(3.0, abs=1e-3)
+    assert not caplog.messages
+
+
+def test_floats_beyond_every_integer_are_refused(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", tone(4_800, 24_000) * 1e12, 24_000, subtype="FLOAT")
+    with pytest.raises(BadAudio, match=r"samples up to 5e\+11, where full scale is 1"):
+        wav.read_wav(tmp_path / "a.wav")
+
+
+def test_a_silent_channel_is_said_where_another_speaks(caplog: pytest.LogCaptureFixture) -> None:
+    pcm = np.stack([tone(100, 24_000) * 1e-4, tone(100, 24_000), tone(100, 24_000) * 0.1])
+    np.testing.assert_array_equal(wav.one_channel(pcm, "a.wav"), pcm[0])
+    assert caplog.messages == ["a.wav: channel 1, which is taken, is silent; channel 2 is not"]
+    caplog.clear()
+    for quiet in (pcm[1:], pcm[:1], np.zeros((2, 100), np.float32)):
+        wav.one_channel(quiet, "a.wav")
+    np.testing.assert_array_equal(wav.one_channel(pcm, "a.wav", 3), pcm[2])
+    assert not caplog.messages
+    with caplog.at_level(logging.ERROR), pytest.raises(BadAudio, match="no channel 4"):
+        wav.one_channel(pcm, "a.wav", 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"\0\0\0\x20ftypM4A \0\0\0\0", "MPEG-4"),
+        (b"\x1aE\xdf\xa3" + bytes(40), "WebM"),
+        (b"#!AMR\n" + bytes(40), "AMR"),
+        (b"\0\x05\x16\x07" + bytes(40), "macOS"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
+    ],
+)
+def test_known_formats_that_cannot_be_read_are_named(tmp_path: Path, content: bytes, kind: str) -> None:
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(BadAudio, match=kind):
+        wav.read_wav(tmp_path / "a.wav")
+
+
+def test_a_flac_stream_of_unknown_length_is_an_error_in_words(tmp_path: Path) -> None:
+    """libsndfile gives such a file 2**63 - 1 samples."""
+    data = written("FLAC")
+    data[21], data[22:26] = data[21] & 0xF0, bytes(4)
+    (tmp_path / "a.flac").write_bytes(data)
+    with pytest.raises(BadAudio):
+        wav.read_wav(tmp_path / "a.flac")
+
+
+def test_a_pipe_is_read_to_its_end_and_no_further_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytes(written("WAV", samples=100_000))  # more than a pipe holds
+
+    def read() -> int:
+        ours, theirs = os.pipe()
+
+        def feed() -> None:
+            with open(theirs, "wb") as pipe, contextlib.suppress(BrokenPipeError):
+                pipe.write(content)
+
+        thread = threading.Thread(target=feed)
+        thread.start()
+        try:
+            return wav.read_wav(f"/dev/fd/{ours}")[0].shape[1]
+        finally:
+            os.close(ours)
+            thread.join()
+
+    assert read() == 100_000
+    monkeypatch.setattr(readable, "PIPE_LIMIT", 50_000)
+    with pytest.raises(BadAudio, match="came through the pipe"):
+        read()
+
+
+def test_a_device_is_written_to_and_stays_one(tmp_path: Path) -> None:
+    """Once, a root user's /dev/null became a sound file."""
+    wav.write_wav("/dev/null", tone(100, 24_000), 24_000)
+    assert not Path("/dev/null").is_file()
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        wav.write_wav("/dev/full", tone(100, 24_000), 24_000)
+    os.mkfifo(tmp_path / "pipe")
+    heard = []
+    thread = threading.Thread(target=lambda: heard.append((tmp_path / "pipe").read_bytes()))
+    thread.start()
+    wav.write_wav(tmp_path / "pipe", tone(100, 24_000), 24_000)
+    thread.join()
+    assert heard[0].startswith(b"RIFF")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_name_as_long_as_names_may_be(tmp_path: Path) -> None:
+    wav.write_wav(tmp_path / ("x" * 251 + ".wav"), tone(100, 24_000), 24_000)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def riff(rate: int, channels: int, frames: int) -> bytes:

@@ -6,6 +6,8 @@ into such a call is swallowed, with half the file read or written.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 
 import numpy as np
@@ -13,8 +15,11 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
+from personaplex.audio.readable import foreign, opened
 from personaplex.errors import BadAudio
 from personaplex.files import replacing
+
+log = logging.getLogger(__name__)
 
 Pcm = npt.NDArray[np.float32]
 
@@ -25,9 +30,14 @@ SAMPLE_LIMIT = 2**29  # of all channels together, 2 GiB in memory: three hours a
 _BLOCK = 2**18  # samples read at once
 _UNKNOWN = 2**63 - 1  # libsndfile's number of frames for a FLAC stream that does not say
 
+LOUDEST = 8.0  # 18 dB over full scale; float samples beyond that are integers in another type
+INTEGER_SCALES = (2.0**15, 2.0**23, 2.0**31)
+SILENT, AUDIBLE = 1e-3, 1e-2  # peaks: a channel that holds at most noise, and one that surely holds more
+
 
 def read_wav(path: str | os.PathLike[str]) -> tuple[Pcm, int]:
-    """Samples float32 [channels, samples] within [-1, 1] and the rate in Hz, of any format libsndfile reads.
+    """Samples float32 [channels, samples] and the rate in Hz, of any format libsndfile reads, from files and
+    pipes. Full scale is 1, which only float formats exceed.
 
     Nothing is allocated for what a header claims, only for samples that were there. Raises BadAudio when the
     file cannot be read as sound, holds none, or is outside the bounds above; FileNotFoundError and
@@ -35,15 +45,16 @@ def read_wav(path: str | os.PathLike[str]) -> tuple[Pcm, int]:
     """
     try:
         with (
-            open(path, "rb") as file,
+            opened(path) as file,
             soundfile.SoundFile(file.fileno(), "r", closefd=False) as sound,
         ):
             _check_header(sound.samplerate, sound.channels, sound.frames)
-            return _join(_blocks(sound), sound.channels), int(sound.samplerate)
+            pcm, rate = _join(_blocks(sound), sound.channels), int(sound.samplerate)
     except IsADirectoryError as error:
         raise BadAudio("a folder cannot be read as audio") from error
     except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError) as error:
-        raise BadAudio("the file cannot be read as audio") from error
+        raise _unreadable(path) from error
+    return _full_scale(pcm, os.path.basename(path)), rate
 
 
 def _check_header(rate: int, channels: int, frames: int) -> None:
@@ -87,11 +98,58 @@ def _too_long() -> BadAudio:
     return BadAudio(f"the file holds more than {SAMPLE_LIMIT} samples, all channels together: cut it up")
 
 
+def _unreadable(path: str | os.PathLike[str]) -> BadAudio:
+    kind = foreign(path)
+    known = f": it is {kind}, which libsndfile does not read; convert it to WAV or FLAC" if kind else ""
+    return BadAudio(f"the file cannot be read as audio{known}")
+
+
+def _full_scale(pcm: Pcm, name: str) -> Pcm:
+    """Brings float samples that are really integers to a full scale of 1, and says so."""
+    peak = max(float(pcm.max()), -float(pcm.min()))
+    if peak <= LOUDEST:
+        return pcm
+    scale = next((scale for scale in INTEGER_SCALES if peak <= scale), None)
+    if scale is None:
+        raise BadAudio(f"the file holds samples up to {peak:.3g}, where full scale is 1")
+    log.warning("%s: float samples up to %.0f are taken as integers and divided by %.0f", name, peak, scale)
+    return pcm / np.float32(scale)
+
+
+def one_channel(pcm: Pcm, name: str, channel: int = 1, option: str = "") -> Pcm:
+    """Samples [samples] of one channel, counted from 1, of [channels, samples].
+
+    Warns, naming the file, when that one is silent and another is not; `option` is how to choose that one.
+    Raises BadAudio when it is not there.
+    """
+    if channel > len(pcm):
+        raise BadAudio(f"there is no channel {channel}: the recording has {len(pcm)}")
+    peaks = np.abs(pcm).max(axis=1)
+    loudest = int(peaks.argmax())
+    if peaks[channel - 1] < SILENT and peaks[loudest] >= AUDIBLE:
+        advice = f" ({option} {loudest + 1})" if option else ""
+        log.warning(
+            "%s: channel %d, which is taken, is silent; channel %d is not%s",
+            *(name, channel, loudest + 1, advice),
+        )
+    chosen: Pcm = pcm[channel - 1]
+    return chosen
+
+
 def write_wav(path: str | os.PathLike[str], pcm: Pcm, rate: int) -> None:
-    """Writes [samples] or [channels, samples] as 16-bit PCM, clipped to [-1, 1], all of it or nothing."""
+    """Writes [samples] or [channels, samples] as 16-bit PCM, clipped to [-1, 1], all of it or nothing.
+
+    Raises OSError when it cannot be written, for example on a full disk.
+    """
     with replacing(path) as part, part.open("xb") as file:
         clipped = np.clip(pcm.T, -1.0, 1.0)
-        soundfile.write(file.fileno(), clipped, rate, format="WAV", subtype="PCM_16", closefd=False)
+        try:
+            soundfile.write(file.fileno(), clipped, rate, format="WAV", subtype="PCM_16", closefd=False)
+        except (soundfile.LibsndfileError, AssertionError) as error:  # the latter: fewer samples were taken
+            os.write(file.fileno(), bytes(2 * pcm.size))  # libsndfile does not say why; the system does
+            raise OSError(errno.EIO, os.strerror(errno.EIO)) from error
+        if os.fstat(file.fileno()).st_size < 2 * pcm.size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def resample(pcm: Pcm, rate: int, target: int) -> Pcm:

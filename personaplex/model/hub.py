@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 
 from personaplex.config import PRESET_7B, PRESET_TINY, ModelConfig
 from personaplex.errors import CheckpointError
-from personaplex.files import LFS_POINTER, read_bounded
+from personaplex.files import LFS_ADVICE, is_lfs_pointer, read_bounded
 
 log = logging.getLogger(__name__)
 
@@ -150,16 +150,16 @@ def _check_readable(path: Path) -> None:
     try:
         if not path.is_file():  # a pipe would be waited for
             raise CheckpointError(f"{path.name} cannot be read: it is not a file")
-        with path.open("rb") as file:
-            head = file.read(len(LFS_POINTER))
+        pointer = is_lfs_pointer(path)
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
-    if head == LFS_POINTER:
-        raise CheckpointError(f"{path.name} is a git-lfs pointer, not the file itself: run `git lfs pull`")
+    if pointer:
+        raise CheckpointError(f"{path.name} {LFS_ADVICE}")
 
 
 def _read_config(path: Path) -> ModelConfig | None:
     """The sizes in a config.json, or None (with a warning) when it is about something else."""
+    _check_readable(path)
     try:
         data = json.loads(read_bounded(path, _CONFIG_LIMIT))
     except (OSError, ValueError, RecursionError):
