@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -61,11 +62,24 @@ class LocalLease:
         pass
 
 
+class LocalClaim:
+    """Has its slot."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+
+    async def lease(self, tell: Callable[[int], None]) -> LocalLease:
+        return LocalLease()
+
+    def give_up(self) -> None:
+        pass
+
+
 class LocalLeases:
     queued = 0
 
-    async def acquire(self, request: LeaseRequest, tell: Callable[[int], None]) -> LocalLease:
-        return LocalLease()
+    async def claim(self, request: LeaseRequest) -> LocalClaim:
+        return LocalClaim()
 
 
 class FloorGateway(Gateway):

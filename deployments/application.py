@@ -41,7 +41,8 @@ _GATEWAY_ENVIRONMENT = {
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "WEBSOCKETS_MAX_LINE_LENGTH": "32768",  # where Serve's HAProxy hands connections straight to gateways
 }
-_QUIET = {"enable_access_log": False}  # one line a session is written at its end, by the gateway
+# One line a session is written at its end, by the gateway; Serve's own of level INFO say that a client left.
+_QUIET = {"enable_access_log": False, "log_level": "WARNING"}
 
 
 def build(settings: Settings) -> Application:

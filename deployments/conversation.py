@@ -11,12 +11,13 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 
+from ray.exceptions import TaskCancelledError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from deployments.account import Account
+from deployments.lease import Claim
 from deployments.line import Line, Services
 from personaplex.errors import ClientError, PersonaplexError, SessionLost
 from personaplex.persona import Persona
@@ -58,16 +59,23 @@ class Conversation:
         self._timer_due = 0.0
         self._was_live = False
 
-    async def run(self, admit: Callable[[], AbstractContextManager[Persona]]) -> None:
-        """Serves the client until either side ends it. `admit` is entered for as long as the session lasts;
-        it may raise a PersonaplexError, which the client is told."""
-        tasks = [asyncio.ensure_future(task) for task in (self._read(), self._write(), self._serve(admit))]
+    @property
+    def error(self) -> PersonaplexError | None:
+        """Why our side ended the session; None when the client left."""
+        return self._core.error
+
+    async def run(self, persona: Persona, claim: Claim) -> None:
+        """Serves the client until either side ends it. The claim is this session's from now on."""
+        tasks = [
+            asyncio.ensure_future(task) for task in (self._read(), self._write(), self._serve(persona, claim))
+        ]
         try:
             await self._closed.wait()
         finally:
             # Serve cancels a handler, more than once, when its client has gone: what frees things comes first
             # and awaits nothing, what has to wait goes on without us.
             self._finish(tasks)
+            claim.give_up()
             ending = asyncio.ensure_future(self._wind_up(tasks))
             self._services.ending.add(ending)
             ending.add_done_callback(self._services.ending.discard)
@@ -83,8 +91,8 @@ class Conversation:
                     break
                 data = message.get("bytes")
                 self._on(ReceivedText(message["text"]) if data is None else Received(data))
-        except (WebSocketDisconnect, RuntimeError):  # RuntimeError: Starlette, when it was closed before
-            pass
+        except (WebSocketDisconnect, RuntimeError, TaskCancelledError):
+            pass  # RuntimeError: Starlette, when it was closed before; the last: Serve, whose client has left
         except Exception as error:  # noqa: BLE001  a task root: Serve raises all sorts when its proxy is gone
             logger.warning("session %s: its connection is gone: %s", self._session, type(error).__name__)
         self._on(PeerClosed())  # nobody is there any more, whatever the cause
@@ -105,12 +113,10 @@ class Conversation:
             logger.warning("session %s: its connection is gone: %s", self._session, type(error).__name__)
             self._on(PeerClosed())
 
-    async def _serve(self, admit: Callable[[], AbstractContextManager[Persona]]) -> None:
+    async def _serve(self, persona: Persona, claim: Claim) -> None:
         """Opens the line; from then on what the replica says carries the session."""
         try:
-            with admit() as persona:
-                await self._line.open(persona)
-                await self._closed.wait()
+            await self._line.open(persona, claim)
         except PersonaplexError as error:
             self._on(Failed(error))
         except OSError:

@@ -1,6 +1,7 @@
 """The gateway deployment: the web application clients talk to. No torch in this process.
 
-    /api/chat      WebSocket, one conversation (see personaplex/session)
+    /api/chat      WebSocket, one conversation (see personaplex/session); 426 without an upgrade
+    /api/admission whether a session with this query would be let in now: 204, or the refusal
     /api/info      model, slots and load of the service
     /api/voices    names a session may ask for
     /api/prompts   role texts to choose from
@@ -9,16 +10,17 @@
                    the process that read this request has the limits of ingress.py
     /              the web page
 
-Errors of a session are told to its client as an error message and a close code; nothing a client sent is
-logged, used as a path or as a metric label.
+An upgrade is accepted only once the session has a slot or a place in the queue; until then a refusal is an
+HTTP status (`admission.refusal`). Later errors are told as an error message and a close code. Nothing a
+client sent is logged, used as a path or as a metric label.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,24 +29,25 @@ from typing import Any
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 import personaplex
 from deployments import ingress, logs, media, metrics, tracing
+from deployments.admission import AccessControl, ClientInfo, refusal
 from deployments.catalogue import prompt_list, voice_list
 from deployments.conversation import CLOSE_TIMEOUT_S, Conversation
-from deployments.doors import Doors, Visitor
 from deployments.fleet import Observer
 from deployments.headers import SecurityHeaders
-from deployments.lease import Leases
+from deployments.lease import Claim, LeaseRequest, Leases
 from deployments.line import Services
 from deployments.query import persona_from, read_query
-from deployments.settings import Settings, proxy_callback
-from personaplex.errors import ConfigError, NoCapacity
+from deployments.reconnects import Reconnects
+from deployments.settings import Settings, behind_haproxy, proxy_callback
+from personaplex.errors import ConfigError, NoCapacity, PersonaplexError
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
 from personaplex.tokenlog import TokenLog
@@ -52,6 +55,8 @@ from personaplex.tokenlog import TokenLog
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "web"
+
+_LEFT = (RuntimeError, OSError, WebSocketDisconnect)  # what a socket raises whose client has gone
 
 
 class Gateway:
@@ -67,17 +72,24 @@ class Gateway:
         self._leases = Leases(
             replicas, queue_limit=settings.queue_limit, queue_timeout_s=settings.queue_timeout_s
         )
-        self._doors = Doors(
+        self._access = AccessControl(
             settings.keys(),
             settings.allowed_origins,
             sessions_per_key=settings.sessions_per_key,
-            sessions_per_address=settings.sessions_per_address,
-            trusted_proxies=settings.trusted_proxies,
+            sessions_per_address=settings.address_limit,
+            trusted_proxies=settings.proxies,
+            unlimited_networks=settings.unlimited,
+            peer_is_proxy=behind_haproxy(),
         )
+        self._reconnects = Reconnects()
         self._services = Services(
             leases=self._leases,
             metrics=self._metrics,
-            limits=Limits(session_s=settings.session_limit_s, idle_s=settings.idle_limit_s),
+            limits=Limits(
+                session_s=settings.session_limit_s,
+                idle_s=settings.idle_limit_s,
+                first_audio_s=settings.first_audio_s,
+            ),
             connect=lambda grant, on_message, on_lost: media.connect(
                 grant.host, grant.port, on_message, on_lost, settings.stall_limit_s
             ),
@@ -97,6 +109,9 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> Starlette:
         routes: list[BaseRoute] = [
             WebSocketRoute("/api/chat", self.chat),
+            Route("/api/chat", self.upgrade_required),
+            WebSocketRoute("/{path:path}", self.no_socket),  # static files know no sockets
+            Route("/api/admission", self.admission),
             Route("/api/info", self.info),
             Route("/api/voices", self.voices),
             Route("/api/prompts", self.prompts),
@@ -115,18 +130,62 @@ class Gateway:
         return Starlette(routes=routes, middleware=[pages])
 
     async def chat(self, socket: WebSocket) -> None:
-        await socket.accept()
-        conversation = Conversation(socket, uuid.uuid4().hex, self._services)
-        self._open += 1
-        self._empty.clear()
-        self._publish()
+        session = uuid.uuid4().hex
+        with contextlib.ExitStack() as counted:
+            counted.enter_context(self._counting())
+            try:
+                persona, caller = counted.enter_context(self._admit(socket))
+                claim = await self._leases.claim(LeaseRequest.of(session, persona))
+            except PersonaplexError as error:
+                await self._refuse(socket, session, error)
+            except asyncio.CancelledError:
+                logger.info("session %s ended: its client left before it began", session)
+                raise
+            else:
+                await self._converse(socket, session, persona, caller, claim)
+
+    async def _converse(
+        self, socket: WebSocket, session: str, persona: Persona, caller: str, claim: Claim
+    ) -> None:
         try:
-            await conversation.run(functools.partial(self._admit, socket))
+            await socket.accept()
+        except _LEFT:
+            logger.info("session %s ended: its client left before it began", session)
+            return
         finally:
-            self._open -= 1
-            if not self._open:
-                self._empty.set()
-            self._publish()
+            if socket.application_state is not WebSocketState.CONNECTED:
+                claim.give_up()
+        conversation = Conversation(socket, session, self._services)
+        try:
+            await conversation.run(persona, claim)
+        finally:
+            self._reconnects.ended(caller, conversation.error, time.monotonic())
+
+    async def _refuse(self, socket: WebSocket, session: str, error: PersonaplexError) -> None:
+        self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
+        logger.info("session %s refused: %s", session, metrics.cause(error))
+        with contextlib.suppress(*_LEFT):
+            await socket.send_denial_response(refusal(error))
+
+    async def no_socket(self, socket: WebSocket) -> None:
+        with contextlib.suppress(*_LEFT):
+            await socket.send_denial_response(PlainTextResponse("no WebSocket here\n", status_code=404))
+
+    async def upgrade_required(self, request: Request) -> Response:
+        headers = {"upgrade": "websocket", "connection": "upgrade"}
+        return PlainTextResponse("this address speaks WebSocket\n", status_code=426, headers=headers)
+
+    async def admission(self, request: Request) -> Response:
+        """What a page is to tell its user when an upgrade failed: browsers show scripts no status of it."""
+        try:
+            with self._admit(request):
+                if self._open >= self._settings.sessions_per_gateway or (
+                    self._leases.queue_full and not await self._free_slot()
+                ):
+                    raise NoCapacity("every slot is taken and the queue is full")
+        except PersonaplexError as error:
+            return refusal(error)
+        return Response(status_code=204, headers={"cache-control": "no-store"})
 
     async def census(self) -> dict[str, int]:
         """What must go back to nothing when the last session has ended; for operators and tests."""
@@ -134,7 +193,7 @@ class Gateway:
             "sessions": self._open,
             "live": len(self._services.live),
             "queued": self._leases.queued,
-            "doors": self._doors.inside,
+            "counted": self._access.counted,
             "tasks": len(asyncio.all_tasks()),
         }
 
@@ -171,14 +230,33 @@ class Gateway:
         )
 
     @contextlib.contextmanager
-    def _admit(self, socket: WebSocket) -> Iterator[Persona]:
-        """The persona asked for, while the doors count the session. Raises what the client is to be told."""
+    def _counting(self) -> Iterator[None]:
+        self._open += 1
+        self._empty.clear()
+        self._publish()
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._empty.set()
+            self._publish()
+
+    @contextlib.contextmanager
+    def _admit(self, connection: HTTPConnection) -> Iterator[tuple[Persona, str]]:
+        """The persona asked for and the caller's name for Reconnects, while the session is counted. Raises
+        what the client is to be told."""
         if self._open > self._settings.sessions_per_gateway:
             raise NoCapacity("this gateway holds as many sessions as it may")
-        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
-        address = socket.client.host if socket.client else ""
-        with self._doors.enter(Visitor(address, socket.headers, query)):
-            yield persona_from(query)
+        query = read_query(connection.scope["query_string"], self._settings.query_limit_bytes)
+        with self._access.enter(ClientInfo.of(connection, query)) as caller:
+            persona = persona_from(query)
+            caller = f"{caller} {persona.voice} {hash(persona.text_prompt)}"
+            self._reconnects.check(caller, time.monotonic())
+            yield persona, caller
+
+    async def _free_slot(self) -> bool:
+        return any(one.accepting and one.used < one.slots for one in await self._fleet.describe())
 
     async def _close(self) -> None:
         """The service ends: whoever waits is told; those who hold a slot hear it from their replica."""

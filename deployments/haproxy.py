@@ -41,6 +41,8 @@ QUARANTINE_SPARE_S = 30
 LOG_FORMAT = (
     'log-format "%ci:%cp [%tr] %ft %b/%s %TR/%Tw/%Tc/%Tr/%Ta %ST %B %tsc %ac/%fc/%bc/%sc/%rc %HM %HPO"'
 )
+REQUEST_TIMEOUT_S = 10  # for a request up to its body, as connections.py has it in the other processes
+_DEFAULTS = f"timeout http-request {REQUEST_TIMEOUT_S}s\n    option forwardfor"
 
 
 def environment(folder: Path, longest_session_s: float) -> dict[str, str]:
@@ -80,14 +82,22 @@ def main() -> None:
 
 
 def closed(config: str) -> str:
-    """Serve's configuration with its doors for operators on loopback only, and without queries in its log.
+    """Serve's configuration with its doors for operators on loopback only, without queries in its log, with
+    a time limit for requests, and with the client's address in X-Forwarded-For.
 
     Serve binds metrics and statistics to every interface, and logs whole request lines: keys may stand in
-    their queries. Raises ConfigError when a line that has to change is not there. Idempotent.
+    their queries. It waits an hour for a request that has begun. HAProxy appends the address to whatever the
+    client sent, so its entry is the last; `settings.haproxy_adds_address` counts on it. Raises ConfigError
+    when a line that has to change is not there. Idempotent.
     """
     changes = (
         ("metrics", r"(?m)^(frontend prometheus\n\s+bind )\S*:(\d+)$", r"\g<1>127.0.0.1:\g<2>"),
         ("statistics", r"(?m)^(listen stats\n\s+bind )\S*:(\d+)$", r"\g<1>127.0.0.1:\g<2>"),
+        (
+            "timeouts",
+            rf"(?m)^(defaults\n\s+mode http\n)(?:    {re.escape(_DEFAULTS)}\n)?",
+            rf"\g<1>    {_DEFAULTS}\n",
+        ),
         ("log", rf"(?m)^(\s+)(?:option httplog|{re.escape(LOG_FORMAT)})$", rf"\g<1>{LOG_FORMAT}"),
     )
     for what, pattern, line in changes:

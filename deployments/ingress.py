@@ -8,16 +8,17 @@ proxies and the gateways' own servers alike. `configure` is that function. By uv
 protocols (`uvicorn.config.WS_PROTOCOLS`, `HTTP_PROTOCOLS`) it puts these in place of "auto":
 
     Http       a request's head has at most HEAD_LIMIT bytes and one read, its body MESSAGE_LIMIT, and no
-               other request may come before its answer is complete; else 400 and a close
+               other request may come before its answer is complete; else 400 and a close; and a request that
+               does not come whole has a deadline (`connections.PromptHttp`)
     WebSocket  no compression; a message has at most MESSAGE_LIMIT bytes (close code 1009) in FRAGMENT_LIMIT
                pieces; frames and bytes are read at twice the rate a session may send (session/core.py), so
                that a flood waits in the client's own socket; nothing is read from a client that reads nothing
 
-and returns one middleware, `Door`, which takes away the headers by which Serve lets a client steer it (the
+and returns two middlewares: `Door`, which takes away the headers by which Serve lets a client steer it (the
 request's id in logs, its timeout, whether a hang-up is noticed) and marks the request as having come through
-it. It also makes uvicorn trust no X-Forwarded-For (FORWARDED_ALLOW_IPS, uvicorn's variable): whom to trust
-is the setting `trusted_proxies`. Raises ImportError where uvicorn has no such protocols: the proxy then does
-not start, which is better than one without limits. Knows no Ray.
+it, and `connections.FitAnswers`. It also makes uvicorn trust no X-Forwarded-For (FORWARDED_ALLOW_IPS,
+uvicorn's variable): whom to trust is the setting `trusted_proxies`. Raises ImportError where uvicorn has no
+such protocols: the proxy then does not start, which is better than one without limits. Knows no Ray.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from typing import Any
 import uvicorn.config
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from deployments.connections import FitAnswers, PromptHttp
 from personaplex.session.core import BYTE_BURST, BYTES_PER_S, MESSAGE_BURST, MESSAGES_PER_S
 from personaplex.session.wire import MESSAGE_LIMIT
 
@@ -58,7 +59,7 @@ def configure() -> list[Middleware]:
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:Http"
     uvicorn.config.WS_PROTOCOLS["auto"] = f"{__name__}:WebSocket"
     os.environ["FORWARDED_ALLOW_IPS"] = ""
-    return [Middleware(Door)]
+    return [Middleware(Door), Middleware(FitAnswers)]
 
 
 def limited(scope: Mapping[str, Any]) -> bool:
@@ -83,7 +84,7 @@ def _steers(name: bytes) -> bool:
     return name.decode("latin-1").lower().replace("-", "_") in _STEERING
 
 
-class Http(HttpToolsProtocol):
+class Http(PromptHttp):
     """Uvicorn's HTTP protocol with a bound on everything it keeps."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

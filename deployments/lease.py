@@ -2,9 +2,10 @@
 
 A lease is one long-lived streaming call to the replica deployment. Its first item is a Grant (or a Refusal);
 it ends when the slot is free again. So Serve's count of ongoing calls is the count of sessions, for admission
-and for autoscaling alike. `Leases.acquire` waits its turn among the sessions of this gateway, reports the
-place in the queue, and bounds queue and wait. Between gateways the order is as good as chance: the calls that
-wait lie in each gateway's own router, where Serve's autoscaling counts them, and none knows of the others'.
+and for autoscaling alike. `Leases.claim` tells at once whether a session gets a slot, a place in the queue of
+this gateway or neither; the Claim waits its turn, reports its place, and bounds the wait. Between gateways
+the order is as good as chance: the calls that wait lie in each gateway's own router, where Serve's
+autoscaling counts them, and none knows of the others'.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from personaplex.errors import NoCapacity, PersonaplexError, SessionLost
+from personaplex.persona import VOICES, Persona
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,10 @@ class LeaseRequest:
 
     session: str
     voice: str
+
+    @classmethod
+    def of(cls, session: str, persona: Persona) -> LeaseRequest:
+        return cls(session, persona.voice if persona.voice in VOICES else "")
 
 
 @dataclass(frozen=True)
@@ -81,10 +87,56 @@ class Lease:
 
 
 @dataclass(eq=False)
-class _Waiter:
-    tell: Callable[[int], None]
+class Waiter:
+    """A session without a slot yet."""
+
+    placed: asyncio.Future[None]  # done once it is queued
+    tell: Callable[[int], None] | None = None
     queued: bool = False
     told: int = 0
+
+    def announce(self, position: int) -> None:
+        if self.told != position:
+            self.told = position
+            if self.tell is not None:
+                self.tell(position)
+
+
+class Claim:
+    """What `Leases.claim` gave: a slot, or a place in the queue that leads to one. `began` is when it was
+    asked for, by the monotonic clock."""
+
+    def __init__(self, waiter: Waiter, turn: asyncio.Future[Lease], began: float) -> None:
+        self.began = began
+        self._waiter, self._turn = waiter, turn
+        self._taken = False
+
+    async def lease(self, tell: Callable[[int], None]) -> Lease:
+        """The slot, once there is one. `tell(position)` is called with the place in the queue, if there is
+        one, and when it moves up, 1 being next.
+
+        Raises NoCapacity when the wait is too long. Cancelling gives everything back.
+        """
+        self._waiter.tell = tell
+        if self._waiter.told:
+            tell(self._waiter.told)
+        try:
+            lease = await self._turn
+        except BaseException:
+            self.give_up()
+            raise
+        self._taken = True
+        return lease
+
+    def give_up(self) -> None:
+        """Gives back whatever `lease` has not handed out. Idempotent."""
+        if self._taken:
+            return
+        self._taken = True
+        if not self._turn.done():
+            self._turn.cancel()
+        elif not self._turn.cancelled() and self._turn.exception() is None:
+            self._turn.result().release()
 
 
 class Leases:
@@ -93,20 +145,37 @@ class Leases:
     def __init__(self, replicas: DeploymentHandle[Any], *, queue_limit: int, queue_timeout_s: float) -> None:
         self._call = replicas.options(method_name="lease", stream=True)
         self._queue_limit, self._queue_timeout_s = queue_limit, queue_timeout_s
-        self._waiting: list[_Waiter] = []
+        self._waiting: list[Waiter] = []
         self._closed = asyncio.get_running_loop().create_future()
 
     @property
     def queued(self) -> int:
         return sum(waiter.queued for waiter in self._waiting)
 
-    async def acquire(self, request: LeaseRequest, tell: Callable[[int], None]) -> Lease:
-        """A slot. `tell(position)` is called when the session is queued and when it moves up, 1 being next.
+    @property
+    def queue_full(self) -> bool:
+        return self.queued >= self._queue_limit
 
-        Raises NoCapacity when the queue is full or the wait too long, SessionLost when the service is being
-        stopped. Cancelling gives everything back.
+    async def claim(self, request: LeaseRequest) -> Claim:
+        """Returns as soon as the session has a slot or a place in the queue.
+
+        Raises NoCapacity when it gets neither, SessionLost when the service is being stopped. Cancelling
+        gives everything back.
         """
-        waiter = _Waiter(tell)
+        waiter = Waiter(asyncio.get_running_loop().create_future())
+        turn = asyncio.ensure_future(self._wait_turn(request, waiter))
+        claim = Claim(waiter, turn, time.monotonic())
+        try:
+            known: set[asyncio.Future[Any]] = {turn, waiter.placed}
+            await asyncio.wait(known, return_when=asyncio.FIRST_COMPLETED)
+            if turn.done():
+                turn.result()  # raises what it ended with
+        except BaseException:
+            claim.give_up()
+            raise
+        return claim
+
+    async def _wait_turn(self, request: LeaseRequest, waiter: Waiter) -> Lease:
         self._waiting.append(waiter)
         try:
             return await self._acquire(request, waiter)
@@ -119,7 +188,7 @@ class Leases:
         if not self._closed.done():
             self._closed.set_result(None)
 
-    async def _acquire(self, request: LeaseRequest, waiter: _Waiter) -> Lease:
+    async def _acquire(self, request: LeaseRequest, waiter: Waiter) -> Lease:
         began = time.monotonic()
         warned = False
         while True:
@@ -143,20 +212,19 @@ class Leases:
                 raise NoCapacity("no slot became free in time", self._queue_timeout_s)
             await asyncio.sleep(RETRY_S)
 
-    def _queue(self, waiter: _Waiter) -> None:
+    def _queue(self, waiter: Waiter) -> None:
         if waiter.queued:
             return
-        if self.queued >= self._queue_limit:
+        if self.queue_full:
             raise NoCapacity("every slot is taken and the queue is full")
         waiter.queued = True
         self._announce()
+        waiter.placed.set_result(None)
 
     def _announce(self) -> None:
         queued = (waiter for waiter in list(self._waiting) if waiter.queued)
         for position, waiter in enumerate(queued, start=1):
-            if waiter.told != position:
-                waiter.told = position
-                waiter.tell(position)
+            waiter.announce(position)
 
 
 class _Attempt:
@@ -187,8 +255,14 @@ class _Attempt:
         return first if isinstance(first, Grant) else None
 
     def cancel(self) -> None:
+        self._first.add_done_callback(_forget)  # Serve makes an error of its own of a cancelled call
         self._first.cancel()
         cancel(self.response)
+
+
+def _forget(done: asyncio.Future[Any]) -> None:
+    if not done.cancelled():
+        done.exception()
 
 
 def cancel(response: Any) -> None:

@@ -18,17 +18,18 @@ import numpy as np
 
 from deployments import media, metrics
 from deployments.account import Account
-from deployments.lease import Grant, Lease, LeaseRequest, Leases
+from deployments.lease import Claim, Grant, Lease, LeaseRequest, Leases
 from deployments.media import Kind, Link, OnLost, OnMessage
 from deployments.metrics import Metrics
 from deployments.tracing import Trace
 from personaplex.audio.transcoder import Transcoder
 from personaplex.errors import PersonaplexError, ProtocolError
-from personaplex.persona import VOICES, Persona
+from personaplex.persona import Persona
 from personaplex.session.core import BACKLOG_LIMIT, Limits
 from personaplex.session.events import (
     AgentAudio,
     AgentText,
+    AudioHeard,
     EngineLost,
     Event,
     Failed,
@@ -40,6 +41,7 @@ from personaplex.tokenlog import TokenLog
 
 FEED_BYTES = 4_096  # of Ogg decoded at a time: about a second, well under a frame's time to decode
 QUIET = 1e-6  # mean square of speech nobody misses: -60 dBFS
+HEARD_EVERY_S = 0.5  # AudioHeard is told while audio comes
 SAMPLED = 4  # every so many frames are measured: over Ray an observation costs as much as the frame's Ogg
 
 
@@ -80,16 +82,16 @@ class Line:
         self._unheard: deque[bytes] = deque()  # of the client's stream, to be decoded
         self._unheard_bytes = 0
         self._decode_seconds = 0.0  # since the last reply
+        self._told_heard = float("-inf")  # when AudioHeard was told last
 
-    async def open(self, persona: Persona) -> None:
+    async def open(self, persona: Persona, claim: Claim) -> None:
         """Returns when the replica was told the persona; Ready follows. Raises NoCapacity, OSError."""
-        voice = persona.voice if persona.voice in VOICES else ""
         self._metrics.observe(metrics.PROMPT_CHARACTERS, len(persona.text_prompt))
-        request = LeaseRequest(self._session, voice)
         try:
-            grant, link = await self._join(request)
+            grant, link = await self._join(claim)
         except OSError:  # the replica has just ended or is out of reach; another one may do better
-            grant, link = await self._join(request)
+            claim = await self._services.leases.claim(LeaseRequest.of(self._session, persona))
+            grant, link = await self._join(claim)
         self._account.note(replica=grant.replica, prompt_characters=len(persona.text_prompt))
         self._metrics.add(metrics.SESSIONS_ADMITTED)
         self._tell(LeaseGranted())
@@ -131,12 +133,11 @@ class Line:
 
     # The way to a slot
 
-    async def _join(self, request: LeaseRequest) -> tuple[Grant, Link]:
+    async def _join(self, claim: Claim) -> tuple[Grant, Link]:
         """A lease and the link to its replica. Raises NoCapacity, OSError once the lease is given back."""
-        began = time.monotonic()
-        self._lease = lease = await self._services.leases.acquire(request, self._queue)
+        self._lease = lease = await claim.lease(self._queue)
         self._services.changed()
-        self._account.phase("queue" if self._account.queued else "lease", time.monotonic() - began)
+        self._account.phase("queue" if self._account.queued else "lease", time.monotonic() - claim.began)
         began = time.monotonic()
         try:
             link = await self._connect(lease.grant)
@@ -219,6 +220,9 @@ class Line:
             dropped = self._link.dropped
             self._link.send_frame(Kind.FRAME, media.pack_frame(_micros() % 2**32, frame))
             self._metrics.add(metrics.FRAMES_DROPPED, self._link.dropped - dropped, place="link_in")
+        if frames and began - self._told_heard >= HEARD_EVERY_S:
+            self._told_heard = began
+            self._tell(AudioHeard())
         if self._unheard:
             self._loop.call_soon(self._decode)
 

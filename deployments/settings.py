@@ -10,6 +10,7 @@ of keys and origins may also be comma-separated. Knows no Ray and no torch.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
+from deployments.addresses import Network, network
 from personaplex.config import EngineConfig
 from personaplex.errors import ConfigError
 from personaplex.files import key_lines
@@ -27,6 +29,7 @@ from personaplex.files import key_lines
 ENV_PREFIX = "PERSONAPLEX_"
 SLOTS_LIMIT = 512
 AUTO = "auto"
+LEAST_PER_ADDRESS = 2  # sessions: a caller, and the one it is about to replace
 
 PROXY_CALLBACK = "PERSONAPLEX_PROXY_CALLBACK"  # not a setting: what Ray's processes were given, for gateways
 
@@ -104,7 +107,10 @@ class Settings(BaseSettings):
     )
     queue_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a slot, then close code 1013.")
     idle_limit_s: float = Field(
-        60.0, gt=0, description="A live session that sends nothing for this long ends with close code 1000."
+        60.0, gt=0, description="A live session that sends no audio for this long ends with close code 1000."
+    )
+    first_audio_s: float = Field(
+        15.0, gt=0, description="As idle_limit_s, from the handshake to the first audio."
     )
     low_latency: bool = Field(
         False,
@@ -193,10 +199,8 @@ class Settings(BaseSettings):
         None, description="Directory where each session's tokens are saved, on gateways; unset saves nothing."
     )
 
-    # Doors
-    api_keys: SecretList = Field(
-        (), description="Keys that open a session; none at all leaves the door open."
-    )
+    # Access
+    api_keys: SecretList = Field((), description="Keys that open a session; unset: anyone may connect.")
     api_keys_file: Path | None = Field(
         None, description="File of further keys, one a line; # starts a comment."
     )
@@ -207,11 +211,24 @@ class Settings(BaseSettings):
     sessions_per_key: int = Field(
         0, ge=0, description="Sessions one key may hold per gateway; 0 is no limit."
     )
-    sessions_per_address: int = Field(
-        0, ge=0, description="Sessions one client address may hold per gateway; 0 is no limit."
+    sessions_per_address: int | None = Field(
+        None,
+        ge=0,
+        description="Sessions one client address may hold per gateway, waiting ones included; unset is a "
+        "quarter of the slots, shared among the gateways, and at least 2; 0 is no limit. Counts only where "
+        "the client's own address is known: see trusted_proxies.",
     )
-    trusted_proxies: int = Field(
-        0, ge=0, le=8, description="Proxies in front that append to X-Forwarded-For; 0 ignores that header."
+    unlimited_networks: WordList = Field(
+        ("127.0.0.0/8", "::1"),
+        description="Networks (CIDR) or addresses that sessions_per_address does not count; loopback unless "
+        "set.",
+    )
+    trusted_proxies: int | None = Field(
+        None,
+        ge=0,
+        le=8,
+        description="Proxies in front that append to X-Forwarded-For, HAProxy of this service included; 0 "
+        "ignores that header; unset is 1 behind personaplex-haproxy, else 0.",
     )
     content_security_policy: str = Field(
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -236,7 +253,7 @@ class Settings(BaseSettings):
         False, description="Gateways export a span per session by OTLP; OTEL_* variables say where to."
     )
 
-    @field_validator("api_keys", "allowed_origins", mode="before")
+    @field_validator("api_keys", "allowed_origins", "unlimited_networks", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """Accepts `a,b` and JSON arrays, as environment variables and `serve run` arguments are text."""
@@ -257,6 +274,13 @@ class Settings(BaseSettings):
         """The head of a cluster sees no card; `personaplex.server` replaces auto before it gets here."""
         if value == AUTO:
             raise ValueError("auto is for one machine: `python -m k8s slots --help` gives a card's number")
+        return value
+
+    @field_validator("unlimited_networks")
+    @classmethod
+    def _check_networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            network(text)
         return value
 
     @model_validator(mode="before")
@@ -317,6 +341,23 @@ class Settings(BaseSettings):
         return 0.0 if self.low_latency else self.gather_ms / 1_000
 
     @property
+    def address_limit(self) -> int:
+        """Sessions one address may hold per gateway; 0 is no limit."""
+        if self.sessions_per_address is not None:
+            return self.sessions_per_address
+        return max(LEAST_PER_ADDRESS, math.ceil(self.slots * self.replicas_max / 4 / self.gateways_max))
+
+    @property
+    def unlimited(self) -> tuple[Network, ...]:
+        """The networks whose addresses are not counted."""
+        return tuple(map(network, self.unlimited_networks))
+
+    @property
+    def proxies(self) -> int:
+        """Entries at the end of X-Forwarded-For that are our proxies' own."""
+        return int(haproxy_adds_address()) if self.trusted_proxies is None else self.trusted_proxies
+
+    @property
     def guarded(self) -> bool:
         """Whether sessions need a key."""
         return bool(self.api_keys) or self.api_keys_file is not None
@@ -368,6 +409,18 @@ def refuse_keys_among(arguments: Sequence[str]) -> None:
         raise ConfigError(
             "api_keys on the command line show in the process list: use api_keys_file or PERSONAPLEX_API_KEYS"
         )
+
+
+def behind_haproxy() -> bool:
+    """Whether Serve hands sockets to HAProxy, so that a gateway's peer is HAProxy."""
+    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+
+
+def haproxy_adds_address() -> bool:
+    """Whether that HAProxy is started by `personaplex-haproxy`, which makes it append to X-Forwarded-For."""
+    return behind_haproxy() and Path(os.environ.get("RAY_SERVE_HAPROXY_BINARY_PATH", "")).name == (
+        "personaplex-haproxy"
+    )
 
 
 def _json_list(value: str) -> Any:

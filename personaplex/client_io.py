@@ -16,6 +16,7 @@ from urllib.parse import SplitResult, urlencode, urlsplit, urlunsplit
 import numpy as np
 import numpy.typing as npt
 from websockets.exceptions import InvalidHandshake, InvalidProxy, InvalidStatus, InvalidURI
+from websockets.http11 import Response
 
 from personaplex import cli
 from personaplex.audio.recorder import Recorder, Rhythm
@@ -26,11 +27,13 @@ from personaplex.errors import (
     ClientError,
     ConfigError,
     EngineFault,
+    Forbidden,
     NoCapacity,
     PersonaplexError,
     ProtocolError,
     SessionExpired,
     SessionLost,
+    TooManySessions,
     Unauthorized,
 )
 from personaplex.files import replacing
@@ -40,6 +43,7 @@ Pcm = npt.NDArray[np.float32]
 
 # Of opening a connection; see `refusal`. ImportError: a SOCKS proxy needs a package of its own.
 CONNECT_ERRORS = (OSError, InvalidHandshake, InvalidURI, InvalidProxy, ImportError)
+WORDS_LIMIT = 300  # bytes of a refusal's reason
 _BAD_URL = "--url must look like ws://HOST:8998/api/chat"
 _ERRORS_BY_CODE: Mapping[int, type[PersonaplexError]] = {
     kind.close_code: kind
@@ -89,12 +93,7 @@ def refusal(error: Exception) -> PersonaplexError:
     if isinstance(error, ssl.SSLCertVerificationError):
         return ConfigError("the server's certificate is not trusted; --insecure accepts it")
     if isinstance(error, InvalidStatus):
-        status = error.response.status_code
-        if status in (401, 403):
-            return Unauthorized(f"the server refused the connection (HTTP {status}): check --api-key")
-        if status in (429, 503):
-            return NoCapacity(f"the server has no capacity (HTTP {status})")
-        return ProtocolError(f"the server answered HTTP {status} instead of opening a WebSocket")
+        return _refused(error.response)
     if isinstance(error, InvalidURI):
         return ConfigError(_BAD_URL)
     if isinstance(error, InvalidProxy | ImportError):
@@ -104,6 +103,30 @@ def refusal(error: Exception) -> PersonaplexError:
     if isinstance(error, TimeoutError):
         return SessionLost("the server did not answer in time")
     return SessionLost(f"cannot connect: {error}")
+
+
+def _refused(response: Response) -> PersonaplexError:
+    """The typed error of an upgrade that was refused; with the server's own words where it has some."""
+    status = response.status_code
+    words = _words(response)
+    if status == 401:
+        return Unauthorized(f"the server refused the connection (HTTP 401): {words or 'check --api-key'}")
+    if status == 403:
+        return Forbidden(f"the server refused the connection (HTTP 403){words and f': {words}'}")
+    if status == 429:
+        return TooManySessions(f"the server refused the connection (HTTP 429){words and f': {words}'}")
+    if status == 503:
+        return NoCapacity(f"the server has no capacity (HTTP 503){words and f': {words}'}")
+    if status == 400 and words:
+        return ClientError(words)
+    return ProtocolError(f"the server answered HTTP {status} instead of opening a WebSocket")
+
+
+def _words(response: Response) -> str:
+    """The server's reason, if it is one short line of text."""
+    kind = response.headers.get("content-type", "")
+    text = (response.body or b"")[:WORDS_LIMIT].decode(errors="replace").strip()
+    return text if kind.startswith("text/plain") and text.isprintable() else ""
 
 
 def ending(code: int, reason: str) -> PersonaplexError:

@@ -9,14 +9,18 @@
     │   ├── BadParameter     a sampling value, seed or option outside its range
     │   ├── UnknownVoice     no such voice in the library
     │   ├── PromptTooLong    the role text has more tokens than the service accepts
-    │   └── Unauthorized     missing or wrong key, origin not allowed, too many sessions
-    ├── NoCapacity           no slot is free (1013); `retry_after_s` says when to come back
+    │   ├── Unauthorized     missing or wrong key (HTTP 401)
+    │   ├── Forbidden        pages of this origin may not connect (HTTP 403)
+    │   └── TooManySessions  the caller's own limit (HTTP 429); `retry_after_s` says when to come back
+    ├── NoCapacity           no slot is free (1013, HTTP 503); `retry_after_s` says when to come back
     ├── SessionLost          the session ended through no fault of the client (1012)
     ├── SessionExpired       the session reached its longest duration (1000)
+    │   └── SessionIdle      the client sent no audio for too long (1000)
     └── EngineFault          the engine cannot go on; its replica reports itself unhealthy (1011)
 
 The message of every error is fit to be read by a client: it holds no path, no key and nothing of another
-session. `close_code` is the WebSocket close code, `retryable` whether the same request may succeed later.
+session. `close_code` is the WebSocket close code and `http_status` the answer to an upgrade that is refused;
+`retryable` says whether the same request may succeed later.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ class PersonaplexError(Exception):
     """Root of the tree; `str(error)` is safe to show to a client."""
 
     close_code = 1011
+    http_status = 500
     retryable = False
 
 
@@ -41,6 +46,7 @@ class ClientError(PersonaplexError):
     """The request cannot be served as it stands; the client can mend it."""
 
     close_code = 1008
+    http_status = 400
 
 
 class ProtocolError(ClientError):
@@ -68,13 +74,36 @@ class PromptTooLong(ClientError):
 
 
 class Unauthorized(ClientError):
-    """The client may not open this session."""
+    """The client shows no valid key."""
+
+    http_status = 401
+
+
+class Forbidden(ClientError):
+    """Pages of the browser's origin may not connect."""
+
+    http_status = 403
+
+
+class TooManySessions(ClientError):
+    """The caller holds as many sessions as it may, or is back too soon; try after `retry_after_s` seconds."""
+
+    http_status = 429
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class NoCapacity(PersonaplexError):
     """No slot is free; try again after `retry_after_s` seconds."""
 
     close_code = 1013
+    http_status = 503
     retryable = True
 
     def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
@@ -89,6 +118,7 @@ class SessionLost(PersonaplexError):
     """The session ended through no fault of the client."""
 
     close_code = 1012
+    http_status = 503
     retryable = True
 
 
@@ -96,6 +126,10 @@ class SessionExpired(PersonaplexError):
     """The session reached its longest duration."""
 
     close_code = 1000
+
+
+class SessionIdle(SessionExpired):
+    """The client sent no audio for too long."""
 
 
 class EngineFault(PersonaplexError):

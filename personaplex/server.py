@@ -1,9 +1,9 @@
 """The whole service on one machine: `python -m personaplex.server --help`.
 
 Starts Ray here, the application of `deployments` on it, and prints the address to open. The options of
-NVIDIA's `moshi.server` mean the same here; every other setting can be given with --set or in the environment,
-as PERSONAPLEX_<NAME>. Browsers give a page the microphone on localhost or over https only: --ssl makes a
-certificate.
+NVIDIA's `moshi.server` mean the same here or are refused; every other setting can be given with --set or in
+the environment, as PERSONAPLEX_<NAME>. Browsers give a page the microphone on localhost or over https only:
+--ssl makes a certificate.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray other
 }
 RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own: the cluster its programs connect to
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own
+CARDS = "CUDA_VISIBLE_DEVICES"
+_TUNNEL = (
+    "it would lead conversations through somebody else's server; use --ssl, or `ssh -L 8998:localhost:8998`"
+)
+_REFUSED = {"gradio-tunnel": _TUNNEL, "gradio-tunnel-token": _TUNNEL}  # of moshi.server's options
 # Options that are settings of the same name.
 _SETTINGS = (
     *("model", "device", "slots", "weights", "kv", "static"),
@@ -87,6 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
+    with _visible(one_card(options.device, os.environ.get(CARDS))):
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     settings = _settings(options)
     _check_files(settings)
     _check_port(options.host, options.port)
@@ -174,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         "--haproxy", action="store_true", help="HAProxy carries the sockets: for many sessions; without --ssl"
     )
     parser.add_argument("--model", help="auto, 7b, tiny, echo or a directory with a checkpoint")
-    parser.add_argument("--device", help="auto, cpu or cuda")
+    parser.add_argument("--device", help="auto, cpu, cuda, or cuda:N for one card of several")
     parser.add_argument("--slots", help="sessions at once")
     parser.add_argument(
         "--weights", help="auto or int8: half the bytes of most weights, at some cost in quality"
@@ -191,6 +201,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="text tokenizer, in place of the repository's")
     parser.add_argument("--voice-prompt-dir", help="directory of voices, in place of the repository's")
     parser.add_argument("--static", metavar="DIR|none", help="directory of another web page, or none")
+    for name in _REFUSED:
+        parser.add_argument(f"--{name}", nargs="?", const="", help=argparse.SUPPRESS)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting")
     parser.set_defaults(haproxy=os.environ.get(HAPROXY_SWITCH) == "1")
     return parser
@@ -199,11 +211,18 @@ def _parser() -> argparse.ArgumentParser:
 def _settings(options: argparse.Namespace) -> Settings:
     from deployments.settings import Settings, refuse_keys_among
 
+    for name, reason in _REFUSED.items():
+        if getattr(options, name.replace("-", "_")) is not None:
+            raise ConfigError(f"--{name} is not supported: {reason}")
     values: dict[str, Any] = {}
     for name in _SETTINGS:
         value = getattr(options, name)
         if value is not None:
             values[name] = value
+    if options.device == "mps":
+        raise ConfigError("--device mps is not supported: choose auto, cpu, cuda or cuda:N")
+    if (options.device or "").startswith("cuda:"):
+        values["device"] = "cuda"  # the only one there will be: see one_card
     for name in ("cpu_offload", "low_latency"):
         if getattr(options, name):
             values[name] = True
@@ -225,6 +244,37 @@ def _slots_that_fit(settings: Settings) -> int:
     # In a process of its own, since a CUDA context takes memory until its process ends.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(slots_that_fit, settings).result()
+
+
+def one_card(device: str | None, visible: str | None) -> dict[str, str]:
+    """The environment in which `cuda:N` is the only card; {} for any other device.
+
+    N counts among the cards of `visible` (CUDA_VISIBLE_DEVICES), as torch does. Raises ConfigError.
+    """
+    kind, named, number = (device or "").partition(":")
+    if kind != "cuda" or not named:
+        return {}
+    if not number.isdecimal() or not number.isascii():
+        raise ConfigError(f"--device {device}: the number of a card must follow cuda:")
+    if visible is None:
+        return {CARDS: str(int(number))}
+    cards = [card.strip() for card in visible.split(",") if card.strip()]
+    if int(number) >= len(cards):
+        raise ConfigError(f"--device {device}: {CARDS} has {len(cards)} cards, counted from 0")
+    return {CARDS: cards[int(number)]}
+
+
+@contextlib.contextmanager
+def _visible(card: dict[str, str]) -> Iterator[None]:
+    before = os.environ.get(CARDS)
+    os.environ.update(card)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(CARDS, None)
+        else:
+            os.environ[CARDS] = before
 
 
 def _check_port(host: str, port: int) -> None:

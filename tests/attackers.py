@@ -46,14 +46,14 @@ def frame(opcode: int, data: bytes, *, final: bool = True, compressed: bool = Fa
 
 
 class Raw:
-    """A connection from SOURCE. Raises OSError like its socket."""
+    """A connection from `source`. Raises OSError like its socket."""
 
     made = 0  # connections, and bytes that were taken from all of them
     taken = 0
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, source: str = SOURCE) -> None:
         self.target = target
-        self.socket = socket.create_connection((target.host, target.port), 10, source_address=(SOURCE, 0))
+        self.socket = socket.create_connection((target.host, target.port), 10, source_address=(source, 0))
         Raw.made += 1
 
     def __enter__(self) -> Raw:

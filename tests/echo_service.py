@@ -23,6 +23,7 @@ from personaplex.session.core import CLOSED, LIVE, Limits, SessionCore
 from personaplex.session.events import (
     AgentAudio,
     AgentText,
+    AudioHeard,
     Close,
     Event,
     Failed,
@@ -57,6 +58,8 @@ async def echo(socket: ServerConnection, limits: Limits = LIMITS) -> None:
                     except PersonaplexError as error:
                         await tell(Failed(error))
                         return
+                    if frames and core.state is LIVE:
+                        await tell(AudioHeard())
                     for frame in frames:
                         if core.state is LIVE:
                             await tell(AgentAudio(transcoder.send(frame)))

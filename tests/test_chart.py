@@ -88,6 +88,21 @@ def _arguments(documents: list[Any]) -> Any:
     return yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["args"]
 
 
+@pytest.mark.parametrize(
+    ("values", "proxies"),
+    [
+        ((), 1),
+        (("serve.haProxy=false",), 0),
+        (("ingress.enabled=true", "ingress.hosts={a.example}"), 2),
+        (("serve.haProxy=false", "ingress.enabled=true", "ingress.hosts={a.example}"), 1),
+        (("settings.trusted_proxies=3",), 3),
+        (("settings.trusted_proxies=0", "settings.sessions_per_address=0"), 0),
+    ],
+)
+def test_as_many_proxies_are_trusted_as_name_the_client(values: tuple[str, ...], proxies: int) -> None:
+    assert _arguments(chart.render("values.yaml", (chart.TOKEN, *values)))["trusted_proxies"] == proxies
+
+
 def test_an_old_kubernetes_is_refused() -> None:
     done = chart.template("ci/minimal-values.yaml", version="1.30")
     assert "incompatible with Kubernetes" in done.stderr

@@ -69,6 +69,14 @@ REFUSED = {
     "no token": (("huggingFace.existingSecret=",), "settings.model 7b is gated"),
     "no weights": (("weights.source=none",), "settings.model 7b needs weights.source node or claim"),
     "model auto": (("settings.model=auto",), "settings.model auto could serve noise"),
+    "limit of an address that is a proxy's": (
+        ("settings.trusted_proxies=0",),
+        "1 proxies append to X-Forwarded-For: all clients would count as one address",
+    ),
+    "fewer trusted than there are": (
+        ("settings.trusted_proxies=1", "settings.sessions_per_address=4", "ingress.enabled=true"),
+        "settings.trusted_proxies is 1, but 2 proxies append",
+    ),
     "ingress without host": (("ingress.enabled=true",), "ingress.enabled needs ingress.hosts"),
     "route without gateway": (("httpRoute.enabled=true",), "httpRoute.enabled needs httpRoute.parentRefs"),
     "redis secret alone": (

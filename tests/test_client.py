@@ -186,9 +186,21 @@ def test_nobody_listens(speech: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("status", "words"), [(401, "check --api-key"), (503, "no capacity"), (404, "HTTP 404 instead")]
+    ("status", "body", "words"),
+    [
+        (401, b"", "check --api-key"),
+        (403, b"pages of this origin may not connect\n", "(HTTP 403): pages of this origin"),
+        (429, b"this key holds as many sessions as it may; try again in 10 s\n", "this key holds"),
+        (503, b"", "no capacity"),
+        (503, b"the queue is full; try again in 5 s\n", "no capacity (HTTP 503): the queue is full"),
+        (400, b"seed must be a whole number\n", "error: seed must be"),
+        (400, b"\x1b[2Jred", "HTTP 400 instead"),
+        (404, b"x" * 5_000, "HTTP 404 instead"),
+    ],
 )
-def test_http_refusals(status: int, words: str, speech: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_http_refusals(
+    status: int, body: bytes, words: str, speech: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A plain socket that answers one request with `status`."""
     import socket
 
@@ -198,7 +210,8 @@ def test_http_refusals(status: int, words: str, speech: Path, capsys: pytest.Cap
             connection, _ = server.accept()
             with connection:
                 connection.recv(4_096)
-                connection.sendall(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status)
+                head = b"HTTP/1.1 %d No\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n"
+                connection.sendall(head % (status, len(body)) + body)
 
         thread = threading.Thread(target=answer)
         thread.start()

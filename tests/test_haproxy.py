@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -15,10 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from attackers import SOURCE, Raw, Target
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from serving import Client, Service, connect, free_port, speech
 
-from deployments import haproxy
+from deployments import connections, haproxy
 from deployments.processes import below, lives
 from personaplex.errors import ConfigError
 from personaplex.server import HAPROXY_SWITCH, main
@@ -129,7 +131,10 @@ def test_what_serve_leaves_open_is_closed() -> None:
     assert "bind 127.0.0.1:8404" in once
     assert "httplog" not in once
     assert "%HPO" in once
-    assert len(once.splitlines()) == len(served.splitlines())
+    defaults = once[once.index("defaults\n") : once.index("frontend ")]
+    assert "    timeout http-request 10s\n    option forwardfor\n" in defaults
+    assert haproxy.REQUEST_TIMEOUT_S == connections.REQUEST_TIMEOUT_S
+    assert len(once.splitlines()) == len(served.splitlines()) + 2
     assert haproxy.closed(once) == once
     with pytest.raises(ConfigError, match="statistics"):
         haproxy.closed(served.replace("listen stats", "listen other"))
@@ -170,7 +175,9 @@ def test_a_conversation_goes_through_it_and_a_clean_end_leaves_nothing() -> None
         return client
 
     port = free_port()
-    with _server(port) as process:
+    options = ("queue_limit=0", "sessions_per_address=1", "unlimited_networks=127.0.0.1")
+    with _server(port, *options, "allowed_origins=https://a.example") as process:
+        _check_refusals(Target("127.0.0.1", port))
         family = below(process.pid)
         assert "haproxy" in [Path(f"/proc/{pid}/comm").read_text().strip() for pid in family]
         assert asyncio.run(talk(port, process)).heard.pages
@@ -179,11 +186,40 @@ def test_a_conversation_goes_through_it_and_a_clean_end_leaves_nothing() -> None
         assert not _listens(port)
 
 
+def _check_refusals(target: Target) -> None:
+    """HAProxy hands on a gateway's refusals as they are, and the client's own address with the upgrade."""
+    with contextlib.ExitStack() as stack:
+
+        def upgrade(*headers: str, source: str = SOURCE, path: str = target.path) -> str:
+            raw = stack.enter_context(Raw(dataclasses.replace(target, path=path), source))
+            return raw.upgrade(*headers)
+
+        assert upgrade("Origin: https://b.example").startswith("HTTP/1.1 403")
+        assert upgrade(path="/api/chat?seed=x").startswith("HTTP/1.1 400")
+        assert upgrade().startswith("HTTP/1.1 101")
+        own_limit = upgrade("X-Forwarded-For: 203.0.113.9")
+        assert own_limit.startswith("HTTP/1.1 429")
+        assert "retry-after: " in own_limit.lower()
+        assert upgrade(source="127.0.0.3").startswith("HTTP/1.1 101"), (
+            "another client, through the same proxy"
+        )
+        full = upgrade(source="127.0.0.1")
+        assert full.startswith("HTTP/1.1 503"), full
+        assert "retry-after: " in full.lower()
+        plain = stack.enter_context(Raw(target))
+        plain.request()
+        assert plain.head().startswith("HTTP/1.1 426")
+        slow = stack.enter_context(Raw(target))
+        slow.request(end=False)
+        slow.socket.settimeout(haproxy.REQUEST_TIMEOUT_S + 5)
+        assert slow.head().startswith("HTTP/1.1 408")
+
+
 @contextlib.contextmanager
-def _server(port: int) -> Iterator[subprocess.Popen[str]]:
+def _server(port: int, *settings: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "personaplex.server", "--haproxy", "--model", "echo"]
     with subprocess.Popen(
-        [*command, "--port", str(port), "--slots", "2"],
+        [*command, "--port", str(port), "--slots", "2", *(f"--set={one}" for one in settings)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

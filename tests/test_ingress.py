@@ -77,8 +77,9 @@ def target(request: pytest.FixtureRequest, application: Application) -> Iterator
         for table in (uvicorn.config.WS_PROTOCOLS, uvicorn.config.HTTP_PROTOCOLS):
             patch.setitem(table, "auto", table["auto"])
         patch.setenv("FORWARDED_ALLOW_IPS", "127.0.0.1")
-        (middleware,) = ingress.configure()
-        app: Any = middleware.cls(application, *middleware.args, **middleware.kwargs)
+        app: Any = application
+        for middleware in ingress.configure():
+            app = middleware.cls(app, *middleware.args, **middleware.kwargs)
         port = free_port()
         config = uvicorn.Config(
             app,
@@ -173,7 +174,7 @@ def test_what_steers_serve_is_taken_away_and_nobody_is_believed(
     (scope,) = application.scopes
     names = {name for name, _ in scope["headers"]}
     assert b"x-api-key" in names
-    assert b"x-forwarded-for" in names, "doors.py reads it, where trusted_proxies says so"
+    assert b"x-forwarded-for" in names, "admission.py reads it, where trusted_proxies says so"
     assert not {name.lower().encode() for name in list(hostile)[:5]} & names
     assert scope["client"][0] == "127.0.0.1"
     assert not ingress.limited({"type": "http", "headers": scope["headers"]}), "no header makes the mark"

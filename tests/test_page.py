@@ -216,6 +216,19 @@ def test_errors_are_shown(browser: Chromium, chat: Any, words: str) -> None:
         browser.open("about:blank")
 
 
+def test_a_refused_upgrade_is_explained(browser: Chromium) -> None:
+    """A browser shows a script neither status nor words of it."""
+    words = "every slot is taken and the queue is full; try again in 5 s"
+    with WebService(refusal=f"{words}\n") as service:
+        browser.open(service.url)
+        browser.wait(READY)
+        browser.run(CONNECT)
+        browser.wait("!problem.hidden")
+        assert browser.text("#problem") == words
+        assert browser.text("#state") == "Not connected"
+        browser.open("about:blank")
+
+
 def test_a_service_that_is_gone(browser: Chromium) -> None:
     with WebService() as service:
         browser.open(service.url)

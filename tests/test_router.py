@@ -167,10 +167,15 @@ def _leases(*calls: Call, limit: int = 4, timeout_s: float = 2.0) -> Leases:
     return Leases(replicas, queue_limit=limit, queue_timeout_s=timeout_s)
 
 
+async def _acquire(leases: Leases, tell: Callable[[int], None]) -> Lease:
+    """As a gateway does, less the upgrade in between."""
+    return await (await leases.claim(REQUEST)).lease(tell)
+
+
 def test_a_free_slot_is_had_without_a_word_about_queues() -> None:
     async def test() -> None:
         told: list[int] = []
-        lease = await _leases(Call(GRANT)).acquire(REQUEST, told.append)
+        lease = await _acquire(_leases(Call(GRANT)), told.append)
         assert lease.grant is GRANT
         assert not told
         lease.release()
@@ -181,7 +186,7 @@ def test_a_free_slot_is_had_without_a_word_about_queues() -> None:
 def test_a_lease_ends_when_its_call_does() -> None:
     async def test() -> None:
         call = Call(GRANT)
-        lease = await _leases(call).acquire(REQUEST, lambda _: None)
+        lease = await _acquire(_leases(call), lambda _: None)
         assert not await lease.wait_freed(0.05)
         call.put(StopAsyncIteration())
         assert await lease.wait_freed(1.0)
@@ -194,7 +199,7 @@ def test_a_lease_ends_when_its_call_does() -> None:
 def test_an_unused_lease_is_given_back() -> None:
     async def test() -> None:
         call = Call(GRANT)
-        lease: Lease = await _leases(call).acquire(REQUEST, lambda _: None)
+        lease: Lease = await _acquire(_leases(call), lambda _: None)
         lease.release()
         lease.release()
         assert call.cancelled
@@ -208,7 +213,7 @@ def test_those_who_wait_are_told_their_place_and_every_change_of_it() -> None:
         leases, told = _leases(*calls), [[], [], []]  # type: ignore[var-annotated]
         waiting = []
         for place in range(3):
-            waiting.append(asyncio.ensure_future(leases.acquire(REQUEST, told[place].append)))
+            waiting.append(asyncio.ensure_future(_acquire(leases, told[place].append)))
             await asyncio.sleep(GRACE_S / 10)
         await asyncio.sleep(GRACE_S * 1.5)
         assert told == [[1], [2], [3]]
@@ -231,10 +236,10 @@ def test_a_full_queue_refuses_and_a_long_wait_ends() -> None:
     async def test() -> None:
         calls = [Call() for _ in range(2)]
         leases = _leases(*calls, limit=1, timeout_s=0.8)
-        patient = asyncio.ensure_future(leases.acquire(REQUEST, lambda _: None))
+        patient = asyncio.ensure_future(_acquire(leases, lambda _: None))
         await asyncio.sleep(GRACE_S * 1.2)
         with pytest.raises(NoCapacity, match="full"):
-            await leases.acquire(REQUEST, lambda _: None)
+            await _acquire(leases, lambda _: None)
         with pytest.raises(NoCapacity, match="in time"):
             await patient
         assert all(call.cancelled for call in calls)
@@ -247,19 +252,89 @@ def test_who_waits_when_the_service_ends_is_told_and_who_comes_later_too() -> No
     async def test() -> None:
         calls = [Call() for _ in range(3)]
         leases = _leases(*calls)
-        waiting = [asyncio.ensure_future(leases.acquire(REQUEST, lambda _: None)) for _ in range(2)]
+        waiting = [asyncio.ensure_future(_acquire(leases, lambda _: None)) for _ in range(2)]
         await asyncio.sleep(GRACE_S * 1.2)
-        waiting.append(asyncio.ensure_future(leases.acquire(REQUEST, lambda _: None)))  # not queued yet
-        await asyncio.sleep(0)
+        waiting.append(asyncio.ensure_future(_acquire(leases, lambda _: None)))  # not queued yet
+        await asyncio.sleep(0.01)
         leases.close()
         leases.close()
         for one in waiting:
             with pytest.raises(SessionLost, match="stopped"):
                 await one
         with pytest.raises(SessionLost, match="stopped"):
-            await leases.acquire(REQUEST, lambda _: None)
+            await _acquire(leases, lambda _: None)
         assert all(call.cancelled for call in calls)
         assert leases.queued == 0
+
+    _run(test)
+
+
+def test_a_claim_that_is_not_used_gives_its_slot_back() -> None:
+    async def test() -> None:
+        calls = [Call(GRANT), Call(GRANT)]
+        leases = _leases(*calls)
+        taken, left = await leases.claim(REQUEST), await leases.claim(REQUEST)
+        lease = await taken.lease(lambda _: None)
+        for claim in (taken, left, left):
+            claim.give_up()
+        assert [call.cancelled for call in calls] == [False, True], "who has a lease has it"
+        lease.release()
+
+    _run(test)
+
+
+def test_a_place_in_the_queue_is_a_claim_and_is_told_when_it_is_asked_for() -> None:
+    async def test() -> None:
+        calls = [Call() for _ in range(2)]
+        leases, told = _leases(*calls, limit=1), list[int]()
+        claim = await leases.claim(REQUEST)
+        assert leases.queue_full
+        with pytest.raises(NoCapacity, match="full"):
+            await leases.claim(REQUEST)
+        waiting = asyncio.ensure_future(claim.lease(told.append))
+        await asyncio.sleep(0)
+        assert told == [1]
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        assert all(call.cancelled for call in calls)
+        assert leases.queued == 0
+
+    _run(test)
+
+
+def test_a_client_that_leaves_before_its_place_is_known_leaves_nothing() -> None:
+    async def test() -> None:
+        call = Call()
+        leases = _leases(call)
+        claiming = asyncio.ensure_future(leases.claim(REQUEST))
+        await asyncio.sleep(GRACE_S / 10)
+        claiming.cancel()
+        await asyncio.wait({claiming})
+        await asyncio.sleep(0.01)
+        assert call.cancelled
+        assert not leases._waiting
+
+    _run(test)
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_a_slot_that_comes_while_its_client_leaves_is_given_back(turns: int) -> None:
+    """Wherever on its way to the session the slot is: a result nobody awaits any more was lost once."""
+
+    async def test() -> None:
+        call = Call()
+        claim = await _leases(call).claim(REQUEST)
+        waiting = asyncio.ensure_future(claim.lease(lambda _: None))
+        await asyncio.sleep(0)
+        call.put(GRANT)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting})
+        if not waiting.cancelled():
+            waiting.result().release()
+        await asyncio.sleep(0.01)
+        assert call.cancelled
 
     _run(test)
 
@@ -268,7 +343,7 @@ def test_tries_that_fail_make_one_line_of_log(caplog: pytest.LogCaptureFixture) 
     async def test() -> None:
         calls = [Call(ActorDiedError()) for _ in range(50)]
         with pytest.raises(NoCapacity):
-            await _leases(*calls, timeout_s=1.0).acquire(REQUEST, lambda _: None)
+            await _acquire(_leases(*calls, timeout_s=1.0), lambda _: None)
 
     _run(test)
     assert len(caplog.records) == 1
@@ -277,7 +352,7 @@ def test_tries_that_fail_make_one_line_of_log(caplog: pytest.LogCaptureFixture) 
 def test_without_a_queue_nobody_waits() -> None:
     async def test() -> None:
         with pytest.raises(NoCapacity):
-            await _leases(Call(), limit=0).acquire(REQUEST, lambda _: None)
+            await _acquire(_leases(Call(), limit=0), lambda _: None)
 
     _run(test)
 
@@ -288,7 +363,7 @@ def test_without_a_queue_nobody_waits() -> None:
 def test_a_replica_that_refuses_or_dies_is_replaced_by_another(failure: Any) -> None:
     async def test() -> None:
         leases = _leases(Call(failure), Call(failure), Call(GRANT))
-        lease = await leases.acquire(REQUEST, lambda _: None)
+        lease = await _acquire(leases, lambda _: None)
         assert lease.grant is GRANT
         lease.release()
 
@@ -299,6 +374,6 @@ def test_a_service_without_replicas_is_not_tried_for_ever() -> None:
     async def test() -> None:
         calls = [Call(DeploymentUnavailableError(None)) for _ in range(50)]
         with pytest.raises(NoCapacity):
-            await _leases(*calls, timeout_s=0.5).acquire(REQUEST, lambda _: None)
+            await _acquire(_leases(*calls, timeout_s=0.5), lambda _: None)
 
     _run(test)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import websockets
 from serving import Client, Heard, Service, connect, running, speech
+from websockets.http11 import Response
 
 from deployments import media
 from deployments.lease import Grant, LeaseRequest
@@ -67,26 +68,28 @@ def test_a_full_service_queues_tells_and_admits_in_order(pair: Service) -> None:
 
 
 def test_a_wait_is_bounded_and_so_is_the_queue(pair: Service) -> None:
-    async def run() -> tuple[Heard, list[Heard]]:
+    async def run() -> tuple[Response, list[Heard]]:
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(4):
                 await _join(stack, pair)
             patient = [await stack.enter_async_context(connect(pair)) for _ in range(2)]
             for client in patient:
                 await client.until(lambda heard: heard.queue)
-            surplus = await stack.enter_async_context(connect(pair))
             began = time.monotonic()
-            refused = await surplus.until_closed()
+            with pytest.raises(websockets.InvalidStatus) as caught:
+                await stack.enter_async_context(connect(pair))
             assert time.monotonic() - began < 1.0
-            return refused, [await client.until_closed() for client in patient]
+            assert (await asyncio.to_thread(pair.get, "api/admission")).status_code == 503
+            return caught.value.response, [await client.until_closed() for client in patient]
 
     refused, expired = asyncio.run(run())
-    for heard in (refused, *expired):
+    assert refused.status_code == 503
+    assert int(refused.headers["retry-after"]) >= 1
+    assert b"full" in refused.body
+    for heard in expired:
         assert heard.code == 1013
         assert heard.complaint == heard.reason
-    assert "full" in refused.reason
-    assert "in time" in expired[0].reason
-    assert not refused.queue
+        assert "in time" in heard.reason
     pair.wait_idle()
 
 

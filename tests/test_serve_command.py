@@ -24,6 +24,7 @@ from serving import Client, Heard, free_port, speech
 from deployments.processes import named
 from personaplex.errors import ConfigError
 from personaplex.server import (
+    CARDS,
     CERTIFICATE,
     KEY,
     RayEnded,
@@ -32,6 +33,7 @@ from personaplex.server import (
     addresses,
     ensure_certificate,
     main,
+    one_card,
 )
 
 
@@ -57,6 +59,34 @@ def test_half_a_certificate_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / KEY).read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("device", "visible", "card"),
+    [
+        (None, None, None),
+        ("cuda", "3", None),
+        ("cpu", None, None),
+        ("cuda:1", None, "1"),
+        ("cuda:01", None, "1"),
+        ("cuda:1", "4,GPU-8932f937", "GPU-8932f937"),
+    ],
+)
+def test_one_card_of_several_is_chosen_as_torch_counts(
+    device: str | None, visible: str | None, card: str | None
+) -> None:
+    assert one_card(device, visible).get(CARDS) == card
+
+
+def test_the_card_is_chosen_for_ray_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str | None, str]] = []
+    monkeypatch.setattr(
+        "personaplex.server._serve", lambda *args: seen.append((os.environ.get(CARDS), args[-1].device))
+    )
+    monkeypatch.delenv(CARDS, raising=False)
+    assert main(["--device", "cuda:2", "--port", str(free_port()), "--model", "tiny"]) == 0
+    assert seen == [("2", "cuda")]
+    assert CARDS not in os.environ
+
+
 def test_addresses_are_those_people_can_open() -> None:
     assert addresses("localhost", 8998, False, "192.0.2.7") == ["http://localhost:8998"]
     assert addresses("0.0.0.0", 1, True, "192.0.2.7") == ["https://localhost:1", "https://192.0.2.7:1"]
@@ -66,6 +96,12 @@ def test_addresses_are_those_people_can_open() -> None:
     ("options", "complaint"),
     [
         (["--set", "slotz=1"], "slotz"),
+        (["--device", "mps"], "--device mps is not supported"),
+        (["--device", "cuda:"], "the number of a card"),
+        (["--device", "cuda:-1"], "the number of a card"),
+        (["--device", "cuda0"], "device"),
+        (["--gradio-tunnel"], "use --ssl"),
+        (["--gradio-tunnel-token", "t"], "use --ssl"),
         (["--set", "slots"], "NAME=VALUE"),
         (["--slots", "many"], "slots"),
         (["--device", "tpu"], "device"),

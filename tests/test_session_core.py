@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from personaplex.errors import BadAudio, NoCapacity, ProtocolError, SessionLost
+from personaplex.errors import BadAudio, NoCapacity, ProtocolError, SessionIdle, SessionLost
 from personaplex.session import core as server
 from personaplex.session import peer as client
 from personaplex.session.core import (
@@ -26,6 +26,7 @@ from personaplex.session.core import (
 from personaplex.session.events import (
     AgentAudio,
     AgentText,
+    AudioHeard,
     Close,
     Command,
     EngineLost,
@@ -82,6 +83,7 @@ EVERY_EVENT: list[Event] = [
     Ready(),
     AgentAudio(b"page"),
     AgentText("hi"),
+    AudioHeard(),
     Failed(BadAudio("no sound")),
     EngineLost(),
     Tick(),
@@ -274,12 +276,26 @@ def test_a_session_ends_at_its_limit() -> None:
     assert closes(core.receive(Tick(), 12.0)) == [Close(1000, "the session reached its time limit")]
 
 
-def test_a_silent_client_is_let_go() -> None:
+def test_a_client_without_audio_is_let_go() -> None:
+    """Whatever else it sends: a byte a minute held a slot for as long as a session may last once."""
     core = in_state(LIVE, Limits(idle_s=30))
-    core.receive(Received(b"\x01x"), 20.0)
-    core.receive(Tick(), 49.9)
+    core.receive(AudioHeard(), 10.0)
+    for second in range(11, 40):
+        core.receive(Received(b"\x01x" if second % 2 else b"\x06"), float(second))
+        core.receive(Tick(), float(second))
     assert core.state is LIVE
-    assert closes(core.receive(Tick(), 50.0)) == [Close(1000, "nothing was received for 30 s")]
+    commands = core.receive(Tick(), 40.0)
+    assert isinstance(core.error, SessionIdle)
+    assert commands[-1] == Close(1000, "no audio was received for 30 s")
+
+
+@pytest.mark.parametrize(("first", "idle", "due"), [(15.0, 60.0, 15.0), (15.0, 5.0, 5.0)])
+def test_the_first_audio_is_due_sooner(first: float, idle: float, due: float) -> None:
+    core = in_state(LIVE, Limits(idle_s=idle, first_audio_s=first))
+    core.receive(Tick(), 2.0 + due - 0.01)
+    assert core.state is LIVE
+    core.receive(Tick(), 2.0 + due)
+    assert isinstance(core.error, SessionIdle)
 
 
 @pytest.mark.parametrize("state", [OPENING, PRIMING, LIVE])
@@ -514,7 +530,7 @@ def test_a_whole_conversation() -> None:
 
 
 def test_keep_alives_hold_a_quiet_session_together() -> None:
-    wire = Wire(Limits(idle_s=math.inf))
+    wire = Wire(Limits(idle_s=math.inf, first_audio_s=math.inf))
     wire.tell_server(LeaseGranted())
     wire.tell_server(Ready())
     wire.wait(60.0)

@@ -20,7 +20,7 @@ import uvicorn
 from echo_service import echo
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -64,14 +64,17 @@ class WebService:
         chat: Callable[[Any], Awaitable[None]] = echo,
         *,
         info: dict[str, Any] = INFO,
+        refusal: str = "",
         port: int = 0,
     ) -> None:
+        """With a `refusal` every upgrade is refused in these words."""
         self.chats: list[dict[str, str]] = []
-        self._chat, self._info = chat, info
+        self._chat, self._info, self._refusal = chat, info, refusal
         self._listener = socket.create_server(("127.0.0.1", port))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}/"
         routes = [
             WebSocketRoute("/api/chat", self._serve_chat),
+            Route("/api/admission", self._serve_admission),
             Route("/api/info", self._serve_info),
             Route("/api/voices", self._serve_voices),
             Route("/api/prompts", self._serve_prompts),
@@ -93,9 +96,17 @@ class WebService:
         assert not self._thread.is_alive()
 
     async def _serve_chat(self, socket: WebSocket) -> None:
-        await socket.accept()
         self.chats.append(dict(socket.query_params))
+        if self._refusal:
+            await socket.send_denial_response(PlainTextResponse(self._refusal, status_code=503))
+            return
+        await socket.accept()
         await self._chat(Socket(socket))
+
+    async def _serve_admission(self, request: Request) -> Response:
+        return (
+            PlainTextResponse(self._refusal, status_code=503) if self._refusal else Response(status_code=204)
+        )
 
     async def _serve_info(self, request: Request) -> Response:
         return JSONResponse(self._info)

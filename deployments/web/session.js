@@ -61,10 +61,31 @@ export class Session {
     this.#handlers.state("connecting");
     this.#socket = new WebSocket(this.#url);
     this.#socket.binaryType = "arraybuffer";
-    this.#socket.onopen = () => this.#handlers.state("warming");
+    let accepted = false;
+    this.#socket.onopen = () => {
+      accepted = true;
+      this.#handlers.state("warming");
+    };
     this.#socket.onmessage = ({ data }) => this.#receive(data);
-    this.#socket.onclose = ({ code, reason }) => this.#finish(this.#words || reason || CLOSE_WORDS[code]
-      || `The service closed the connection (code ${code}).`);
+    this.#socket.onclose = async ({ code, reason }) => {
+      const refused = accepted ? "" : await this.#whyRefused();
+      this.#finish(this.#words || reason || refused || CLOSE_WORDS[code]
+        || `The service closed the connection (code ${code}).`);
+    };
+  }
+
+  // Browsers tell scripts nothing about an upgrade that was refused, so the question is asked again.
+  async #whyRefused() {
+    const url = new URL(this.#url);
+    url.protocol = url.protocol.replace("ws", "http");
+    url.pathname = url.pathname.replace(/chat$/, "admission");
+    try {
+      const answer = await fetch(url, { cache: "no-store" });
+      if (answer.status === 204) return "The service was busy. Try again.";
+      return answer.headers.get("content-type")?.startsWith("text/plain") ? (await answer.text()).trim() : "";
+    } catch {
+      return ""; // it cannot be reached at all
+    }
   }
 
   close() {

@@ -18,7 +18,9 @@ Laws:
 4. In LIVE the peer hears something every KEEP_ALIVE_S, if only a ping; agent pages leave by the Pacer.
 5. A peer may send MESSAGES_PER_S and BYTES_PER_S on average, in bursts of MESSAGE_BURST and BYTE_BURST. Of
    what is not audio only the kind is read.
-6. Every end on our side is an error message, for people, and then a close with a code and a reason; where
+6. A peer must send audio that can be decoded: within `first_audio_s` of the handshake, then every `idle_s`.
+   Nothing else it sends counts, so that a byte now and then does not hold a slot; silence is audio.
+7. Every end on our side is an error message, for people, and then a close with a code and a reason; where
    there was no room both say when to come back. After Close nothing is sent; what the engine still delivers
    is ignored.
 """
@@ -30,10 +32,18 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
-from personaplex.errors import NoCapacity, PersonaplexError, ProtocolError, SessionExpired, SessionLost
+from personaplex.errors import (
+    NoCapacity,
+    PersonaplexError,
+    ProtocolError,
+    SessionExpired,
+    SessionIdle,
+    SessionLost,
+)
 from personaplex.session.events import (
     AgentAudio,
     AgentText,
+    AudioHeard,
     Close,
     Command,
     EngineLost,
@@ -97,7 +107,7 @@ def after(
     return allowed
 
 
-_LATE = (Queued, LeaseGranted, Ready, AgentAudio, AgentText, Failed, EngineLost, Tick)
+_LATE = (Queued, LeaseGranted, Ready, AgentAudio, AgentText, AudioHeard, Failed, EngineLost, Tick)
 
 TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     OPENING: {
@@ -124,6 +134,7 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         ReceivedText: (CLOSING,),
         AgentAudio: (LIVE,),
         AgentText: (LIVE,),
+        AudioHeard: (LIVE,),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
         Tick: (LIVE, CLOSING),
@@ -144,7 +155,8 @@ class Limits:
     """Seconds; `math.inf` for none."""
 
     session_s: float = 3_600.0  # of conversation, from the handshake on
-    idle_s: float = 60.0  # without a message from the peer, while live
+    idle_s: float = 60.0  # without audio from the peer, while live
+    first_audio_s: float = 15.0  # the same from the handshake on; idle_s where that is less
 
 
 class SessionCore:
@@ -163,7 +175,8 @@ class SessionCore:
         self._backlog = bytearray()
         self._ends_at = float("inf")
         self._last_sent = now
-        self._last_heard = now
+        self._audio_limit_s = 0.0  # for the next audio, and when it ends
+        self._audio_due = float("inf")
         self._refilled_at = now
         self._messages_left = MESSAGE_BURST
         self._bytes_left = BYTE_BURST
@@ -193,7 +206,7 @@ class SessionCore:
         if self.state is not LIVE:
             return None
         page = self.pacer.deadline()
-        times = [self._last_sent + KEEP_ALIVE_S, self._ends_at, self._last_heard + self._limits.idle_s]
+        times = [self._last_sent + KEEP_ALIVE_S, self._ends_at, self._audio_due]
         return min(times if page is None else [page, *times])
 
     def _handle(self, event: Event, now: float) -> list[Command]:
@@ -217,6 +230,9 @@ class SessionCore:
                 return self._release(now)
             case AgentText(text):
                 return [Send(encode(Text(text)))] if text else []
+            case AudioHeard():
+                self._await_audio(self._limits.idle_s, now)
+                return []
             case Failed(error):
                 raise error
             case EngineLost():
@@ -241,7 +257,7 @@ class SessionCore:
         passed = now - self._refilled_at
         self._messages_left = min(MESSAGE_BURST, self._messages_left + passed * MESSAGES_PER_S) - 1
         self._bytes_left = min(BYTE_BURST, self._bytes_left + passed * BYTES_PER_S) - size
-        self._last_heard = self._refilled_at = now
+        self._refilled_at = now
         if self._messages_left < 0:
             raise ProtocolError(f"more than {MESSAGES_PER_S:g} messages per second")
         if self._bytes_left < 0:
@@ -252,7 +268,7 @@ class SessionCore:
             return []
         self.state = LIVE
         self._ends_at = now + self._limits.session_s
-        self._last_heard = now
+        self._await_audio(min(self._limits.first_audio_s, self._limits.idle_s), now)
         commands: list[Command] = [Send(encode(Handshake()))]
         commands += [Send(encode(Audio(page))) for page in self._headers]
         if self._backlog:
@@ -265,12 +281,15 @@ class SessionCore:
             return self._go_live_when_due(now)
         if now >= self._ends_at:
             raise SessionExpired("the session reached its time limit")
-        if now >= self._last_heard + self._limits.idle_s:
-            raise SessionExpired(f"nothing was received for {self._limits.idle_s:g} s")
+        if now >= self._audio_due:
+            raise SessionIdle(f"no audio was received for {self._audio_limit_s:g} s")
         commands = self._release(now)
         if not commands and now >= self._last_sent + KEEP_ALIVE_S:
             commands = [Send(encode(Ping()))]
         return commands
+
+    def _await_audio(self, limit_s: float, now: float) -> None:
+        self._audio_limit_s, self._audio_due = limit_s, now + limit_s
 
     def _release(self, now: float) -> list[Command]:
         page = self.pacer.release(now)

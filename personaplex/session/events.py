@@ -52,6 +52,12 @@ class Ready:
 
 
 @dataclass(frozen=True)
+class AudioHeard:
+    """What FeedAudio gave holds audio that could be decoded, silence or not. Told once a second or more often
+    while it comes."""
+
+
+@dataclass(frozen=True)
 class AgentAudio:
     """80 ms of agent speech: one whole Ogg page. `quiet` if leaving it out would not be heard."""
 
@@ -91,6 +97,7 @@ Event = (
     | LeaseGranted
     | Ready
     | AgentAudio
+    | AudioHeard
     | AgentText
     | Failed
     | EngineLost

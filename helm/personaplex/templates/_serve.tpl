@@ -20,7 +20,15 @@ follow from the pod groups, so that Serve never asks for more than the autoscale
 {{- if .Values.apiKeys.existingSecret -}}
 {{- $_ := set $settings "api_keys_file" "/etc/personaplex/keys" -}}
 {{- end -}}
+{{- if not (hasKey $settings "trusted_proxies") -}}
+{{- $_ := set $settings "trusted_proxies" (include "personaplex.proxies" . | int) -}}
+{{- end -}}
 {{- toYaml $settings -}}
+{{- end -}}
+
+{{/* Proxies that append the client's address to X-Forwarded-For: HAProxy, and what ends https in front of it. */}}
+{{- define "personaplex.proxies" -}}
+{{- add (ternary 1 0 .Values.serve.haProxy) (ternary 1 0 (or .Values.ingress.enabled .Values.httpRoute.enabled)) -}}
 {{- end -}}
 
 {{/* serveConfigV2: one application; everything else is in its settings. */}}

@@ -36,6 +36,13 @@ What a schema cannot say: rules between values. Each message names the value to 
 {{- fail (printf "settings.replicas_initial is %v, not between the %v and %v replicas of replicaGroups" $initial $derived.replicas_min $derived.replicas_max) -}}
 {{- end -}}
 {{- end -}}
+{{- $proxies := include "personaplex.proxies" . | int -}}
+{{- $trusted := $proxies -}}
+{{- if hasKey .Values.settings "trusted_proxies" -}}{{- $trusted = int .Values.settings.trusted_proxies -}}{{- end -}}
+{{- $limited := ne "0" (toString (get .Values.settings "sessions_per_address")) -}}
+{{- if and $limited (lt $trusted $proxies) -}}
+{{- fail (printf "settings.trusted_proxies is %d, but %d proxies append to X-Forwarded-For: all clients would count as one address. Leave it out, or set settings.sessions_per_address to 0" $trusted $proxies) -}}
+{{- end -}}
 {{- range $image := list .Values.image .Values.gatewayImage -}}
 {{- if and (eq $image.tag "latest") (not $image.digest) -}}
 {{- fail (printf "%s: the tag latest names no version: pin one" $image.repository) -}}
