@@ -39,7 +39,7 @@ from deployments.doors import Doors, Visitor
 from deployments.fleet import Observer
 from deployments.lease import Leases
 from deployments.line import Services
-from deployments.query import persona_from, read_query
+from deployments.query import persona_from, read_query, wants_status
 from deployments.settings import Settings
 from personaplex.errors import ConfigError, NoCapacity
 from personaplex.persona import Persona
@@ -74,8 +74,10 @@ class Gateway:
         self._services = Services(
             leases=self._leases,
             metrics=self._metrics,
-            limits=Limits(session_s=settings.session_limit_s, idle_s=settings.idle_limit_s),
-            connect=lambda grant, *heard: media.connect(grant.host, grant.port, *heard),
+            limits=Limits(settings.session_limit_s, settings.idle_limit_s, settings.burst_s),
+            connect=lambda grant, hear, lose: media.connect(
+                grant.host, grant.port, hear, lose, settings.burst_frames
+            ),
             connect_timeout_s=settings.lease_timeout_s,
             keep=self._keep,
             changed=self._publish,
@@ -104,7 +106,8 @@ class Gateway:
 
     async def chat(self, socket: WebSocket) -> None:
         await socket.accept()
-        conversation = Conversation(socket, uuid.uuid4().hex, self._services)
+        status = wants_status(socket.scope["query_string"])
+        conversation = Conversation(socket, uuid.uuid4().hex, self._services, status=status)
         self._open += 1
         self._publish()
         try:

@@ -44,7 +44,7 @@ LIMITS = Limits(session_s=60.0, idle_s=math.inf)
 async def echo(socket: ServerConnection, limits: Limits = LIMITS) -> None:
     """Says back what it hears and one word per frame, as a gateway would: queued, then live."""
     transcoder = Transcoder(clock=time.monotonic)
-    core = SessionCore(transcoder.headers(), limits, time.monotonic())
+    core = SessionCore(transcoder.headers(), limits, time.monotonic(), status=True)
 
     async def tell(event: Event) -> None:
         for command in core.receive(event, time.monotonic()):

@@ -30,14 +30,14 @@ from deployments.conversation import Conversation
 from deployments.doors import Doors, Visitor
 from deployments.gateway import Gateway
 from deployments.lease import Grant
-from deployments.line import Services
+from deployments.line import UNHEARD_LIMIT, Services
 from deployments.media import Kind, pack_ready
 from deployments.query import SEED_LIMIT, persona_from, read_query
 from deployments.settings import Settings
 from personaplex.config import Sampling
 from personaplex.errors import BadParameter, Unauthorized, UnknownVoice
 from personaplex.persona import PROMPTS, VOICES, Persona
-from personaplex.session.core import BACKLOG_LIMIT, HANDSHAKE_DELAY_S, Limits
+from personaplex.session.core import HANDSHAKE_DELAY_S, Limits
 from personaplex.session.wire import Audio, encode
 from personaplex.tokenlog import TokenLog
 
@@ -282,10 +282,10 @@ class Caller(Silence):
 
 
 def test_audio_that_waits_to_be_decoded_is_bounded() -> None:
-    """Early audio of the largest size and as much again, before the event loop can decode any of it."""
+    """More of it than may wait, before the event loop can decode any."""
 
     async def run() -> Caller:
-        spy, caller = Spy(), Caller(*[encode(Audio(bytes(BACKLOG_LIMIT // 8)))] * 9)
+        spy, caller = Spy(), Caller(*[encode(Audio(bytes(UNHEARD_LIMIT // 8)))] * 9)
 
         async def acquire(*_: Any) -> Any:
             return spy

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from deployments import media
-from deployments.media import OUTBOX_FRAMES, Kind, Link
+from deployments.media import Kind, Link
 from personaplex.config import FRAME_SIZE, Sampling
 from personaplex.errors import (
     NoCapacity,
@@ -24,6 +24,7 @@ from personaplex.errors import (
 from personaplex.persona import Persona
 
 T = TypeVar("T")
+OUTBOX = 25  # frames
 
 
 def _noise(seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -103,7 +104,7 @@ class End:
         self.messages: list[tuple[Kind, bytes]] = []
         self.news = asyncio.Event()
         self.lost = asyncio.Event()
-        self.link = Link(self._message, lambda _: self.lost.set())
+        self.link = Link(self._message, lambda _: self.lost.set(), OUTBOX)
 
     def _message(self, link: Link, kind: Kind, payload: bytes) -> None:
         if payload == b"refuse":
@@ -207,7 +208,7 @@ def test_a_peer_that_does_not_read_costs_a_bounded_queue() -> None:
         await asyncio.sleep(0.05)
         for number in range(2_000):
             server.link.send_frame(Kind.REPLY, struct.pack("<I", number) + bytes(7_700))
-        assert len(server.link._outbox) == OUTBOX_FRAMES
+        assert len(server.link._outbox) == OUTBOX
         assert server.link.dropped > 1_000
         # When it reads again it gets the newest, in order, and what was dropped is missing in one place.
         reader, writer = await asyncio.open_connection(sock=silent)
@@ -217,7 +218,7 @@ def test_a_peer_that_does_not_read_costs_a_bounded_queue() -> None:
             numbers.append(struct.unpack_from("<I", head, 5)[0])
             await reader.readexactly(7_700)
         assert numbers == sorted(set(numbers))
-        assert numbers[-OUTBOX_FRAMES:] == list(range(2_000 - OUTBOX_FRAMES, 2_000))
+        assert numbers[-OUTBOX:] == list(range(2_000 - OUTBOX, 2_000))
         assert len(numbers) + server.link.dropped == 2_000
         writer.close()
 

@@ -174,7 +174,7 @@ def test_a_whole_conversation(browser: Chromium) -> None:
     (query,) = service.chats
     assert query["voice_prompt"] == "NATF2"
     assert query["text_prompt"] == "A cat & a dog"
-    assert (query["seed"], query["audio_topk"]) == ("5", "250")
+    assert (query["seed"], query["audio_topk"], query["status"]) == ("5", "250", "1")
     (transcoder,) = watched
     assert (transcoder.dropped_pages, transcoder.resyncs, transcoder.counters.concealed) == (0, 0, 0)
     assert max(float(np.abs(frame).max()) for frame in heard[:sent]) > 0.05
