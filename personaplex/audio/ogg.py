@@ -98,10 +98,16 @@ class OggDemuxer:
                 break
             if self._is_intact(start, size):
                 self._read_page(start, size, items)
-                self._junk = max(0, self._junk - size)
                 position = start + size
+            elif (packet := self._overlong_packet(start)) is not None:
+                self._take(packet, bool(self._buffer[start + 5] & FIRST), items)
+                position = start + _HEADER.size + 1 + len(packet)
             else:
+                self._drop_page(size)
                 position = start + len(CAPTURE)
+                continue
+            self._in_sync, self._damaged = True, False
+            self._junk = max(0, self._junk - (position - start))
         else:
             position = max(position, len(self._buffer) - len(CAPTURE) + 1)
         del self._buffer[:position]
@@ -141,14 +147,28 @@ class OggDemuxer:
         page = self._buffer[start : start + size]
         stored = bytes(page[22:26])
         page[22:26] = _NO_CRC
-        if page[4] == 0 and checksum(page) == stored:
-            self._in_sync, self._damaged = True, False
-            return True
+        return page[4] == 0 and checksum(page) == stored
+
+    def _overlong_packet(self, start: int) -> bytes | None:
+        """The packet of a page that says it has 255 bytes, has more, and is right by its checksum all the same:
+        so write clients that know one lacing value. It must end with the buffer or where the next page begins.
+        """
+        if self._buffer[start + _HEADER.size - 1 : start + _HEADER.size + 1] != b"\x01\xff":
+            return None
+        end = self._buffer.find(CAPTURE, start + len(CAPTURE))
+        end = len(self._buffer) if end < 0 else end
+        body = start + _HEADER.size + 1
+        if not 255 < end - body <= PACKET_LIMIT or not self._is_intact(start, end - start):
+            return None
+        self._partial = None
+        self._serial = int.from_bytes(self._buffer[start + 14 : start + 18], "little")
+        return bytes(self._buffer[body:end])
+
+    def _drop_page(self, size: int) -> None:
         self.dropped_pages += 1
         self._in_sync, self._damaged = False, True
         self._partial = None
         self._waste(size)
-        return False
 
     def _refuse_foreign(self) -> None:
         if not self._stray:
