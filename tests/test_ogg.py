@@ -172,7 +172,7 @@ def test_a_damaged_page_is_dropped_and_counted() -> None:
 
 @pytest.mark.parametrize("size", [256, 300, 511, 2_000])
 def test_a_packet_longer_than_its_only_lacing_value(size: int) -> None:
-    """As fujielab-moshi-client 0.1.2 writes whatever has more than 255 bytes; the checksum covers all of it."""
+    """As fujielab-moshi-client 0.1.2 writes whatever is longer than 255 bytes; the checksum covers it all."""
     long, good = page([255], bytes(range(256)) * 8)[:28] + bytes(size), page([2], b"ab")
     overlong = bytearray(long)
     overlong[22:26] = bytes(4)

@@ -3,7 +3,7 @@
 - Kyutai's Python client (`moshi.client` on PyPI, installed without its dependencies), with our sound card;
 - a client made of `sphn`, Kyutai's own Opus and Ogg, by the book;
 - what browsers really sent: recordings of opus-recorder (NVIDIA's web client) and of WebCodecs, page by page;
-- opus-recorder's decoder, which NVIDIA's page plays with, under node: where it was fetched before (`make test`).
+- opus-recorder's decoder, which NVIDIA's page plays with, under node, if `make test` could fetch it.
 
 `make test-clients` runs more of them, each in an environment of its own.
 """

@@ -1,7 +1,7 @@
 """Whoever sends legal Ogg Opus in real time is heard whole, whatever its packets, pages and bursts.
 
 All shapes talk at once, as sessions of one service with the echo engine. Each says tones that change with
-every frame, so that what comes back shows by itself whether something is missing, comes twice or out of order.
+every frame, so that what comes back shows by itself whether any is missing, twice or out of order.
 """
 
 from __future__ import annotations

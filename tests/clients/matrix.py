@@ -1,8 +1,8 @@
 """Clients that others wrote, unmodified, against a real service on this machine: `make test-clients`.
 
 Each gets an environment of its own under .cache/clients, made on first use; the service is
-`python -m personaplex.server` with the engine that says back what it hears. A client passes when it hears its own
-speech again. The result, with versions, is written into docs/clients.md.
+`python -m personaplex.server` with the engine that says back what it hears. A client passes when it hears its
+own speech again. The result, with versions, is written into docs/clients.md.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 import websockets
-from soundcard import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE, Pcm, likeness
 
 from benchmarks.live import service
+from clients.soundcard import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE, Pcm, likeness
 from personaplex.audio.transcoder import Transcoder
 
 HERE = Path(__file__).parent
@@ -59,7 +59,7 @@ CLIENTS = (
     ),
     Client("sphn", "a client made of Kyutai's Ogg and Opus", (("sphn", "websockets", "numpy"),)),
     Client("fujielab", "`MoshiClient` of its library", (("fujielab-moshi-client==0.1.2",),)),
-    Client("livekit", "the plugin's realtime session", (("livekit-plugins-nvidia[personaplex]",),)),
+    Client("livekit", "the plugin's realtime session", (("livekit-plugins-nvidia[personaplex]==1.8.9",),)),
 )
 
 
@@ -90,22 +90,15 @@ def environment(client: Client) -> Path:
     return python
 
 
-def decoder_worker() -> Path | None:
-    """opus-recorder's decoder from npm, or None where there is no npm or it cannot be had."""
-    worker = CACHE / "npm" / "node_modules" / "opus-recorder" / "dist" / "decoderWorker.min.js"
-    if not worker.exists() and shutil.which("npm") and shutil.which("node"):
-        worker.parents[3].mkdir(parents=True, exist_ok=True)
-        install = [
-            "npm",
-            "install",
-            "--silent",
-            "--no-save",
-            "--prefix",
-            str(worker.parents[3]),
-            OPUS_RECORDER,
-        ]
+def decoder_worker(*, fetch: bool) -> Path | None:
+    """opus-recorder's decoder, from npm if it may be fetched; None where it or node is not to be had."""
+    folder = CACHE / "npm"
+    worker = folder / "node_modules" / "opus-recorder" / "dist" / "decoderWorker.min.js"
+    if fetch and not worker.exists() and shutil.which("npm"):
+        folder.mkdir(parents=True, exist_ok=True)
+        install = ["npm", "install", "--silent", "--no-save", "--prefix", str(folder), OPUS_RECORDER]
         subprocess.run(install, check=False)
-    return worker if worker.exists() else None
+    return worker if worker.exists() and shutil.which("node") else None
 
 
 def decoded(worker: Path, pages: list[bytes]) -> Pcm:
@@ -157,7 +150,7 @@ async def record(url: str, said: Pcm) -> list[bytes]:
 
 def page_decoder(url: str, speech: Path) -> Result:
     what = "the decoder worker that NVIDIA's page plays with, under node"
-    worker = decoder_worker()
+    worker = decoder_worker(fetch=True)
     if worker is None:
         return Result("opus-recorder", "?", what, 0.0, 0.0, "no node or no npm")
     version = json.loads((worker.parents[1] / "package.json").read_text())["version"]
@@ -167,17 +160,17 @@ def page_decoder(url: str, speech: Path) -> Result:
 
 def table(results: list[Result]) -> str:
     """The results as Markdown."""
+    when = f"{datetime.date.today()}, Python {platform.python_version()}"
     rows = [
-        f"Last run: {datetime.date.today()}, Python {platform.python_version()}, {SAID_S:g} s of speech each.",
+        f"Last run: {when}, {SAID_S:g} s of speech each.",
         "",
         "| client | version | what ran | heard | likeness | |",
         "|---|---|---|---|---|---|",
     ]
     for one in results:
         verdict = "passes" if one.passed else f"**fails** {one.error}"
-        rows.append(
-            f"| {one.client} | {one.version} | {one.what} | {one.heard_s:.1f} s | {one.like:.2f} | {verdict} |"
-        )
+        figures = f"{one.heard_s:.1f} s | {one.like:.2f}"
+        rows.append(f"| {one.client} | {one.version} | {one.what} | {figures} | {verdict} |")
     return "\n".join(rows)
 
 
@@ -191,7 +184,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--decoder-only", action="store_true", help="only fetch opus-recorder, for make test")
     if parser.parse_args().decoder_only:
-        decoder_worker()
+        decoder_worker(fetch=True)
         return 0
     for client in CLIENTS:
         environment(client)
