@@ -86,6 +86,7 @@ observe: install promtool
 bench: install
 	$(BIN)/python -m benchmarks.engine --output benchmarks/results/engine-cpu.json
 	$(BIN)/python -m benchmarks.codec --output benchmarks/results/codec.json
+	$(BIN)/python -m benchmarks.bursts --output benchmarks/results/bursts.json
 
 format: install
 	$(BIN)/ruff check --fix .

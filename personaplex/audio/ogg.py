@@ -150,9 +150,9 @@ class OggDemuxer:
         return page[4] == 0 and checksum(page) == stored
 
     def _overlong_packet(self, start: int) -> bytes | None:
-        """The packet of a page that says it has 255 bytes and has more, but is right by its checksum, or None.
+        """The packet of a page that says it has 255 bytes, has more, and is right by its checksum; or None.
 
-        So write clients that know one lacing value only. It ends with the buffer or where the next page begins.
+        So write clients that know one lacing value. It ends with the buffer, or where the next page begins.
         """
         if self._buffer[start + _HEADER.size - 1 : start + _HEADER.size + 1] != b"\x01\xff":
             return None

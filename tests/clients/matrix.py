@@ -12,6 +12,7 @@ import asyncio
 import dataclasses
 import datetime
 import json
+import os
 import platform
 import shutil
 import struct
@@ -113,7 +114,8 @@ def call(client: Client, url: str, speech: Path) -> Result:
     """One conversation of `client`."""
     heard = speech.with_suffix(f".{client.name}")
     command = [str(environment(client)), str(HERE / "call.py"), client.name, url, str(speech), str(heard)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=bare)
     if done.returncode:
         return Result(client.name, "?", client.what, 0.0, 0.0, done.stderr.strip().splitlines()[-1])
     return judged(client.name, done.stdout.split()[-1], client.what, speech, np.fromfile(heard, np.float32))
