@@ -69,5 +69,7 @@ def likeness(said: Pcm, heard: Pcm) -> float:
     piece = said[middle - SAMPLE_RATE // 2 :][:SAMPLE_RATE]
     size = 1 << (len(heard) + len(piece)).bit_length()
     products = np.fft.irfft(np.fft.rfft(heard, size) * np.conj(np.fft.rfft(piece, size)), size)[: len(heard)]
-    power = np.sqrt(np.convolve(heard**2, np.ones(len(piece)), "full")[len(piece) - 1 :])
+    energy = np.concatenate(([0.0], np.cumsum(np.square(heard, dtype=np.float64))))
+    starts = np.arange(len(heard))
+    power = np.sqrt(energy[np.minimum(starts + len(piece), len(heard))] - energy[starts])
     return float(np.max(products / (np.linalg.norm(piece) * np.maximum(power, 1e-3))))
