@@ -42,8 +42,10 @@ LIMITS = Limits(session_s=60.0, idle_s=math.inf)
 
 
 async def echo(socket: ServerConnection, limits: Limits = LIMITS, *, status: bool = True) -> None:
-    """Says back what it hears and one word per frame, as a gateway would: queued, then live. `status`: whether
-    its client asked to be told so."""
+    """Says back what it hears and one word per frame, as a gateway would: queued, then live.
+
+    `status`: whether its client asked to be told so.
+    """
     transcoder = Transcoder(clock=time.monotonic)
     core = SessionCore(transcoder.headers(), limits, time.monotonic(), status=status)
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,10 @@ def main() -> int:
         speech.write_bytes(np.concatenate(frames[: round(SAID_S / FRAME_SECONDS)]).tobytes())
         time.sleep(2.0)  # the proxy learns of the service
         url = f"{base.replace('http', 'ws')}/api/chat"
-        results = [*(call(client, url, speech) for client in CLIENTS), page_decoder(url, speech)]
+        with ThreadPoolExecutor() as pool:
+            calls = [pool.submit(call, client, url, speech) for client in CLIENTS]
+            calls.append(pool.submit(page_decoder, url, speech))
+            results = [one.result() for one in calls]
     publish(results)
     print(table(results))
     return 0 if all(one.passed for one in results) else 1
