@@ -6,7 +6,7 @@ MODEL ?= auto
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install serve test test-browser load observe check format clean
+.PHONY: install serve test test-browser test-clients load observe check format clean
 
 install: $(STAMP)
 
@@ -39,8 +39,18 @@ libopus:
 serve: install
 	$(BIN)/python -m personaplex.server --model $(MODEL) --port $(PORT)
 
-test: install promtool
+test: install promtool decoder
 	$(BIN)/python -m pytest
+
+# Clients that others wrote, each in an environment of its own, against a service here; writes docs/clients.md.
+CLIENTS = PYTHONPATH=.:tests $(BIN)/python -m clients.matrix
+test-clients: install
+	$(CLIENTS)
+
+# The decoder of NVIDIA's page, from npm, for its test; where there is no npm or no network the test is skipped.
+.PHONY: decoder
+decoder:
+	@test -d .cache/clients/npm/node_modules || ! command -v npm >/dev/null || $(CLIENTS) --decoder-only || true
 
 # Prometheus' own checker, for the tests of the alerts; without it they are skipped by name.
 .PHONY: promtool
@@ -76,6 +86,7 @@ observe: install promtool
 bench: install
 	$(BIN)/python -m benchmarks.engine --output benchmarks/results/engine-cpu.json
 	$(BIN)/python -m benchmarks.codec --output benchmarks/results/codec.json
+	$(BIN)/python -m benchmarks.bursts --output benchmarks/results/bursts.json
 
 # The first thing to run on a machine with a GPU: is everything right, and how fast is it? Leaves one JSON file,
 # and step-time tables for planners, which belong into the repository.

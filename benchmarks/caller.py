@@ -45,15 +45,17 @@ class Caller(asyncio.Protocol):
         await loop.create_connection(lambda: self, self._url.hostname, self._url.port)
         await asyncio.wait_for(self._live, 30)
 
-    async def talk(self, pages: Sequence[bytes], phase_s: float, period_s: float) -> None:
-        """Sends the framed `pages`, one every `period_s`, then listens on for half a second and hangs up."""
+    async def talk(
+        self, pages: Sequence[bytes], phase_s: float, period_s: float, listen_s: float = 0.5
+    ) -> None:
+        """Sends the framed `pages`, one every `period_s`, then listens on for `listen_s` and hangs up."""
         due = time.monotonic() + phase_s
         for page in pages:
             await asyncio.sleep(due - time.monotonic())
             self.sent.append(time.monotonic())
             self._transport.write(page)
             due += period_s
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(listen_s)
         self._transport.write(framed(b"", _CLOSE))
         self._transport.close()
 

@@ -74,7 +74,7 @@ def sphn_send(frames: Pcm) -> None:
 
 
 def encoded(encoder: OpusEncoder, frames: Pcm) -> list[bytes]:
-    return [encoder.encode(part) for part in frames.reshape(-1, PACKET_SAMPLES)]
+    return [encoder.encode(part) for part in frames.reshape(-1, FRAME_SIZE)]
 
 
 def signal_to_noise(packets: list[bytes], said: Pcm, delay: int) -> float:

@@ -93,7 +93,7 @@ class FloorGateway(Gateway):
             lambda: EchoEngine(settings.slots),
             self._from_engine,
             gather_s=settings.gather_s,
-            inbox_limit=settings.inbox_frames,
+            inbox_limit=settings.burst_frames,
         )
         self._engine.start().result()
         self._leases = cast(Any, LocalLeases())

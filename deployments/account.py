@@ -46,8 +46,11 @@ class Account:
         self._live_at = time.monotonic()
         self._metrics.observe(metrics.READY_SECONDS, self._live_at - self.began, phase="handshake")
 
-    def close(self, error: PersonaplexError | None, pacer: Pacer, transcoder: Transcoder) -> None:
-        """The end; `error` is why our side ended it, None when the client left."""
+    def close(
+        self, error: PersonaplexError | None, pacer: Pacer, transcoder: Transcoder, ignored: int
+    ) -> None:
+        """The end; `error` is why our side ended it, None when the client left. `ignored`: its messages of no
+        use."""
         now, cause = time.monotonic(), metrics.cause(error)
         series = metrics.SESSIONS_REFUSED if self._live_at is None else metrics.SESSIONS_ENDED
         self._metrics.add(series, cause=cause)
@@ -59,6 +62,7 @@ class Account:
             ("packet", counters.concealed),
             ("page", transcoder.dropped_pages),
             ("resync", transcoder.resyncs),
+            ("message", ignored),
         ):
             self._metrics.add(metrics.STREAM_ERRORS, count, kind=kind)
         took = {f"{phase.name}_s": round(phase.end - phase.begin, 4) for phase in self._phases}
@@ -73,6 +77,7 @@ class Account:
             "frames_dropped": pacer.dropped,
             "underruns": pacer.late,
             "stream_errors": counters.concealed + transcoder.dropped_pages + transcoder.resyncs,
+            "ignored": ignored,
             **self._details,
         }
         text = "session %s ended: %s, %.1f s, %d frames in, %d out"

@@ -45,11 +45,13 @@ CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
 class Conversation:
     """Made for one accepted WebSocket; `run` lasts as long as the session."""
 
-    def __init__(self, socket: WebSocket, session: str, services: Services) -> None:
+    def __init__(self, socket: WebSocket, session: str, services: Services, *, status: bool = False) -> None:
+        """`status`: see `SessionCore`."""
         self._socket, self._session, self._services = socket, session, services
         self._account = Account(session, services.metrics, services.trace)
         self._line = Line(session, services, self._account, self._on)
-        self._core = SessionCore(self._line.transcoder.headers(), services.limits, self._account.began)
+        headers = self._line.transcoder.headers()
+        self._core = SessionCore(headers, services.limits, self._account.began, status=status)
         self._loop = asyncio.get_running_loop()
         self._unsent: deque[bytes] = deque()
         self._close: Close | None = None
@@ -185,7 +187,7 @@ class Conversation:
             self._timer.cancel()
         self._line.close()
         self._services.live.discard(self._session)
-        self._account.close(self._core.error, self._core.pacer, self._line.transcoder)
+        self._account.close(self._core.error, self._core.pacer, self._line.transcoder, self._core.ignored)
 
     async def _wind_up(self, tasks: Sequence[asyncio.Future[None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)

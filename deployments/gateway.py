@@ -44,7 +44,7 @@ from deployments.fleet import Observer
 from deployments.headers import SecurityHeaders
 from deployments.lease import Claim, LeaseRequest, Leases
 from deployments.line import Services
-from deployments.query import persona_from, read_query
+from deployments.query import persona_from, read_query, wants_status
 from deployments.reconnects import Reconnects
 from deployments.settings import Settings, behind_haproxy, proxy_callback
 from personaplex.errors import ConfigError, NoCapacity, PersonaplexError
@@ -89,9 +89,15 @@ class Gateway:
                 session_s=settings.session_limit_s,
                 idle_s=settings.idle_limit_s,
                 first_audio_s=settings.first_audio_s,
+                burst_s=settings.burst_s,
             ),
             connect=lambda grant, on_message, on_lost: media.connect(
-                grant.host, grant.port, on_message, on_lost, settings.stall_limit_s
+                grant.host,
+                grant.port,
+                on_message,
+                on_lost,
+                outbox=settings.burst_frames,
+                stall_s=settings.stall_limit_s,
             ),
             connect_timeout_s=settings.lease_timeout_s,
             keep=self._keep,
@@ -155,7 +161,8 @@ class Gateway:
         finally:
             if socket.application_state is not WebSocketState.CONNECTED:
                 claim.give_up()
-        conversation = Conversation(socket, session, self._services)
+        status = wants_status(socket.scope["query_string"])
+        conversation = Conversation(socket, session, self._services, status=status)
         try:
             await conversation.run(persona, claim)
         finally:

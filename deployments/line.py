@@ -1,8 +1,9 @@
 """A session's line to the replica that holds its slot: the lease, the link, and the media on it.
 
-`open` gets them once. From then on `hear` takes the client's Ogg stream and sends it on as frames; what the
-replica says becomes events, given to `tell` on the event loop. Nothing here blocks it for longer than one
-message's Opus work. The session's TokenLog is kept as the replies come.
+`open` gets them once. `hear` takes the client's Ogg stream, from its first byte, and sends it on as frames;
+of those that come before the slot is ready the newest burst waits for it. What the replica says becomes
+events, given to `tell` on the event loop. Nothing here blocks it for longer than one message's Opus work. The
+session's TokenLog is kept as the replies come.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from deployments.lease import Claim, Grant, Lease, LeaseRequest, Leases
 from deployments.media import Kind, Link, OnLost, OnMessage
 from deployments.metrics import Metrics
 from deployments.tracing import Trace
-from personaplex.audio.transcoder import Transcoder
+from personaplex.audio.transcoder import NOT_OGG_AFTER_S, Pcm, Transcoder
+from personaplex.config import FRAME_SECONDS, frames_in
 from personaplex.errors import PersonaplexError, ProtocolError
 from personaplex.persona import Persona
-from personaplex.session.core import BACKLOG_LIMIT, Limits
+from personaplex.session.core import Limits
 from personaplex.session.events import (
     AgentAudio,
     AgentText,
@@ -40,6 +42,8 @@ from personaplex.session.events import (
 from personaplex.tokenlog import TokenLog
 
 FEED_BYTES = 4_096  # of Ogg decoded at a time: about a second, well under a frame's time to decode
+UNHEARD_LIMIT = 524_288  # bytes of Ogg that may wait to be decoded: more than 8 s at 510 kb/s
+STALE_S = 2 * FRAME_SECONDS  # a frame that waited longer for its slot is late through no fault of its sender
 QUIET = 1e-6  # mean square of speech nobody misses: -60 dBFS
 HEARD_EVERY_S = 0.5  # AudioHeard is told while audio comes
 SAMPLED = 4  # every so many frames are measured: over Ray an observation costs as much as the frame's Ogg
@@ -70,7 +74,7 @@ class Line:
     def __init__(
         self, session: str, services: Services, account: Account, tell: Callable[[Event], None]
     ) -> None:
-        self.transcoder = Transcoder(clock=time.monotonic)
+        self.transcoder = Transcoder(clock=time.monotonic, burst_s=services.limits.burst_s)
         self.log = TokenLog()
         self._session, self._services, self._account, self._tell = session, services, account, tell
         self._metrics = services.metrics
@@ -81,6 +85,11 @@ class Line:
         self._stopped = False
         self._unheard: deque[bytes] = deque()  # of the client's stream, to be decoded
         self._unheard_bytes = 0
+        # Arrivals and frames, for a slot that is not ready.
+        self._early: deque[tuple[float, Pcm]] = deque(maxlen=frames_in(services.limits.burst_s))
+        self._ready = False
+        self._stale = 0  # of the first replies: to frames that waited for the slot
+        self._watch: asyncio.TimerHandle | None = None
         self._decode_seconds = 0.0  # since the last reply
         self._told_heard = float("-inf")  # when AudioHeard was told last
 
@@ -104,11 +113,11 @@ class Line:
         }
 
     def hear(self, data: bytes) -> None:
-        """Takes bytes of the client's stream. A long backlog is decoded in pieces, others in between."""
+        """Takes bytes of the client's stream. A long piece is decoded bit by bit, others in between."""
         idle = not self._unheard
         self._unheard_bytes += len(data)
-        if self._unheard_bytes > BACKLOG_LIMIT:
-            self._refuse(ProtocolError(f"more than {BACKLOG_LIMIT // 1024} KiB of audio wait to be decoded"))
+        if self._unheard_bytes > UNHEARD_LIMIT:
+            self._refuse(ProtocolError(f"more than {UNHEARD_LIMIT // 1024} KiB of audio wait to be decoded"))
             return
         self._unheard.extend(data[start : start + FEED_BYTES] for start in range(0, len(data), FEED_BYTES))
         if idle:
@@ -180,6 +189,7 @@ class Line:
             case Kind.READY:
                 self._account.phase("prefill", media.unpack_ready(payload))
                 self._tell(Ready(self._details))
+                self._send_early()
             case Kind.CLOSE:
                 self._tell(Failed(media.unpack_error(payload)))
             case _:
@@ -199,32 +209,65 @@ class Line:
             self._metrics.observe(metrics.TRANSCODE_SECONDS, spent)
             self._metrics.observe(metrics.FRAME_SECONDS, ((_micros() - reply.mark) % 2**32) / 1e6)
         self._decode_seconds = 0.0
-        self._tell(AgentAudio(page, quiet=float(np.dot(reply.pcm, reply.pcm)) < QUIET * len(reply.pcm)))
+        quiet = float(np.dot(reply.pcm, reply.pcm)) < QUIET * len(reply.pcm)
+        if quiet and reply.frame < self._stale:
+            self._metrics.add(
+                metrics.FRAMES_DROPPED, place="silence"
+            )  # makes up for what nobody chose to wait
+        else:
+            self._tell(AgentAudio(page, quiet))
         if reply.text:
             self._tell(AgentText(reply.text))
 
     # What the client says
 
     def _decode(self) -> None:
-        if self._stopped or self._link is None:
+        if self._stopped or not self._unheard:
             return
+        data = self._unheard.popleft()
+        self._unheard_bytes -= len(data)
+        self._take(data)
+        if self._unheard:
+            self._loop.call_soon(self._decode)
+
+    def _take(self, data: bytes) -> None:
         began = time.perf_counter()
         try:
-            frames = self.transcoder.receive(self._unheard[0])
+            frames = self.transcoder.receive(data)
         except PersonaplexError as error:
             self._refuse(error)
             return
         self._decode_seconds += time.perf_counter() - began
-        self._unheard_bytes -= len(self._unheard.popleft())
         for frame in frames:
-            dropped = self._link.dropped
-            self._link.send_frame(Kind.FRAME, media.pack_frame(_micros() % 2**32, frame))
-            self._metrics.add(metrics.FRAMES_DROPPED, self._link.dropped - dropped, place="link_in")
+            self._send(frame)
         if frames and began - self._told_heard >= HEARD_EVERY_S:
             self._told_heard = began
             self._tell(AudioHeard())
-        if self._unheard:
-            self._loop.call_soon(self._decode)
+        if self.transcoder.astray and self._watch is None:
+            self._watch = self._loop.call_later(NOT_OGG_AFTER_S, self._look_again)
+
+    def _look_again(self) -> None:
+        """What is no Ogg is named in time, whether more of it comes or not."""
+        self._watch = None
+        if not self._stopped:
+            self._take(b"")
+
+    def _send(self, frame: Pcm) -> None:
+        if not self._ready:
+            self._metrics.add(metrics.FRAMES_DROPPED, len(self._early) == self._early.maxlen, place="early")
+            self._early.append((time.monotonic(), frame))
+            return
+        assert self._link is not None
+        dropped = self._link.dropped
+        self._link.send_frame(Kind.FRAME, media.pack_frame(_micros() % 2**32, frame))
+        self._metrics.add(metrics.FRAMES_DROPPED, self._link.dropped - dropped, place="link_in")
+
+    def _send_early(self) -> None:
+        now = time.monotonic()
+        self._ready = True
+        self._stale = sum(now - arrived > STALE_S for arrived, _ in self._early)
+        while self._early:
+            self._send(self._early.popleft()[1])
 
     def _refuse(self, error: PersonaplexError) -> None:
         self._unheard.clear()

@@ -11,7 +11,7 @@ Every message is `length: uint32 LE | kind: uint8 | payload`, length counting th
                          CLOSE  JSON with the error that ended the session
 
 Contract: bytes and connections only, no Ray, no engine. Nothing is queued without a bound: while the peer
-does not read, the newest `OUTBOX_FRAMES` frames are kept, older ones are dropped and counted. The kernel ends
+does not read, the newest `outbox` frames are kept, older ones are dropped and counted. The kernel ends
 a connection whose other machine is gone, or whose other process stands still, within about a second more than
 `stall_s` (the setting `stall_limit_s`): a shorter stall is a gap. A process that ends closes it at once.
 Bytes outside this protocol raise ProtocolError and end the connection.
@@ -40,9 +40,7 @@ from personaplex.errors import PersonaplexError, ProtocolError, SessionLost, Unk
 from personaplex.persona import Persona, voice_name
 
 TOKEN_BYTES = 16
-OUTBOX_FRAMES = 25  # frames that wait for a peer that does not read: 2 s
 SOCKET_BYTES = 65_536  # the kernel's send buffer: 8 frames
-STALL_S = 10.0  # as the setting stall_limit_s has it
 MESSAGE_LIMIT = 65_536  # bytes; no message of this protocol comes near
 
 _LENGTH = _MARK = struct.Struct("<I")
@@ -182,10 +180,12 @@ OnLost = Callable[["Link"], None]
 
 class Link(asyncio.Protocol):
     """One end of a connection. `on_message(kind, payload)` and `on_lost()` are called on the event loop;
-    `on_lost` once, after the last message. A ProtocolError raised by `on_message` ends the connection."""
+    `on_lost` once, after the last message. A ProtocolError raised by `on_message` ends the connection.
+    `outbox` is the number of frames that may wait for a peer that does not read."""
 
-    def __init__(self, on_message: OnMessage, on_lost: OnLost, stall_s: float = STALL_S) -> None:
-        self._on_message, self._on_lost, self._stall_s = on_message, on_lost, stall_s
+    def __init__(self, on_message: OnMessage, on_lost: OnLost, *, outbox: int, stall_s: float) -> None:
+        self._on_message, self._on_lost = on_message, on_lost
+        self._outbox_limit, self._stall_s = outbox, stall_s
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
         self._outbox: deque[bytes] = deque()
@@ -204,12 +204,12 @@ class Link(asyncio.Protocol):
             self._transport.write(_LENGTH.pack(len(payload) + 1) + bytes((kind,)) + payload)
 
     def send_frame(self, kind: Kind, payload: bytes) -> None:
-        """Sends one FRAME or REPLY; while the peer does not read, only the newest OUTBOX_FRAMES are kept."""
+        """Sends one FRAME or REPLY; while the peer does not read, only the newest `outbox` are kept."""
         if self._writable:
             self.send(kind, payload)
             return
         self._outbox.append(_LENGTH.pack(len(payload) + 1) + bytes((kind,)) + payload)
-        if len(self._outbox) > OUTBOX_FRAMES:
+        if len(self._outbox) > self._outbox_limit:
             self._outbox.popleft()
             self.dropped += 1
 
@@ -291,10 +291,10 @@ def tune(sock: Any, stall_s: float) -> None:
 
 
 async def connect(
-    host: str, port: int, on_message: OnMessage, on_lost: OnLost, stall_s: float = STALL_S
+    host: str, port: int, on_message: OnMessage, on_lost: OnLost, *, outbox: int, stall_s: float
 ) -> Link:
-    """A link to a listening replica. Raises OSError."""
-    link = Link(on_message, on_lost, stall_s)
+    """A link to a listening replica; see `Link`. Raises OSError."""
+    link = Link(on_message, on_lost, outbox=outbox, stall_s=stall_s)
     await asyncio.get_running_loop().create_connection(lambda: link, host, port)
     if not link.open:
         raise ConnectionError("the replica hung up at once")

@@ -79,7 +79,8 @@ UNDERRUNS = Series(
 STREAM_ERRORS = Series(
     "personaplex_stream_errors",
     "counter",
-    "Faults of clients' streams, by kind: packet (Opus, concealed), page (Ogg, dropped), resync (Ogg, junk).",
+    "Faults of clients, by kind: packet (Opus, concealed), page (Ogg, dropped), resync (Ogg, junk), message "
+    "(empty, text or unknown: ignored).",
     ("kind",),
 )
 PROMPT_CHARACTERS = Series(
@@ -94,7 +95,8 @@ PROMPT_CHARACTERS = Series(
 FRAMES_DROPPED = Series(
     "personaplex_frames_dropped",
     "counter",
-    "Frames lost by the service, by place: link_in and link_out (media link), inbox, pacer, silence.",
+    "Frames lost by the service, by place: early (no slot was ready yet), link_in and link_out (media link), "
+    "inbox, pacer, silence.",
     ("place",),
 )
 

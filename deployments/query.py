@@ -2,6 +2,7 @@
 
 Everything has a default, and names nobody knows are ignored, since stock clients send more than is used
 (`pad_mult`, `repetition_penalty`, `repetition_penalty_context`, `email`). A name given twice counts once.
+`status=1` asks for news before the handshake: the place in the queue and the session's details.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ def read_query(query: bytes, limit: int) -> dict[str, str]:
     except (ValueError, UnicodeDecodeError) as error:
         raise BadParameter("the query cannot be read") from error
     return dict(reversed(pairs))
+
+
+def wants_status(query: bytes) -> bool:
+    """Whether the client asks to be told how it stands before the handshake."""
+    return b"status=1" in query.split(b"&")
 
 
 def persona_from(query: Mapping[str, str]) -> Persona:

@@ -74,7 +74,7 @@ class Replica:
             self._load,
             self._from_engine,
             gather_s=settings.gather_s,
-            inbox_limit=settings.inbox_frames,
+            inbox_limit=settings.burst_frames,
         )
         began = time.monotonic()
         started = asyncio.wrap_future(self._engine.start())
@@ -148,7 +148,12 @@ class Replica:
     # Media links
 
     def _accept(self) -> Link:
-        link = Link(self._message, self._lost, self._settings.stall_limit_s)
+        link = Link(
+            self._message,
+            self._lost,
+            outbox=self._settings.burst_frames,
+            stall_s=self._settings.stall_limit_s,
+        )
         self._strangers[link] = self._event_loop.call_later(
             self._settings.lease_timeout_s, self._turn_away, link, SessionLost("nothing was said in time")
         )

@@ -22,7 +22,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from deployments.addresses import Network, network
-from personaplex.config import EngineConfig
+from personaplex.config import BURST_S, EngineConfig, frames_in
 from personaplex.errors import ConfigError
 from personaplex.files import key_lines
 
@@ -141,10 +141,12 @@ class Settings(BaseSettings):
         description="A tick longer than this makes the replica report itself unhealthy, and a gateway or "
         "replica that stands still for longer is given up by the other. A shorter stall is a gap.",
     )
-    inbox_frames: int = Field(
-        25,
-        ge=2,
-        description="Frames (80 ms each) a slot lets wait; beyond it the oldest is dropped and counted.",
+    burst_s: float = Field(
+        BURST_S,
+        ge=0.16,
+        le=60,
+        description="Longest burst of a client (long pages, a stall): all of it is answered; of what waits "
+        "beyond it the oldest is dropped and counted.",
     )
     gather_ms: float = Field(
         4.0, ge=0, le=40, description="How long a tick waits for frames of other slots; 0 in low_latency."
@@ -335,6 +337,11 @@ class Settings(BaseSettings):
             prompt_tokens=self.prompt_tokens,
             voice_memory=self.voice_memory,
         )
+
+    @property
+    def burst_frames(self) -> int:
+        """The longest burst in frames."""
+        return frames_in(self.burst_s)
 
     @property
     def gather_s(self) -> float:

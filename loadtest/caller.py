@@ -116,6 +116,7 @@ class Caller:
             "voice_prompt": f"{arrival.voice}.pt",
             "text_prompt": PROMPTS[arrival.prompt].text,
             "seed": arrival.seed,
+            "status": 1,
         }
         return f"{self._target.url}?{urlencode(query)}"
 

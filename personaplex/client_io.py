@@ -165,6 +165,7 @@ def chat_url(options: argparse.Namespace) -> str:
         "text_topk": options.text_topk,
         "audio_temperature": options.audio_temperature,
         "audio_topk": options.audio_topk,
+        "status": 1,  # tell us the place in the queue; other servers ignore it
     }
     given = urlencode({name: value for name, value in query.items() if value is not None})
     both = "&".join(part for part in (parts.query, given) if part)

@@ -7,6 +7,7 @@ with other sizes brings its own `config.json`, read by `ModelConfig.from_json`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,10 @@ SAMPLE_RATE = 24_000
 FRAME_SIZE = 1_920  # samples in one frame
 FRAME_RATE = 12.5  # frames per second
 FRAME_SECONDS = 0.08
+BURST_S = 6.0  # seconds of audio that may come, wait or run at once before any of it is lost
+CATCH_UP_RATE = (
+    1.05  # times real time, what is heard in the long run: room for a sound card whose clock is fast
+)
 
 CODEBOOKS = 8  # Mimi levels used, per speaker
 STREAMS = 17  # text, 8 agent codebooks, 8 user codebooks
@@ -106,6 +111,11 @@ class ModelConfig:
             raise ConfigError(f"config.json: missing key {error}") from error
         except (TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ConfigError(f"config.json: {error}") from error
+
+
+def frames_in(seconds: float) -> int:
+    """The fewest frames that last `seconds`."""
+    return math.ceil(seconds / FRAME_SECONDS - 1e-9)
 
 
 def gated_hidden(dim: int, feed_forward: int) -> int:

@@ -42,10 +42,13 @@ Handler = Callable[[ServerConnection], Awaitable[None]]
 LIMITS = Limits(session_s=60.0, idle_s=math.inf)
 
 
-async def echo(socket: ServerConnection, limits: Limits = LIMITS) -> None:
-    """Says back what it hears and one word per frame, as a gateway would: queued, then live."""
+async def echo(socket: ServerConnection, limits: Limits = LIMITS, *, status: bool = True) -> None:
+    """Says back what it hears and one word per frame, as a gateway would: queued, then live.
+
+    `status`: whether its client asked to be told so.
+    """
     transcoder = Transcoder(clock=time.monotonic)
-    core = SessionCore(transcoder.headers(), limits, time.monotonic())
+    core = SessionCore(transcoder.headers(), limits, time.monotonic(), status=status)
 
     async def tell(event: Event) -> None:
         for command in core.receive(event, time.monotonic()):

@@ -242,8 +242,8 @@ class Client:
 async def connect(
     service: Service, headers: dict[str, str] | None = None, **query: Any
 ) -> AsyncIterator[Client]:
-    """A client connected to `service`; closed at the end."""
-    url = f"{service.chat}?{urlencode(query)}" if query else service.chat
+    """A client connected to `service`, which asks for status as ours do; closed at the end."""
+    url = f"{service.chat}?{urlencode({'status': 1, **query})}"
     async with websockets.connect(url, additional_headers=headers, max_size=None) as socket:
         client = Client(socket)
         try:

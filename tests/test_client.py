@@ -91,7 +91,7 @@ def test_a_recording_is_streamed_and_the_answer_kept(
     assert "between pages" in output.err
     assert service.headers[0]["authorization"] == "Bearer k-1"
     assert service.requests == [
-        "/api/chat?voice_prompt=NATM1.pt&text_prompt=You+are+brief+%26+kind.&seed=7",
+        "/api/chat?voice_prompt=NATM1.pt&text_prompt=You+are+brief+%26+kind.&seed=7&status=1",
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.txt", "out.wav"]
 
@@ -297,9 +297,9 @@ def test_files_are_checked_before_the_conversation(
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        ("localhost:8998", "ws://localhost:8998/api/chat"),
-        ("https://host/", "wss://host/api/chat"),
-        ("ws://host:1/other?a=1", "ws://host:1/other?a=1"),
+        ("localhost:8998", "ws://localhost:8998/api/chat?status=1"),
+        ("https://host/", "wss://host/api/chat?status=1"),
+        ("ws://host:1/other?a=1", "ws://host:1/other?a=1&status=1"),
     ],
 )
 def test_addresses(url: str, expected: str) -> None:
@@ -308,7 +308,7 @@ def test_addresses(url: str, expected: str) -> None:
 
 def test_the_query_joins_the_addresss_own() -> None:
     options = parser().parse_args(["--url", "ws://h/api/chat?a=1", "--voice", "NATF0.pt", "--text-topk", "0"])
-    assert chat_url(options) == "ws://h/api/chat?a=1&voice_prompt=NATF0.pt&text_topk=0"
+    assert chat_url(options) == "ws://h/api/chat?a=1&voice_prompt=NATF0.pt&text_topk=0&status=1"
 
 
 @pytest.mark.parametrize("url", ["ftp://host/", "ws:///api/chat", ""])

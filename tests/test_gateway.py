@@ -12,11 +12,12 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import ray
 import requests
@@ -31,19 +32,21 @@ from starlette.routing import Route
 from starlette.websockets import WebSocket, WebSocketState
 from websockets.http11 import Response as Refused
 
+from deployments import media
 from deployments.application import build
 from deployments.conversation import Conversation
 from deployments.gateway import PAGE, Gateway
 from deployments.headers import SecurityHeaders
 from deployments.lease import Claim, Grant, Waiter
-from deployments.line import Services
+from deployments.line import STALE_S, UNHEARD_LIMIT, Services
 from deployments.media import Kind, pack_ready
 from deployments.query import SEED_LIMIT, persona_from, read_query
 from deployments.settings import Settings
-from personaplex.config import Sampling
+from personaplex.audio.transcoder import Transcoder
+from personaplex.config import FRAME_SIZE, Sampling
 from personaplex.errors import BadParameter, UnknownVoice
 from personaplex.persona import PROMPTS, VOICES, Persona
-from personaplex.session.core import BACKLOG_LIMIT, HANDSHAKE_DELAY_S, Limits
+from personaplex.session.core import HANDSHAKE_DELAY_S, Limits
 from personaplex.session.wire import Audio, encode
 from personaplex.tokenlog import TokenLog
 
@@ -182,10 +185,10 @@ class Caller(Silence):
 
 
 def test_audio_that_waits_to_be_decoded_is_bounded() -> None:
-    """Early audio of the largest size and as much again, before the event loop can decode any of it."""
+    """More of it than may wait, before the event loop can decode any."""
 
     async def run() -> Caller:
-        spy, caller = Spy(), Caller(*[encode(Audio(bytes(BACKLOG_LIMIT // 8)))] * 9)
+        spy, caller = Spy(), Caller(*[encode(Audio(bytes(UNHEARD_LIMIT // 8)))] * 9)
 
         async def connect(grant: Grant, hear: Any, lose: Any) -> Any:
             spy.hear = hear
@@ -203,6 +206,107 @@ def test_audio_that_waits_to_be_decoded_is_bounded() -> None:
     caller = asyncio.run(run())
     assert caller.code == 1002
     assert "wait to be decoded" in caller.complaint
+
+
+class Slot(Spy):
+    """A link that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames: list[Any] = []
+
+    def send_frame(self, kind: Kind, payload: bytes) -> None:
+        assert kind is Kind.FRAME
+        self.frames.append(media.unpack_frame(payload)[1])
+
+    def answer(self, frame: int, level: float) -> None:
+        pcm = np.full(FRAME_SIZE, level, np.float32)
+        self.hear(self, Kind.REPLY, media.pack_reply(media.Reply(frame, pcm, np.zeros(17, np.int64), "", 0)))
+
+
+class Listener(Caller):
+    """A caller that keeps the pages it is sent, by their numbers, headers first."""
+
+    def __init__(self, *said: bytes) -> None:
+        super().__init__(*said)
+        self.numbers: list[int] = []
+
+    async def send_bytes(self, data: bytes) -> None:
+        if data[0] == 1:
+            self.numbers.append(int.from_bytes(data[19:23], "little"))
+
+
+async def _converse(
+    caller: Caller, slot: Slot, limits: Limits, during: Callable[[], Awaitable[None]]
+) -> None:
+    """Runs `during` once the replica was told the persona, then hangs up."""
+
+    async def link(grant: Grant, hear: Any, lose: Any) -> Any:
+        slot.hear = hear
+        return slot
+
+    services = dataclasses.replace(_services(link), limits=limits)
+    conversation = Conversation(cast(WebSocket, caller), "s", services)
+    handler = asyncio.ensure_future(conversation.run(Persona(), _claim(slot)))
+    await asyncio.wait_for(slot.connected.wait(), 5)
+    await during()
+    handler.cancel()
+    await asyncio.gather(handler, return_exceptions=True)
+
+
+def test_of_what_is_said_before_a_slot_is_ready_the_newest_burst_is_heard() -> None:
+    sender = Transcoder()
+    said = [np.full(FRAME_SIZE, number / 100, np.float32) for number in range(26)]
+    pages = [*sender.headers(), *(sender.send(frame) for frame in said)]
+    ear = Transcoder()
+    frames = [frame for page in pages for frame in ear.receive(page)]
+    slot, caller = Slot(), Caller(*(encode(Audio(page)) for page in pages))
+
+    async def during() -> None:
+        caller.may_speak.set()
+        await asyncio.sleep(0.1)
+        assert not slot.frames
+        slot.hear(slot, Kind.READY, pack_ready(0.1))
+
+    asyncio.run(_converse(caller, slot, Limits(burst_s=0.8), during))
+    np.testing.assert_array_equal(np.stack(slot.frames), np.stack(frames[-10:]))
+
+
+def test_time_that_a_slot_took_is_made_up_for_in_silence_only() -> None:
+    """Answers to what was said meanwhile are late through no fault of the client: quiet ones are left out."""
+    sender = Transcoder()
+    pages = [*sender.headers(), *(sender.send(np.zeros(FRAME_SIZE, np.float32)) for _ in range(9))]
+    slot, caller = Slot(), Listener(*(encode(Audio(page)) for page in pages))
+
+    async def during() -> None:
+        caller.may_speak.set()
+        await asyncio.sleep(STALE_S + 0.1)
+        slot.hear(slot, Kind.READY, pack_ready(0.1))
+        assert len(slot.frames) == 8
+        for number in range(10):
+            slot.answer(number, 0.1 if number == 3 else 0.0)
+        await asyncio.sleep(0.5)
+
+    asyncio.run(_converse(caller, slot, Limits(), during))
+    assert caller.numbers == [0, 1, 2 + 3, 2 + 8, 2 + 9]
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_what_is_no_ogg_is_named_within_a_second_even_by_who_waits(ready: bool) -> None:
+    slot, caller = Slot(), Caller(encode(Audio(bytes(1_920))))
+
+    async def during() -> None:
+        if ready:
+            slot.hear(slot, Kind.READY, pack_ready(0.1))
+        caller.may_speak.set()
+        began = time.monotonic()
+        while not caller.code:
+            await asyncio.sleep(0.01)
+            assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 1.5, "a second, and a busy machine"
+
+    asyncio.run(_converse(caller, slot, Limits(), during))
+    assert (caller.code, caller.complaint) == (1007, "no Ogg page (raw PCM?); send Ogg Opus")
 
 
 def test_a_replica_that_does_not_answer_costs_a_lease_and_not_the_session() -> None:

@@ -16,7 +16,7 @@ import pytest
 from mutation import mutants
 
 from deployments import media
-from deployments.media import OUTBOX_FRAMES, Kind, Link
+from deployments.media import Kind, Link
 from personaplex.config import FRAME_SIZE, Sampling
 from personaplex.errors import (
     NoCapacity,
@@ -28,6 +28,8 @@ from personaplex.errors import (
 from personaplex.persona import Persona
 
 T = TypeVar("T")
+OUTBOX = 25  # frames
+STALL_S = 10.0
 
 
 def _noise(seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -182,7 +184,7 @@ class End:
         self.messages: list[tuple[Kind, bytes]] = []
         self.news = asyncio.Event()
         self.lost = asyncio.Event()
-        self.link = Link(self._message, lambda _: self.lost.set())
+        self.link = Link(self._message, lambda _: self.lost.set(), outbox=OUTBOX, stall_s=STALL_S)
 
     def _message(self, link: Link, kind: Kind, payload: bytes) -> None:
         if payload == b"refuse":
@@ -286,7 +288,7 @@ def test_a_peer_that_does_not_read_costs_a_bounded_queue() -> None:
         await asyncio.sleep(0.05)
         for number in range(2_000):
             server.link.send_frame(Kind.REPLY, struct.pack("<I", number) + bytes(7_700))
-        assert len(server.link._outbox) == OUTBOX_FRAMES
+        assert len(server.link._outbox) == OUTBOX
         assert server.link.dropped > 1_000
         # When it reads again it gets the newest, in order, and what was dropped is missing in one place.
         reader, writer = await asyncio.open_connection(sock=silent)
@@ -296,7 +298,7 @@ def test_a_peer_that_does_not_read_costs_a_bounded_queue() -> None:
             numbers.append(struct.unpack_from("<I", head, 5)[0])
             await reader.readexactly(7_700)
         assert numbers == sorted(set(numbers))
-        assert numbers[-OUTBOX_FRAMES:] == list(range(2_000 - OUTBOX_FRAMES, 2_000))
+        assert numbers[-OUTBOX:] == list(range(2_000 - OUTBOX, 2_000))
         assert len(numbers) + server.link.dropped == 2_000
         writer.close()
 
@@ -336,14 +338,16 @@ def test_a_peer_that_does_not_read_is_cut_off_on_close() -> None:
     _with_server(run)
 
 
-@pytest.mark.parametrize("stall_s", [3.5, media.STALL_S])
+@pytest.mark.parametrize("stall_s", [3.5, STALL_S])
 def test_the_kernel_gives_up_just_after_the_longest_stall(stall_s: float) -> None:
     """A dead machine's packets just stop coming; a process that stands still takes nothing. It was 2 s once
     whatever the setting said, and a replica that stood still for 4 s lost its sessions."""
 
     async def run(server: End, port: int) -> None:
         client = End()
-        client.link = await media.connect("127.0.0.1", port, client._message, lambda _: None, stall_s)
+        client.link = await media.connect(
+            "127.0.0.1", port, client._message, lambda _: None, outbox=OUTBOX, stall_s=stall_s
+        )
         assert client.link._transport is not None
         sock = client.link._transport.get_extra_info("socket")
         assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1_000 * (stall_s + 1)

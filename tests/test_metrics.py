@@ -96,7 +96,7 @@ class Fleet:
 def service(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     table = tmp_path_factory.mktemp("steps") / "slow.json"
     table.write_text(json.dumps(SLOW))
-    engine = {"model": "simulated", "step_times": table, "slots": 1, "inbox_frames": 2}
+    engine = {"model": "simulated", "step_times": table, "slots": 1, "burst_s": 0.16}
     with running(cluster, **engine, metrics_page=True, session_limit_s=90.0) as service:
         yield service
 
@@ -122,6 +122,7 @@ async def troubled_session(service: Service) -> None:
                 if number == 6:
                     data = b"junk" + data
                 await first.send(data)
+                await first.socket.send("not in the protocol")
                 await asyncio.sleep(FRAME_SECONDS)
             await first.until(lambda heard: len(heard.pages) > 5)
             await first.socket.close()
@@ -144,6 +145,7 @@ def test_every_series_of_a_live_service_moves(service: Service) -> None:
         (metrics.UNDERRUNS, {}),
         (metrics.STREAM_ERRORS, {"kind": "page"}),
         (metrics.STREAM_ERRORS, {"kind": "resync"}),
+        (metrics.STREAM_ERRORS, {"kind": "message"}),
         (metrics.PROMPT_CHARACTERS, {}),
         (metrics.FRAMES_DROPPED, {"place": "inbox"}),
         (metrics.SLOTS_TOTAL, {}),
@@ -254,7 +256,7 @@ def ended(trace: Trace | None = None, error: SessionLost | None = None) -> Any:
     account.phase("lease", 0.02)
     account.note(replica="r1", prompt_characters=12)
     account.live()
-    account.close(error, Pacer(), Transcoder())
+    account.close(error, Pacer(), Transcoder(), 0)
     return recorded
 
 

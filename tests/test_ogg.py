@@ -170,6 +170,26 @@ def test_a_damaged_page_is_dropped_and_counted() -> None:
         assert demuxer.dropped_pages == 1
 
 
+@pytest.mark.parametrize("size", [256, 300, 511, 2_000])
+def test_a_packet_longer_than_its_only_lacing_value(size: int) -> None:
+    """As fujielab-moshi-client 0.1.2 writes whatever is longer than 255 bytes; the checksum covers it all."""
+    long, good = page([255], bytes(range(256)) * 8)[:28] + bytes(size), page([2], b"ab")
+    overlong = bytearray(long)
+    overlong[22:26] = bytes(4)
+    overlong[22:26] = checksum(overlong)
+    demuxer = OggDemuxer()
+    assert demuxer.feed(bytes(overlong)) == [bytes(size)]
+    assert demuxer.feed(bytes(overlong) + good + bytes(overlong) * 2) == [
+        bytes(size),
+        b"ab",
+        *[bytes(size)] * 2,
+    ]
+    assert (demuxer.dropped_pages, demuxer.resyncs) == (0, 0)
+    overlong[-1] ^= 1
+    assert demuxer.feed(bytes(overlong) + good) == [b"ab"]
+    assert demuxer.dropped_pages == 1
+
+
 def test_a_damaged_length_does_not_hide_the_page_behind_it() -> None:
     bad = bytearray(page([5], b"hello"))
     bad[27] = 60  # the page claims to reach into its successors

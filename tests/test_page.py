@@ -18,6 +18,7 @@ from mutagen.ogg import OggPage
 from web_service import INFO, PAGE, Socket, WebService
 
 from personaplex.audio.ogg import Head, OggDemuxer, OggMuxer
+from personaplex.audio.opus import packet_samples
 from personaplex.audio.transcoder import Transcoder
 from personaplex.persona import PROMPTS, VOICES
 
@@ -91,6 +92,16 @@ def test_pages_read_in_the_browser(page: Chromium) -> None:
         "The service sent part of an Ogg page.",
         "The service sent audio that is not Ogg.",
     ]
+
+
+def test_lengths_of_packets_as_the_browser_reads_them(page: Chromium) -> None:
+    packets = [bytes([config << 3 | code, 1 + config % 2]) for config in range(32) for code in range(4)]
+    script = """(async () => {
+      const { packetSamples } = await import("./audio.js");
+      return PACKETS.map((packet) => packetSamples(Uint8Array.from(packet)));
+    })()"""
+    read = page.run(script.replace("PACKETS", json.dumps([list(packet) for packet in packets])))
+    assert read == [2 * packet_samples(packet) for packet in packets], "at 48 kHz"
 
 
 def test_voices_and_roles(page: Chromium) -> None:
@@ -174,7 +185,7 @@ def test_a_whole_conversation(browser: Chromium) -> None:
     (query,) = service.chats
     assert query["voice_prompt"] == "NATF2"
     assert query["text_prompt"] == "A cat & a dog"
-    assert (query["seed"], query["audio_topk"]) == ("5", "250")
+    assert (query["seed"], query["audio_topk"], query["status"]) == ("5", "250", "1")
     (transcoder,) = watched
     assert (transcoder.dropped_pages, transcoder.resyncs, transcoder.counters.concealed) == (0, 0, 0)
     assert max(float(np.abs(frame).max()) for frame in heard[:sent]) > 0.05

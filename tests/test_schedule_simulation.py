@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from personaplex.config import FRAME_SECONDS
+from personaplex.config import BURST_S, FRAME_SECONDS, frames_in
 from personaplex.engine.schedule import CATCH_UP_RATE, FrameQueue, PendingFrame, plan
 from personaplex.engine.steptimes import StepTimes
 
@@ -120,3 +120,23 @@ def test_who_sends_too_fast_pays_alone() -> None:
         len(beside.waits[7]) <= 20 / FRAME_SECONDS * CATCH_UP_RATE + 5 + 5 + 2
     )  # a burst, and the inbox left
     assert beside.dropped[7] > 2_000
+
+
+def test_bursts_are_run_whole_and_hold_nobody_up() -> None:
+    """One sender of pages of five seconds among 63 who speak as they should, on a card that is full."""
+    calm = speaking(63, 30)
+    beat = np.arange(0, 30, FRAME_SECONDS)
+    bursts = np.ceil((beat + FRAME_SECONDS) / 5.0 - 1e-9) * 5.0
+    run = simulate([*calm, bursts], lambda n: STEPS.tick(n, 3_000), limit=frames_in(BURST_S))
+    assert not any(run.dropped)
+    assert len(run.waits[63]) == len(beat)
+    assert max(max(waits) for waits in run.waits[:63]) < FRAME_SECONDS
+
+
+def test_senders_of_long_pages_may_fill_a_card() -> None:
+    """64 of them, all at the same moment: every frame runs, before the next page comes."""
+    beat = np.arange(0, 30, FRAME_SECONDS)
+    bursts = np.ceil((beat + FRAME_SECONDS) / 5.0 - 1e-9) * 5.0
+    run = simulate([bursts] * 64, lambda n: STEPS.tick(n, 3_000), limit=frames_in(BURST_S))
+    assert not any(run.dropped)
+    assert max(max(waits) for waits in run.waits) < 5.0

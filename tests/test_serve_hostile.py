@@ -20,7 +20,7 @@ from serving import Client, Heard, Service, connect, running, speech
 
 from personaplex.audio.ogg import OggMuxer
 from personaplex.config import FRAME_SECONDS
-from personaplex.session.core import MESSAGE_BURST
+from personaplex.session.core import BYTE_BURST, MESSAGE_BURST
 from personaplex.session.wire import MESSAGE_LIMIT, Audio
 
 SLOTS = 8
@@ -94,9 +94,12 @@ def _message(data: bytes | str) -> Attack:
     return attack
 
 
-async def _flood_messages(client: Client) -> None:
-    for _ in range(int(MESSAGE_BURST) + 500):
-        await client.socket.send(b"\x06")
+def _flood(message: bytes | str, budget: float) -> Attack:
+    async def attack(client: Client) -> None:
+        for _ in range(int(1.25 * budget)):
+            await client.socket.send(message)
+
+    return attack
 
 
 async def _flood_audio(client: Client) -> None:
@@ -121,14 +124,12 @@ async def _hostile_lacing(client: Client) -> None:
 
 
 ATTACKS: dict[str, tuple[Attack, int]] = {
-    "a text frame": (_message("hello"), 1002),
-    "an empty message": (_message(b""), 1002),
-    "an unknown kind": (_message(b"\x07abc"), 1002),
-    "kind 255": (_message(b"\xff"), 1002),
     "a huge message": (_message(b"\x01" + bytes(MESSAGE_LIMIT)), 1009),
-    "metadata nested without end": (_message(b"\x04" + b"[" * 60_000), 1002),
-    "a text of a novel's length": (_message(b"\x02" + b"a" * 100_000), 1002),
-    "a flood of messages": (_flood_messages, 1002),
+    "a flood of messages": (_flood(b"\x06", MESSAGE_BURST), 1002),
+    "a flood of empty messages": (_flood(b"", MESSAGE_BURST), 1002),
+    "a flood of text": (_flood("a" * 100_000, BYTE_BURST / 100_000), 1002),
+    "a WebM recorder": (_message(b"\x01\x1aE\xdf\xa3\x9fB\x86\x81\x01"), 1007),
+    "a sip of raw audio": (_message(b"\x01" + bytes(1_920)), 1007),
     "audio faster than time": (_flood_audio, 1002),
     "junk without a page": (_endless_junk, 1002),
     "packets without an end": (_hostile_lacing, 1002),
@@ -150,6 +151,29 @@ def test_an_attack_is_answered(service: Service, name: str) -> None:
     heard = asyncio.run(_attack(service, attack))
     assert heard.code == code
     assert heard.complaint or (code == 1009 and heard.reason), "the proxy speaks no protocol of ours"
+
+
+def test_messages_of_no_use_end_nothing(service: Service) -> None:
+    """Text frames, empty messages, unknown kinds, long ones of known kinds: stock servers ignore them all."""
+    useless: list[bytes | str] = [
+        "hello",
+        b"",
+        b"\x07abc",
+        b"\xff",
+        b"\x04" + b"[" * 60_000,
+        b"\x02" + b"a" * 9_000,
+    ]
+
+    async def run() -> Heard:
+        async with connect(service) as client:
+            for message in useless:
+                await client.socket.send(message)
+            await client.until(lambda heard: heard.live)
+            for message in useless:
+                await client.socket.send(message)
+            return await client.talk(speech(0.8))
+
+    assert asyncio.run(run()).last_frame == 8, "all but what the encoder keeps back"
 
 
 def test_a_query_of_nine_kilobytes_is_served(service: Service) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import random
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +14,10 @@ import pytest
 import soxr
 import sphn
 
-from personaplex.audio.ogg import FIRST, OggMuxer, checksum
-from personaplex.audio.opus import OpusEncoder
-from personaplex.audio.transcoder import CONCEAL_LIMIT_S, LEAD_LIMIT_S, STREAM_LIMIT, Transcoder
+from personaplex.audio.ogg import FIRST, OggDemuxer, OggMuxer, checksum
+from personaplex.audio.opus import OpusEncoder, packet_samples
+from personaplex.audio.transcoder import CONCEAL_LIMIT_S, LEAD_SPARE_S, NOT_OGG_AFTER_S, Transcoder
+from personaplex.config import BURST_S
 from personaplex.errors import BadAudio, PersonaplexError, ProtocolError
 
 DATA = Path(__file__).parent / "data"
@@ -131,13 +134,120 @@ def test_a_chained_stream_starts_afresh() -> None:
     assert transcoder.counters.streams == 2
 
 
-def test_a_flood_of_heads_is_refused() -> None:
-    transcoder = Transcoder(clock=lambda: 0.0)
-    for serial in range(STREAM_LIMIT):
-        transcoder.receive(b"".join(stream([], serial=serial)))
-    with pytest.raises(ProtocolError, match="more than 8 Ogg streams"):
-        transcoder.receive(b"".join(stream([], serial=STREAM_LIMIT)))
-    assert transcoder.counters.streams == STREAM_LIMIT
+def test_a_new_stream_may_begin_as_often_as_a_client_likes() -> None:
+    """A recorder restarted at each unmute, or a whole file for each piece. Once, the ninth was the end."""
+    packets = packets_of(speech(0.8))
+    now = 0.0
+    transcoder = Transcoder(clock=lambda: now)
+    for serial in range(200):
+        frames = transcoder.receive(b"".join(stream([packets], serial=serial)))
+        assert len(frames) == 10
+        now += 0.8
+    assert transcoder.counters.streams == 200
+
+
+def test_a_head_costs_no_decoder() -> None:
+    """So that a flood of them costs a client's bytes, and the service nothing."""
+    transcoder, heads = Transcoder(), stream([], serial=1)[0] * 20_000
+    began = time.process_time()
+    transcoder.receive(heads)
+    assert transcoder.counters.streams == 20_000
+    assert time.process_time() - began < 2.0, "a decoder each takes four times that, and megabytes"
+
+
+@pytest.mark.parametrize("gain", [-24, -12, 0, 6])
+def test_the_output_gain_of_the_head_is_applied(gain: int) -> None:
+    tone = (0.1 * np.sin(2 * np.pi * 220 * np.arange(19_200) / 24_000)).astype(np.float32)
+    plain = np.concatenate(Transcoder().receive(b"".join(with_gain(tone, 0))))
+    heard = np.concatenate(Transcoder().receive(b"".join(with_gain(tone, gain))))
+    ratio = np.linalg.norm(heard[4_800:]) / np.linalg.norm(plain[4_800:])
+    assert 20 * np.log10(ratio) == pytest.approx(gain, abs=0.05)
+
+
+def test_gain_is_of_its_stream_and_never_leaves_full_scale() -> None:
+    tone = (0.1 * np.sin(2 * np.pi * 220 * np.arange(19_200) / 24_000)).astype(np.float32)
+    transcoder = Transcoder()
+    loud = np.concatenate(transcoder.receive(b"".join(with_gain(tone, 127, serial=1))))
+    assert np.isfinite(loud).all()
+    assert np.abs(loud).max() == 1.0
+    after = transcoder.receive(b"".join(with_gain(tone, 0, serial=2)))
+    alone = Transcoder().receive(b"".join(with_gain(tone, 0, serial=2)))
+    assert np.array_equal(np.stack(after[1:]), np.stack(alone[1:]))
+
+
+def with_gain(pcm: np.ndarray, gain: int, serial: int = 1) -> list[bytes]:
+    """Pages of `pcm` whose head asks for `gain` dB."""
+    head, *pages = stream([packets_of(pcm)], serial=serial)
+    spoiled = bytearray(head)
+    at = spoiled.find(b"OpusHead") + 16
+    spoiled[at : at + 2] = (256 * gain).to_bytes(2, "little", signed=True)
+    spoiled[22:26] = bytes(4)
+    spoiled[22:26] = checksum(spoiled)
+    return [bytes(spoiled), *pages]
+
+
+FILES = {
+    "WebM": b"\x1aE\xdf\xa3\x9fB\x86\x81\x01B\xf7\x81\x01B\xf2\x81\x04webm",
+    "MP4": b"\x00\x00\x00\x1cftypiso5\x00\x00\x02\x00iso5iso6mp41",
+    "WAV": b"RIFF$\x00\x00\x80WAVEfmt \x10\x00\x00\x00",
+    "FLAC": b"fLaC\x00\x00\x00\x22",
+    "MP3": b"ID3\x04\x00\x00\x00\x00\x00\x23",
+}
+
+
+@pytest.mark.parametrize("step", [1, 3, 1_000])
+@pytest.mark.parametrize("kind", FILES)
+def test_what_is_no_ogg_is_named_by_its_first_bytes(kind: str, step: int) -> None:
+    data = FILES[kind] + bytes(100)
+    pieces = [data[start : start + step] for start in range(0, len(data), step)]
+    with pytest.raises(BadAudio, match=f"this is {kind}; send Ogg Opus"):
+        collections.deque(map(Transcoder().receive, pieces))
+
+
+def test_a_recorder_that_changes_its_format_is_named_too() -> None:
+    transcoder = Transcoder()
+    assert len(transcoder.receive(b"".join(stream([packets_of(speech(0.8))])))) == 10
+    with pytest.raises(BadAudio, match="this is WebM"):
+        transcoder.receive(FILES["WebM"])
+
+
+@pytest.mark.parametrize("size", [3, 40, 1_920])
+def test_raw_audio_is_named_within_a_second(size: int) -> None:
+    now, dice = 50.0, random.Random(1)
+    transcoder = Transcoder(clock=lambda: now)
+    now = 90.0  # it may be silent for as long as it likes
+    transcoder.receive(dice.randbytes(size) + b"abcd")
+    now += NOT_OGG_AFTER_S - 0.01
+    transcoder.receive(dice.randbytes(size))
+    now += 0.01
+    with pytest.raises(BadAudio, match=r"no Ogg page \(raw PCM\?\); send Ogg Opus"):
+        transcoder.receive(b"")
+
+
+def test_a_page_that_takes_its_time_is_still_ogg() -> None:
+    """Pages of five seconds in small pieces behind the end of one that was joined late, the first damaged."""
+    now, heard = 0.0, 0
+    packets = packets_of(speech(4.8))
+    pages = stream([packets, packets, packets])
+    damaged = bytearray(pages[2])
+    damaged[500] ^= 1
+    transcoder = Transcoder(clock=lambda: now)
+    transcoder.receive(pages[2][-700:])
+    data = b"".join([*pages[:2], bytes(damaged), *pages[3:]])
+    for start in range(0, len(data), 1_000):
+        now += 0.3
+        heard += len(transcoder.receive(data[start : start + 1_000]))
+    assert heard == 120
+
+
+def test_a_packet_of_ours_is_a_page() -> None:
+    """Some clients take all that is in a page for one packet."""
+    sender = Transcoder()
+    *headers, page = [*sender.headers(), sender.send(speech(0.08))]
+    _, packet = (item for item in OggDemuxer().feed(b"".join([*headers, page])))
+    assert isinstance(packet, bytes)
+    assert packet_samples(packet) == 1_920
+    assert page.endswith(packet)
 
 
 def test_a_corrupt_packet_is_concealed_for_the_duration_of_the_last() -> None:
@@ -191,7 +301,7 @@ def test_audio_faster_than_real_time() -> None:
     transcoder.receive(header + tags)
     for page in pages[:6]:
         transcoder.receive(page)
-    assert LEAD_LIMIT_S > 6 * 1.6
+    assert BURST_S + LEAD_SPARE_S > 6 * 1.6
     with pytest.raises(ProtocolError, match="faster than real time"):
         transcoder.receive(pages[6])
 
@@ -204,6 +314,20 @@ def test_audio_in_real_time_may_go_on_for_ever() -> None:
         transcoder.receive(page)
         now += 1.6
     assert transcoder.counters.frames_in == 20 * 20
+
+
+def test_a_sound_card_whose_clock_is_fast_may_go_on_for_ever() -> None:
+    """Once, 0.5 % of it ended a session after half an hour."""
+    now = 0.0
+    transcoder = Transcoder(clock=lambda: now)
+    packets = packets_of(speech(1.6))
+    header, tags, page = stream([packets])
+    transcoder.receive(header + tags)
+    for _ in range(400):
+        transcoder.receive(page)
+        now += 1.6 / 1.02
+    assert BURST_S + LEAD_SPARE_S < 400 * 1.6 * 0.02
+    assert transcoder.counters.frames_in == 400 * 20
 
 
 def test_damage_in_real_time_may_go_on_for_ever() -> None:
@@ -226,7 +350,7 @@ def test_a_small_page_cannot_claim_minutes_of_work() -> None:
     page = stream([[b"\x1b\x02"] * 127])[2]
     with pytest.raises(ProtocolError, match="faster than real time"):
         transcoder.receive(page)
-    assert transcoder.counters.packets <= LEAD_LIMIT_S / 0.12 + 1
+    assert transcoder.counters.packets <= (BURST_S + LEAD_SPARE_S) / 0.12 + 1
 
 
 def test_not_opus() -> None:

@@ -98,6 +98,7 @@ function chatUrl() {
     // An empty role is a role; every other empty field leaves the choice to the service.
     if (value || name === "text_prompt") url.searchParams.set(name, value);
   }
+  url.searchParams.set("status", "1"); // the place in the queue, before the handshake
   return url;
 }
 

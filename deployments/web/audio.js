@@ -20,6 +20,14 @@ const OPENING_ERRORS = {
   NotReadableError: "The microphone cannot be used; another program may hold it.",
 };
 
+/** Samples at 48 kHz in an Opus packet, by its first two bytes (RFC 6716, section 3.1). */
+export function packetSamples(packet) {
+  const config = packet[0] >> 3;
+  const code = packet[0] & 3;
+  const ms = config < 12 ? [10, 20, 40, 60][config & 3] : config < 16 ? [10, 20][config & 1] : 2.5 * 2 ** (config & 3);
+  return ms * (SAMPLE_RATE / 1_000) * (code === 3 ? packet[1] & 63 : code ? 2 : 1);
+}
+
 /** Why this page cannot talk here, in words for people, or null. */
 export async function obstacle() {
   if (!window.isSecureContext) {
@@ -48,7 +56,7 @@ export class Sound {
   #decoder;
   #handlers;
   #sending = false;
-  #packets = 0; // given to the decoder
+  #given = 0; // samples, to the decoder
 
   /**
    * Handlers: `packet(bytes)` for each 20 ms spoken after `start`; `spoken(level)`; `heard(report)` (see
@@ -100,10 +108,11 @@ export class Sound {
     for (const track of this.#stream.getAudioTracks()) track.enabled = !muted;
   }
 
-  /** Decodes and plays one Opus packet. */
+  /** Decodes and plays one Opus packet of any length. */
   play(packet) {
     if (this.#decoder?.state !== "configured") return;
-    const timestamp = this.#packets++ * PACKET_S * 1e6;
+    const timestamp = (this.#given / SAMPLE_RATE) * 1e6;
+    this.#given += packetSamples(packet);
     this.#decoder.decode(new EncodedAudioChunk({ type: "key", timestamp, data: packet }));
   }
 

@@ -28,6 +28,7 @@ export class Session {
   #frameSent = []; // when each 80 ms of ours had left, in ms of performance.now()
   #words = ""; // the service's own about its error
   #timer;
+  #live = false;
   #over = false;
 
   /**
@@ -117,12 +118,14 @@ export class Session {
   }
 
   #start() {
+    this.#live = true;
     this.#handlers.state("live");
     for (const page of this.#muxer.headers(PRE_SKIP, SAMPLE_RATE)) this.#send(page);
     this.#sound.start();
   }
 
   #learn(details) {
+    if (this.#live) return;
     if (details.type === "queue" && details.position > 0) this.#handlers.state("queued", details.position);
     else if (details.type === "queue" || details.type === "session") this.#handlers.state("warming");
   }

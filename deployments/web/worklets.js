@@ -49,7 +49,7 @@ class Capture extends AudioWorkletProcessor {
 }
 
 /**
- * Plays what is posted to it, 20 ms at a time. The service sends 80 ms every 80 ms, so the first piece waits for
+ * Plays what is posted to it, in pieces of 20 ms. The service sends 80 ms every 80 ms, so the first piece waits for
  * a cushion against late ones; each gap makes the cushion larger. What gathers beyond it, because two clocks
  * differ or after a stall, is left out where it is quiet, and cut at LIMIT_S: a conversation must not run late.
  * Posts `{level, stored, gaps, dropped}`; `stored` and `dropped` are samples, quiet ones not counted as dropped.
@@ -73,7 +73,10 @@ class Playback extends AudioWorkletProcessor {
 
   constructor() {
     super();
-    this.port.onmessage = ({ data }) => this.#store(data);
+    const size = sampleRate / 50;
+    this.port.onmessage = ({ data }) => {
+      for (let at = 0; at < data.length; at += size) this.#store(data.subarray(at, at + size));
+    };
   }
 
   #store(piece) {

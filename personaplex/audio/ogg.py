@@ -21,6 +21,17 @@ PACKET_LIMIT = 8_192  # bytes; the longest legal Opus packet (120 ms at 510 kb/s
 OUTPUT_PACKET_LIMIT = 4_000  # bytes; the buffer of the reference's web decoder
 JUNK_LIMIT = 131_072  # bytes read in vain before the peer is refused; two pages of the largest size
 
+# How files of other kinds begin, and from which byte on: what senders take for Ogg.
+FOREIGN = (
+    ("WebM", 0, b"\x1aE\xdf\xa3"),
+    ("WebM", 0, b"\x1fC\xb6u"),  # a cluster: one that joined a recording under way
+    ("MP4", 4, b"ftyp"),
+    ("WAV", 0, b"RIFF"),
+    ("FLAC", 0, b"fLaC"),
+    ("MP3", 0, b"ID3"),
+)
+_STRAY_BYTES = max(at + len(magic) for _, at, magic in FOREIGN)
+
 _HEADER = struct.Struct("<4sBBqIIIB")  # capture, version, type, granule, serial, sequence, CRC, lacing values
 _HEAD = struct.Struct("<8sBBHIhB")  # "OpusHead", version, channels, pre-skip, input rate, gain, family
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
@@ -30,11 +41,16 @@ _VENDOR = b"personaplex"
 
 @dataclass(frozen=True)
 class Head:
-    """Start of a logical stream. `pre_skip` is the number of 48 kHz samples to discard at its beginning."""
+    """Start of a logical stream.
+
+    `pre_skip` is the number of 48 kHz samples to discard at its beginning, `gain` what to add to its
+    loudness, in 1/256 dB.
+    """
 
     serial: int
     channels: int
     pre_skip: int
+    gain: int = 0
 
 
 def checksum(page: bytes | bytearray) -> bytes:
@@ -51,6 +67,7 @@ class OggDemuxer:
     """Cuts a byte stream, in pieces of any size, into Opus packets.
 
     `dropped_pages` counts pages with a wrong CRC, `resyncs` how often bytes had to be skipped to find a page.
+    `astray` is true while the newest bytes belong to nothing that looks like a page, damaged ones included.
     After an error the demuxer must not be used again.
     """
 
@@ -60,6 +77,8 @@ class OggDemuxer:
         self._buffer = bytearray()
         self._in_sync = True
         self._junk = 0
+        self._stray = bytearray()  # how bytes begin in which no page was found yet
+        self._damaged = False  # the last page was: what follows it may be its rest
         self._serial: int | None = None
         self._partial: bytearray | None = None
 
@@ -67,7 +86,7 @@ class OggDemuxer:
         """Stream heads and packets (possibly of 0 bytes) completed by `data`, in order; tags are left out.
 
         Raises ProtocolError for a packet over PACKET_LIMIT and for a stream that goes on without usable
-        pages, BadAudio for a stream that is not mono or stereo Opus.
+        pages, BadAudio for a stream that is not mono or stereo Opus and for files of another kind (FOREIGN).
         """
         self._buffer += data
         items: list[Head | bytes] = []
@@ -79,23 +98,38 @@ class OggDemuxer:
                 break
             if self._is_intact(start, size):
                 self._read_page(start, size, items)
-                self._junk = max(0, self._junk - size)
                 position = start + size
+            elif (packet := self._overlong_packet(start)) is not None:
+                self._take(packet, bool(self._buffer[start + 5] & FIRST), items)
+                position = start + _HEADER.size + 1 + len(packet)
             else:
+                self._drop_page(size)
                 position = start + len(CAPTURE)
+                continue
+            self._in_sync, self._damaged = True, False
+            self._junk = max(0, self._junk - (position - start))
         else:
             position = max(position, len(self._buffer) - len(CAPTURE) + 1)
         del self._buffer[:position]
+        self._refuse_foreign()
         return items
+
+    @property
+    def astray(self) -> bool:
+        return bool(self._stray)
 
     def _find(self, position: int) -> int | None:
         """Next capture pattern at or after `position`, or None; what is skipped counts as junk."""
         start = self._buffer.find(CAPTURE, position)
+        if start >= 0:
+            self._stray.clear()
         end = start if start >= 0 else max(position, len(self._buffer) - len(CAPTURE) + 1)
         if end > position:
             if self._in_sync:
                 self.resyncs += 1
             self._in_sync = False
+            if start < 0 and not self._damaged:
+                self._stray += self._buffer[position : min(end, position + _STRAY_BYTES)]
             self._waste(end - position)
         return start if start >= 0 else None
 
@@ -113,14 +147,37 @@ class OggDemuxer:
         page = self._buffer[start : start + size]
         stored = bytes(page[22:26])
         page[22:26] = _NO_CRC
-        if page[4] == 0 and checksum(page) == stored:
-            self._in_sync = True
-            return True
+        return page[4] == 0 and checksum(page) == stored
+
+    def _overlong_packet(self, start: int) -> bytes | None:
+        """The packet of a page that says it has 255 bytes, has more, and is right by its checksum; or None.
+
+        So write clients that know one lacing value. It ends with the buffer, or where the next page begins.
+        """
+        if self._buffer[start + _HEADER.size - 1 : start + _HEADER.size + 1] != b"\x01\xff":
+            return None
+        end = self._buffer.find(CAPTURE, start + len(CAPTURE))
+        end = len(self._buffer) if end < 0 else end
+        body = start + _HEADER.size + 1
+        if not 255 < end - body <= PACKET_LIMIT or not self._is_intact(start, end - start):
+            return None
+        self._partial = None
+        self._serial = int.from_bytes(self._buffer[start + 14 : start + 18], "little")
+        return bytes(self._buffer[body:end])
+
+    def _drop_page(self, size: int) -> None:
         self.dropped_pages += 1
-        self._in_sync = False
+        self._in_sync, self._damaged = False, True
         self._partial = None
         self._waste(size)
-        return False
+
+    def _refuse_foreign(self) -> None:
+        if not self._stray:
+            return
+        beginning = bytes(self._stray + self._buffer)
+        for name, at, magic in FOREIGN:
+            if beginning.startswith(magic, at):
+                raise BadAudio(f"this is {name}; send Ogg Opus")
 
     def _waste(self, size: int) -> None:
         # Good pages pay junk off byte by byte. Were the count reset instead, a peer could wrap each good page
@@ -166,10 +223,10 @@ def parse_head(packet: bytes, serial: int) -> Head:
     """Reads an OpusHead packet. Raises BadAudio unless it describes mono or stereo Opus."""
     if len(packet) < _HEAD.size:
         raise BadAudio("the OpusHead packet is too short")
-    _, version, channels, pre_skip, _, _, family = _HEAD.unpack_from(packet)
+    _, version, channels, pre_skip, _, gain, family = _HEAD.unpack_from(packet)
     if version >> 4 or family != 0 or channels not in (1, 2):
         raise BadAudio(f"only mono or stereo Opus is understood, not {channels} channels in family {family}")
-    return Head(serial=serial, channels=channels, pre_skip=pre_skip)
+    return Head(serial=serial, channels=channels, pre_skip=pre_skip, gain=gain)
 
 
 class OggMuxer:

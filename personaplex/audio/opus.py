@@ -42,7 +42,7 @@ _encode.argtypes = (_ADDRESS, _ADDRESS, ctypes.c_int, _ADDRESS, ctypes.c_int32)
 _decode = _LIBOPUS.opus_decode_float
 _decode.argtypes = (_ADDRESS, ctypes.c_char_p, ctypes.c_int32, _ADDRESS, ctypes.c_int, ctypes.c_int)
 
-PACKET_SAMPLES = 480  # 20 ms, the packet we send
+PACKET_SAMPLES = 480  # 20 ms, the usual packet
 LONGEST_SAMPLES = 2_880  # 120 ms, the longest packet there is
 SHORTEST_SAMPLES = 60  # 2.5 ms, the grain of all packets
 _ENCODED_LIMIT = 4_000  # bytes; what libopus recommends and the reference's web decoder accepts
@@ -78,7 +78,7 @@ def packet_samples(packet: bytes) -> int:
 
 
 class OpusDecoder:
-    """Decodes packets of one stream to 24 kHz mono; stereo packets are mixed down by libopus."""
+    """Decodes packets to 24 kHz mono, stream after stream; stereo packets are mixed down by libopus."""
 
     def __init__(self) -> None:
         self._state = opuslib.api.decoder.create_state(SAMPLE_RATE, 1)
@@ -86,20 +86,32 @@ class OpusDecoder:
         self._address = ctypes.cast(self._state, _ADDRESS)
         self._pcm: Pcm = np.zeros(LONGEST_SAMPLES, np.float32)
         self._samples = self._pcm.ctypes.data
+        self._louder = False
+
+    def start(self, gain: int) -> None:
+        """Begins a new stream, as a new decoder would, whose loudness is changed by `gain` / 256 dB, within
+        +-128 dB. What that lifts over full scale is clipped."""
+        opuslib.api.decoder.decoder_ctl(self._state, opuslib.api.ctl.reset_state)
+        opuslib.api.decoder.decoder_ctl(self._state, opuslib.api.ctl.set_gain, gain)
+        self._louder = gain > 0
 
     def decode(self, packet: bytes) -> Pcm:
         """float32 [samples]: a view that the next call overwrites. Raises BadAudio for a corrupt packet."""
         count = _decode(self._address, packet, len(packet), self._samples, LONGEST_SAMPLES, 0)
         if count < 0:
             raise BadAudio("corrupt Opus packet")
-        return self._pcm[:count]
+        return self._heard(count)
 
     def conceal(self, samples: int) -> Pcm:
         """What libopus puts in place of `samples` lost ones (a multiple of 60, at most 2880); a view too."""
         assert samples in range(SHORTEST_SAMPLES, LONGEST_SAMPLES + 1, SHORTEST_SAMPLES), samples
         count = _decode(self._address, None, 0, self._samples, samples, 0)
         assert count == samples, (count, samples)
-        return self._pcm[:count]
+        return self._heard(count)
+
+    def _heard(self, count: int) -> Pcm:
+        pcm = self._pcm[:count]
+        return np.clip(pcm, -1.0, 1.0, out=pcm) if self._louder else pcm
 
 
 class OpusEncoder:
@@ -126,7 +138,8 @@ class OpusEncoder:
         self._packet = ctypes.create_string_buffer(_ENCODED_LIMIT)
 
     def encode(self, pcm: Pcm) -> bytes:
-        """One packet from float32 [samples]: 60, 120, 240, 480, 960, 1440 or 2880 of them (2.5 to 120 ms)."""
+        """One packet from float32 [samples]: 60, 120, 240, 480, 960, 1440, 1920, 2400 or 2880
+        of them (2.5 to 120 ms)."""
         samples = len(pcm)
         self._pcm[:samples] = pcm
         size = _encode(self._address, self._samples, samples, self._packet, _ENCODED_LIMIT)

@@ -1,9 +1,9 @@
 """Ogg/Opus bytes of one session to frames and back.
 
 Receiving is tolerant: damaged pages are dropped, empty or corrupt packets are concealed for as long as the
-last good packet lasted, a head that appears mid-stream starts a new stream. It is also bounded: by the law of
-real time (`clock`), by CONCEAL_LIMIT_S, since a page of a few bytes can claim minutes of audio, and by
-STREAM_LIMIT, since every head costs a decoder and no audio.
+last good packet lasted, a head that appears mid-stream starts a new stream, as often as a client likes. It is
+also bounded: by the law of real time (`clock`) and by CONCEAL_LIMIT_S, since a page of a few bytes can claim
+minutes of audio. No bound is a total for a session's life: whoever keeps to real time may go on for ever.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy.typing as npt
 from personaplex.audio.framer import Framer
 from personaplex.audio.ogg import Head, OggDemuxer, OggMuxer
 from personaplex.audio.opus import PACKET_SAMPLES, OpusDecoder, OpusEncoder, packet_samples
-from personaplex.config import FRAME_SIZE, SAMPLE_RATE
+from personaplex.config import BURST_S, CATCH_UP_RATE, FRAME_SIZE, SAMPLE_RATE
 from personaplex.errors import BadAudio, ProtocolError
 
 Pcm = npt.NDArray[np.float32]
 
-LEAD_LIMIT_S = 10.0  # audio a peer may be ahead of the clock: a device's start-up backlog, not a file
+LEAD_SPARE_S = 4.0  # beyond a burst, that a peer may be ahead of the clock: its device's start-up backlog
 CONCEAL_LIMIT_S = 2.0  # concealed audio in a row before the stream counts as unreadable
-STREAM_LIMIT = 8  # heads of one session: a client starts a new stream when its device changes, no oftener
+NOT_OGG_AFTER_S = 0.9  # of bytes in which nothing looks like a page
 _GRANULES = 48_000 // SAMPLE_RATE  # Ogg counts Opus at 48 kHz whatever the codec's rate
 
 
@@ -47,10 +47,11 @@ class Transcoder:
         self,
         *,
         clock: Callable[[], float] | None = None,
+        burst_s: float = BURST_S,
         serial: int | None = None,
     ) -> None:
-        """`clock` (seconds, monotonic) turns on the law of real time; leave it out for files. `serial` of our
-        own stream is random unless given.
+        """`clock` (seconds, monotonic) turns on what goes by time: leave it out for files. `burst_s` is the
+        longest burst a peer may send. `serial` of our own stream is random unless given.
         """
         self.counters = Counters()
         self._demuxer = OggDemuxer()
@@ -60,6 +61,8 @@ class Transcoder:
         self._framer = Framer()
         self._clock = clock
         self._started = clock() if clock else 0.0
+        self._lead_s = burst_s + LEAD_SPARE_S
+        self._astray_since: float | None = None
         self._skip = 0  # samples of the pre-skip still to discard
         self._last_samples = PACKET_SAMPLES  # duration of the last packet that had one
         self._received = 0  # samples, before the pre-skip
@@ -78,32 +81,37 @@ class Transcoder:
         return self._muxer.headers(pre_skip=self._encoder.lookahead * _GRANULES)
 
     def send(self, frame: Pcm) -> bytes:
-        """One whole Ogg page of four 20 ms packets from one frame, float32 [1920]."""
+        """One whole Ogg page with one packet from one frame, float32 [1920]: some clients take all that is in
+        a page for one packet."""
         assert frame.shape == (FRAME_SIZE,), frame.shape
-        packets = [
-            self._encoder.encode(frame[start : start + PACKET_SAMPLES])
-            for start in range(0, FRAME_SIZE, PACKET_SAMPLES)
-        ]
+        packet = self._encoder.encode(frame)
         self.counters.frames_out += 1
-        return self._muxer.page(packets, self.counters.frames_out * FRAME_SIZE * _GRANULES)
+        return self._muxer.page([packet], self.counters.frames_out * FRAME_SIZE * _GRANULES)
 
     def receive(self, data: bytes) -> list[Pcm]:
         """The frames, float32 [1920] each, that `data` completes. `data` may end anywhere in the stream.
 
-        Raises ProtocolError for bytes that are no Ogg stream, for audio faster than real time and for more
-        than STREAM_LIMIT streams, BadAudio for a stream that is not Opus or cannot be decoded for longer than
-        CONCEAL_LIMIT_S.
+        Raises BadAudio for bytes that are no Ogg stream (after NOT_OGG_AFTER_S, if there is a clock), for a
+        stream that is not Opus or cannot be decoded for longer than CONCEAL_LIMIT_S, ProtocolError for audio
+        faster than real time and for Ogg that is damaged beyond use.
         """
         for item in self._demuxer.feed(data):
             if isinstance(item, Head):
                 self._start_stream(item)
             else:
                 self._decode(item)
+        self._check_astray()
         frames: list[Pcm] = []
         while (frame := self._framer.pop()) is not None:
             frames.append(frame)
         self.counters.frames_in += len(frames)
         return frames
+
+    @property
+    def astray(self) -> bool:
+        """Whether the newest bytes look like no Ogg. If they still do NOT_OGG_AFTER_S later, `receive`
+        raises, even when given b""."""
+        return self._demuxer.astray
 
     def flush(self) -> Pcm | None:
         """The frame begun by the last packets, padded with zeros, or None: for the end of a file."""
@@ -111,11 +119,18 @@ class Transcoder:
         self.counters.frames_in += frame is not None
         return frame
 
+    def _check_astray(self) -> None:
+        if self._clock is None:
+            return
+        if not self._demuxer.astray:
+            self._astray_since = None
+        elif self._astray_since is None:
+            self._astray_since = self._clock()
+        elif self._clock() - self._astray_since >= NOT_OGG_AFTER_S:
+            raise BadAudio("no Ogg page (raw PCM?); send Ogg Opus")
+
     def _start_stream(self, head: Head) -> None:
-        if self.counters.streams == STREAM_LIMIT:
-            raise ProtocolError(f"more than {STREAM_LIMIT} Ogg streams in one session")
-        if self.counters.streams:
-            self._decoder = OpusDecoder()
+        self._decoder.start(head.gain)
         self.counters.streams += 1
         self._skip = head.pre_skip // _GRANULES
 
@@ -146,10 +161,12 @@ class Transcoder:
         return self._decoder.conceal(samples)
 
     def _account(self, samples: int) -> None:
-        """Law of real time: audio received <= time since the start + LEAD_LIMIT_S. Once for each packet, with
-        what is heard of it: a corrupt one may claim another duration than the one concealed."""
+        """Law of real time: no more audio than a clock that is CATCH_UP_RATE fast has seen since the start,
+        and the lead. Once for each packet, with what is heard of it: a corrupt one may claim another duration
+        than the one concealed."""
         self._received += samples
         if self._clock is None:
             return
-        if self._received > (self._clock() - self._started + LEAD_LIMIT_S) * SAMPLE_RATE:
-            raise ProtocolError(f"audio came faster than real time by more than {LEAD_LIMIT_S:g} s")
+        allowed = (self._clock() - self._started) * CATCH_UP_RATE + self._lead_s
+        if self._received > allowed * SAMPLE_RATE:
+            raise ProtocolError(f"audio came faster than real time by more than {self._lead_s:g} s")

@@ -123,8 +123,8 @@ class EngineLoop:
         inbox_limit: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`gather_s`: see `schedule.plan`. `inbox_limit`: frames a session may have waiting; beyond it the
-        oldest is dropped and counted. `deliver` must not block and must not raise."""
+        """`gather_s`: see `schedule.plan`. `inbox_limit`: frames a session may send at once; of more
+        that wait the oldest is dropped and counted. `deliver` must not block and must not raise."""
         self.counters = Counters()
         self.usage = Usage()  # of the engine; written by the loop, read from any thread
         self._make, self._deliver, self._clock = make, deliver, clock

@@ -5,9 +5,9 @@ Laws:
 1. A tick takes at most one frame of each queue, the oldest.
 2. A tick waits at most `gather_s` after the arrival of the oldest frame that may run, and not at all once
    every live queue has a frame that may run: one tick over many slots costs little more than over one.
-3. A queue behind real time catches up by running faster than real time, but not for ever: it may run `burst`
-   frames at once, and over time CATCH_UP_RATE times real time. What a client sends beyond that is dropped
-   from its inbox, oldest first, and costs the other sessions nothing.
+3. A queue behind real time catches up by running faster than real time, but not for ever: it may run `limit`
+   frames at once, as many as may wait, and over time CATCH_UP_RATE times real time. What a client sends
+   beyond that is dropped from its inbox, oldest first, and costs the other sessions nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from personaplex.config import FRAME_SECONDS
-
-CATCH_UP_RATE = 1.05  # leaves room for a sound card whose clock runs fast
+from personaplex.config import CATCH_UP_RATE, FRAME_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,7 @@ class FrameQueue:
     """Frames of one session on their way to its slot. Times are seconds of one monotonic clock."""
 
     session: int
-    limit: int  # frames that may wait
+    limit: int  # frames of the longest burst
     live: bool = False  # its prompt is done
     frames: deque[PendingFrame] = field(default_factory=deque)
     due: float = 0.0  # when the queue's next frame is due at CATCH_UP_RATE

@@ -10,14 +10,18 @@ Laws:
 
 1. `TABLE` names every event that may happen in a state and the states it may lead to. Any other event is a
    fault of the shell and raises IllegalEvent. What the peer does never raises: it closes the session.
-2. The handshake is sent once, on entering LIVE, followed by the two header pages of the agent's stream; no
-   audio and no text is sent before it. LIVE waits for Ready and for HANDSHAKE_DELAY_S since the upgrade: a
-   browser needs that to start its decoder. Clients that talk first wait for no handshake, so get it at once.
-3. Audio that comes before LIVE is kept and handed on in order when LIVE begins: a client's stream starts
-   with headers that cannot be had twice. More than BACKLOG_LIMIT of it is a ProtocolError.
-4. In LIVE the peer hears something every KEEP_ALIVE_S, if only a ping; agent pages leave by the Pacer.
+2. The handshake is sent once, on entering LIVE, followed by the two header pages of the agent's stream and
+   the session's details. Stock clients take the first message for the handshake, so nothing comes before it;
+   but who asked for `status` is told its place in the queue, and the details as soon as they are known. LIVE
+   waits for Ready and for HANDSHAKE_DELAY_S since the upgrade: a browser needs that to start its decoder.
+   Clients that talk first wait for no handshake, so get it at once.
+3. Audio is handed on in order, whenever it comes: a client's stream starts with headers that cannot be had
+   twice. What the shell keeps of it until LIVE is its own affair.
+4. In LIVE the peer hears something every KEEP_ALIVE_S, if only a ping; agent pages leave by the Pacer, and
+   text behind the page it belongs to.
 5. A peer may send MESSAGES_PER_S and BYTES_PER_S on average, in bursts of MESSAGE_BURST and BYTE_BURST. Of
-   what is not audio only the kind is read.
+   what is not audio only the kind is read. Empty messages, text frames and unknown kinds are spent like
+   others and counted (`ignored`), and end nothing.
 6. A peer must send audio that can be decoded: within `first_audio_s` of the handshake, then every `idle_s`.
    Nothing else it sends counts, so that a byte now and then does not hold a slot; silence is audio.
 7. Every end on our side is an error message, for people, and then a close with a code and a reason; where
@@ -32,6 +36,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from personaplex.config import BURST_S
 from personaplex.errors import (
     NoCapacity,
     PersonaplexError,
@@ -70,15 +75,15 @@ from personaplex.session.wire import (
     audio_of,
     close_reason,
     encode,
+    is_unknown,
 )
 
 HANDSHAKE_DELAY_S = 1.1
 KEEP_ALIVE_S = 5.0  # stock web clients leave after 10 s
-BACKLOG_LIMIT = 524_288  # bytes before LIVE: two minutes at 32 kb/s
 MESSAGES_PER_S = 500.0  # 400 is a page of one 2.5 ms packet per message
 MESSAGE_BURST = 2_000.0
 BYTES_PER_S = 65_536.0  # 510 kb/s, the most Opus has, in pages of one 20 ms packet
-BYTE_BURST = 2.0 * BACKLOG_LIMIT  # all that may be early, and four minutes of a file at 32 kb/s sent at once
+BYTE_BURST = 1_048_576.0  # more than 15 s at 510 kb/s
 
 
 class State(Enum):
@@ -112,7 +117,8 @@ _LATE = (Queued, LeaseGranted, Ready, AgentAudio, AgentText, AudioHeard, Failed,
 TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     OPENING: {
         Received: (OPENING, CLOSING),
-        ReceivedText: (CLOSING,),
+        AudioHeard: (OPENING,),
+        ReceivedText: (OPENING, CLOSING),
         Queued: (OPENING,),
         LeaseGranted: (PRIMING,),
         Failed: (CLOSING,),
@@ -122,7 +128,8 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     },
     PRIMING: {
         Received: (PRIMING, LIVE, CLOSING),
-        ReceivedText: (CLOSING,),
+        AudioHeard: (PRIMING,),
+        ReceivedText: (PRIMING, CLOSING),
         Ready: (PRIMING, LIVE),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
@@ -131,7 +138,7 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     },
     LIVE: {
         Received: (LIVE, CLOSING),
-        ReceivedText: (CLOSING,),
+        ReceivedText: (LIVE, CLOSING),
         AgentAudio: (LIVE,),
         AgentText: (LIVE,),
         AudioHeard: (LIVE,),
@@ -152,27 +159,31 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds; `math.inf` for none."""
+    """Seconds; `math.inf` for no limit of the first two."""
 
     session_s: float = 3_600.0  # of conversation, from the handshake on
     idle_s: float = 60.0  # without audio from the peer, while live
     first_audio_s: float = 15.0  # the same from the handshake on; idle_s where that is less
+    burst_s: float = BURST_S  # of audio that a peer may send at once
 
 
 class SessionCore:
     """One session; `receive` is its only door. Times are seconds of one monotonic clock."""
 
-    def __init__(self, headers: Sequence[bytes], limits: Limits, now: float) -> None:
-        """`headers`: header pages of the agent's Ogg stream. `now`: when the connection was accepted."""
+    def __init__(self, headers: Sequence[bytes], limits: Limits, now: float, *, status: bool = False) -> None:
+        """`headers`: header pages of the agent's Ogg stream. `now`: when the connection was accepted.
+        `status`: the peer wants to know how it stands before the handshake."""
         self.state = OPENING
         self.error: PersonaplexError | None = None  # why our side ended it
-        self.pacer = Pacer()
+        self.ignored = 0  # messages of no use
+        self.pacer = Pacer(limits.burst_s)
+        self._status = status
+        self._details: list[Command] = []  # to be sent once live
         self._headers = headers
         self._limits = limits
         self._handshake_at = now + HANDSHAKE_DELAY_S
         self._queued = False
         self._ready = False
-        self._backlog = bytearray()
         self._ends_at = float("inf")
         self._last_sent = now
         self._audio_limit_s = 0.0  # for the next audio, and when it ends
@@ -213,25 +224,31 @@ class SessionCore:
         match event:
             case Received(data):
                 return self._hear(data, now)
-            case ReceivedText():
-                raise ProtocolError("text frames are not part of the protocol")
+            case ReceivedText(text):
+                self._spend(len(text.encode()), now)
+                self.ignored += 1
+                return []
             case Queued(position):
                 self._queued = True
-                return [_place(position)]
+                return [_place(position)] if self._status else []
             case LeaseGranted():
                 self.state = PRIMING
-                return [_place(0)] if self._queued else []
+                return [_place(0)] if self._status and self._queued else []
             case Ready(details):
                 self._ready = True
                 session = Send(encode(Metadata({"type": "session", **details})))
-                return [session, *self._go_live_when_due(now)]
+                if self._status:
+                    return [session, *self._go_live_when_due(now)]
+                self._details = [session]
+                return self._go_live_when_due(now)
             case AgentAudio(page, quiet):
                 self.pacer.push(page, now, quiet)
                 return self._release(now)
             case AgentText(text):
-                return [Send(encode(Text(text)))] if text else []
+                return [Send(data) for data in self.pacer.tell(encode(Text(text)))] if text else []
             case AudioHeard():
-                self._await_audio(self._limits.idle_s, now)
+                if self.state is LIVE:
+                    self._await_audio(self._limits.idle_s, now)
                 return []
             case Failed(error):
                 raise error
@@ -242,16 +259,14 @@ class SessionCore:
 
     def _hear(self, data: bytes, now: float) -> list[Command]:
         self._spend(len(data), now)
+        if is_unknown(data):
+            self.ignored += 1
+            return []
         audio = audio_of(data)
         if not audio:
             return []
-        if self.state is LIVE:
-            return [FeedAudio(audio)]
-        self._backlog += audio
-        if len(self._backlog) > BACKLOG_LIMIT:
-            raise ProtocolError(f"more than {BACKLOG_LIMIT // 1024} KiB of audio before the session was live")
         self._handshake_at = min(self._handshake_at, now)
-        return self._go_live_when_due(now)
+        return [*self._go_live_when_due(now), FeedAudio(audio)]
 
     def _spend(self, size: int, now: float) -> None:
         passed = now - self._refilled_at
@@ -271,10 +286,7 @@ class SessionCore:
         self._await_audio(min(self._limits.first_audio_s, self._limits.idle_s), now)
         commands: list[Command] = [Send(encode(Handshake()))]
         commands += [Send(encode(Audio(page))) for page in self._headers]
-        if self._backlog:
-            commands.append(FeedAudio(bytes(self._backlog)))
-            self._backlog.clear()
-        return commands
+        return commands + self._details
 
     def _tick(self, now: float) -> list[Command]:
         if self.state is not LIVE:
@@ -292,12 +304,14 @@ class SessionCore:
         self._audio_limit_s, self._audio_due = limit_s, now + limit_s
 
     def _release(self, now: float) -> list[Command]:
-        page = self.pacer.release(now)
-        return [] if page is None else [Send(encode(Audio(page)))]
+        released = self.pacer.release(now)
+        if released is None:
+            return []
+        page, beside = released
+        return [Send(encode(Audio(page))), *map(Send, beside)]
 
     def _end(self, error: PersonaplexError) -> list[Command]:
         self.state, self.error = CLOSING, error
-        self._backlog.clear()
         words = str(error)
         if isinstance(error, NoCapacity):
             words += f"; try again in {error.retry_after_s:g} s"

@@ -22,7 +22,7 @@ class Received:
 
 @dataclass(frozen=True)
 class ReceivedText:
-    """One text frame from the peer: there are none in the protocol."""
+    """One text frame from the peer: there are none in the protocol, so it is ignored."""
 
     text: str
 

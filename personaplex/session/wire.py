@@ -9,6 +9,7 @@
     6 ping        nothing; resets the reader's patience
 
 Stock clients throw on text frames, on empty messages and on any other kind, so nothing here can produce one.
+From a client they are no error: stock servers ignore them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any
 from personaplex.errors import ProtocolError
 
 MESSAGE_LIMIT = 131_072  # bytes of one message, either way; the largest Ogg page has 65307
-ASIDE_LIMIT = 1_024  # bytes of a client's payload that is not audio; the server reads none of it
 REASON_LIMIT = 123  # bytes of a close reason (RFC 6455, section 5.5)
 
 
@@ -34,6 +34,9 @@ class Kind(IntEnum):
     METADATA = 4
     ERROR = 5
     PING = 6
+
+
+_KINDS = frozenset(map(int, Kind))
 
 
 class Action(IntEnum):
@@ -127,17 +130,16 @@ def decode(data: bytes) -> Message:
 
 
 def audio_of(data: bytes) -> bytes:
-    """The piece of a stream in a client's message; b"" for the kinds a server has no use for.
+    """The piece of a stream in a client's message; b"" for whatever else it holds, of which a server reads no
+    more than the kind. Raises ProtocolError when the message is too long."""
+    _check_length(data)
+    return data[1:] if data[:1] == bytes([Kind.AUDIO]) else b""
 
-    Of those nothing but the kind is read. Raises ProtocolError when the message is empty or too long, of an
-    unknown kind, or has more than ASIDE_LIMIT bytes that are not audio.
-    """
-    kind = _kind(data)
-    if kind is Kind.AUDIO:
-        return data[1:]
-    if len(data) - 1 > ASIDE_LIMIT:
-        raise ProtocolError(f"more than {ASIDE_LIMIT} bytes in a message that is not audio")
-    return b""
+
+def is_unknown(data: bytes) -> bool:
+    """Whether a client's message is empty or of an unknown kind. Raises ProtocolError when it is too long."""
+    _check_length(data)
+    return not data or data[0] not in _KINDS
 
 
 def close_reason(message: str) -> str:
@@ -148,12 +150,16 @@ def close_reason(message: str) -> str:
 def _kind(data: bytes) -> Kind:
     if not data:
         raise ProtocolError("empty message")
-    if len(data) > MESSAGE_LIMIT:
-        raise ProtocolError(f"message of {len(data)} bytes, at most {MESSAGE_LIMIT} are accepted")
+    _check_length(data)
     try:
         return Kind(data[0])
     except ValueError as error:
         raise ProtocolError(f"unknown message kind {data[0]}") from error
+
+
+def _check_length(data: bytes) -> None:
+    if len(data) > MESSAGE_LIMIT:
+        raise ProtocolError(f"message of {len(data)} bytes, at most {MESSAGE_LIMIT} are accepted")
 
 
 def _text(payload: bytes) -> str:
