@@ -141,7 +141,9 @@ def test_a_process_that_everything_hangs_on_is_missed(monkeypatch: pytest.Monkey
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with subprocess.Popen(["sleep", "60"]) as vital:
-            assert named([vital.pid, os.getpid()], ("sleep",)) == {vital.pid: "sleep"}
+            deadline = time.monotonic() + 10  # the kernel names a process just after Popen has returned
+            while named([vital.pid, os.getpid()], ("sleep",)) != {vital.pid: "sleep"}:
+                assert time.monotonic() < deadline
             vital.kill()
             with pytest.raises(RayEnded, match="Ray's raylet has ended"):
                 _wait_for_signal({vital.pid: "raylet"})
