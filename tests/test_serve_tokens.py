@@ -76,7 +76,9 @@ def _offline(engine: Engine, persona: Persona, client: Client) -> TokenLog:
         slot, log = engine.open(persona), TokenLog()
         for frame in frames:
             engine.feed(slot, frame)
-            log.append(engine.step()[0].tokens)
+            log.append(
+                engine.step()[0].tokens, forced=not len(log)
+            )  # the first frame out is the prompt's last
         _logs[key] = log
         engine.close(slot)
     return _logs[key]
