@@ -19,9 +19,9 @@ from ray.serve.deployment import Application
 
 from deployments import ingress
 from deployments.fleet import Fleet
-from deployments.gateway import Gateway
+from deployments.gateway.app import Gateway
 from deployments.policy import SessionScaling
-from deployments.replica import Replica
+from deployments.replica.replica import Replica
 from deployments.settings import PROXY_CALLBACK, Settings, refuse_keys_among
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def _replica(settings: Settings) -> serve.Deployment:
         },
     )
     routing: dict[str, Any] = {
-        "request_router_class": "deployments.router.SessionRouter",
+        "request_router_class": "deployments.gateway.router.SessionRouter",
         "request_router_kwargs": {"placement": settings.placement},
         "request_routing_stats_period_s": STATS_PERIOD_S,
         "max_backoff_s": LONGEST_RETRY_S,

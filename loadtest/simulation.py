@@ -33,7 +33,7 @@ from personaplex.engine.steptimes import StepTimes
 from personaplex.persona import PROMPTS
 from personaplex.session.core import HANDSHAKE_DELAY_S
 
-GRACE_S = 0.3  # as in deployments.lease, which needs Ray
+GRACE_S = 0.3  # as in deployments.gateway.leases, which needs Ray
 SAMPLES = 400  # of the fleet's state, over the whole run
 
 

@@ -239,7 +239,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _slots_that_fit(settings: Settings) -> int:
-    from deployments.models import slots_that_fit
+    from deployments.replica.models import slots_that_fit
 
     # In a process of its own, since a CUDA context takes memory until its process ends.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

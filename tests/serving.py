@@ -28,8 +28,8 @@ from ray import serve
 from websockets.asyncio.client import ClientConnection
 
 from deployments.application import build
-from deployments.fleet import ReplicaStatus
 from deployments.settings import Settings
+from deployments.wire.messages import ReplicaStatus
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
 from personaplex.server import ENVIRONMENT

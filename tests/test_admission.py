@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from starlette.datastructures import Headers
 
 from deployments.addresses import caller_of, network
-from deployments.admission import LIMIT_RETRY_S, AccessControl, ClientInfo, refusal
-from deployments.reconnects import FIRST_WAIT_S, LIMIT, LONGEST_WAIT_S, REMEMBERED, Reconnects
+from deployments.gateway.admission import LIMIT_RETRY_S, AccessControl, ClientInfo, refusal
+from deployments.gateway.reconnects import FIRST_WAIT_S, LIMIT, LONGEST_WAIT_S, REMEMBERED, Reconnects
 from deployments.settings import Settings
 from personaplex.errors import (
     BadAudio,

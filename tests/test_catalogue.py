@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deployments.catalogue import prompt_list, voice_list
+from deployments.gateway.info import prompt_list, voice_list
 from personaplex.persona import PROMPTS, VOICES, Persona
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 
-from deployments import fleet as module
-from deployments.fleet import Fleet, Observer, ReplicaStatus, SessionStatus
+from deployments.fleet import Fleet
+from deployments.gateway import observer
+from deployments.gateway.observer import Observer
+from deployments.wire.messages import ReplicaStatus, SessionStatus
 
 
 def _status(*sessions: str) -> ReplicaStatus:
@@ -58,7 +60,7 @@ def test_the_service_holds_nothing_once_replicas_and_gateways_have_let_go() -> N
 
 
 def test_a_gateway_asks_again_when_the_fleet_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "REPORT_EVERY_S", 0.01)
+    monkeypatch.setattr(observer, "RETRY_S", 0.01)
 
     async def run() -> None:
         fleet, deaths = Fleet(), [ActorDiedError(), ActorDiedError()]

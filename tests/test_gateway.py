@@ -32,16 +32,16 @@ from starlette.routing import Route
 from starlette.websockets import WebSocket, WebSocketState
 from websockets.http11 import Response as Refused
 
-from deployments import media
 from deployments.application import build
-from deployments.conversation import Conversation
-from deployments.gateway import PAGE, Gateway
-from deployments.headers import SecurityHeaders
-from deployments.lease import Claim, Grant, Waiter
-from deployments.line import STALE_S, UNHEARD_LIMIT, Services
-from deployments.media import Kind, pack_ready
-from deployments.query import SEED_LIMIT, persona_from, read_query
+from deployments.gateway.app import PAGE, Gateway
+from deployments.gateway.conversation import Conversation
+from deployments.gateway.headers import SecurityHeaders
+from deployments.gateway.leases import Claim, Waiter
+from deployments.gateway.query import SEED_LIMIT, persona_from, read_query
+from deployments.gateway.upstream import STALE_S, UNHEARD_LIMIT, Services
 from deployments.settings import Settings
+from deployments.wire import messages
+from deployments.wire.messages import Grant, Kind, pack_ready
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SIZE, Sampling
 from personaplex.errors import BadParameter, UnknownVoice
@@ -217,11 +217,13 @@ class Slot(Spy):
 
     def send_frame(self, kind: Kind, payload: bytes) -> None:
         assert kind is Kind.FRAME
-        self.frames.append(media.unpack_frame(payload)[1])
+        self.frames.append(messages.unpack_frame(payload)[1])
 
     def answer(self, frame: int, level: float) -> None:
         pcm = np.full(FRAME_SIZE, level, np.float32)
-        self.hear(self, Kind.REPLY, media.pack_reply(media.Reply(frame, pcm, np.zeros(17, np.int64), "", 0)))
+        self.hear(
+            self, Kind.REPLY, messages.pack_reply(messages.Reply(frame, pcm, np.zeros(17, np.int64), "", 0))
+        )
 
 
 class Listener(Caller):
@@ -692,7 +694,7 @@ def test_the_gateway_runs_without_torch(service: Service) -> None:
                 break
     else:
         raise AssertionError("no gateway process")
-    code = "import sys, deployments.application, deployments.gateway; print('torch' in sys.modules)"
+    code = "import sys, deployments.application, deployments.gateway.app; print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"
 

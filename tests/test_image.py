@@ -232,8 +232,8 @@ def _run(prefix: Path, *arguments: str) -> str:
 def test_the_gateway_image_holds_no_torch_and_can_be_a_gateway(installed: Path) -> None:
     program = (
         "import importlib.util, sys\n"
-        "import deployments.application, deployments.gateway, personaplex.client, personaplex.server\n"
-        "from deployments.gateway import PAGE\n"
+        "import deployments.application, deployments.gateway.app, personaplex.client, personaplex.server\n"
+        "from deployments.gateway.app import PAGE\n"
         "assert importlib.util.find_spec('torch') is None\n"
         "assert (PAGE / 'index.html').is_file()\n"
         "print(sys.modules['deployments'].__file__)\n"

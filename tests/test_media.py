@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from mutation import mutants
 
-from deployments import media
-from deployments.media import Kind, Link
+from deployments.wire import messages
+from deployments.wire.link import MESSAGE_LIMIT, Link, connect, listen
+from deployments.wire.messages import Kind
 from personaplex.config import FRAME_SIZE, Sampling
 from personaplex.errors import (
     NoCapacity,
@@ -39,7 +40,7 @@ def _noise(seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
 def test_a_frame_arrives_bit_for_bit() -> None:
     pcm = _noise()
     pcm[:3] = (-0.0, 1e-42, np.finfo(np.float32).max)
-    mark, heard = media.unpack_frame(media.pack_frame(2**32 - 1, pcm))
+    mark, heard = messages.unpack_frame(messages.pack_frame(2**32 - 1, pcm))
     assert mark == 2**32 - 1
     np.testing.assert_array_equal(heard.view(np.uint32), pcm.view(np.uint32))
     assert heard.flags.writeable
@@ -47,8 +48,8 @@ def test_a_frame_arrives_bit_for_bit() -> None:
 
 def test_a_reply_arrives_whole() -> None:
     tokens = np.array([70_000, *range(2_032, 2_048)], np.int64)
-    sent = media.Reply(7, _noise(), tokens, " été 你", 123_456)
-    got = media.unpack_reply(media.pack_reply(sent))
+    sent = messages.Reply(7, _noise(), tokens, " été 你", 123_456)
+    got = messages.unpack_reply(messages.pack_reply(sent))
     assert (got.frame, got.text, got.mark) == (sent.frame, sent.text, sent.mark)
     np.testing.assert_array_equal(got.tokens, tokens)
     np.testing.assert_array_equal(got.pcm.view(np.uint32), sent.pcm.view(np.uint32))
@@ -57,13 +58,13 @@ def test_a_reply_arrives_whole() -> None:
 def test_a_persona_arrives_as_it_was() -> None:
     persona = Persona("VARM4", 'Quotes " and 你好\n', Sampling(0.1, 2, 0.3, 4, 2**63 - 1, 6))
     token = bytes(range(16))
-    payload = media.pack_open(token, persona)
-    assert (media.open_token(payload), media.unpack_open(payload)) == (token, persona)
+    payload = messages.pack_open(token, persona)
+    assert (messages.open_token(payload), messages.unpack_open(payload)) == (token, persona)
 
 
 @pytest.mark.parametrize("error", [PromptTooLong("too long"), SessionLost("gone"), NoCapacity("full", 3.0)])
 def test_an_error_keeps_its_class_and_words(error: PersonaplexError) -> None:
-    got = media.unpack_error(media.pack_error(error))
+    got = messages.unpack_error(messages.pack_error(error))
     assert type(got) is type(error)
     assert str(got) == str(error)
 
@@ -85,7 +86,7 @@ def test_an_error_keeps_its_class_and_words(error: PersonaplexError) -> None:
     ],
 )
 def test_an_error_that_cannot_be_read_is_a_lost_session(payload: bytes) -> None:
-    assert type(media.unpack_error(payload)) is SessionLost
+    assert type(messages.unpack_error(payload)) is SessionLost
 
 
 def opening(**changes: Any) -> bytes:
@@ -114,19 +115,19 @@ OPENINGS = [
 
 
 def test_whole_numbers_are_temperatures_too() -> None:
-    persona = media.unpack_open(bytes(16) + opening(sampling={"text_temperature": 0}))
+    persona = messages.unpack_open(bytes(16) + opening(sampling={"text_temperature": 0}))
     assert repr(persona.sampling) == repr(Sampling(text_temperature=0.0))
 
 
 @pytest.mark.parametrize(
     ("unpack", "payload"),
     [
-        (media.unpack_frame, media.pack_frame(7, _noise())),
-        (media.unpack_reply, media.pack_reply(media.Reply(1, _noise(), np.arange(17), "text", 2))),
-        (media.unpack_open, media.pack_open(bytes(16), Persona())),
-        (media.unpack_open, bytes(16) + opening(sampling={"text_topk": 2})),
-        (media.unpack_ready, media.pack_ready(1.25)),
-        (media.unpack_error, media.pack_error(NoCapacity("come again"))),
+        (messages.unpack_frame, messages.pack_frame(7, _noise())),
+        (messages.unpack_reply, messages.pack_reply(messages.Reply(1, _noise(), np.arange(17), "text", 2))),
+        (messages.unpack_open, messages.pack_open(bytes(16), Persona())),
+        (messages.unpack_open, bytes(16) + opening(sampling={"text_topk": 2})),
+        (messages.unpack_ready, messages.pack_ready(1.25)),
+        (messages.unpack_error, messages.pack_error(NoCapacity("come again"))),
     ],
 )
 def test_damaged_messages_raise_nothing_else(unpack: Callable[[bytes], Any], payload: bytes) -> None:
@@ -144,29 +145,35 @@ def test_damaged_messages_raise_nothing_else(unpack: Callable[[bytes], Any], pay
 @pytest.mark.parametrize(
     ("unpack", "payload"),
     [
-        (media.unpack_frame, b""),
-        (media.unpack_frame, bytes(4 * FRAME_SIZE)),
-        (media.unpack_frame, bytes(4 * FRAME_SIZE + 5)),
-        (media.unpack_frame, media.pack_frame(0, np.full(FRAME_SIZE, np.nan, np.float32))),
-        (media.unpack_frame, media.pack_frame(0, np.full(FRAME_SIZE, np.inf, np.float32))),
-        (media.unpack_reply, b""),
-        (media.unpack_reply, bytes(4 * FRAME_SIZE)),
-        (media.unpack_reply, media.pack_reply(media.Reply(0, _noise(), np.zeros(17, int), "", 0)) + b"\xff"),
-        (media.open_token, bytes(15)),
-        (media.unpack_open, b""),
-        (media.unpack_open, bytes(16) + b"[" * 60_000),
-        (media.unpack_open, bytes(16) + b"{}"),
-        (media.unpack_open, bytes(16) + b'{"voice": "NATF2", "sampling": {"top_p": 1}}'),
-        *((media.unpack_open, bytes(16) + payload) for payload in OPENINGS),
-        (media.unpack_reply, media.pack_reply(media.Reply(0, _noise() * np.nan, np.zeros(17, int), "", 0))),
-        (media.unpack_ready, b"{}"),
-        (media.unpack_ready, b"[]"),
-        (media.unpack_ready, b"[" * 60_000),
-        (media.unpack_ready, b'{"prefill_s": NaN}'),
-        (media.unpack_ready, b'{"prefill_s": -1}'),
-        (media.unpack_ready, b'{"prefill_s": true}'),
-        (media.unpack_ready, b'{"prefill_s": "1"}'),
-        (media.unpack_ready, b'{"prefill_s": 1%s}' % (b"0" * 400)),
+        (messages.unpack_frame, b""),
+        (messages.unpack_frame, bytes(4 * FRAME_SIZE)),
+        (messages.unpack_frame, bytes(4 * FRAME_SIZE + 5)),
+        (messages.unpack_frame, messages.pack_frame(0, np.full(FRAME_SIZE, np.nan, np.float32))),
+        (messages.unpack_frame, messages.pack_frame(0, np.full(FRAME_SIZE, np.inf, np.float32))),
+        (messages.unpack_reply, b""),
+        (messages.unpack_reply, bytes(4 * FRAME_SIZE)),
+        (
+            messages.unpack_reply,
+            messages.pack_reply(messages.Reply(0, _noise(), np.zeros(17, int), "", 0)) + b"\xff",
+        ),
+        (messages.open_token, bytes(15)),
+        (messages.unpack_open, b""),
+        (messages.unpack_open, bytes(16) + b"[" * 60_000),
+        (messages.unpack_open, bytes(16) + b"{}"),
+        (messages.unpack_open, bytes(16) + b'{"voice": "NATF2", "sampling": {"top_p": 1}}'),
+        *((messages.unpack_open, bytes(16) + payload) for payload in OPENINGS),
+        (
+            messages.unpack_reply,
+            messages.pack_reply(messages.Reply(0, _noise() * np.nan, np.zeros(17, int), "", 0)),
+        ),
+        (messages.unpack_ready, b"{}"),
+        (messages.unpack_ready, b"[]"),
+        (messages.unpack_ready, b"[" * 60_000),
+        (messages.unpack_ready, b'{"prefill_s": NaN}'),
+        (messages.unpack_ready, b'{"prefill_s": -1}'),
+        (messages.unpack_ready, b'{"prefill_s": true}'),
+        (messages.unpack_ready, b'{"prefill_s": "1"}'),
+        (messages.unpack_ready, b'{"prefill_s": 1%s}' % (b"0" * 400)),
     ],
 )
 def test_other_shapes_are_refused(unpack: Callable[[bytes], Any], payload: bytes) -> None:
@@ -206,7 +213,7 @@ def _with_server(run: Callable[[End, int], Awaitable[T]]) -> T:
 
     async def main() -> T:
         end = End()
-        server, port = await media.listen(lambda: end.link, "127.0.0.1")
+        server, port = await listen(lambda: end.link, "127.0.0.1")
         try:
             return await run(end, port)
         finally:
@@ -233,7 +240,7 @@ def test_messages_arrive_in_order_and_a_close_says_why() -> None:
         assert server.messages[:50] == [(Kind.FRAME, str(number).encode()) for number in range(50)]
         kind, payload = server.messages[50]
         assert kind is Kind.CLOSE
-        assert str(media.unpack_error(payload)) == "so long"
+        assert str(messages.unpack_error(payload)) == "so long"
         client.link.send(Kind.FRAME, b"")  # after the end: nothing happens
         client.link.close()
 
@@ -262,7 +269,7 @@ def test_messages_may_come_in_any_pieces() -> None:
     "nonsense",
     [
         struct.pack("<I", 0),
-        struct.pack("<I", media.MESSAGE_LIMIT + 1),
+        struct.pack("<I", MESSAGE_LIMIT + 1),
         struct.pack("<IB", 1, 99),
         struct.pack("<IB", 7, Kind.FRAME) + b"refuse",
         b"GET / HTTP/1.1\r\n\r\n",
@@ -274,7 +281,7 @@ def test_nonsense_ends_the_connection(nonsense: bytes) -> None:
         writer.write(nonsense)
         answer = await asyncio.wait_for(reader.read(), 5)
         assert Kind(answer[4]) is Kind.CLOSE
-        assert isinstance(media.unpack_error(answer[5:]), ProtocolError)
+        assert isinstance(messages.unpack_error(answer[5:]), ProtocolError)
         await asyncio.wait_for(server.lost.wait(), 5)
         assert not server.messages
         writer.close()
@@ -309,7 +316,7 @@ def test_a_link_closed_before_it_is_connected_never_is() -> None:
     async def run() -> None:
         closed, heard = End(), End()
         closed.link.close()
-        server, port = await media.listen(lambda: closed.link, "127.0.0.1")
+        server, port = await listen(lambda: closed.link, "127.0.0.1")
         async with server:
             await asyncio.get_running_loop().create_connection(lambda: heard.link, "127.0.0.1", port)
             await asyncio.wait_for(asyncio.gather(closed.lost.wait(), heard.lost.wait()), 5)
@@ -345,7 +352,7 @@ def test_the_kernel_gives_up_just_after_the_longest_stall(stall_s: float) -> Non
 
     async def run(server: End, port: int) -> None:
         client = End()
-        client.link = await media.connect(
+        client.link = await connect(
             "127.0.0.1", port, client._message, lambda _: None, outbox=OUTBOX, stall_s=stall_s
         )
         assert client.link._transport is not None
@@ -364,10 +371,10 @@ def test_the_kernel_gives_up_just_after_the_longest_stall(stall_s: float) -> Non
 
 def test_listening_takes_the_first_free_port_of_a_range() -> None:
     async def run(server: End, port: int) -> None:
-        second, found = await media.listen(lambda: End().link, "127.0.0.1", port, port + 20)
+        second, found = await listen(lambda: End().link, "127.0.0.1", port, port + 20)
         assert port < found <= port + 20
         second.close()
         with pytest.raises(OSError, match="in use"):
-            await media.listen(lambda: End().link, "127.0.0.1", port, port)
+            await listen(lambda: End().link, "127.0.0.1", port, port)
 
     _with_server(run)

@@ -23,10 +23,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from serving import Service, connect, running, speech
 
-from deployments import logs, metrics, tracing
-from deployments.account import Account
+from deployments import logs, metrics
+from deployments.gateway import tracing
+from deployments.gateway.stats import Account
+from deployments.gateway.tracing import Trace
 from deployments.metrics import Series
-from deployments.tracing import Trace
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS
 from personaplex.errors import ConfigError, SessionLost

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from deployments import models
+from deployments.replica import models
 from deployments.settings import Settings
 from personaplex import loading, server, sizing
 from personaplex.config import FRAME_SIZE, PRESET_7B, PRESET_TINY, EngineConfig

@@ -12,9 +12,10 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from deployments.lease import GRACE_S, Grant, Lease, LeaseRequest, Leases, Refusal
+from deployments.gateway.leases import GRACE_S, Lease, Leases
+from deployments.gateway.router import LOOK_EVERY_S, SessionRouter
 from deployments.policy import Candidate, SessionScaling, rank, replicas_for
-from deployments.router import LOOK_EVERY_S, SessionRouter
+from deployments.wire.messages import Grant, LeaseRequest, Refusal
 from personaplex.errors import NoCapacity, SessionLost
 
 REQUEST = LeaseRequest("s", "NATF2")
@@ -102,7 +103,7 @@ def test_a_call_that_waits_sleeps_and_full_replicas_are_asked_by_one_of_many(
 ) -> None:
     """Without `should_backoff` Serve calls again at once: a waiting session took a third of a core, twice."""
     now = [100.0]
-    monkeypatch.setattr("deployments.router.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("deployments.gateway.router.time.monotonic", lambda: now[0])
     queue: dict[str, int | None] = {"a": 2}
     router, calls = _router(queue), [_pending() for _ in range(6)]
 

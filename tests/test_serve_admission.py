@@ -21,7 +21,7 @@ from attackers import BINARY, SOURCE, Raw, Target, frame
 from serving import Client, Service, connect, running, speech
 
 from deployments.connections import REQUEST_TIMEOUT_S
-from deployments.reconnects import FIRST_WAIT_S
+from deployments.gateway.reconnects import FIRST_WAIT_S
 from personaplex.session.core import HANDSHAKE_DELAY_S
 from personaplex.session.wire import Audio
 

@@ -17,10 +17,9 @@ import websockets
 from serving import Client, Heard, Service, connect, running, speech
 from websockets.http11 import Response
 
-from deployments import media
-from deployments.lease import Grant, LeaseRequest
-from deployments.media import Kind
-from deployments.replica import STRANGERS_SPARE
+from deployments.replica.replica import STRANGERS_SPARE
+from deployments.wire import messages
+from deployments.wire.messages import Grant, Kind, LeaseRequest
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS
 from personaplex.persona import Persona
@@ -145,7 +144,7 @@ def test_a_lease_nobody_claims_expires(pair: Service) -> None:
     grant = next(iter(response))
     assert isinstance(grant, Grant)
     with socket.create_connection((grant.host, grant.port)) as stranger:
-        opening = media.pack_open(bytes(media.TOKEN_BYTES), Persona())
+        opening = messages.pack_open(bytes(messages.TOKEN_BYTES), Persona())
         stranger.sendall(struct.pack("<IB", 1 + len(opening), Kind.OPEN) + opening)
         assert _farewell(stranger) == ("SessionLost", "the lease ran out; please connect again")
     pair.wait(lambda seen: sum(one.used for one in seen) == 1)
@@ -166,7 +165,7 @@ def test_connections_without_a_lease_are_bounded(pair: Service) -> None:
         strangers[1].setblocking(False)
         with pytest.raises(BlockingIOError):
             strangers[1].recv(1)
-        opening = media.pack_open(grant.token, Persona())
+        opening = messages.pack_open(grant.token, Persona())
         strangers[-1].sendall(struct.pack("<IB", 1 + len(opening), Kind.OPEN) + opening)
         strangers[-1].settimeout(5.0)
         assert strangers[-1].recv(5)[4] == Kind.READY
@@ -180,7 +179,7 @@ def _farewell(stranger: socket.socket) -> tuple[str, str]:
     while piece := stranger.recv(4_096):
         data += piece
     assert data[4] == Kind.CLOSE
-    error = media.unpack_error(data[5:])
+    error = messages.unpack_error(data[5:])
     return type(error).__name__, str(error)
 
 

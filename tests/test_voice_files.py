@@ -23,7 +23,7 @@ from golden import CONFIG, GOLDEN, model
 from mutation import memory_within, mutants
 from torch import Tensor, nn
 
-from deployments import models
+from deployments.replica import models
 from deployments.settings import Settings
 from personaplex import voicearchive
 from personaplex.config import FRAME_SIZE, PRESET_TINY, EngineConfig

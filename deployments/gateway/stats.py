@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 from deployments import metrics
+from deployments.gateway.tracing import Phase, Trace
 from deployments.metrics import Metrics
-from deployments.tracing import Phase, Trace
 from personaplex.audio.transcoder import Transcoder
 from personaplex.errors import PersonaplexError
 from personaplex.session.pacer import Pacer

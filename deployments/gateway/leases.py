@@ -1,4 +1,4 @@
-"""The right to one slot: what a replica grants and how a gateway gets it.
+"""The right to one slot: how a gateway gets it from a replica.
 
 A lease is one long-lived streaming call to the replica deployment. Its first item is a Grant (or a Refusal);
 it ends when the slot is free again. So Serve's count of ongoing calls is the count of sessions, for admission
@@ -15,49 +15,20 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from deployments.wire.messages import Grant, LeaseRequest
 from personaplex.errors import NoCapacity, PersonaplexError, SessionLost
-from personaplex.persona import VOICES, Persona
 
 logger = logging.getLogger(__name__)
 
 GRACE_S = 0.3  # without a slot for this long a session counts as queued
 RETRY_S = 0.2  # between two tries after a replica refused or died
-
-
-@dataclass(frozen=True)
-class LeaseRequest:
-    """All a replica needs to know before the session connects to it. Nothing in it was written by a client:
-    `voice` is a name the gateway found in its own list, or empty."""
-
-    session: str
-    voice: str
-
-    @classmethod
-    def of(cls, session: str, persona: Persona) -> LeaseRequest:
-        return cls(session, persona.voice if persona.voice in VOICES else "")
-
-
-@dataclass(frozen=True)
-class Grant:
-    """A slot is held until `token` is shown at host:port, or for the lease timeout."""
-
-    host: str
-    port: int
-    token: bytes = field(repr=False)
-    replica: str
-    slots: int
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """The replica cannot take the session after all: it drains, or its engine has ended."""
 
 
 class Lease:

@@ -22,12 +22,13 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments import logs, media, metrics
-from deployments.fleet import ReplicaStatus, Reporter, SessionStatus
-from deployments.lease import Grant, LeaseRequest, Refusal
-from deployments.media import Kind, Link
-from deployments.models import load
+from deployments import logs, metrics
+from deployments.replica.models import load
+from deployments.replica.reporter import Reporter
 from deployments.settings import Settings
+from deployments.wire import messages
+from deployments.wire.link import Link, listen
+from deployments.wire.messages import Grant, Kind, LeaseRequest, Refusal, ReplicaStatus, SessionStatus
 from personaplex.config import EngineConfig
 from personaplex.engine.interface import Loaded, Stepper
 from personaplex.engine.loop import Batch, Closed, EngineLoop, Event, Faulted, Ready, Refused, Reply
@@ -80,7 +81,7 @@ class Replica:
         started = asyncio.wrap_future(self._engine.start())
         self._slots = await asyncio.wait_for(started, settings.load_timeout_s)
         self._host = settings.media_host or _node_address()
-        self._server, self._port = await media.listen(
+        self._server, self._port = await listen(
             self._accept, self._host, settings.media_port_min, settings.media_port_max
         )
         self._reporter = Reporter(fleet, self._status, self._leave)
@@ -95,7 +96,7 @@ class Replica:
         if not self._accepting:
             yield Refusal()
             return
-        token, seat = secrets.token_bytes(media.TOKEN_BYTES), _Seat(request)
+        token, seat = secrets.token_bytes(messages.TOKEN_BYTES), _Seat(request)
         self._unclaimed[token] = seat
         self._publish_slots()
         expiry = self._event_loop.call_later(self._settings.lease_timeout_s, self._drop, token)
@@ -172,7 +173,7 @@ class Replica:
         if seat is None:
             self._claim(link, kind, payload)
         elif kind is Kind.FRAME and seat.number is not None:
-            mark, frame = media.unpack_frame(payload)
+            mark, frame = messages.unpack_frame(payload)
             self._engine.push(seat.number, frame, mark)
         elif kind is Kind.CLOSE:
             link.close()
@@ -182,11 +183,11 @@ class Replica:
     def _claim(self, link: Link, kind: Kind, payload: bytes) -> None:
         if kind is not Kind.OPEN:
             raise ProtocolError("the first message must open the session")
-        token = media.open_token(payload)
+        token = messages.open_token(payload)
         if token not in self._unclaimed:
             self._turn_away(link, SessionLost("the lease ran out; please connect again"))
             return
-        persona = media.unpack_open(payload)
+        persona = messages.unpack_open(payload)
         seat = self._unclaimed.pop(token)
         self._strangers.pop(link).cancel()
         seat.link = link
@@ -244,7 +245,7 @@ class Replica:
 
     def _ready(self, seat: _Seat, event: Ready) -> None:
         assert seat.link is not None
-        seat.link.send(Kind.READY, media.pack_ready(event.prefill_s))
+        seat.link.send(Kind.READY, messages.pack_ready(event.prefill_s))
 
     def _reply(self, seat: _Seat, payload: bytes) -> None:
         assert seat.link is not None
@@ -314,4 +315,4 @@ def _pack(event: Event) -> bytes | None:
     if not isinstance(event, Reply):
         return None
     said = event.output
-    return media.pack_reply(media.Reply(said.frame, said.pcm, said.tokens, said.text, event.mark))
+    return messages.pack_reply(messages.Reply(said.frame, said.pcm, said.tokens, said.text, event.mark))

@@ -36,17 +36,20 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 import personaplex
-from deployments import ingress, logs, media, metrics, tracing
-from deployments.admission import AccessControl, ClientInfo, refusal
-from deployments.catalogue import prompt_list, voice_list
-from deployments.conversation import CLOSE_TIMEOUT_S, Conversation
-from deployments.fleet import Observer
-from deployments.headers import SecurityHeaders
-from deployments.lease import Claim, LeaseRequest, Leases
-from deployments.line import Services
-from deployments.query import persona_from, read_query, wants_status
-from deployments.reconnects import Reconnects
+from deployments import ingress, logs, metrics
+from deployments.gateway import tracing
+from deployments.gateway.admission import AccessControl, ClientInfo, refusal
+from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Conversation
+from deployments.gateway.headers import SecurityHeaders
+from deployments.gateway.info import prompt_list, voice_list
+from deployments.gateway.leases import Claim, Leases
+from deployments.gateway.observer import Observer
+from deployments.gateway.query import persona_from, read_query, wants_status
+from deployments.gateway.reconnects import Reconnects
+from deployments.gateway.upstream import Services
 from deployments.settings import Settings, behind_haproxy, proxy_callback
+from deployments.wire.link import connect
+from deployments.wire.messages import LeaseRequest
 from personaplex.errors import ConfigError, NoCapacity, PersonaplexError
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
@@ -91,7 +94,7 @@ class Gateway:
                 first_audio_s=settings.first_audio_s,
                 burst_s=settings.burst_s,
             ),
-            connect=lambda grant, on_message, on_lost: media.connect(
+            connect=lambda grant, on_message, on_lost: connect(
                 grant.host,
                 grant.port,
                 on_message,

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from ray.exceptions import TaskCancelledError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from deployments.account import Account
-from deployments.lease import Claim
-from deployments.line import Line, Services
+from deployments.gateway.leases import Claim
+from deployments.gateway.stats import Account
+from deployments.gateway.upstream import Line, Services
 from personaplex.errors import ClientError, PersonaplexError, SessionLost
 from personaplex.persona import Persona
 from personaplex.session.core import SessionCore, State

@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from deployments import media, metrics
-from deployments.account import Account
-from deployments.lease import Claim, Grant, Lease, LeaseRequest, Leases
-from deployments.media import Kind, Link, OnLost, OnMessage
+from deployments import metrics
+from deployments.gateway.leases import Claim, Lease, Leases
+from deployments.gateway.stats import Account
+from deployments.gateway.tracing import Trace
 from deployments.metrics import Metrics
-from deployments.tracing import Trace
+from deployments.wire import messages
+from deployments.wire.link import Link, OnLost, OnMessage
+from deployments.wire.messages import Grant, Kind, LeaseRequest
 from personaplex.audio.transcoder import NOT_OGG_AFTER_S, Pcm, Transcoder
 from personaplex.config import FRAME_SECONDS, frames_in
 from personaplex.errors import PersonaplexError, ProtocolError
@@ -104,7 +106,7 @@ class Line:
         self._account.note(replica=grant.replica, prompt_characters=len(persona.text_prompt))
         self._metrics.add(metrics.SESSIONS_ADMITTED)
         self._tell(LeaseGranted())
-        link.send(Kind.OPEN, media.pack_open(grant.token, persona))
+        link.send(Kind.OPEN, messages.pack_open(grant.token, persona))
         self._details = {
             "session": self._session,
             "voice": persona.voice,
@@ -185,13 +187,13 @@ class Line:
             return
         match kind:
             case Kind.REPLY:
-                self._say(media.unpack_reply(payload))
+                self._say(messages.unpack_reply(payload))
             case Kind.READY:
-                self._account.phase("prefill", media.unpack_ready(payload))
+                self._account.phase("prefill", messages.unpack_ready(payload))
                 self._tell(Ready(self._details))
                 self._send_early()
             case Kind.CLOSE:
-                self._tell(Failed(media.unpack_error(payload)))
+                self._tell(Failed(messages.unpack_error(payload)))
             case _:
                 raise ProtocolError("a message that does not belong here")
 
@@ -200,7 +202,7 @@ class Line:
         if link is self._link and not self._stopped:
             self._tell(EngineLost())
 
-    def _say(self, reply: media.Reply) -> None:
+    def _say(self, reply: messages.Reply) -> None:
         self.log.append(reply.tokens, forced=reply.frame == 0)
         began = time.perf_counter()
         page = self.transcoder.send(reply.pcm)
@@ -259,7 +261,7 @@ class Line:
             return
         assert self._link is not None
         dropped = self._link.dropped
-        self._link.send_frame(Kind.FRAME, media.pack_frame(_micros() % 2**32, frame))
+        self._link.send_frame(Kind.FRAME, messages.pack_frame(_micros() % 2**32, frame))
         self._metrics.add(metrics.FRAMES_DROPPED, self._link.dropped - dropped, place="link_in")
 
     def _send_early(self) -> None:

@@ -16,8 +16,8 @@ from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
-from deployments.lease import LeaseRequest
 from deployments.policy import Candidate, rank
+from deployments.wire.messages import LeaseRequest
 
 LOOK_EVERY_S = 0.2
 
