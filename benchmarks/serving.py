@@ -153,7 +153,7 @@ def _free_port() -> int:
 def _cluster(gateways: int) -> Iterator[int]:
     """Ray and Serve behind HAProxy with both applications; the port clients connect to."""
     from deployments import haproxy
-    from personaplex.server import ENVIRONMENT
+    from deployments.command import ENVIRONMENT
 
     os.environ.update(
         ENVIRONMENT,

@@ -31,6 +31,7 @@ SLOTS_LIMIT = 512
 AUTO = "auto"
 LEAST_PER_ADDRESS = 2  # sessions: a caller, and the one it is about to replace
 
+HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own
 PROXY_CALLBACK = "PERSONAPLEX_PROXY_CALLBACK"  # not a setting: what Ray's processes were given, for gateways
 
 # Kubernetes adds these to every pod when a Service is called "personaplex" (or "personaplex-..."); no field
@@ -420,7 +421,7 @@ def refuse_keys_among(arguments: Sequence[str]) -> None:
 
 def behind_haproxy() -> bool:
     """Whether Serve hands sockets to HAProxy, so that a gateway's peer is HAProxy."""
-    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    return os.environ.get(HAPROXY_SWITCH) == "1"
 
 
 def haproxy_adds_address() -> bool:

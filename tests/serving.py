@@ -28,11 +28,11 @@ from ray import serve
 from websockets.asyncio.client import ClientConnection
 
 from deployments.application import build
+from deployments.command import ENVIRONMENT
 from deployments.settings import Settings
 from deployments.wire.messages import ReplicaStatus
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
-from personaplex.server import ENVIRONMENT
 from personaplex.session.wire import Audio, Error, Handshake, Message, Metadata, Text, decode
 
 SMALL = {"replica_num_cpus": 0.1, "gateway_num_cpus": 0.1, "session_limit_s": 30.0, "queue_timeout_s": 10.0}

@@ -21,6 +21,7 @@ import pytest
 from commands import Main, Row, Say, contents, run_row, sound
 from echo_service import EchoService
 
+from deployments import command
 from deployments.settings import Settings
 from k8s import __main__ as k8s
 from k8s import conversation, fetch_weights
@@ -260,7 +261,7 @@ SERVER = [
 
 @pytest.mark.parametrize("row", SERVER, ids=str)
 def test_the_server_is_refused_before_ray_starts(row: Row, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_serve", lambda *options: pytest.fail("it went on"))
+    monkeypatch.setattr(command, "_serve", lambda *options: pytest.fail("it went on"))
     run_row(server.main, row, say, "" if "--model" in row.arguments else "--model echo")
 
 
@@ -413,8 +414,8 @@ def here(options: argparse.Namespace, default: str, address: str) -> argparse.Na
 
 def test_the_servers_examples_work(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[tuple[object, ...]] = []
-    monkeypatch.setattr(server, "_serve", lambda *options: served.append(options))
-    monkeypatch.setattr(server, "_check_port", lambda host, port: None)  # someone may listen there
+    monkeypatch.setattr(command, "_serve", lambda *options: served.append(options))
+    monkeypatch.setattr(command, "_check_port", lambda host, port: None)  # someone may listen there
     Path("keys.txt").write_text("one\n")
     found = examples(server._parser())
     assert [server.main(words) for words in found] == [0] * len(found)

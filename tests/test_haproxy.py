@@ -22,8 +22,9 @@ from serving import Client, Service, connect, free_port, speech
 
 from deployments import connections, haproxy
 from deployments.processes import below, lives
+from deployments.settings import HAPROXY_SWITCH
 from personaplex.errors import ConfigError
-from personaplex.server import HAPROXY_SWITCH, main
+from personaplex.server import main
 
 LEASH = [sys.executable, "-c", "from deployments.haproxy import main; main()"]
 RUN = "import subprocess, sys; subprocess.run(sys.argv[1:])"
@@ -73,7 +74,7 @@ def test_https_is_refused_rather_than_left_out(tmp_path: Path, capsys: pytest.Ca
 
 def test_the_environment_is_as_before_when_the_command_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, str]] = []
-    monkeypatch.setattr("personaplex.server._serve", lambda *_: seen.append(dict(os.environ)))
+    monkeypatch.setattr("deployments.command._serve", lambda *_: seen.append(dict(os.environ)))
     monkeypatch.setenv(haproxy.PORTS[0], "9101")
     before = dict(os.environ)
     assert main(["--haproxy", "--port", str(free_port()), "--model", "echo"]) == 0

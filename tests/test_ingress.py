@@ -21,10 +21,10 @@ from serving import free_port
 
 from deployments import ingress
 from deployments.application import _GATEWAY_ENVIRONMENT
+from deployments.command import ENVIRONMENT
 from deployments.gateway.app import warn_of_proxies_without_limits
 from deployments.ingress import FRAGMENT_LIMIT, HEAD_LIMIT, Allowance
 from deployments.settings import PROXY_CALLBACK, Settings
-from personaplex.server import ENVIRONMENT
 from personaplex.session.core import MESSAGE_BURST
 from personaplex.session.wire import MESSAGE_LIMIT
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from deployments import command
 from deployments.replica import models
 from deployments.settings import Settings
 from personaplex import loading, server, sizing
@@ -121,14 +122,14 @@ def test_auto_is_for_one_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_server_puts_a_number_in_the_place_of_auto(
     monkeypatch: pytest.MonkeyPatch, asked: list[str]
 ) -> None:
-    monkeypatch.setattr(server, "_slots_that_fit", lambda settings: 7 if settings.kv == "int8" else 3)
+    monkeypatch.setattr(command, "_slots_that_fit", lambda settings: 7 if settings.kv == "int8" else 3)
     assert server._settings(server._parser().parse_args([*asked, "--kv", "int8"])).slots == 7
 
 
 def test_auto_is_looked_up_in_a_process_of_its_own() -> None:
     """Whose refusal comes through as what it is."""
     with pytest.raises(ConfigError, match="the echo model has no size"):
-        server._slots_that_fit(Settings.load({"model": "echo", "slots": 1}))
+        command._slots_that_fit(Settings.load({"model": "echo", "slots": 1}))
 
 
 def test_a_bfloat16_model_speaks_on_a_cpu() -> None:

@@ -21,20 +21,18 @@ import websockets
 from cryptography import x509
 from serving import Client, Heard, free_port, speech
 
-from deployments.processes import named
-from personaplex.errors import ConfigError
-from personaplex.server import (
+from deployments.certificate import CERTIFICATE, KEY, ensure_certificate
+from deployments.command import (
     CARDS,
-    CERTIFICATE,
-    KEY,
     RayEnded,
     _keep_token_private,
     _wait_for_signal,
     addresses,
-    ensure_certificate,
-    main,
     one_card,
 )
+from deployments.processes import named
+from personaplex.errors import ConfigError
+from personaplex.server import main
 
 
 def test_a_certificate_is_made_once_for_every_name_of_this_machine(tmp_path: Path) -> None:
@@ -79,7 +77,7 @@ def test_one_card_of_several_is_chosen_as_torch_counts(
 def test_the_card_is_chosen_for_ray_and_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str | None, str]] = []
     monkeypatch.setattr(
-        "personaplex.server._serve", lambda *args: seen.append((os.environ.get(CARDS), args[-1].device))
+        "deployments.command._serve", lambda *args: seen.append((os.environ.get(CARDS), args[-1].device))
     )
     monkeypatch.delenv(CARDS, raising=False)
     assert main(["--device", "cuda:2", "--port", str(free_port()), "--model", "tiny"]) == 0
@@ -137,7 +135,7 @@ def test_only_its_owner_reads_the_key_to_ray(tmp_path: Path, monkeypatch: pytest
 
 def test_a_process_that_everything_hangs_on_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command stayed for ever once its raylet had ended, and heard no signal."""
-    monkeypatch.setattr("personaplex.server.WATCH_EVERY_S", 0.01)
+    monkeypatch.setattr("deployments.command.WATCH_EVERY_S", 0.01)
     kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with subprocess.Popen(["sleep", "60"]) as vital:
@@ -165,7 +163,7 @@ def test_addresses_of_either_family_can_be_listened_on(host: str, monkeypatch: p
     if ":" in host and not Path("/proc/net/if_inet6").exists():
         pytest.skip("this machine has no IPv6")
     served = []
-    monkeypatch.setattr("personaplex.server._serve", lambda *options: served.append(options[0]))
+    monkeypatch.setattr("deployments.command._serve", lambda *options: served.append(options[0]))
     assert main(["--host", host, "--port", str(free_port()), "--model", "echo"]) == 0
     assert served == [host]
 
