@@ -63,7 +63,7 @@ promtool:
 
 # The web page in a headless Chromium, which this needs and does not install.
 test-browser: install
-	$(BIN)/python -m pytest -m browser tests/test_page.py
+	$(BIN)/python -m pytest -m browser tests/browser
 
 check: install
 	$(BIN)/ruff check .
@@ -93,7 +93,7 @@ bench: install
 GPU_RESULTS ?= benchmarks/results/gpu.json
 .PHONY: gpu
 gpu: install
-	$(BIN)/python -m pytest -m gpu tests/test_kernels.py tests/test_gpu.py
+	$(BIN)/python -m pytest -m gpu tests/gpu
 	$(BIN)/python -m benchmarks.gpu --output $(GPU_RESULTS)
 
 format: install

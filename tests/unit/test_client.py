@@ -30,7 +30,7 @@ from personaplex.client_io import chat_url, parser
 from personaplex.errors import ConfigError
 from personaplex.session.core import Limits
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture(scope="module")

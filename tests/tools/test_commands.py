@@ -29,7 +29,7 @@ from personaplex import cli, client, client_io, server
 from personaplex.errors import ConfigError
 from personaplex.files import key_lines
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS = ROOT / "benchmarks" / "results" / "steps-example.json"
 
 

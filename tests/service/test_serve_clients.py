@@ -35,7 +35,7 @@ from personaplex.audio.opus import packet_samples
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture(scope="module")
