@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from commands import Main, Row, Say, contents, run_row, sound
 from echo_service import EchoService
+from ports import free_port
 
 from deployments.settings import Settings
 from k8s import __main__ as k8s
@@ -277,7 +278,7 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(ray, "init", fail)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     row = Row(
-        "--model echo --port 18998",
+        f"--model echo --port {free_port()}",
         2,
         "Ray did not start: The current node timed out.\n",
     )

@@ -1,0 +1,58 @@
+"""The whole suite, in two processes: `make test`.
+
+Tests that talk to a running service wait more than they compute, and measure time. They run one after the
+other at the ordinary priority. The rest computes more than it waits and runs beside them, niced, so that it
+takes only the time that they leave over. Its report follows theirs.
+
+    python tests/run.py [pytest options]    # the exit status is 1 when either part failed
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMED = ("tests/service", "tests/unit")
+BESIDE = ("tests/tools", "tests/chart", "tests/gpu")
+NICENESS = 10
+
+
+def pytest(folders: Sequence[str], options: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "pytest", *options, *folders]
+
+
+def main(options: Sequence[str]) -> int:
+    with tempfile.TemporaryFile() as report:
+        parts = [
+            subprocess.Popen(pytest(TIMED, options), cwd=ROOT),
+            subprocess.Popen(
+                pytest(BESIDE, options),
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=report,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: os.nice(NICENESS),  # no thread runs yet
+            ),
+        ]
+
+        def end(*_: object) -> None:
+            for part in parts:
+                part.send_signal(signal.SIGINT)  # pytest then takes down what it has started
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal has told both already
+        signal.signal(signal.SIGTERM, end)
+        codes = [part.wait() for part in parts]
+        report.seek(0)
+        sys.stdout.buffer.write(report.read())
+        sys.stdout.flush()
+    return int(any(codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
