@@ -42,7 +42,7 @@ serve: install
 
 # Everything but the browser and the GPU; CONTRIBUTING.md tells the folders apart.
 test: install promtool decoder
-	$(BIN)/python tests/run.py
+	$(BIN)/python tests/suite.py
 
 # Each folder alone. Unit tests start no Ray and no helm and take less than a minute.
 test-unit: install

@@ -4,7 +4,7 @@ Tests that talk to a running service wait more than they compute, and measure ti
 other at the ordinary priority. The rest computes more than it waits and runs beside them, niced, so that it
 takes only the time that they leave over. Its report follows theirs.
 
-    python tests/run.py [pytest options]    # the exit status is 1 when either part failed
+    python tests/suite.py [pytest options]    # the exit status is 1 when either part failed
 """
 
 from __future__ import annotations
@@ -28,9 +28,16 @@ def pytest(folders: Sequence[str], options: Sequence[str]) -> list[str]:
 
 
 def main(options: Sequence[str]) -> int:
+    parts: list[subprocess.Popen[bytes]] = []
+
+    def end(*_: object) -> None:
+        for part in parts:
+            part.send_signal(signal.SIGINT)  # pytest then takes down what it has started
+
+    signal.signal(signal.SIGTERM, end)
     with tempfile.TemporaryFile() as report:
-        parts = [
-            subprocess.Popen(pytest(TIMED, options), cwd=ROOT),
+        parts.append(subprocess.Popen(pytest(TIMED, options), cwd=ROOT))
+        parts.append(
             subprocess.Popen(
                 pytest(BESIDE, options),
                 cwd=ROOT,
@@ -38,15 +45,9 @@ def main(options: Sequence[str]) -> int:
                 stdout=report,
                 stderr=subprocess.STDOUT,
                 preexec_fn=lambda: os.nice(NICENESS),  # no thread runs yet
-            ),
-        ]
-
-        def end(*_: object) -> None:
-            for part in parts:
-                part.send_signal(signal.SIGINT)  # pytest then takes down what it has started
-
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal has told both already
-        signal.signal(signal.SIGTERM, end)
+            )
+        )
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells both parts itself
         codes = [part.wait() for part in parts]
         report.seek(0)
         sys.stdout.buffer.write(report.read())
