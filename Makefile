@@ -44,9 +44,9 @@ serve: install
 test: install promtool decoder
 	$(BIN)/python tests/suite.py
 
-# Each folder alone. Unit tests start no Ray and no helm and take less than a minute.
+# Each folder alone. Unit tests start no Ray and no helm and take less than a minute on two cores.
 test-unit: install
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
 test-service: install decoder
 	$(BIN)/python -m pytest tests/service

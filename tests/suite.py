@@ -1,8 +1,8 @@
 """The whole suite, in two processes: `make test`.
 
-Tests that talk to a running service wait more than they compute, and measure time. They run one after the
-other at the ordinary priority. The rest computes more than it waits and runs beside them, niced, so that it
-takes only the time that they leave over. Its report follows theirs.
+Unit tests and those of a running service measure time, and the latter wait more than they compute. They run
+one after the other at the ordinary priority. The rest runs beside them, niced, so that it takes only what
+they leave over of the processors. Its report follows theirs.
 
     python tests/suite.py [pytest options]    # the exit status is 1 when either part failed
 """
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMED = ("tests/service", "tests/unit")
+TIMED = ("tests/unit", "tests/service")
 BESIDE = ("tests/tools", "tests/chart", "tests/gpu")
 NICENESS = 10
 
