@@ -5,7 +5,7 @@
 
 Each round starts `python -m personaplex.server` with the echo model on a free loopback port. Attackers are
 processes of their own at the lowest priority, from 127.0.0.2; the neighbour talks from 127.0.0.1. LIMITS says
-what must hold; the exit status is 1 when a median does not. tests/test_hostile.py runs one round.
+what must hold; the exit status is 1 when a median does not. tests/service/test_hostile.py runs one round.
 """
 
 from __future__ import annotations

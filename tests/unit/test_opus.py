@@ -16,7 +16,7 @@ from personaplex.audio.opus import OpusDecoder, OpusEncoder, packet_samples
 from personaplex.audio.transcoder import Transcoder
 from personaplex.errors import BadAudio, ConfigError
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 def tone(samples: int, hertz: float = 440.0) -> np.ndarray:

@@ -25,7 +25,7 @@ from personaplex.offline import main
 from personaplex.offline_options import EXAMPLES, parser
 from personaplex.voices import save_voice
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = "--model tiny --device cpu --seed 1 "
 ONE = "--input-wav user.wav --output-wav agent.wav "
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"

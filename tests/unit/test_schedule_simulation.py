@@ -13,7 +13,7 @@ from personaplex.config import BURST_S, FRAME_SECONDS, frames_in
 from personaplex.engine.schedule import CATCH_UP_RATE, FrameQueue, PendingFrame, plan
 from personaplex.engine.steptimes import StepTimes
 
-STEPS = StepTimes.load(Path(__file__).parent.parent / "benchmarks" / "results" / "steps-example.json")
+STEPS = StepTimes.load(Path(__file__).parents[2] / "benchmarks" / "results" / "steps-example.json")
 GATHER = 0.004
 PCM = np.zeros(1, np.float32)
 

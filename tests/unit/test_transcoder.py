@@ -20,7 +20,7 @@ from personaplex.audio.transcoder import CONCEAL_LIMIT_S, LEAD_SPARE_S, NOT_OGG_
 from personaplex.config import BURST_S
 from personaplex.errors import BadAudio, PersonaplexError, ProtocolError
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 PRE_SKIP = 2 * OpusEncoder().lookahead  # Ogg counts at 48 kHz
 
 

@@ -17,7 +17,7 @@ from personaplex.engine.steptimes import StepTimes
 
 pytest.importorskip("triton")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ABSENT = """aiohttp cryptography huggingface_hub httpx locust matplotlib opuslib prometheus_client pydantic
 pyloudnorm ray scipy soundfile soxr sphn starlette tqdm websockets"""
 # What Python runs at its start, in the command and in the processes it starts.

@@ -19,7 +19,8 @@ import pytest
 import requests
 import websockets
 from cryptography import x509
-from serving import Client, Heard, free_port, speech
+from ports import free_port
+from serving import Client, Heard, speech
 
 from deployments.certificate import CERTIFICATE, KEY, ensure_certificate
 from deployments.command import (

@@ -30,7 +30,7 @@ from personaplex.client_io import chat_url, parser
 from personaplex.errors import ConfigError
 from personaplex.session.core import Limits
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture(scope="module")
@@ -369,13 +369,14 @@ def test_rhythm() -> None:
 
 
 class FakeStream:
-    """A sound card's stream whose callback the test calls."""
+    """A sound card's stream whose callback the test calls. As with PortAudio, `close` waits for a call in
+    progress, and none comes after it."""
 
     opened: dict[str, FakeStream] = {}  # noqa: RUF012 -- reset by the fixture
     fails = False
 
     def __init__(self, **settings: object) -> None:
-        self.callback = settings.pop("callback")
+        self._callback, self._calls = settings.pop("callback"), threading.Lock()
         self.settings = settings
         self.started = self.closed = False
         type(self).opened[type(self).__name__] = self
@@ -386,7 +387,13 @@ class FakeStream:
         self.started = True
 
     def close(self) -> None:
-        self.closed = True
+        with self._calls:
+            self.closed = True
+
+    def callback(self, block: np.ndarray) -> None:
+        with self._calls:
+            if self.started and not self.closed:
+                self._callback(block, len(block), None, None)
 
 
 class FakeInput(FakeStream):
@@ -418,14 +425,14 @@ def test_the_device_keeps_the_newest_frames_and_gathers_before_playing() -> None
             "blocksize": 1_920,
         }
         for level in range(6):
-            card_in.callback(np.full((1_920, 1), level, np.float32), 1_920, None, None)
+            card_in.callback(np.full((1_920, 1), level, np.float32))
         assert len(calls) == 6
         assert [device.read()[0] for _ in range(4)] == [2, 3, 4, 5]  # type: ignore[index]
         assert device.read() is None
 
         def hear() -> float:
             block = np.full((1_920, 1), 9.0, np.float32)
-            card_out.callback(block, 1_920, None, None)
+            card_out.callback(block)
             return float(block[0, 0])
 
         assert hear() == 0
@@ -462,7 +469,7 @@ def test_a_conversation_by_microphone(tmp_path: Path) -> None:
         tone = np.sin(np.arange(1_920) * 0.1).astype(np.float32)[:, None] * 0.3
         while not stop.wait(0.08):
             if "FakeInput" in FakeStream.opened:
-                FakeStream.opened["FakeInput"].callback(tone, 1_920, None, None)
+                FakeStream.opened["FakeInput"].callback(tone)
 
     async def hang_up_later(socket: ServerConnection) -> None:
         await echo(socket, Limits(session_s=1.0))

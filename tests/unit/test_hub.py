@@ -19,7 +19,7 @@ from personaplex.errors import CheckpointError, ConfigError
 from personaplex.model import hub
 from personaplex.model.hub import DEFAULT_REPO, LM_FILE, MIMI_FILE, TOKENIZER_FILE, VOICES_FILE, resolve
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 TOKEN = "hf_" + "x" * 34
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

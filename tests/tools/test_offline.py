@@ -22,7 +22,7 @@ from personaplex.offline import main
 from personaplex.offline_io import Conversation, Job, plan_jobs
 from personaplex.tokenlog import TokenLog
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TEXT_PROMPT = json.loads((GOLDEN / "config.json").read_text())["text_prompt"]
 PARITY = ["--model", str(GOLDEN), "--text-prompt", TEXT_PROMPT, "--greedy", "--device", "cpu"]
 TINY = ["--model", "tiny", "--device", "cpu"]

@@ -16,7 +16,6 @@ import importlib.util
 import sys
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +27,19 @@ import websockets
 from clients.matrix import decoded, decoder_worker
 from clients.soundcard import SoundCard, likeness
 from numpy.typing import NDArray
-from serving import Client, Service, connect, running, speech
+from serving import Client, Service, connect, speech
 
 from personaplex.audio.ogg import OggDemuxer
 from personaplex.audio.opus import packet_samples
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture(scope="module")
-def service(cluster: str) -> Iterator[Service]:
-    with running(cluster, model="echo", slots=4) as service:
-        yield service
+def service(echo_app: Service) -> Service:
+    return echo_app
 
 
 def _moshi_client(card: SoundCard, monkeypatch: pytest.MonkeyPatch) -> Any:

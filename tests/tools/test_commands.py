@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from commands import Main, Row, Say, contents, run_row, sound
 from echo_service import EchoService
+from ports import free_port
 
 from deployments import command
 from deployments.settings import Settings
@@ -30,7 +31,7 @@ from personaplex import cli, client, client_io, server
 from personaplex.errors import ConfigError
 from personaplex.files import key_lines
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STEPS = ROOT / "benchmarks" / "results" / "steps-example.json"
 
 
@@ -278,7 +279,7 @@ def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(ray, "init", fail)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     row = Row(
-        "--model echo --port 18998",
+        f"--model echo --port {free_port()}",
         2,
         "Ray did not start: The current node timed out.\n",
     )

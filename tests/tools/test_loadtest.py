@@ -30,7 +30,7 @@ from personaplex.audio.transcoder import Transcoder
 from personaplex.errors import BadAudio, ConfigError
 from personaplex.session.wire import Error, Metadata, encode
 
-LOCUSTFILE = Path(__file__).parent.parent / "loadtest" / "locustfile.py"
+LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
 
 
 @pytest.fixture(scope="module")

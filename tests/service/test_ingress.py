@@ -17,7 +17,7 @@ import uvicorn
 import uvicorn.config
 import websockets.sync.client
 from attackers import BINARY, CONT, PING, SOURCE, Raw, Target, endless_header, frame
-from serving import free_port
+from ports import free_port
 
 from deployments import ingress
 from deployments.application import _GATEWAY_ENVIRONMENT

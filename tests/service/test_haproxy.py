@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 from attackers import SOURCE, Raw, Target
+from ports import free_port
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
-from serving import Client, Service, connect, free_port, speech
+from serving import Client, Service, connect, speech
 
 from deployments import connections, haproxy
 from deployments.processes import below, lives
@@ -224,6 +225,7 @@ def _server(port: int, *settings: str) -> Iterator[subprocess.Popen[str]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        env={**os.environ, **{name: str(free_port()) for name in haproxy.PORTS}},
     ) as process:
         assert process.stdout is not None
         said = list[str]()

@@ -24,7 +24,7 @@ from personaplex.engine.steptimes import StepTimes
 from personaplex.errors import ConfigError
 from personaplex.persona import PROMPTS
 
-EXAMPLE = Path(__file__).parent.parent / "benchmarks" / "results" / "steps-example.json"
+EXAMPLE = Path(__file__).parents[2] / "benchmarks" / "results" / "steps-example.json"
 TEXT = prompt_positions(PROMPTS["assistant"].text)
 
 

@@ -23,7 +23,7 @@ from personaplex.audio.ogg import (
 )
 from personaplex.errors import BadAudio, PersonaplexError, ProtocolError
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 STREAMS = ["web.ogg", "mic.ogg", "webcodecs.ogg"]
 
 

@@ -16,8 +16,8 @@ from personaplex.errors import BadParameter, CheckpointError, UnknownVoice
 from personaplex.persona import DEFAULT_VOICE, PROMPTS, VOICES, Persona, voice_name
 from personaplex.text import PieceDecoder, Tokenizer
 
-GOLDEN = Path(__file__).parent / "data" / "golden"
-TINY = Path(__file__).parent.parent / "personaplex" / "data" / "tiny-tokenizer.model"
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+TINY = Path(__file__).parents[2] / "personaplex" / "data" / "tiny-tokenizer.model"
 
 
 @pytest.fixture(scope="module")

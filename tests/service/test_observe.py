@@ -7,8 +7,11 @@ import shutil
 
 import pytest
 import ray
-from serving import connect, running, speech
+from exported import Fleet
+from ports import free_port
+from serving import Service, connect, speech
 
+from deployments import metrics
 from loadtest import observe
 from personaplex.errors import ConfigError
 
@@ -18,16 +21,18 @@ needs_prometheus = pytest.mark.skipif(
 
 
 @needs_prometheus
-def test_prometheus_sees_a_live_conversation(cluster: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prometheus_sees_a_live_conversation(echo_app: Service, capsys: pytest.CaptureFixture[str]) -> None:
     async def talk_and_look() -> int:
-        async with connect(service) as client:
+        async with connect(echo_app) as client:
             await client.talk(speech(1.6))
+            wanted = (metrics.SLOTS_USED, {}), (metrics.SESSIONS_LIVE, {})
+            await asyncio.to_thread(Fleet(echo_app).wait, *wanted)
             node = ray.nodes()[0]
             target = f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
-            return await asyncio.to_thread(observe.main, ["--once", "--target", target, "--timeout", "40"])
+            options = ["--port", str(free_port()), "--target", target, "--timeout", "40"]
+            return await asyncio.to_thread(observe.main, ["--once", *options])
 
-    with running(cluster, model="echo", slots=3) as service:
-        assert asyncio.run(talk_and_look()) == 0
+    assert asyncio.run(talk_and_look()) == 0
     printed = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
     assert float(printed["slots used"]) >= 1
     assert float(printed["sessions live"]) >= 1
@@ -45,7 +50,7 @@ def test_what_is_missing_is_named(
 @needs_prometheus
 def test_a_port_that_is_taken_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with (
-        observe.prometheus(["127.0.0.1:9"], port := observe._free_port()),
+        observe.prometheus(["127.0.0.1:9"], port := free_port()),
         pytest.raises(ConfigError, match="port"),
         observe.prometheus(["127.0.0.1:9"], port),
     ):

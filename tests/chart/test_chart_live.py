@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,17 +22,12 @@ import pytest
 import yaml
 from kube import chart
 from kube.apiserver import ApiServer
+from ports import free_port
 
 from k8s import __main__ as tool
 from k8s import conversation, sessions
 
 READY_WITHIN_S = 150.0
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
 
 
 class Live:
@@ -56,7 +50,7 @@ class Live:
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
     """`serve run` of the rendered file, in a Ray of its own."""
-    port = _free_port()
+    port = free_port()
     surge = (
         "gateway.surgePods=1",
         "replicaGroups.cpu.surgePods=1",
