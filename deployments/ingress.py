@@ -36,7 +36,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from deployments.connections import FitAnswers, PromptHttp
 from personaplex.session.core import BYTE_BURST, BYTES_PER_S, MESSAGE_BURST, MESSAGES_PER_S
-from personaplex.session.wire import MESSAGE_LIMIT
+from personaplex.session.moshi import MESSAGE_LIMIT
 
 VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # Serve's own
 CALLBACK = "deployments.ingress.configure"

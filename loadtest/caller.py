@@ -27,7 +27,7 @@ from personaplex.config import FRAME_SECONDS
 from personaplex.errors import PersonaplexError, ProtocolError, SessionLost
 from personaplex.persona import PROMPTS
 from personaplex.session.core import CLOSED, CLOSING, LIVE
-from personaplex.session.events import Close, PeerClosed, Received, ReceivedText, Send, Tick
+from personaplex.session.events import Close, PeerClosed, Tick
 from personaplex.session.peer import (
     ClientCore,
     Connected,
@@ -37,6 +37,9 @@ from personaplex.session.peer import (
     OwnAudio,
     PeerEvent,
     Play,
+    Received,
+    ReceivedText,
+    Send,
 )
 
 READY_TIMEOUT_S = 600.0  # for the handshake: the service's own limit on waiting is what is tested

@@ -44,7 +44,8 @@ from personaplex.config import FRAME_SECONDS, FRAME_SIZE
 from personaplex.errors import BadAudio, PersonaplexError
 from personaplex.outputs import check_room, wav_bytes
 from personaplex.session.core import LIVE
-from personaplex.session.events import Close, PeerClosed, Received, ReceivedText, Send, Tick
+from personaplex.session.events import Close, PeerClosed, Tick
+from personaplex.session.moshi import MESSAGE_LIMIT
 from personaplex.session.pacer import SLACK_S
 from personaplex.session.peer import (
     ClientCore,
@@ -56,9 +57,11 @@ from personaplex.session.peer import (
     OwnAudio,
     PeerEvent,
     Play,
+    Received,
+    ReceivedText,
+    Send,
     Show,
 )
-from personaplex.session.wire import MESSAGE_LIMIT
 
 Pcm = npt.NDArray[np.float32]
 
