@@ -20,6 +20,7 @@ from ray.serve.deployment import Application
 from deployments import ingress
 from deployments.fleet import Fleet
 from deployments.gateway.app import Gateway
+from deployments.parts import GatewaySettings, ReplicaSettings
 from deployments.policy import SessionScaling
 from deployments.replica.replica import Replica
 from deployments.settings import PROXY_CALLBACK, Settings, refuse_keys_among
@@ -56,8 +57,10 @@ def build(settings: Settings) -> Application:
     if slots > room:
         logger.warning("gateways hold %d sessions at most, replicas %d: see gateways_max", room, slots)
     fleet = _fleet().bind()
-    replicas = _replica(settings).bind(settings, fleet)
-    application: Application = gateway_deployment(settings).bind(settings, replicas, fleet)
+    replicas = _replica(settings).bind(ReplicaSettings.of(settings), fleet)
+    application: Application = gateway_deployment(settings).bind(
+        GatewaySettings.of(settings), replicas, fleet
+    )
     return application
 
 

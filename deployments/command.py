@@ -23,6 +23,7 @@ from typing import Any
 
 from deployments import haproxy, processes
 from deployments.certificate import ensure_certificate, lan_address
+from deployments.parts import ReplicaSettings
 from deployments.replica.models import slots_that_fit
 from deployments.settings import HAPROXY_SWITCH, Settings, behind_haproxy
 from personaplex.errors import ConfigError
@@ -72,7 +73,7 @@ def load_settings(values: Mapping[str, Any]) -> Settings:
 def _slots_that_fit(settings: Settings) -> int:
     # In a process of its own, since a CUDA context takes memory until its process ends.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(slots_that_fit, settings).result()
+        return pool.submit(slots_that_fit, ReplicaSettings.of(settings)).result()
 
 
 def run(settings: Settings, host: str, port: int, *, ssl_folder: Path | None, with_haproxy: bool) -> None:

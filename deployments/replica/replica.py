@@ -23,9 +23,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments import logs, metrics
+from deployments.parts import ReplicaSettings
 from deployments.replica.models import load
 from deployments.replica.reporter import Reporter
-from deployments.settings import Settings
 from deployments.wire import messages
 from deployments.wire.link import Link, listen
 from deployments.wire.messages import Grant, Kind, LeaseRequest, Refusal, ReplicaStatus, SessionStatus
@@ -57,7 +57,7 @@ class Replica:
     """Made by Serve, one per process; every method runs on its event loop but `_from_engine`."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: Settings, fleet: DeploymentHandle[Any]
+        self, settings: ReplicaSettings, fleet: DeploymentHandle[Any]
     ) -> None:
         logs.configure(settings.log_level, settings.log_format)
         self._settings = settings
