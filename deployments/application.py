@@ -40,7 +40,7 @@ _GATEWAY_ENVIRONMENT = {
     # One event loop for sockets, sessions and the router: a third less CPU than Serve's three threads.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "WEBSOCKETS_MAX_LINE_LENGTH": "32768",  # where Serve's HAProxy hands connections straight to gateways
+    **ingress.REQUEST_LINE,  # where Serve's HAProxy hands connections straight to gateways
 }
 # One line a session is written at its end, by the gateway; Serve's own of level INFO say that a client left.
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}

@@ -21,7 +21,6 @@ if __name__ == "__main__":
     cli.guard_imports("client")
 
 import numpy as np
-import numpy.typing as npt
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
@@ -40,7 +39,7 @@ from personaplex.client_io import (
     refusal,
     tls_context,
 )
-from personaplex.config import FRAME_SECONDS, FRAME_SIZE
+from personaplex.config import FRAME_SECONDS, FRAME_SIZE, Pcm
 from personaplex.errors import BadAudio, PersonaplexError
 from personaplex.outputs import check_room, wav_bytes
 from personaplex.session.core import LIVE
@@ -62,8 +61,6 @@ from personaplex.session.peer import (
     Send,
     Show,
 )
-
-Pcm = npt.NDArray[np.float32]
 
 INTERRUPTED = cli.INTERRUPTED
 TAIL_S = 3.0  # longest wait for the last answers after a recording has ended
