@@ -21,8 +21,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from deployments import haproxy, processes
+from deployments import haproxy, ingress, processes
 from deployments.certificate import ensure_certificate, lan_address
+from deployments.parts import ReplicaSettings
 from deployments.replica.models import slots_that_fit
 from deployments.settings import HAPROXY_SWITCH, Settings, behind_haproxy
 from personaplex.errors import ConfigError
@@ -41,9 +42,9 @@ ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray other
     # What Serve does ten times a second while nothing happens takes a tenth of a core.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
-    "WEBSOCKETS_MAX_LINE_LENGTH": "32768",  # a role text of 1000 Chinese characters is 9 KB of URL
+    **ingress.REQUEST_LINE,
     # Limits in the proxy, which reads what anybody sends before a gateway can refuse it.
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deployments.ingress.configure",
+    ingress.VARIABLE: ingress.CALLBACK,
     # One machine, whatever it runs on: then all of Ray listens on 127.0.0.1 and not on every interface.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
@@ -72,7 +73,7 @@ def load_settings(values: Mapping[str, Any]) -> Settings:
 def _slots_that_fit(settings: Settings) -> int:
     # In a process of its own, since a CUDA context takes memory until its process ends.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(slots_that_fit, settings).result()
+        return pool.submit(slots_that_fit, ReplicaSettings.of(settings)).result()
 
 
 def run(settings: Settings, host: str, port: int, *, ssl_folder: Path | None, with_haproxy: bool) -> None:

@@ -363,7 +363,7 @@ class Settings(BaseSettings):
     @property
     def proxies(self) -> int:
         """Entries at the end of X-Forwarded-For that are our proxies' own."""
-        return int(haproxy_adds_address()) if self.trusted_proxies is None else self.trusted_proxies
+        return proxies_in_front(self.trusted_proxies)
 
     @property
     def guarded(self) -> bool:
@@ -378,13 +378,7 @@ class Settings(BaseSettings):
 
     def keys(self) -> tuple[str, ...]:
         """All keys that open a session. Raises ConfigError when api_keys_file is unreadable or empty."""
-        keys = [key.get_secret_value() for key in self.api_keys]
-        if self.api_keys_file is not None:
-            try:
-                keys += key_lines(self.api_keys_file)
-            except ConfigError as error:
-                raise ConfigError(f"api_keys_file: {error}") from error
-        return tuple(keys)
+        return all_keys(self.api_keys, self.api_keys_file)
 
     @classmethod
     def wants_auto_slots(cls, values: Mapping[str, Any]) -> bool:
@@ -404,6 +398,22 @@ class Settings(BaseSettings):
             raise ConfigError("; ".join(problems)) from error
         except SettingsError as error:  # a variable that is not JSON; names the field only
             raise ConfigError(str(error)) from error
+
+
+def all_keys(api_keys: Sequence[SecretStr], api_keys_file: Path | None) -> tuple[str, ...]:
+    """The keys given and those in the file. Raises ConfigError when the file is unreadable or empty."""
+    keys = [key.get_secret_value() for key in api_keys]
+    if api_keys_file is not None:
+        try:
+            keys += key_lines(api_keys_file)
+        except ConfigError as error:
+            raise ConfigError(f"api_keys_file: {error}") from error
+    return tuple(keys)
+
+
+def proxies_in_front(trusted_proxies: int | None) -> int:
+    """`trusted_proxies`, and what it is when unset: 1 in a process behind personaplex-haproxy, else 0."""
+    return int(haproxy_adds_address()) if trusted_proxies is None else trusted_proxies
 
 
 def proxy_callback() -> str:

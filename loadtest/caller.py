@@ -19,7 +19,7 @@ from websockets.exceptions import InvalidHandshake, InvalidURI
 
 from loadtest.arrivals import Arrival
 from loadtest.connection import Connection
-from loadtest.listener import SLACK_S, Listener
+from loadtest.listener import Listener
 from loadtest.outcome import Outcome
 from loadtest.speech import Speech, new_stream
 from personaplex.client_io import ending, refusal
@@ -27,7 +27,8 @@ from personaplex.config import FRAME_SECONDS
 from personaplex.errors import PersonaplexError, ProtocolError, SessionLost
 from personaplex.persona import PROMPTS
 from personaplex.session.core import CLOSED, CLOSING, LIVE
-from personaplex.session.events import Close, PeerClosed, Received, ReceivedText, Send, Tick
+from personaplex.session.events import Close, PeerClosed, Tick
+from personaplex.session.pacer import SLACK_S
 from personaplex.session.peer import (
     ClientCore,
     Connected,
@@ -37,6 +38,9 @@ from personaplex.session.peer import (
     OwnAudio,
     PeerEvent,
     Play,
+    Received,
+    ReceivedText,
+    Send,
 )
 
 READY_TIMEOUT_S = 600.0  # for the handshake: the service's own limit on waiting is what is tested

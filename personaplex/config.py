@@ -12,7 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from personaplex.errors import ConfigError
+
+Pcm = npt.NDArray[np.float32]  # samples in [-1, 1]; one frame is float32 [1920]
 
 SAMPLE_RATE = 24_000
 FRAME_SIZE = 1_920  # samples in one frame

@@ -44,7 +44,7 @@ from hosted import (
 from serving import Client, Heard, connect, speech
 
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
-from personaplex.session.wire import Audio
+from personaplex.session.moshi import Audio
 
 CONNECTIONS = 8
 FLOOD_S = 2.0

@@ -34,7 +34,7 @@ from deployments.settings import Settings
 from deployments.wire.messages import ReplicaStatus
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
-from personaplex.session.wire import Audio, Error, Handshake, Message, Metadata, Text, decode
+from personaplex.session.moshi import Audio, Error, Handshake, Message, Metadata, Text, decode
 
 SMALL = {"replica_num_cpus": 0.1, "gateway_num_cpus": 0.1, "session_limit_s": 30.0, "queue_timeout_s": 10.0}
 SPEECH = Path(__file__).parent / "data" / "mic.ogg"

@@ -47,7 +47,8 @@ from deployments.gateway.observer import Observer
 from deployments.gateway.query import persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.upstream import Services
-from deployments.settings import Settings, behind_haproxy, proxy_callback
+from deployments.parts import GatewaySettings
+from deployments.settings import all_keys, behind_haproxy, proxies_in_front, proxy_callback
 from deployments.wire.link import connect
 from deployments.wire.messages import LeaseRequest
 from personaplex.errors import ConfigError, NoCapacity, PersonaplexError
@@ -66,7 +67,7 @@ class Gateway:
     """Made by Serve, one per process, with handles to the replicas and to the fleet."""
 
     def __init__(
-        self, settings: Settings, replicas: DeploymentHandle[Any], fleet: DeploymentHandle[Any]
+        self, settings: GatewaySettings, replicas: DeploymentHandle[Any], fleet: DeploymentHandle[Any]
     ) -> None:
         logs.configure(settings.log_level, settings.log_format)
         self._settings = settings
@@ -76,11 +77,11 @@ class Gateway:
             replicas, queue_limit=settings.queue_limit, queue_timeout_s=settings.queue_timeout_s
         )
         self._access = AccessControl(
-            settings.keys(),
+            all_keys(settings.api_keys, settings.api_keys_file),
             settings.allowed_origins,
             sessions_per_key=settings.sessions_per_key,
             sessions_per_address=settings.address_limit,
-            trusted_proxies=settings.proxies,
+            trusted_proxies=proxies_in_front(settings.trusted_proxies),
             unlimited_networks=settings.unlimited,
             peer_is_proxy=behind_haproxy(),
         )

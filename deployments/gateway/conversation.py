@@ -30,11 +30,9 @@ from personaplex.session.events import (
     Failed,
     FeedAudio,
     PeerClosed,
-    Received,
-    ReceivedText,
-    Send,
     Tick,
 )
+from personaplex.session.moshi import bytes_of, close_reason, event_of, event_of_text
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +90,7 @@ class Conversation:
                 if message["type"] == "websocket.disconnect":
                     break
                 data = message.get("bytes")
-                self._on(ReceivedText(message["text"]) if data is None else Received(data))
+                self._on(event_of_text(message["text"]) if data is None else event_of(data))
         except (WebSocketDisconnect, RuntimeError, TaskCancelledError):
             pass  # RuntimeError: Starlette, when it was closed before; the last: Serve, whose client has left
         except Exception as error:  # noqa: BLE001  a task root: Serve raises all sorts when its proxy is gone
@@ -107,7 +105,7 @@ class Conversation:
                 while self._unsent:
                     await self._socket.send_bytes(self._unsent.popleft())
                 if self._close is not None:
-                    await self._socket.close(self._close.code, self._close.reason)
+                    await self._socket.close(self._close.code, close_reason(self._close.reason))
                     return
         except (WebSocketDisconnect, RuntimeError):  # the reader notices too, and says so
             pass
@@ -141,15 +139,15 @@ class Conversation:
 
     def _do(self, command: Command) -> None:
         match command:
-            case Send(data):
-                self._unsent.append(data)
-                self._writable.set()
             case FeedAudio(data):
                 self._line.hear(data)
             case Close():
                 self._close = command
                 self._writable.set()
                 self._loop.call_later(CLOSE_TIMEOUT_S, self._closed.set)
+            case _:
+                self._unsent.append(bytes_of(command))
+                self._writable.set()
 
     def _notice_change(self) -> None:
         state = self._core.state

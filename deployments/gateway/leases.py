@@ -22,12 +22,12 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from deployments.policy import GRACE_S
 from deployments.wire.messages import Grant, LeaseRequest
 from personaplex.errors import NoCapacity, PersonaplexError, SessionLost
 
 logger = logging.getLogger(__name__)
 
-GRACE_S = 0.3  # without a slot for this long a session counts as queued
 RETRY_S = 0.2  # between two tries after a replica refused or died
 
 

@@ -25,8 +25,8 @@ from deployments.metrics import Metrics
 from deployments.wire import messages
 from deployments.wire.link import Link, OnLost, OnMessage
 from deployments.wire.messages import Grant, Kind, LeaseRequest
-from personaplex.audio.transcoder import NOT_OGG_AFTER_S, Pcm, Transcoder
-from personaplex.config import FRAME_SECONDS, frames_in
+from personaplex.audio.transcoder import NOT_OGG_AFTER_S, Transcoder
+from personaplex.config import FRAME_SECONDS, Pcm, frames_in
 from personaplex.errors import PersonaplexError, ProtocolError
 from personaplex.persona import Persona
 from personaplex.session.core import Limits

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from deployments.settings import SLOTS_LIMIT, Settings
+from deployments.parts import ReplicaSettings
+from deployments.settings import SLOTS_LIMIT
 from personaplex.engine.echo import EchoEngine
 from personaplex.engine.interface import Loaded
 from personaplex.engine.simulated import SimulatedEngine
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from personaplex.loading import Resolved
 
 
-def load(settings: Settings) -> Loaded:
+def load(settings: ReplicaSettings) -> Loaded:
     """Builds and warms the engine that `settings` ask for, in the calling thread.
 
     Raises ConfigError for settings that cannot be met here, CheckpointError for weights that cannot be had.
@@ -31,14 +32,14 @@ def load(settings: Settings) -> Loaded:
     return load_engine(_resolve(settings), settings.engine_config)
 
 
-def slots_that_fit(settings: Settings) -> int:
+def slots_that_fit(settings: ReplicaSettings) -> int:
     """`slots=auto` on this machine. Raises ConfigError when there is no such number, CheckpointError."""
     if settings.model in ("echo", "simulated"):
         raise ConfigError(f"slots=auto: the {settings.model} model has no size: give a number of slots")
     return min(_resolve(settings).slots(settings.engine_config), SLOTS_LIMIT)
 
 
-def _resolve(settings: Settings) -> Resolved:
+def _resolve(settings: ReplicaSettings) -> Resolved:
     from personaplex.loading import ModelSpec, resolve  # torch: only where a model runs
 
     return resolve(

@@ -13,7 +13,6 @@ import logging
 import os
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +22,12 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments import logs, metrics
+from deployments.parts import ReplicaSettings
 from deployments.replica.models import load
 from deployments.replica.reporter import Reporter
-from deployments.settings import Settings
 from deployments.wire import messages
 from deployments.wire.link import Link, listen
 from deployments.wire.messages import Grant, Kind, LeaseRequest, Refusal, ReplicaStatus, SessionStatus
-from personaplex.config import EngineConfig
 from personaplex.engine.interface import Loaded, Stepper
 from personaplex.engine.loop import Batch, Closed, EngineLoop, Event, Faulted, Ready, Refused, Reply
 from personaplex.errors import EngineFault, PersonaplexError, ProtocolError, SessionLost
@@ -57,7 +55,7 @@ class Replica:
     """Made by Serve, one per process; every method runs on its event loop but `_from_engine`."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, settings: Settings, fleet: DeploymentHandle[Any]
+        self, settings: ReplicaSettings, fleet: DeploymentHandle[Any]
     ) -> None:
         logs.configure(settings.log_level, settings.log_format)
         self._settings = settings
@@ -68,7 +66,6 @@ class Replica:
         self._strangers: dict[Link, asyncio.TimerHandle] = {}  # without a lease yet, the oldest first
         self._linked: dict[Link, _Seat] = {}
         self._open: dict[int, _Seat] = {}  # by the engine loop's number
-        self._voices: OrderedDict[str, None] = OrderedDict()  # used last; the engine keeps as many prefixes
         self._published: dict[str, int] = {}  # totals as last published
         self._accepting = True
         self._engine = EngineLoop(
@@ -113,7 +110,7 @@ class Replica:
         self._engine.check(self._settings.stall_limit_s)
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        return {"accepting": self._accepting, "voices": list(self._voices)}
+        return {"accepting": self._accepting, "voices": list(self._engine.usage.voices)}
 
     async def __del__(self) -> None:
         if hasattr(self, "_reporter"):
@@ -198,10 +195,6 @@ class Replica:
             self._end(seat, SessionLost("the server running this session failed; please connect again"))
             return
         self._open[seat.number] = seat
-        self._voices[persona.voice] = None
-        self._voices.move_to_end(persona.voice)
-        if len(self._voices) > EngineConfig.voice_cache:
-            self._voices.popitem(last=False)
 
     def _lost(self, link: Link) -> None:
         if link in self._strangers:

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from personaplex import errors
-from personaplex.config import FRAME_SIZE, STREAMS, Sampling
+from personaplex.config import FRAME_SIZE, STREAMS, Pcm, Sampling
 from personaplex.errors import PersonaplexError, ProtocolError, SessionLost, UnknownVoice
 from personaplex.persona import VOICES, Persona, voice_name
 
@@ -40,8 +40,6 @@ FRAME_BYTES = 4 * FRAME_SIZE
 
 # What JSON that is none, or about something else, leads to; UnicodeError and json's own are ValueErrors.
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
-
-Pcm = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)

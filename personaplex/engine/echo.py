@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from personaplex.config import AGENT, FRAME_SIZE, SILENCE_CODES, SINE_CODES, STREAMS, TEXT_PAD, USER
-from personaplex.engine.interface import Output, Pcm, Slot, Usage
+from personaplex.config import AGENT, FRAME_SIZE, SILENCE_CODES, SINE_CODES, STREAMS, TEXT_PAD, USER, Pcm
+from personaplex.engine.interface import Output, Slot, Usage
 from personaplex.errors import NoCapacity, PromptTooLong, UnknownVoice
 from personaplex.persona import VOICES, Persona
 

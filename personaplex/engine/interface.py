@@ -13,9 +13,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from personaplex.config import Pcm
 from personaplex.persona import Persona
 
-Pcm = npt.NDArray[np.float32]  # one frame, float32 [1920]
 Tokens = npt.NDArray[np.int64]  # one frame's tokens, int64 [17]
 
 

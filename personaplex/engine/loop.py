@@ -19,8 +19,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
-from personaplex.config import FRAME_SECONDS
-from personaplex.engine.interface import Output, Pcm, Slot, Stepper, Usage
+from personaplex.config import FRAME_SECONDS, Pcm
+from personaplex.engine.interface import Output, Slot, Stepper, Usage
 from personaplex.engine.schedule import FrameQueue, PendingFrame, Plan, plan
 from personaplex.errors import EngineFault, PersonaplexError
 from personaplex.persona import Persona

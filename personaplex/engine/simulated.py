@@ -13,9 +13,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from personaplex.config import PRESET_7B, SILENCE_FRAMES, EngineConfig
+from personaplex.config import PRESET_7B, SILENCE_FRAMES, EngineConfig, Pcm
 from personaplex.engine.echo import CHARACTERS_PER_TOKEN, EchoEngine
-from personaplex.engine.interface import Output, Pcm, Slot, Usage
+from personaplex.engine.interface import Output, Slot, Usage
 from personaplex.engine.steptimes import StepTimes
 from personaplex.errors import ConfigError
 from personaplex.persona import Persona

@@ -47,7 +47,7 @@ from personaplex.config import FRAME_SIZE, Sampling
 from personaplex.errors import BadParameter, UnknownVoice
 from personaplex.persona import PROMPTS, VOICES, Persona
 from personaplex.session.core import HANDSHAKE_DELAY_S, Limits
-from personaplex.session.wire import Audio, encode
+from personaplex.session.moshi import Audio, encode
 from personaplex.tokenlog import TokenLog
 
 # The query

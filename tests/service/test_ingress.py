@@ -26,7 +26,7 @@ from deployments.gateway.app import warn_of_proxies_without_limits
 from deployments.ingress import FRAGMENT_LIMIT, HEAD_LIMIT, Allowance
 from deployments.settings import PROXY_CALLBACK, Settings
 from personaplex.session.core import MESSAGE_BURST
-from personaplex.session.wire import MESSAGE_LIMIT
+from personaplex.session.moshi import MESSAGE_LIMIT
 
 
 class Application:

@@ -23,7 +23,7 @@ from serving import Client, Service, connect, running, speech
 from deployments.connections import REQUEST_TIMEOUT_S
 from deployments.gateway.reconnects import FIRST_WAIT_S
 from personaplex.session.core import HANDSHAKE_DELAY_S
-from personaplex.session.wire import Audio
+from personaplex.session.moshi import Audio
 
 GAP_S = 0.5
 SLOTS = 8

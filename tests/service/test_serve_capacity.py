@@ -23,7 +23,7 @@ from deployments.wire.messages import Grant, Kind, LeaseRequest
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS
 from personaplex.persona import Persona
-from personaplex.session.wire import Audio
+from personaplex.session.moshi import Audio
 
 
 async def _join(stack: contextlib.AsyncExitStack, service: Service) -> Client:

@@ -21,7 +21,7 @@ from serving import Client, Heard, Service, connect, running, speech
 from personaplex.audio.ogg import OggMuxer
 from personaplex.config import FRAME_SECONDS
 from personaplex.session.core import BYTE_BURST, MESSAGE_BURST
-from personaplex.session.wire import MESSAGE_LIMIT, Audio
+from personaplex.session.moshi import MESSAGE_LIMIT, Audio
 
 SLOTS = 8
 SESSIONS = 500

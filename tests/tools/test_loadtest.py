@@ -28,7 +28,7 @@ from loadtest.report import REQUIRED, Report, Threshold
 from loadtest.speech import DEFAULT, Speech, new_stream
 from personaplex.audio.transcoder import Transcoder
 from personaplex.errors import BadAudio, ConfigError
-from personaplex.session.wire import Error, Metadata, encode
+from personaplex.session.moshi import Error, Metadata, encode
 
 LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
 

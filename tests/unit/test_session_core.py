@@ -34,13 +34,31 @@ from personaplex.session.events import (
     Failed,
     FeedAudio,
     LeaseGranted,
+    PeerAudio,
     PeerClosed,
+    PeerMessage,
     Queued,
     Ready,
-    Received,
-    ReceivedText,
-    Send,
+    SendError,
     Tick,
+)
+from personaplex.session.moshi import (
+    MESSAGE_LIMIT,
+    Action,
+    Audio,
+    Control,
+    Error,
+    Handshake,
+    Kind,
+    Message,
+    Metadata,
+    Ping,
+    Text,
+    bytes_of,
+    decode,
+    encode,
+    event_of,
+    event_of_text,
 )
 from personaplex.session.pacer import LEAD_S
 from personaplex.session.peer import (
@@ -54,29 +72,17 @@ from personaplex.session.peer import (
     PeerCommand,
     PeerEvent,
     Play,
+    Received,
+    ReceivedText,
+    Send,
     Show,
-)
-from personaplex.session.wire import (
-    MESSAGE_LIMIT,
-    Action,
-    Audio,
-    Control,
-    Error,
-    Handshake,
-    Kind,
-    Message,
-    Metadata,
-    Ping,
-    Text,
-    decode,
-    encode,
 )
 
 HEADERS = [b"head", b"tags"]
 DEFAULT = Limits()
 EVERY_EVENT: list[Event] = [
-    Received(encode(Ping())),
-    ReceivedText("{}"),
+    PeerAudio(b"OggS", 5),
+    PeerMessage(1),
     PeerClosed(),
     Queued(1),
     LeaseGranted(),
@@ -129,7 +135,12 @@ def peer_in_state(state: State) -> ClientCore:
 
 
 def sent(commands: list[Command]) -> list[Message]:
-    return [decode(command.data) for command in commands if isinstance(command, Send)]
+    return [decode(data) for data in messages(commands)]
+
+
+def messages(commands: list[Command]) -> list[bytes]:
+    """What the client gets, as bytes."""
+    return [bytes_of(command) for command in commands if not isinstance(command, (FeedAudio, Close))]
 
 
 def closes(commands: list[Command]) -> list[Close]:
@@ -172,14 +183,14 @@ def test_every_cell_of_the_client_table(state: State, event: PeerEvent) -> None:
 @pytest.mark.parametrize(
     ("start", "events", "end"),
     [
-        (OPENING, [Received(b"\x01OggS")], OPENING),
-        (OPENING, [Received(bytes(MESSAGE_LIMIT + 1))], CLOSING),
+        (OPENING, [event_of(b"\x01OggS")], OPENING),
+        (OPENING, [event_of(bytes(MESSAGE_LIMIT + 1))], CLOSING),
         (PRIMING, [Ready()], LIVE),
-        (PRIMING, [Received(bytes(MESSAGE_LIMIT + 1))], CLOSING),
-        (PRIMING, [ReceivedText("x" * int(server.BYTE_BURST + 1))], CLOSING),
-        (LIVE, [Received(b"\x01OggS")], LIVE),
-        (LIVE, [ReceivedText("x" * int(server.BYTE_BURST + 1))], CLOSING),
-        (LIVE, [Received(bytes(MESSAGE_LIMIT + 1))], CLOSING),
+        (PRIMING, [event_of(bytes(MESSAGE_LIMIT + 1))], CLOSING),
+        (PRIMING, [event_of_text("x" * int(server.BYTE_BURST + 1))], CLOSING),
+        (LIVE, [event_of(b"\x01OggS")], LIVE),
+        (LIVE, [event_of_text("x" * int(server.BYTE_BURST + 1))], CLOSING),
+        (LIVE, [event_of(bytes(MESSAGE_LIMIT + 1))], CLOSING),
     ],
 )
 def test_where_a_cell_may_lead_to_more_than_one_state(start: State, events: list[Event], end: State) -> None:
@@ -211,25 +222,25 @@ def test_a_client_that_talks_first_gets_its_handshake_at_once() -> None:
     core = SessionCore(HEADERS, Limits(), now=10.0)
     core.receive(LeaseGranted(), 10.0)
     core.receive(Ready(), 10.1)
-    commands = core.receive(Received(b"\x01OggS"), 10.2)
+    commands = core.receive(event_of(b"\x01OggS"), 10.2)
     assert sent(commands) == [Handshake(), Audio(b"head"), Audio(b"tags"), Metadata({"type": "session"})]
     assert commands[-1] == FeedAudio(b"OggS")
 
 
 def test_early_audio_is_handed_on_as_it_comes() -> None:
     core = SessionCore(HEADERS, Limits(), now=0.0)
-    assert core.receive(Received(b"\x01one"), 0.1) == [FeedAudio(b"one")]
+    assert core.receive(event_of(b"\x01one"), 0.1) == [FeedAudio(b"one")]
     core.receive(LeaseGranted(), 0.2)
-    assert core.receive(Received(b"\x01two"), 0.3) == [FeedAudio(b"two")]
+    assert core.receive(event_of(b"\x01two"), 0.3) == [FeedAudio(b"two")]
     assert sent(core.receive(Ready(), 0.4))[0] == Handshake(), "it talked first"
-    assert core.receive(Received(b"\x01three"), 0.5) == [FeedAudio(b"three")]
+    assert core.receive(event_of(b"\x01three"), 0.5) == [FeedAudio(b"three")]
 
 
 def test_who_talks_while_it_waits_may_wait_for_long() -> None:
     """Once, half a megabyte before the handshake ended the session: 8 minutes, or one at 64 kb/s."""
     core = SessionCore(HEADERS, Limits(), now=0.0)
     for number in range(30_000):  # ten minutes at 128 kb/s
-        core.receive(Received(b"\x01" + bytes(320)), number / 50)
+        core.receive(event_of(b"\x01" + bytes(320)), number / 50)
     assert core.state is OPENING
 
 
@@ -293,11 +304,11 @@ def test_a_ping_when_there_was_nothing_to_say() -> None:
 )
 def test_other_messages_of_the_client_change_nothing(message: Message) -> None:
     core = in_state(LIVE)
-    assert core.receive(Received(encode(message)), 3.0) == []
+    assert core.receive(event_of(encode(message)), 3.0) == []
     assert core.state is LIVE
 
 
-USELESS = [ReceivedText("hello"), Received(b""), Received(b"\x07"), Received(b"\xff" * 9_000)]
+USELESS = [event_of_text("hello"), event_of(b""), event_of(b"\x07"), event_of(b"\xff" * 9_000)]
 
 
 @pytest.mark.parametrize("event", USELESS)
@@ -339,7 +350,7 @@ def test_a_client_without_audio_is_let_go() -> None:
     core = in_state(LIVE, Limits(idle_s=30))
     core.receive(AudioHeard(), 10.0)
     for second in range(11, 40):
-        core.receive(Received(b"\x01x" if second % 2 else b"\x06"), float(second))
+        core.receive(event_of(b"\x01x" if second % 2 else b"\x06"), float(second))
         core.receive(Tick(), float(second))
     assert core.state is LIVE
     commands = core.receive(Tick(), 40.0)
@@ -363,21 +374,21 @@ def test_a_lost_engine_is_not_the_clients_fault(state: State) -> None:
 
 def test_failures_carry_their_own_code_and_words() -> None:
     commands = in_state(LIVE).receive(Failed(SessionLost("it is gone")), 3.0)
-    assert commands == [Send(encode(Error("it is gone"))), Close(1012, "it is gone")]
+    assert commands == [SendError("it is gone"), Close(1012, "it is gone")]
 
 
 def test_where_there_is_no_room_the_client_is_told_when_to_come_back() -> None:
     commands = in_state(OPENING).receive(Failed(NoCapacity("all slots are taken", 7.5)), 1.0)
     words = "all slots are taken; try again in 7.5 s"
-    assert commands == [Send(encode(Error(words))), Close(1013, words)]
+    assert commands == [SendError(words), Close(1013, words)]
 
 
 def test_a_flood_of_messages_is_refused_and_a_quick_client_is_not() -> None:
     core = in_state(LIVE, Limits(session_s=math.inf))
     for number in range(20_000):  # 400 per second, for 50 s
-        core.receive(Received(b"\x01x"), 2.0 + number / 400)
+        core.receive(event_of(b"\x01x"), 2.0 + number / 400)
     assert core.state is LIVE
-    with_flood = [core.receive(Received(b"\x06"), 60.0) for _ in range(int(server.MESSAGE_BURST) + 1)]
+    with_flood = [core.receive(event_of(b"\x06"), 60.0) for _ in range(int(server.MESSAGE_BURST) + 1)]
     assert closes(with_flood[-1])[0].code == 1002
 
 
@@ -385,13 +396,13 @@ def test_a_flood_of_bytes_is_refused_and_the_richest_opus_is_not() -> None:
     core = in_state(LIVE, Limits(session_s=math.inf))
     page = bytes((Kind.AUDIO,)) + bytes(1_275 + 33)  # 20 ms at 510 kb/s
     for number in range(5_000):
-        core.receive(Received(page), 2.0 + number / 50)
+        core.receive(event_of(page), 2.0 + number / 50)
     assert core.state is LIVE
     piece, now = encode(Audio(bytes(65_535))), 200.0
     for _ in range(int(server.BYTE_BURST) // len(piece)):
-        core.receive(Received(piece), now)
+        core.receive(event_of(piece), now)
     assert core.state is LIVE
-    (close,) = closes(core.receive(Received(piece), now))
+    (close,) = closes(core.receive(event_of(piece), now))
     assert close.code == 1002
     assert close.reason == "more than 64 KiB per second"
 
@@ -399,7 +410,7 @@ def test_a_flood_of_bytes_is_refused_and_the_richest_opus_is_not() -> None:
 @pytest.mark.parametrize("data", [b"\x04{", b"\x02\xff\xfe", b"\x03\x09", b"\x04" + b"[" * 90_000])
 def test_what_the_server_has_no_use_for_is_not_read(data: bytes) -> None:
     core = in_state(LIVE)
-    assert core.receive(Received(data), 3.0) == []
+    assert core.receive(event_of(data), 3.0) == []
     assert core.state is LIVE
 
 
@@ -409,7 +420,7 @@ def test_nothing_but_the_close_follows_an_error() -> None:
     core.receive(AgentAudio(b"b"), 3.0)
     core.receive(Failed(SessionLost("gone")), 3.0)
     assert core.deadline() is None
-    for event in (Tick(), AgentAudio(b"c"), AgentText("late"), Received(b"\x01x"), EngineLost()):
+    for event in (Tick(), AgentAudio(b"c"), AgentText("late"), event_of(b"\x01x"), EngineLost()):
         assert core.receive(event, 4.0) == []
 
 
@@ -426,14 +437,14 @@ def test_the_laws_hold_on_random_walks() -> None:
             legal = [event for event in walk_events(dice) if type(event) in server.TABLE[core.state]]
             told += core.receive(dice.choice(legal), now)
             visited[core.state] += 1
-        kinds = [command.data[0] for command in told if isinstance(command, Send)]
+        kinds = [data[0] for data in messages(told)]
         assert all(0 <= kind <= 6 for kind in kinds)
         assert kinds.count(0) <= 1
         before = kinds[: kinds.index(0)] if 0 in kinds else kinds
         assert set(before) <= ({4, 5} if status else {5})
         if 0 in kinds:
-            after = [command for command in told if isinstance(command, Send)][len(before) + 1 :]
-            assert [decode(command.data) for command in after[:2]] == [Audio(b"head"), Audio(b"tags")]
+            after = sent(told)[len(before) + 1 :]
+            assert after[:2] == [Audio(b"head"), Audio(b"tags")]
         ended = [place for place, command in enumerate(told) if isinstance(command, Close)]
         assert ended in ([], [len(told) - 1])
         assert not ended or kinds[-1] == 5
@@ -444,7 +455,7 @@ def test_the_laws_hold_on_random_walks() -> None:
 def walk_events(dice: random.Random) -> list[Event]:
     """What may happen next; the ends are rare, so that most walks get somewhere."""
     usual: list[Event] = [
-        Received(dice.choice([b"\x01OggS", b"\x06", b"\x00"])),
+        event_of(dice.choice([b"\x01OggS", b"\x06", b"\x00"])),
         Queued(dice.randrange(1, 9)),
         LeaseGranted(),
         Ready(),
@@ -453,9 +464,9 @@ def walk_events(dice: random.Random) -> list[Event]:
         Tick(),
     ]
     rare: list[Event] = [
-        Received(b""),
-        ReceivedText("?"),
-        Received(bytes(MESSAGE_LIMIT + 1)),
+        event_of(b""),
+        event_of_text("?"),
+        event_of(bytes(MESSAGE_LIMIT + 1)),
         PeerClosed(),
         Failed(BadAudio("no sound")),
         EngineLost(),
@@ -515,18 +526,18 @@ class Wire:
     def tell_server(self, event: Event) -> None:
         for command in self.server.receive(event, self.now):
             match command:
-                case Send(data):
-                    self.tell_client(Received(data))
                 case FeedAudio(data):
                     self.fed.append(data)
                 case Close():
                     self._hang_up()
+                case _:
+                    self.tell_client(Received(bytes_of(command)))
 
     def tell_client(self, event: PeerEvent) -> None:
         for command in self.client.receive(event, self.now):
             match command:
                 case Send(data):
-                    self.tell_server(Received(data))
+                    self.tell_server(event_of(data))
                 case Close():
                     self._hang_up()
                 case _:

@@ -78,19 +78,19 @@ def test_all_of_a_burst_leaves_and_of_more_the_oldest_is_dropped() -> None:
 
 def test_what_is_told_beside_a_page_leaves_behind_it_and_is_never_lost() -> None:
     pacer, left = Pacer(burst_s=0.2), []
-    assert pacer.tell(b"at once") == [b"at once"]
+    assert pacer.add_text("at once") == ["at once"]
     for number in range(8):
         pacer.push(b"page %d" % number, 0.0)
-        left += pacer.tell(b"text %d" % number)
+        left += pacer.add_text(f"text {number}")
         if (released := pacer.release(0.0)) is not None:
             left += [released[0], *released[1]]
     while (due := pacer.deadline()) is not None:
         released = pacer.release(due)
         assert released is not None
         left += [released[0], *released[1]]
-    assert [one for one in left if one.startswith(b"text")] == [b"text %d" % number for number in range(8)]
+    assert [one for one in left if isinstance(one, str)] == [f"text {number}" for number in range(8)]
     assert pacer.dropped > 2
-    assert left[-2:] == [b"page 7", b"text 7"]
+    assert left[-2:] == [b"page 7", "text 7"]
 
 
 @pytest.mark.parametrize("engine", [2, 5, 50])

@@ -1,4 +1,6 @@
-"""Messages of `/api/chat` and their bytes: the first byte is the kind, the rest the payload.
+"""The Moshi protocol, as `/api/chat` speaks it: the codec between its messages and the session core.
+
+A message is one binary WebSocket message: the first byte is the kind, the rest the payload.
 
     0 handshake   sent once, when the session is live; payload ignored
     1 audio       bytes of an Ogg/Opus stream, both ways
@@ -9,7 +11,8 @@
     6 ping        nothing; resets the reader's patience
 
 Stock clients throw on text frames, on empty messages and on any other kind, so nothing here can produce one.
-From a client they are no error: stock servers ignore them.
+From a client they are no error: stock servers ignore them. A server turns what it receives into events
+(`event_of`, `event_of_text`) and commands into bytes (`bytes_of`).
 """
 
 from __future__ import annotations
@@ -21,6 +24,20 @@ from enum import IntEnum
 from typing import Any
 
 from personaplex.errors import ProtocolError
+from personaplex.session.events import (
+    Event,
+    Failed,
+    PeerAudio,
+    PeerMessage,
+    Send,
+    SendAudio,
+    SendDetails,
+    SendError,
+    SendHandshake,
+    SendKeepAlive,
+    SendPlace,
+    SendText,
+)
 
 MESSAGE_LIMIT = 131_072  # bytes of one message, either way; the largest Ogg page has 65307
 REASON_LIMIT = 123  # bytes of a close reason (RFC 6455, section 5.5)
@@ -129,17 +146,42 @@ def decode(data: bytes) -> Message:
             return Ping()
 
 
-def audio_of(data: bytes) -> bytes:
-    """The piece of a stream in a client's message; b"" for whatever else it holds, of which a server reads no
-    more than the kind. Raises ProtocolError when the message is too long."""
-    _check_length(data)
-    return data[1:] if data[:1] == bytes([Kind.AUDIO]) else b""
+def event_of(data: bytes) -> Event:
+    """What a client's binary message is to the core: PeerAudio, PeerMessage, or Failed when it is too long.
+
+    Of what is not audio only the kind is read.
+    """
+    try:
+        _check_length(data)
+    except ProtocolError as error:
+        return Failed(error)
+    if len(data) > 1 and data[0] == Kind.AUDIO:
+        return PeerAudio(data[1:], len(data))
+    return PeerMessage(len(data), known=bool(data) and data[0] in _KINDS)
 
 
-def is_unknown(data: bytes) -> bool:
-    """Whether a client's message is empty or of an unknown kind. Raises ProtocolError when it is too long."""
-    _check_length(data)
-    return not data or data[0] not in _KINDS
+def event_of_text(text: str) -> Event:
+    """What a client's text frame is to the core; the protocol has none."""
+    return PeerMessage(len(text.encode()), known=False)
+
+
+def bytes_of(command: Send) -> bytes:
+    """The message a core's command asks for."""
+    match command:
+        case SendAudio(page):
+            return encode(Audio(page))
+        case SendText(text):
+            return encode(Text(text))
+        case SendKeepAlive():
+            return encode(Ping())
+        case SendHandshake():
+            return encode(Handshake())
+        case SendPlace(position):
+            return encode(Metadata({"type": "queue", "position": position}))
+        case SendDetails(details):
+            return encode(Metadata({"type": "session", **details}))
+        case SendError(message):
+            return encode(Error(message))
 
 
 def close_reason(message: str) -> str:
