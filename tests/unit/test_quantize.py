@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from golden import CONFIG, CPU, GOLDEN, build_lm
-from test_engine import engine as make_engine
-from test_engine import speak
+from sessions import engine as make_engine
+from sessions import speak
 
 from personaplex import sizing
 from personaplex.config import EngineConfig

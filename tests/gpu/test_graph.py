@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from golden import CONFIG, model
-from test_engine import PERSONAS, engine, speech
+from sessions import PERSONAS, engine, speech
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
