@@ -35,11 +35,11 @@ HEAD = f"""\
 
 Generated from `deployments/settings.py` by `python docs/generate.py`. Do not edit.
 
-A setting `slots` is an argument of `deployments:build` (`slots=8`), an option of the server (`--set slots=8`), a
-variable (`{ENV_PREFIX}SLOTS=8`) or a key under `settings` in the chart's values, except those that the chart derives.
-Arguments take precedence over variables, variables over defaults. Unknown names are refused at start. Lists and maps are
-JSON; lists of keys, origins and networks may also be separated by commas. API keys are refused on a command line, which
-the process list shows, and masked in logs.
+A setting `slots` is an argument of `deployments:build` (`slots=8`), an option of the server
+(`--set slots=8`), a variable (`{ENV_PREFIX}SLOTS=8`) or a key under `settings` in the chart's values, except
+those that the chart derives. Arguments take precedence over variables, variables over defaults. Unknown names
+are refused at start. Lists and maps are JSON; lists of keys, origins and networks may also be separated by
+commas. API keys are refused on a command line, which the process list shows, and masked in logs.
 """
 
 _TYPES = {

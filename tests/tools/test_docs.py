@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from echo_service import EchoService
 
-from deployments import query
+from deployments.gateway import query
 from deployments.settings import Settings
 from k8s import sizing as cards
-from personaplex import sizing
+from personaplex import errors, offline, sizing
 from personaplex.config import PRESET_7B, Sampling
 from personaplex.engine.interface import Output
 from personaplex.session import core, wire
@@ -26,8 +26,7 @@ from personaplex.session import core, wire
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
 README, CHAT, TROUBLE = (
-    (ROOT / name).read_text()
-    for name in ("README.md", "docs/protocols/chat.md", "docs/troubleshooting.md")
+    (ROOT / name).read_text() for name in ("README.md", "docs/protocols/chat.md", "docs/troubleshooting.md")
 )
 ROW_LIMIT = 30  # words
 ELSEWHERE = ("http://", "https://", "mailto:")
@@ -73,7 +72,8 @@ def test_links_resolve(page: Path) -> None:
 
 def test_every_page_is_in_the_index() -> None:
     index = ROOT / "docs" / "README.md"
-    linked = {(index.parent / target).resolve() for target in re.findall(r"\]\(([^)#\s]+)", index.read_text())}
+    targets = re.findall(r"\]\(([^)#\s]+)", index.read_text())
+    linked = {(index.parent / target).resolve() for target in targets}
     missing = {page for page in (ROOT / "docs").rglob("*.md") if page != index} - linked
     assert not missing
 
@@ -98,21 +98,25 @@ def test_a_fresh_machine_needs_two_commands() -> None:
         assert set(re.findall(r"`make ([a-z][\w-]*)", page.read_text())) <= targets, named(page)
 
 
-def test_the_readmes_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And says what the offline command says for the same persona and seed."""
+def test_the_readmes_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And its tokens are those of the offline command for the same recording, persona and seed."""
     (snippet,) = snippets(README)
     body = snippet.split("\n\n")[1]
     assert len(body.splitlines()) == 6
     monkeypatch.chdir(ROOT)
-    names: dict[str, object] = {"heard": []}
-    exec(compile(f"{snippet}    heard.append(output.pcm)\n", "README.md", "exec"), names)
-    heard, output = names["heard"], names["output"]
-    assert isinstance(output, Output)
-    assert isinstance(heard, list)
-    assert output.frame == len(heard) - 1 == 87, "7 s"
-    pcm = np.concatenate(heard)
-    assert pcm.shape == (88 * 1920,)
-    assert float(np.abs(pcm).max()) > 0.01
+    heard: list[Output] = []
+    exec(compile(f"{snippet}    heard.append(output)\n", "README.md", "exec"), {"heard": heard})
+    recording = re.findall(r'blocks\("([^"]+)"', body)[0]
+    text = re.findall(r'text_prompt="([^"]+)"', body)[0]
+    options = ["--model", "tiny", "--seed", "0", "--voice-prompt", "NATF2", "--text-prompt", text]
+    outputs = ["--output-wav", str(tmp_path / "a.wav"), "--output-tokens", str(tmp_path / "a.npz")]
+    assert offline.main([*options, "--input-wav", recording, *outputs]) == 0
+    with np.load(tmp_path / "a.npz") as saved:
+        expected = saved["tokens"]
+    tokens = np.array([output.tokens for output in heard])
+    assert tokens.shape == expected.shape == (88, 17), "7 s"
+    assert (tokens == expected).all()
+    assert max(float(np.abs(output.pcm).max()) for output in heard) > 0.01
 
 
 def test_the_clients_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,7 +171,8 @@ def test_settings_that_are_named_exist(page: Path) -> None:
 
 
 def test_lines_of_troubleshooting_are_in_the_sources() -> None:
-    sources = [ROOT / "Makefile", *(ROOT / "personaplex").rglob("*.py"), *(ROOT / "deployments").rglob("*.py")]
+    packages = [ROOT / "personaplex", ROOT / "deployments"]
+    sources = [ROOT / "Makefile", *(path for folder in packages for path in folder.rglob("*.py"))]
     said = "\n".join(_strings(path) for path in sources)
     lines = [cells[0] for cells in rows(TROUBLE) if cells[0].startswith("`")]
     assert len(lines) > 30
@@ -237,8 +242,6 @@ def test_kinds_and_rates_are_those_of_the_service() -> None:
 
 
 def test_close_codes_and_statuses_are_those_of_the_errors() -> None:
-    from personaplex import errors
-
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     ended = {kind.close_code for kind in kinds if issubclass(kind, errors.PersonaplexError)}
     told = {int(cells[0]) for cells in rows(section(CHAT, "Close codes")) if cells[0].isdigit()}
