@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -207,6 +209,44 @@ def test_bytes_are_what_is_computed() -> None:
     assert f"The model takes {weights} in bfloat16, or {small.weights / 1e9:.1f} GB" in text
     assert f"Each session takes {session}, or {small.session / 1e9:.2f} GB" in text
     assert f"takes {weights} in bfloat16 and each session {session}," in " ".join(README.split())
+
+
+def test_figures_are_those_of_the_results() -> None:
+    engine, serving, bursts, codec = map(_results, ("engine-cpu", "serving", "bursts", "codec"))
+    table = {what: figure for what, figure, _ in rows(section(README, "Figures"))}
+    found = {
+        "prefill of 197 frames": [engine["prompt"]["times_naive"]],
+        "eight sessions in one tick": [engine["batch"]["times_frames_per_second"]],
+        "one step of one session": [
+            engine[step]["times_naive"] for step in ("step_after_prompt", "step_at_full_context")
+        ],
+        "16 sessions": _times_baseline(serving["sessions"]["16"]),
+        "the same, 64 sessions": _times_baseline(serving["sessions"]["64"]),
+        "64 sessions with pages": [
+            bursts["runs"][1]["kb_per_session"] / bursts["runs"][0]["kb_per_session"],
+            bursts["runs"][1]["kb_per_session"] / 1_000,
+        ],
+        "Opus and Ogg": [codec["times_sphn"]],
+    }
+    assert engine["prompt"]["frames"] == 197
+    assert round(1 / engine["tiny"]["real_time_factor"]) == 9, "a ninth of a core"
+    for start, values in found.items():
+        (figure,) = (figure for what, figure in table.items() if what.startswith(start))
+        shown = re.findall(r"\d+(?:\.\d+)?", figure)
+        assert len(shown) == len(values), figure
+        for text, value in zip(shown, values, strict=True):
+            digits = len(text.partition(".")[2])
+            holds = float(text) < value if "more than" in figure else float(text) == round(value, digits)
+            assert holds, f"{start}: {figure}, measured {value}"
+
+
+def _results(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return data
+
+
+def _times_baseline(run: dict[str, Any]) -> list[float]:
+    return [value for key, value in run.items() if "_times_" in key]
 
 
 def test_the_query_is_what_is_read() -> None:
