@@ -170,3 +170,24 @@ _EVENT: Mapping[Kind, Mapping[str, Figure]] = {
         "latency": _of("event", "latency", distribution),
     },
 }
+
+
+UNANSWERED = 10.0  # in `badness`, more than the latest answer
+
+
+def badness(sample: Record) -> float:
+    """How far an answer is from what its task wants, for the order in a report; larger is worse."""
+    if sample["error"]:
+        return float("inf")
+    found = sample["event"]
+    match TASKS[sample["task"]].kind:
+        case "pause":
+            worse = 2 * found["takeover"] + found["nvidia"]
+        case "turn" | "service":
+            worse = abs(found["latency"]) if found["answered"] else UNANSWERED
+        case "backchannel":
+            worse = 2 * found["takeover"] + (1 if found["jsd"] is None else found["jsd"])
+        case "interruption" | "overlap":
+            late = abs(found["response"]) if found["answered"] else UNANSWERED
+            worse = late + UNANSWERED * found["censored"] + (found["stop"] or 0)
+    return float(worse)

@@ -9,7 +9,7 @@ be scored: of the offline runner, of live sessions under load, of somebody else'
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,21 @@ class Scorer:
     source: Source = "text"
     whisper: Whisper | None = None
     expected: Mapping[str, Sequence[float]] = field(default_factory=dict)  # of backchannels, by sample ID
+    rate: Callable[[Sample, Record, Path], Record | None] | None = None  # the judge's, where there is one
     _users: dict[Path, tuple[Pcm, Track]] = field(default_factory=dict)
 
     def record(self, sample: Sample, folder: Path) -> Record:
         """The record of the answer in `folder`; its `error` says what kept it from being scored."""
-        empty = {"version": RECORD_VERSION, "task": sample.task, "id": sample.id, "error": None}
+        empty = {
+            "version": RECORD_VERSION,
+            "task": sample.task,
+            "id": sample.id,
+            "transcript": self.source,
+            "error": None,
+        }
         try:
-            return {**empty, **self._scored(sample, folder)}
+            found = {**empty, **self._scored(sample, folder)}
+            return found if self.rate is None else found | {"rating": self.rate(sample, found, folder)}
         except (PersonaplexError, BadSample) as error:
             return {**empty, "error": str(error)}
         except OSError as error:
