@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import random
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,7 +22,7 @@ import numpy as np
 import soundfile
 
 from personaplex.evaluation.dataset import Sample, load
-from personaplex.evaluation.speech import Span, Track, Word
+from personaplex.evaluation.speech import Span, Track, Word, merge
 from personaplex.evaluation.synth import EXPECTED_FILE, synthesise
 from personaplex.evaluation.vad import RATE, segments
 
@@ -121,6 +122,31 @@ class KeepingDetector:
         if pcm.any():
             self.kept[digest(pcm)] = found
         return segments(found, len(pcm))
+
+
+class LoudnessDetector:
+    """Speech is what is loud: enough for scenes without noise, where no model is installed."""
+
+    def segments(self, pcm: np.ndarray, rate: int) -> list[Span]:
+        window = rate // 100
+        energy = np.abs(pcm[: len(pcm) // window * window]).reshape(-1, window).max(1, initial=0.0)
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], energy > 0.02, [0]])))
+        spans = [Span(start / 100, end / 100) for start, end in edges.reshape(-1, 2)]
+        return [one for one in merge(spans, 0.15) if one.length > 0.2]
+
+
+class StallingDetector(LoudnessDetector):
+    """Says so in a file at its n-th recording, and then never comes back."""
+
+    def __init__(self, calls: int, ready: Path) -> None:
+        self._left, self._ready = calls, ready
+
+    def segments(self, pcm: np.ndarray, rate: int) -> list[Span]:
+        self._left -= 1
+        if self._left == 0:
+            self._ready.touch()
+            threading.Event().wait()
+        return super().segments(pcm, rate)
 
 
 # A user's samples, as the design's vectors have them

@@ -101,7 +101,7 @@ def espeak(text: str, voice: str) -> Pcm:
     command = [program, "--stdout", "-v", voice, "-s", "165", "--", text]
     done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S)
     if done.returncode or not done.stdout:
-        raise ConfigError(f"espeak-ng cannot speak with the voice {voice}")
+        raise ConfigError(f"espeak-ng failed: {done.stderr.decode(errors='replace').strip()[:200]}")
     return trimmed(*_decoded(done.stdout))
 
 
