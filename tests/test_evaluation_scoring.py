@@ -218,7 +218,8 @@ def test_intervals() -> None:
     once = share({str(n): [float(n < 80)] for n in range(137)})
     assert (once["method"], once["low"]) == ("wilson", pytest.approx(0.500, abs=5e-4))
     assert wilson(0, 10)[0] == 0.0
-    assert wilson(10, 10)[1] == pytest.approx(1.0)
+    assert wilson(10, 10)[1] == 1.0
+    assert all(wilson(0, n)[0] == 0 and wilson(n, n)[1] == 1 for n in range(1, 50))
 
 
 def test_repeats_of_one_sample_do_not_make_an_interval_narrower() -> None:

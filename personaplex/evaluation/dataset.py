@@ -21,6 +21,7 @@ from personaplex.files import read_bounded
 
 Kind = Literal["pause", "turn", "backchannel", "interruption", "overlap", "service"]
 
+TRUTH_FILE = "truth.json"  # beside samples of the synthetic set
 ROOTS = ("", "v1_0", "v1.0", "v1_5", "v1.5")
 CASUAL, TEACHER = "casual", "assistant"  # keys of persona.PROMPTS
 _FILE_LIMIT = 2**24  # bytes of one JSON file
@@ -100,6 +101,11 @@ class Dataset:
     samples: tuple[Sample, ...]
     faults: tuple[Fault, ...]
     found: Mapping[str, int]  # folders by task, faulty ones too
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether any sample was made by `synth`."""
+        return any((one.folder / TRUTH_FILE).exists() for one in self.samples)
 
 
 class BadSample(ValueError):

@@ -6,7 +6,7 @@ Colours come from the page (`STYLE`), light and dark. Everything that is not our
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -16,6 +16,7 @@ WIDTH, LEFT, RIGHT = 760, 46, 10
 PLOT = WIDTH - LEFT - RIGHT
 ROW, GAP = 22, 6  # of a time line
 HEIGHT, FLOOR = 130, 24  # of a histogram
+FEWEST = 20  # bins of a histogram
 MARKED_S = 0.02  # a marked moment is drawn at least this long
 
 STYLE = """
@@ -28,7 +29,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; border-top: 1px solid var(--rule);
   padding-top: 1rem; } h3 { font-size: 1rem; margin: 1.2rem 0 .3rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+.wide { overflow-x: auto; margin: .8rem 0 1.4rem; } table { border-collapse: collapse; width: 100%; }
 td, th { text-align: left; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--rule);
   vertical-align: top; } td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 tr.ours td { font-weight: 600; background: var(--band); } .soft, td small { color: var(--soft); }
@@ -41,11 +42,16 @@ summary { cursor: pointer; }
 """
 
 
-def histogram(counts: Mapping[str, int], label: str) -> str:
-    """Counts by the lower edge of bins of 0.1 s, as `statistics.distribution` gives them; with an axis that
-    always shows 0 s."""
-    bins = {round(float(edge) / BIN_S): count for edge, count in counts.items()}
-    low, high = min([0, *bins]), max([0, *bins]) + 1
+def span(histograms: Iterable[Mapping[str, int]]) -> tuple[int, int]:
+    """The bins from the first to behind the last that any of them uses: 0 to 2 s at least."""
+    bins = [_bin(edge) for counts in histograms for edge in counts]
+    return min([0, *bins]), max([FEWEST - 1, *bins]) + 1
+
+
+def histogram(counts: Mapping[str, int], label: str, within: tuple[int, int]) -> str:
+    """Counts by the lower edge of bins of 0.1 s, as `statistics.distribution` gives them."""
+    bins = {_bin(edge): count for edge, count in counts.items()}
+    low, high = within
     size, top = PLOT / (high - low), max(bins.values(), default=1)
     parts = [_open(HEIGHT, label)]
     for place, count in sorted(bins.items()):
@@ -68,6 +74,10 @@ def histogram(counts: Mapping[str, int], label: str) -> str:
     parts.append(f'<text x="{LEFT - 6}" y="18" text-anchor="end">{top}</text>')
     parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="106" y2="106"/>')
     return "".join([*parts, "</svg>"])
+
+
+def _bin(edge: str) -> int:
+    return round(float(edge) / BIN_S)
 
 
 def timeline(record: Mapping[str, Any]) -> str:

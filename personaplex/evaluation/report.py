@@ -9,7 +9,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -22,7 +22,7 @@ from personaplex.audio.wav import read_wav, resample
 from personaplex.config import SAMPLE_RATE
 from personaplex.errors import BadAudio, ConfigError
 from personaplex.evaluation.dataset import ROOTS, TASKS
-from personaplex.evaluation.figures import STYLE, histogram, timeline
+from personaplex.evaluation.figures import STYLE, histogram, span, timeline
 from personaplex.evaluation.published import PUBLISHED
 from personaplex.evaluation.results import RESULTS_FILE, SCHEMA_VERSION, badness
 from personaplex.evaluation.scoring import agents_channel, read_record
@@ -119,6 +119,10 @@ def _overview(runs: Sequence[Run]) -> str:
         if one["declared"] and one["found"] != one["declared"]
     ]
     partial = f'<p class="soft">Not the whole benchmark. {escape("; ".join(counted))}.</p>' if counted else ""
+    if any(run.results["synthetic"] for run in runs):
+        partial = (
+            '<p class="soft">On the synthetic set: published figures do not compare and are left out.</p>'
+        )
     head = ("run", "model", "settings", "words from", "answers", "errors")
     return _table(head, rows, numbers=(4, 5)) + partial
 
@@ -126,13 +130,19 @@ def _overview(runs: Sequence[Run]) -> str:
 def _task(name: str, runs: Sequence[Run]) -> str:
     having = [run for run in runs if name in run.results["tasks"]]
     parts = [f"<h2>{escape(TASKS[name].title)}</h2>", _official(name, having), _event(name, having)]
-    for run in having:
-        for metric, figure in run.results["tasks"][name]["event"].items():
-            if figure.get("histogram"):
-                label = f"{_LABELS[metric]}: {run.name}"
-                parts.append(f"<h3>{escape(label)}</h3>{histogram(figure['histogram'], label)}")
-    parts += [_samples(name, run) for run in having]
+    parts += [*_histograms(name, having), *(_samples(name, run) for run in having)]
     return "".join(parts)
+
+
+def _histograms(name: str, runs: Sequence[Run]) -> Iterator[str]:
+    """Of every latency, one below the other for the runs, on the same axis."""
+    figures = [run.results["tasks"][name]["event"] for run in runs]
+    for metric in figures[0]:
+        counts = [found[metric].get("histogram") or {} for found in figures]
+        for run, each in zip(runs, counts, strict=True):
+            if each:
+                label = f"{_LABELS[metric]}: {run.name}"
+                yield f"<h3>{escape(label)}</h3>{histogram(each, label, span(counts))}"
 
 
 def _official(name: str, runs: Sequence[Run]) -> str:
@@ -145,7 +155,8 @@ def _official(name: str, runs: Sequence[Run]) -> str:
         [escape(run.name), *(_shown(found[metric]) for metric in metrics)]
         for run, found in zip(runs, figures, strict=True)
     ]
-    for row in PUBLISHED.get(name, ()):
+    synthetic = any(run.results["synthetic"] for run in runs)
+    for row in () if synthetic else PUBLISHED.get(name, ()):
         note = f"<br><small>{escape(row.note)}</small>" if row.note else ""
         values = (f"{row.figures[metric]:.3g}" if metric in row.figures else "" for metric in metrics)
         rows.append([escape(row.system) + note, *values])

@@ -41,6 +41,7 @@ def results(
         "schema_version": SCHEMA_VERSION,
         "run": dict(run),
         "transcript": source,
+        "synthetic": dataset.synthetic,
         "dataset": counted(dataset),
         "tasks": tasks,
         "errors": [*unusable, *errors],

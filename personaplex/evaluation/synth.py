@@ -21,7 +21,7 @@ import numpy as np
 
 from personaplex.audio.wav import Pcm, resample, write_wav
 from personaplex.errors import ConfigError
-from personaplex.evaluation.dataset import TASKS
+from personaplex.evaluation.dataset import TASKS, TRUTH_FILE
 from personaplex.evaluation.speech import Span
 
 Speak = Callable[[str, str], Pcm]  # text and voice to float32 [samples] at RATE, without silence around it
@@ -178,7 +178,7 @@ class Made:
             stem: [[one.start, one.end] for one in recording.spans]
             for stem, recording in self.recordings.items()
         }
-        for name, content in {**self.files, "truth.json": {"task": truth_of, "user": spans}}.items():
+        for name, content in {**self.files, TRUTH_FILE: {"task": truth_of, "user": spans}}.items():
             (folder / name).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
 
 
