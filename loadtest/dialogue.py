@@ -106,6 +106,14 @@ class Dialogues:
         write_json(out / RUN_FILE, {"model": "live service", "data": str(self._data.resolve()), **asked})
 
 
+def check_places(dialogues: str, answers: str) -> None:
+    """Raises ConfigError unless both are given or neither is, and answers have a folder to themselves."""
+    if bool(dialogues) != bool(answers):
+        raise ConfigError("--dialogues and --answers belong together")
+    if answers and Path(answers).exists() and any(Path(answers).iterdir()):
+        raise ConfigError(f"--answers: {Path(answers).name} holds something already")
+
+
 def write_all(dialogues: Sequence[Dialogue], out: Path) -> list[str]:
     """Writes what was heard; gives what could not be, and why."""
     faults = []

@@ -22,7 +22,7 @@ from locust.runners import STATE_RUNNING, STATE_SPAWNING, MasterRunner, WorkerRu
 from loadtest import arrivals
 from loadtest.arrivals import Arrival
 from loadtest.caller import Caller, Target
-from loadtest.dialogue import Dialogue, Dialogues, write_all
+from loadtest.dialogue import Dialogue, Dialogues, check_places, write_all
 from loadtest.outcome import Outcome
 from loadtest.report import Report, Threshold, report_files
 from loadtest.speech import Speech
@@ -152,13 +152,11 @@ class Exchange:
         )
 
     def _prepare_dialogues(self, options: dict[str, Any]) -> None:
-        if bool(options["dialogues"]) != bool(options["answers"]):
-            raise ConfigError("--dialogues and --answers belong together")
+        self._answers = Path(options["answers"])
+        if not self._worker:
+            check_places(options["dialogues"], options["answers"])
         if options["dialogues"]:
             self._dialogues = Dialogues(Path(options["dialogues"]), options["tasks"])
-            self._answers = Path(options["answers"])
-            if not self._worker and self._answers.exists() and any(self._answers.iterdir()):
-                raise ConfigError(f"--answers: {self._answers.name} holds something already")
 
     def _keep_answers(self) -> None:
         """Writes what the sessions of this process heard, once none of them talks any more."""

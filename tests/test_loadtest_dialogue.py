@@ -21,7 +21,7 @@ from evaluation_scenes import (
 
 from loadtest.arrivals import Arrival
 from loadtest.caller import Caller, Target
-from loadtest.dialogue import Dialogues, write_all
+from loadtest.dialogue import Dialogues, check_places, write_all
 from personaplex.errors import ConfigError
 from personaplex.evaluation.dataset import load
 from personaplex.evaluation.scoring import Scorer, score
@@ -102,14 +102,14 @@ def test_under_locust_answers_are_kept_and_scored(data: Path, tmp_path: Path) ->
     assert all(record["agent"] for record in records)
 
 
-def test_dialogues_without_a_place_for_the_answers_are_refused(data: Path) -> None:
-    command = [
-        *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--host", "ws://127.0.0.1:9"),
-        *("--dialogues", str(data)),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode != 0
-    assert "--dialogues and --answers belong together" in done.stderr
+def test_answers_need_a_folder_to_themselves(data: Path, tmp_path: Path) -> None:
+    check_places("", "")
+    check_places(str(data), str(tmp_path / "new"))
+    for dialogues, answers in ((str(data), ""), ("", str(tmp_path / "new"))):
+        with pytest.raises(ConfigError, match="--dialogues and --answers belong together"):
+            check_places(dialogues, answers)
+    with pytest.raises(ConfigError, match="data holds something already"):
+        check_places(str(data), str(data))
 
 
 def test_a_folder_without_anything_to_say_is_refused(tmp_path: Path) -> None:
