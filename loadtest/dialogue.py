@@ -81,9 +81,8 @@ class Dialogues:
     """The samples of a benchmark folder, encoded once."""
 
     def __init__(self, data: Path, tasks: Sequence[str] = (), limit: int | None = None) -> None:
-        """Raises ConfigError or BadAudio. v1.5's undisturbed recordings are left out: its tasks are, too."""
-        found = load(data, tasks, limit)
-        self._samples = [one for one in found.samples if len(TASKS[one.task].inputs) == 1]
+        """Raises ConfigError or BadAudio. v1.5's undisturbed recordings are not spoken."""
+        self._samples = load(data, tasks, limit).samples
         if not self._samples:
             raise ConfigError(f"there is nothing below {data.name} that a session could say")
         self._speech = [Speech.load([one.recording()]) for one in self._samples]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from personaplex.evaluation import synth
 from personaplex.evaluation.dataset import TASKS, load
 from personaplex.evaluation.speech import Span, Word
 from personaplex.evaluation.synth import EXPECTED_FILE, RATE, espeak, synthesise, trimmed
-from personaplex.evaluation.transcript import from_chunks, from_pieces
+from personaplex.evaluation.transcript import Transcript, Whisper, from_chunks, from_pieces, within_speech
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,42 @@ def test_pieces_become_words_with_the_times_of_their_frames() -> None:
 def test_a_word_lasts_a_second_at_most() -> None:
     found = from_pieces([(0, "so"), (50, " it")], [Span(0.0, 4.5)], 5.0)
     assert [(word.start, word.end) for word in found.words] == [(0.0, 1.0), (4.0, 4.5)]
+
+
+def test_recognised_words_begin_with_the_speech_they_overlap() -> None:
+    words = (Word("What", 0.0, 0.8), Word("is", 0.8, 1.0), Word("that", 3.0, 3.2), Word("hm", 5.0, None))
+    found = within_speech(Transcript(words), [Span(0.5, 2.0), Span(2.9, 3.1)])
+    assert [(word.start, word.end) for word in found.words] == [
+        (0.5, 0.8),
+        (0.8, 1.0),
+        (3.0, 3.1),
+        (5.0, None),
+    ]
+    assert within_speech(Transcript(words), []).words == words
+
+
+class FakeWhisper(ModuleType):
+    """faster-whisper as far as it is used."""
+
+    class WhisperModel:
+        def __init__(self, name: str, device: str, compute_type: str) -> None:
+            if name == "unknown":
+                raise ValueError("Invalid model size")
+
+        def transcribe(self, pcm: np.ndarray, **options: object) -> tuple[Iterator[object], None]:
+            assert (pcm.dtype, options["word_timestamps"]) == (np.float32, True)
+            words = [SimpleNamespace(word=" Hi", start=np.float64(1), end=1.5), SimpleNamespace(word=" ")]
+            return iter([SimpleNamespace(words=words), SimpleNamespace(words=None)]), None
+
+
+def test_whisper_gives_words_with_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faster_whisper", FakeWhisper("faster_whisper"))
+    assert Whisper("tiny.en").words(np.zeros(100, np.float32)).words == (Word("Hi", 1.0, 1.5),)
+    with pytest.raises(ConfigError, match="cannot load 'unknown'"):
+        Whisper("unknown")
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)
+    with pytest.raises(ConfigError, match="pip install faster-whisper"):
+        Whisper("tiny.en")
 
 
 def test_chunks_are_put_in_order() -> None:

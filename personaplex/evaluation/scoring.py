@@ -65,8 +65,10 @@ class Scorer:
         inputs = TASKS[sample.task].inputs
         found: Record = {"facts": facts(sample)}
         for output, stem in inputs.items():
-            user, agent, unheard = self._tracks(sample, stem, folder, output)
             prefix = output.removesuffix("output").removesuffix("_")
+            if prefix and not (folder / f"{output}.wav").exists():
+                continue  # a live session, or another system: the figures do without
+            user, agent, unheard = self._tracks(sample, stem, folder, output)
             part = {"seconds": agent.seconds, **_shown(user, agent), "unheard": unheard}
             if not prefix:
                 found |= part | profiles(sample, user, agent, self.expected.get(sample.id))
@@ -100,7 +102,7 @@ class Scorer:
     def _words(self, path: Path, sound: Pcm, segments: Sequence[Span], seconds: float) -> Transcript:
         if self.source == "whisper":
             assert self.whisper is not None
-            return self.whisper.words(sound)
+            return transcript.within_speech(self.whisper.words(sound), segments)
         data = transcript.load(path)
         if self.source == "file":
             return transcript.from_chunks(data, path.name)

@@ -93,6 +93,21 @@ def from_chunks(data: dict[str, Any], name: str) -> Transcript:
     return Transcript(tuple(sorted(words, key=lambda word: word.start)))
 
 
+def within_speech(heard: Transcript, segments: Sequence[Span]) -> Transcript:
+    """Words that overlap a segment start and end in it: Whisper lets first words begin in silence.
+
+    One that overlaps several belongs to the one it shares most with; one that overlaps none stays.
+    """
+    words = []
+    for word in heard.words:
+        span = Span(word.start, word.start if word.end is None else word.end)
+        speech = max(segments, key=span.overlap, default=span)
+        if span.overlap(speech):
+            word = Word(word.text, max(span.start, speech.start), min(span.end, speech.end))
+        words.append(word)
+    return Transcript(tuple(words), heard.unheard)
+
+
 def pieces_of(data: dict[str, Any], name: str) -> Pieces:
     """The text stream in an `output.json`. Raises BadSample when it has none."""
     found = data.get("pieces")
