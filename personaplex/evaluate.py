@@ -6,7 +6,7 @@
     report OUT...             one page of one or several runs side by side
 
 OUT/{task}/{ID}/{repeat}/ holds output.wav, output.json and sample.json; OUT/ results.json and report.html.
-Exit codes: 0, 1 when samples failed, 2 for a wrong set-up, 130 after Ctrl-C.
+The exit codes are those of `cli`: 1 when samples failed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from personaplex.errors import ConfigError, PersonaplexError
+from personaplex import cli
+
+if __name__ == "__main__":
+    cli.guard_imports("evaluate")
+
+from personaplex.errors import ConfigError
 from personaplex.evaluation import dataset, report, results, scoring, synth
 from personaplex.evaluation.dataset import TASKS, Dataset
 from personaplex.evaluation.judge import Judge
@@ -30,7 +35,6 @@ from personaplex.evaluation.transcript import Whisper
 from personaplex.evaluation.vad import Detector
 from personaplex.files import read_bounded
 
-INTERRUPTED = 130
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
 JUDGE_KEY = "OPENAI_API_KEY"  # the variable that holds the judge's key, if it wants one
@@ -39,18 +43,19 @@ _RUN_LIMIT = 2**20
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; gives its exit code."""
-    options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        code: int = options.command(options)
-        return code
-    except (PersonaplexError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run it again to go on, finished answers are kept", file=sys.stderr)
-        return INTERRUPTED
+    return cli.run(
+        lambda: _command(argv),
+        "evaluate",
+        "interrupted; run it again to go on, finished answers are kept",
+    )
+
+
+def _command(argv: Sequence[str] | None) -> int:
+    options = _parser().parse_args(argv)
+    code: int = options.command(options)
+    return code
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -58,8 +63,6 @@ def _run(options: argparse.Namespace) -> int:
     from personaplex.evaluation.runner import Job, Runner, Settings, note_failure, pending
     from personaplex.loading import ModelSpec
 
-    if options.batch_size < 1 or options.repeats < 1 or (options.limit is not None and options.limit < 1):
-        raise ConfigError("--batch-size, --repeats and --limit must be at least 1")
     found = dataset.load(options.data, options.tasks or (), options.limit)
     scorer = _scorer(options, options.data)
     spec = ModelSpec(
@@ -134,9 +137,9 @@ def _conclude(
             shown = (f"{name} {_value(figure)}" for name, figure in task[profile].items())
             print(f"  {profile:<9} {', '.join(shown)}")
     for error in summary["errors"]:
-        print(f"failed: {error['task']}/{error['id']}: {error['reason']}", file=sys.stderr)
+        cli.complain(f"{error['task']}/{error['id']}: {error['reason']}")
     print(f"report: {out / REPORT_FILE}")
-    return 1 if summary["errors"] else 0
+    return cli.FAILED if summary["errors"] else 0
 
 
 def _value(figure: Mapping[str, Any]) -> str:
@@ -153,8 +156,6 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _synth(options: argparse.Namespace) -> int:
-    if options.each < 1:
-        raise ConfigError("--each must be at least 1")
     made = synth.synthesise(options.output, options.each, options.seed)
     print(f"{made} samples in {options.output}; their distribution of backchannels: {synth.EXPECTED_FILE}")
     return 0
@@ -191,15 +192,21 @@ def _noted(out: Path) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m personaplex.evaluate", description="Full-Duplex-Bench for PersonaPlex."
+    parser = cli.Parser(
+        prog="python -m personaplex.evaluate",
+        description="Full-Duplex-Bench for PersonaPlex.",
+        examples=(
+            "python -m personaplex.evaluate synth set --each 5",
+            "python -m personaplex.evaluate run set --model tiny --output out",
+            "python -m personaplex.evaluate score out --transcript file",
+        ),
     )
     commands = parser.add_subparsers(required=True, metavar="run | synth | score | report")
     _add_run(commands.add_parser("run", help="answer the benchmark's recordings and score the answers"))
     made = commands.add_parser("synth", help="make a synthetic set by espeak-ng")
     made.add_argument("output", type=Path, metavar="OUT")
-    made.add_argument("--each", type=int, default=20, metavar="N", help="samples a task (20)")
-    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--each", type=cli.whole(1), default=20, metavar="N", help="samples a task (20)")
+    made.add_argument("--seed", type=cli.whole(0), default=0)
     made.set_defaults(command=_synth)
     scored = commands.add_parser("score", help="score answers that are there")
     scored.add_argument("output", type=Path, metavar="OUT")
@@ -216,9 +223,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="DATA", help="the benchmark's folder")
     parser.add_argument("--output", type=Path, required=True, metavar="OUT")
-    parser.add_argument("--limit", type=int, metavar="N", help="at most N samples a task")
-    parser.add_argument("--repeats", type=int, default=1, help="answers to each sample (1)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=cli.whole(1), metavar="N", help="at most N samples a task")
+    parser.add_argument("--repeats", type=cli.whole(1), default=1, help="answers to each sample (1)")
+    parser.add_argument("--seed", type=cli.whole(0), default=0)
     parser.add_argument("--force", action="store_true", help="replace answers made with other settings")
     parser.add_argument("--model", default="7b", help="7b, tiny or a directory (7b)")
     parser.add_argument("--hf-repo", metavar="REPO", help="Hugging Face repository of 7b")
@@ -227,7 +234,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--weights", default="auto", choices=("auto", "int8"))
     parser.add_argument("--kv", default="auto", choices=("auto", "int8"))
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="conversations at once (16)")
+    parser.add_argument(
+        "--batch-size", type=cli.whole(1), default=16, metavar="N", help="conversations at once (16)"
+    )
     parser.add_argument("--voice", default="NATF2", help="a voice's name, a .pt voice file or a recording")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     _add_scoring(parser)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import random
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -278,6 +279,7 @@ _SCRIPTS: dict[str, Callable[[Sample, list[Span], float], list[Said]]] = {
 def _make() -> None:
     import tempfile
 
+    sys.path.insert(0, str(Path(__file__).parent / "unit"))
     import test_evaluation_sound as tests
 
     detector = KeepingDetector()

@@ -189,7 +189,7 @@ def _shown(figure: Mapping[str, Any]) -> str:
             return "none"
         negative = 100 * figure["negative"]["value"]
         levels = f"p50 {figure['p50']:.2f}, p90 {figure['p90']:.2f}, p95 {figure['p95']:.2f}"
-        return f"{_shown(figure['mean'])}<br><small>{levels}; {negative:.0f} % negative</small>"
+        return f"{_shown(figure['mean'])}<br><small>{levels}; {negative:.0f}\u00a0%\u00a0negative</small>"
     if figure["value"] is None:
         return "none"
     value = f"{figure['value']:.3g}"

@@ -26,7 +26,7 @@ from personaplex.errors import ConfigError
 from personaplex.evaluation.dataset import load
 from personaplex.evaluation.scoring import Scorer, score
 
-LOCUSTFILE = Path(__file__).parent.parent / "loadtest" / "locustfile.py"
+LOCUSTFILE = Path(__file__).parents[2] / "loadtest" / "locustfile.py"
 LATEST_S = 0.6  # an echo on a busy machine
 
 

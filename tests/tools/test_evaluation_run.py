@@ -22,7 +22,7 @@ from personaplex.evaluation import dataset, results
 from personaplex.evaluation.report import Run, page
 from personaplex.evaluation.scoring import Scorer, read_record, score
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "personaplex" / "data" / "evaluation-results.schema.json").read_text())
 
 

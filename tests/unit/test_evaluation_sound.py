@@ -197,7 +197,7 @@ def test_with_the_model(check: Any, tmp_path: Path) -> None:
 @SILERO
 def test_the_detector_gives_the_packages_segments() -> None:
     """In a process of its own, since the package loads torch and warns."""
-    script = Path(__file__).parent / "data" / "evaluation" / "package_segments.py"
+    script = Path(__file__).parents[1] / "data" / "evaluation" / "package_segments.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
