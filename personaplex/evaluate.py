@@ -186,7 +186,7 @@ def _noted(out: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{out.name}: {RUN_FILE} cannot be read") from error
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) or not isinstance(data.get("data", ""), str):
         raise ConfigError(f"{out.name}: {RUN_FILE} cannot be read")
     return data
 

@@ -71,7 +71,9 @@ class Judge:
             return None
         instruction, names = _QUESTIONS[sample.kind]
         content = _content(sample, words)
-        key = hashlib.sha256("\0".join((self.model, instruction, content)).encode()).hexdigest()
+        key = hashlib.sha256(
+            "\0".join((self.model, instruction, content)).encode(errors="surrogatepass")
+        ).hexdigest()
         kept = _kept(folder / RATING_FILE, key)
         if kept is not None:
             return kept

@@ -32,6 +32,7 @@ from personaplex.files import read_bounded, replacing
 SHOWN = 12  # samples of a task with a time line
 PLAYED = 4  # of those, with their sound
 _RESULTS_LIMIT = 2**28
+_KEYS = {"schema_version", "run", "transcript", "synthetic", "dataset", "tasks", "errors", "samples"}
 
 _LABELS = {
     "takeover": "takeover rate",
@@ -77,17 +78,18 @@ class Run:
             results = json.loads(read_bounded(folder / RESULTS_FILE, _RESULTS_LIMIT))
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{folder.name} holds no {RESULTS_FILE}: score it first") from error
-        if not isinstance(results, dict) or results.get("schema_version") != SCHEMA_VERSION:
+        whole = isinstance(results, dict) and results.keys() >= _KEYS and isinstance(results["run"], dict)
+        if not whole or results["schema_version"] != SCHEMA_VERSION:
             raise ConfigError(f"{folder.name}: {RESULTS_FILE} is of another version: score it again")
         place = results["run"].get("data")
-        return cls(folder.resolve().name, folder, results, Path(place) if place else None)
+        return cls(folder.resolve().name, folder, results, Path(place) if isinstance(place, str) else None)
 
 
 def write(path: Path, runs: Sequence[Run]) -> None:
     """The page, whole or not at all."""
     text = page(runs)
     with replacing(path) as part:
-        part.write_text(text, "utf-8")
+        part.write_text(text, "utf-8", "backslashreplace")  # names and texts may hold lone surrogates
 
 
 def page(runs: Sequence[Run]) -> str:

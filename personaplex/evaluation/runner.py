@@ -120,7 +120,7 @@ class Runner:
     def _job(self, sample: Sample, repeat: int, out: Path, heard: str, seconds: float) -> Job:
         prompt = PROMPTS[TASKS[sample.task].prompt].text if sample.prompt is None else sample.prompt
         key = f"{self.settings.seed} {sample.task} {sample.id} {repeat}"
-        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+        seed = int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:7], "big")
         sampling = dataclasses.replace(self.settings.sampling, text_seed=seed, audio_seed=seed)
         made = {**self._made_with, **dataclasses.asdict(sampling), "prompt": prompt, "heard": heard}
         fingerprint = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:32]

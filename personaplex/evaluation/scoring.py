@@ -29,6 +29,8 @@ Record = dict[str, Any]
 
 RECORD_VERSION = 1
 SAMPLE_FILE = "sample.json"
+_NOTED = {"task", "id", "repeat", "error"}
+_SCORED = {"transcript", "facts", "seconds", "user", "agent", "words", "unheard", "official", "event"}
 _RECORD_LIMIT = 2**26
 
 
@@ -174,18 +176,20 @@ def answers(out: Path, sample: Sample) -> Iterator[tuple[int, Path]]:
 
 
 def read_record(folder: Path) -> Record | None:
-    """A sample.json of this version, None where there is none (or only part of one)."""
+    """A whole sample.json of this version, None where there is none."""
     try:
         data = json.loads(read_bounded(folder / SAMPLE_FILE, _RECORD_LIMIT))
     except (OSError, ValueError, RecursionError):
         return None
-    return data if isinstance(data, dict) and data.get("version") == RECORD_VERSION else None
+    if not isinstance(data, dict) or data.get("version") != RECORD_VERSION or not data.keys() >= _NOTED:
+        return None
+    return data if data["error"] or data.keys() >= _SCORED else None
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Whole or not at all."""
     with replacing(path) as part:
-        part.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+        part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", "ascii")
 
 
 def score(out: Path, samples: Sequence[Sample], scorer: Scorer) -> list[Record]:

@@ -26,6 +26,7 @@ Pieces = Sequence[tuple[int, str]]
 
 LONGEST_S = 1.0  # of a word in the text stream
 _FILE_LIMIT = 2**26
+_FRAME_LIMIT = 2**31
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def pieces_of(data: dict[str, Any], name: str) -> Pieces:
     for one in found:
         if not (isinstance(one, list) and len(one) == 2 and isinstance(one[1], str)):
             raise BadSample(f"{name}: pieces are not [frame, text]")
-        if isinstance(one[0], bool) or not isinstance(one[0], int) or one[0] < 0:
+        if isinstance(one[0], bool) or not isinstance(one[0], int) or not 0 <= one[0] < _FRAME_LIMIT:
             raise BadSample(f"{name}: a piece's frame is no number")
     return [(frame, piece) for frame, piece in found]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,10 +38,12 @@ from evaluation_scenes import (
 from personaplex.audio.wav import resample
 from personaplex.errors import ConfigError
 from personaplex.evaluation.dataset import Sample, load
+from personaplex.evaluation.report import Run
+from personaplex.evaluation.report import write as write_page
 from personaplex.evaluation.results import results
-from personaplex.evaluation.scoring import Scorer, score
+from personaplex.evaluation.scoring import Scorer, read_record, score, write_json
 from personaplex.evaluation.speech import Span
-from personaplex.evaluation.vad import Detector, segments
+from personaplex.evaluation.vad import Detector, model_file, segments
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("onnxruntime", "silero_vad"))
 SILERO = pytest.mark.skipif(not INSTALLED, reason="needs the extra `evaluate`: onnxruntime and silero-vad")
@@ -287,6 +290,52 @@ def test_a_broken_answer_is_listed_and_the_rest_is_scored(case: str, tmp_path: P
     assert [one["id"] for one in found["errors"]] == ["0"]
     assert reason in found["errors"][0]["reason"]
     assert found["tasks"]["candor_turn_taking"]["scored"] == 1
+
+
+@pytest.mark.parametrize(
+    "pieces", ['[[-1, "a"]]', '[[1e400, "a"]]', '[[true, "a"]]', "[1]", "7", "[[" + "9" * 400 + ', "a"]]']
+)
+def test_a_damaged_text_stream_is_named(pieces: str, tmp_path: Path) -> None:
+    sample = turn_sample(tmp_path / "data")
+    write_answer(tmp_path / "out", [Said("six", TURN_END + 0.4)], 7.0)
+    (tmp_path / "out" / "output.json").write_text(f'{{"chunks": [], "pieces": {pieces}}}')
+    record = Scorer(KeptDetector(), "text").record(sample, tmp_path / "out")
+    assert record["error"].startswith("output.json")
+
+
+def test_texts_and_names_need_not_be_unicode(tmp_path: Path) -> None:
+    """A lone surrogate: of a file name in another encoding, or escaped in JSON."""
+    name = os.fsdecode(b"caf\xe9")
+    turn_sample(tmp_path / "data").folder.rename(tmp_path / "data" / "candor_turn_taking" / name)
+    folder = tmp_path / "out" / "candor_turn_taking" / name / "0"
+    write_answer(tmp_path / "answer", [Said("six", TURN_END + 0.4)], 7.0)
+    folder.parent.mkdir(parents=True)
+    (tmp_path / "answer").rename(folder)
+    words = '{"chunks": [{"text": "\\ud800", "timestamp": [2.6, 2.9]}]}'
+    (folder / "output.json").write_text(words)
+    dataset = load(tmp_path / "data")
+    records = score(tmp_path / "out", dataset.samples, Scorer(KeptDetector(), "file"))
+    assert [one["error"] for one in records] == [None]
+    write_json(tmp_path / "out" / "results.json", results(records, dataset, {}, "file"))
+    write_page(tmp_path / "page.html", [Run.load(tmp_path / "out")])
+    assert "caf" in (tmp_path / "page.html").read_text()
+
+
+def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ConfigError, match=r"personaplex-serve\[evaluate\]"):
+        Detector()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"personaplex-serve\[evaluate\]"):
+        model_file()
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"version": 1}', '{"version": 1, "error": null, "task": "t"}']
+)
+def test_part_of_a_record_is_no_record(content: str, tmp_path: Path) -> None:
+    (tmp_path / "sample.json").write_text(content)
+    assert read_record(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", ["output.wav", "output.json"])
