@@ -1,8 +1,8 @@
 """The benchmark's recordings through the engine's slots: batched, and resumed where it was stopped.
 
-The one module of the evaluation that knows the engine. An answer is complete when its sample.json carries the
-fingerprint of what made it; whatever else lies in its folder is written anew. Neither the batch nor the order
-changes an answer, since its seed follows from the task, the sample and the repeat.
+With `conversation` the one part of the evaluation that knows the engine. An answer is complete when its
+sample.json carries the fingerprint of what made it; whatever else lies in its folder is written anew. Neither
+the batch nor the order changes an answer: its seed follows from the task, the sample and the repeat.
 """
 
 from __future__ import annotations
@@ -10,26 +10,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from personaplex.audio.wav import read_wav, resample, write_wav
-from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE, EngineConfig, Sampling
+from personaplex.audio.wav import read_wav
+from personaplex.config import FRAME_SECONDS, EngineConfig, Sampling
 from personaplex.engine.engine import Engine, check_sampling
-from personaplex.engine.interface import Output, Slot
+from personaplex.engine.interface import Slot
 from personaplex.engine.script import encode_voice
 from personaplex.errors import BadAudio, ClientError, ConfigError
-from personaplex.evaluation import transcript
+from personaplex.evaluation.conversation import Conversation
 from personaplex.evaluation.dataset import TASKS, Sample
 from personaplex.evaluation.scoring import RECORD_VERSION, SAMPLE_FILE, Record, read_record, write_json
-from personaplex.evaluation.speech import Word
 from personaplex.loading import ModelSpec, Parts, Resolved, load_parts, resolve
 from personaplex.model.hub import Checkpoint
 from personaplex.persona import PROMPTS, Persona
@@ -134,35 +132,34 @@ class Runner:
         """
         if not jobs:
             return
-        engine, waiting = self._parts.engine(self._config), _conversations(jobs)
-        live: dict[Slot, _Conversation] = {}
+        engine, waiting = self._parts.engine(self._config), deque(_conversations(jobs))
+        live: dict[Slot, Conversation] = {}
+        answering = {job.folder: job for job in jobs}
         left = {job.folder: len(TASKS[job.sample.task].inputs) for job in jobs}
         total = sum(round(job.seconds / FRAME_SECONDS) for job in jobs)
-        upcoming = next(waiting, None)
         with tqdm(total=total, unit="frame", disable=None) as progress:
-            while upcoming or live:
-                while upcoming and engine.free:
+            while waiting or live:
+                while waiting and engine.free:
+                    job, upcoming = waiting.popleft()
+                    if job.folder not in answering:
+                        continue  # its other recording failed
                     try:
-                        live[self._open(engine, upcoming)] = upcoming
+                        live[self._open(engine, job, upcoming)] = upcoming
                     except (BadAudio, ClientError, OSError) as error:
-                        left[upcoming.job.folder] = -1
-                        finished(upcoming.job, str(error))
-                    upcoming = next(waiting, None)
-                    while upcoming and left[upcoming.job.folder] < 0:
-                        upcoming = next(waiting, None)
+                        finished(answering.pop(job.folder), str(error))
                 _tick(engine, live)
                 progress.update(len(live))
                 for slot in [slot for slot, one in live.items() if one.finished]:
                     engine.close(slot)
                     one = live.pop(slot)
-                    one.write()
-                    left[one.job.folder] -= 1
-                    if not left[one.job.folder]:
-                        finished(one.job, None)
+                    left[one.folder] -= 1
+                    if one.folder in answering:
+                        one.write()
+                        if not left[one.folder]:
+                            finished(answering.pop(one.folder), None)
 
-    def _open(self, engine: Engine, conversation: _Conversation) -> Slot:
+    def _open(self, engine: Engine, job: Job, conversation: Conversation) -> Slot:
         conversation.read()
-        job = conversation.job
         return engine.open(Persona(text_prompt=job.prompt, sampling=job.sampling), self._voice)
 
 
@@ -211,60 +208,13 @@ def _failed(sample: Sample, repeat: int, reason: str) -> Record:
     }
 
 
-class _Conversation:
-    """One recording while it is answered."""
-
-    def __init__(self, job: Job, output: str, stem: str) -> None:
-        self.job, self._output = job, output
-        self._recording = job.sample.recording(stem)
-        self._samples: NDArray[np.float32] = np.empty(0, np.float32)
-        self._sent = 0
-        self._pcm: list[NDArray[np.float32]] = []
-        self._pieces: list[tuple[int, str]] = []
-
-    def read(self) -> None:
-        """The first channel at 24 kHz. Raises BadAudio or OSError."""
-        pcm, rate = read_wav(self._recording)
-        self._samples = resample(pcm[0], rate, SAMPLE_RATE)
-        if not len(self._samples):
-            raise BadAudio("the recording is shorter than one sample at 24 kHz")
-
-    @property
-    def finished(self) -> bool:
-        return len(self._pcm) * FRAME_SIZE >= len(self._samples)
-
-    def next_frame(self) -> NDArray[np.float32]:
-        """float32 [1920]; the last one is filled with zeros."""
-        frame = self._samples[self._sent * FRAME_SIZE : (self._sent + 1) * FRAME_SIZE]
-        self._sent += 1
-        return np.pad(frame, (0, FRAME_SIZE - len(frame)))
-
-    def take(self, output: Output) -> None:
-        if output.text:
-            self._pieces.append((len(self._pcm), output.text))
-        self._pcm.append(output.pcm.copy())
-
-    def write(self) -> None:
-        """The sound, as long as the recording, and the text stream with its words as written."""
-        folder = self.job.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / SAMPLE_FILE).unlink(missing_ok=True)  # of an earlier answer: this one is not scored yet
-        write_wav(
-            folder / f"{self._output}.wav", np.concatenate(self._pcm)[: len(self._samples)], SAMPLE_RATE
-        )
-        words = [Word(piece.strip(), frame * FRAME_SECONDS) for frame, piece in self._pieces if piece.strip()]
-        data = {**transcript.chunks(words), "pieces": self._pieces}
-        data["text"] = "".join(piece for _, piece in self._pieces).strip()
-        write_json(folder / f"{self._output}.json", data)
-
-
-def _conversations(jobs: Sequence[Job]) -> Iterator[_Conversation]:
+def _conversations(jobs: Sequence[Job]) -> Iterator[tuple[Job, Conversation]]:
     for job in jobs:
         for output, stem in TASKS[job.sample.task].inputs.items():
-            yield _Conversation(job, output, stem)
+            yield job, Conversation(job.sample.recording(stem), job.folder, output)
 
 
-def _tick(engine: Engine, live: dict[Slot, _Conversation]) -> None:
+def _tick(engine: Engine, live: dict[Slot, Conversation]) -> None:
     for slot, conversation in live.items():
         engine.feed(slot, conversation.next_frame())
     for output in engine.step():
