@@ -1,9 +1,10 @@
 """The engine: N slots over one model, one tick at a time.
 
 `step()` is its only clock. A slot is admitted with a persona, prefilled with its prompt in bounded chunks,
-then takes one frame and gives one frame per tick until it is closed. The same engine serves one session and
-many, on a CPU or a GPU. Not thread-safe: one thread owns it. Frames go in and out as numpy arrays. Nothing is
-recorded: whoever needs a log of the tokens keeps one (`tokenlog`).
+then takes one frame and gives one frame per tick until it is closed. A session that ran elsewhere comes in
+by its log instead, and goes on where it was (`rebuild.py`). The same engine serves one session and many, on a
+CPU or a GPU. Not thread-safe: one thread owns it. Frames go in and out as numpy arrays. Nothing is recorded:
+whoever needs a log keeps one (`sessionlog.SessionRecorder`).
 """
 
 from __future__ import annotations
@@ -18,15 +19,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from personaplex.config import FRAME_SIZE, EngineConfig, LMConfig, Sampling
+from personaplex.config import CODEBOOKS, FRAME_SIZE, EngineConfig, LMConfig, Sampling
 from personaplex.engine.graph import Frames, Runner
 from personaplex.engine.interface import Output, Slot, Usage
+from personaplex.engine.rebuild import CodecRebuild, check_log, logged_voice, spoken_frames
 from personaplex.engine.script import Script, compose
 from personaplex.engine.state import EngineState
-from personaplex.errors import BadParameter, EngineFault, NoCapacity, PromptTooLong, SessionLost
-from personaplex.model import Model
+from personaplex.errors import (
+    BadParameter,
+    EngineFault,
+    LogRefused,
+    NoCapacity,
+    PromptTooLong,
+    SessionLost,
+)
+from personaplex.model import Model, mimi
 from personaplex.model.ring import copy_in, copy_out
 from personaplex.persona import Persona
+from personaplex.sessionlog import SessionLog
 from personaplex.text import PieceDecoder, Tokenizer
 from personaplex.voices import Voice, VoiceLibrary
 
@@ -43,9 +53,28 @@ class _SlotState:
     label: str  # what `Usage.voices` calls it
     decoder: PieceDecoder
     position: int = 0  # prompt positions prefilled so far
+    origin: int = 0  # the first position that is run
     live: bool = False
     fed: bool = False
     frames: int = 0
+
+    @property
+    def positions_left(self) -> int:
+        return self.script.frames - 1 - self.position
+
+
+@dataclass
+class _Rebuild:
+    """One session on its way back."""
+
+    state: _SlotState
+    log: SessionLog
+    codec: CodecRebuild
+
+    @property
+    def left(self) -> int:
+        """Positions and frames still to be run."""
+        return self.state.positions_left + self.codec.left
 
 
 @dataclass(frozen=True)
@@ -74,6 +103,7 @@ class Engine:
         self._generations = [0] * config.slots
         self._vacant = list(range(config.slots))  # a heap: lowest first, so that ticks run on short prefixes
         self._waiting: deque[Slot] = deque()
+        self._rebuilding: list[_Rebuild] = []
         self._prefixes: OrderedDict[str, _Prefix] = OrderedDict()  # by digest, last used last
         self.voice_hits = 0
         self.voice_misses = 0
@@ -98,24 +128,24 @@ class Engine:
 
         Raises NoCapacity, UnknownVoice, PromptTooLong or BadParameter, and then takes nothing.
         """
-        check_sampling(persona.sampling, self._model.config.lm)
-        label = persona.voice if voice is None else voice.digest
-        voice = voice or self._voices.get(persona.voice)
-        text = self._tokenizer.encode_prompt(persona.text_prompt)
-        if len(text) > self._config.prompt_tokens:
-            raise PromptTooLong(
-                f"the role text has {len(text)} tokens, at most {self._config.prompt_tokens} fit"
-            )
-        script = compose(voice, text, self._model.config.lm)
-        if not self._vacant:
-            raise NoCapacity(f"all {self.slots} slots are taken")
-        index = heapq.heappop(self._vacant)
-        slot = Slot(index, self._generations[index])
-        self._state.reset(index)
-        self._state.sampling.write(index, persona.sampling)
-        self._open[index] = _SlotState(slot, script, voice.digest, label, PieceDecoder(self._tokenizer))
+        slot = self._take(persona, voice, None).slot
         self._waiting.append(slot)
         return slot
+
+    def admit_rebuild(self, log: SessionLog) -> Slot:
+        """Takes a slot for a session that goes on from its log; `rebuild_chunk` runs it.
+
+        Raises what `admit` raises, NoCapacity also when `config.rebuilds` are under way, and LogRefused for a
+        log that does not fit the model or the voice; then takes nothing.
+        """
+        self._drop_closed_rebuilds()
+        if len(self._rebuilding) >= self._config.rebuilds:
+            raise NoCapacity(f"{len(self._rebuilding)} sessions are being rebuilt already")
+        check_log(log, self._model.config.lm)
+        state = self._take(log.persona, logged_voice(log, self._model.config.lm), log)
+        codec = CodecRebuild.of(log, self._model.config.mimi.transformer.context, self._config)
+        self._rebuilding.append(_Rebuild(state, log, codec))
+        return state.slot
 
     def prefill(self) -> Slot | None:
         """Runs one prefill chunk for the slot that waits longest; that slot once it is live, else None."""
@@ -143,6 +173,36 @@ class Engine:
         while self.prefill() != slot:
             pass
         return slot
+
+    def rebuild_chunk(self) -> Slot | None:
+        """Runs one chunk of the rebuild with the least left; its slot once it is live, else None.
+
+        Returns when the device is done with it. Raises EngineFault when the device fails.
+        """
+        self._drop_closed_rebuilds()
+        if not self._rebuilding:
+            return None
+        job = min(self._rebuilding, key=lambda one: one.left)
+        try:
+            if job.left:
+                self._run_rebuild(job)
+                return None
+            self._rebuilding.remove(job)
+            self._finish_rebuild(job)
+        except RuntimeError as error:
+            raise EngineFault("the engine failed in a rebuild") from error
+        return job.state.slot
+
+    def rebuild(self, log: SessionLog) -> Slot:
+        """`admit_rebuild`, then `rebuild_chunk` until the slot is live: frame `log.frames` is next."""
+        slot = self.admit_rebuild(log)
+        while self.rebuild_chunk() != slot:
+            pass
+        return slot
+
+    def voice_digest(self, slot: Slot) -> str:
+        """Names the content of the slot's voice. Raises SessionLost for a closed slot."""
+        return self._state_of(slot).voice
 
     def feed(self, slot: Slot, frame: NDArray[np.float32]) -> None:
         """Hands over the user's next frame, float32 [1920], for the next `step`.
@@ -190,6 +250,60 @@ class Engine:
             raise SessionLost("the slot has been closed")
         return state
 
+    def _take(self, persona: Persona, voice: Voice | None, log: SessionLog | None) -> _SlotState:
+        """A slot with its script, not yet queued; see `admit` for what it raises."""
+        lm = self._model.config.lm
+        check_sampling(persona.sampling, lm)
+        label = persona.voice if voice is None else voice.digest
+        voice = voice or self._voices.get(persona.voice)
+        if log is not None and log.voice_digest not in ("", voice.digest):
+            raise LogRefused("the session spoke with another voice of this name than the one here")
+        text = self._tokenizer.encode_prompt(persona.text_prompt)
+        if len(text) > self._config.prompt_tokens:
+            raise PromptTooLong(
+                f"the role text has {len(text)} tokens, at most {self._config.prompt_tokens} fit"
+            )
+        script = compose(voice, text, lm, None if log is None else spoken_frames(log))
+        if not self._vacant:
+            raise NoCapacity(f"all {self.slots} slots are taken")
+        index = heapq.heappop(self._vacant)
+        slot = Slot(index, self._generations[index])
+        self._state.reset(index)
+        self._state.sampling.write(index, persona.sampling)
+        state = _SlotState(slot, script, voice.digest, label, PieceDecoder(self._tokenizer))
+        if log is not None:
+            window = self._config.rebuild_windows * lm.temporal.context
+            state.origin = state.position = max(0, script.frames - 1 - window)
+        self._open[index] = state
+        return state
+
+    def _drop_closed_rebuilds(self) -> None:
+        self._rebuilding = [
+            one for one in self._rebuilding if self._state_or_none(one.state.slot) is one.state
+        ]
+
+    def _run_rebuild(self, job: _Rebuild) -> None:
+        if job.state.positions_left:
+            self._run_chunk(job.state)
+        else:
+            with torch.inference_mode():
+                index, frames = job.state.slot.index, self._config.rebuild_chunk
+                job.codec.run_chunk(self._model, self._state.mimi, index, frames)
+        if self._model.device.type == "cuda":  # or the next tick would wait for it, and nobody knew
+            torch.cuda.current_stream(self._model.device).synchronize()
+
+    def _finish_rebuild(self, job: _Rebuild) -> None:
+        """Steps the frame in flight, whose output is the log's last row, and makes the slot live."""
+        state, log = job.state, job.log
+        self._go_live(state)
+        if log.frames:
+            self._runner.pcm[state.slot.index] = torch.from_numpy(np.array(log.sound[-1], np.float32))
+            self._runner.run([state.slot.index])
+            state.position -= log.frames - 1  # the prompt's; `frames` counts the conversation's
+        state.frames = log.frames
+        for token in log.tokens[:, 0].tolist():
+            state.decoder.push(token)
+
     def _run_chunk(self, state: _SlotState) -> None:
         """The next chunk of one prompt. The voice's part ends a chunk, so that it can be shared."""
         script, ring, index = state.script, self._state.lm.ring, state.slot.index
@@ -204,9 +318,9 @@ class Engine:
             stop = min(state.position + self._config.prefill_chunk, end)
             if stop > state.position:
                 x = script.inputs(self._model.lm, state.position, stop)
-                self._model.lm.transformer.prefill(x, ring, index, state.position)
+                self._model.lm.transformer.prefill(x, ring, index, state.position, state.origin)
                 state.position = stop
-            if stop == script.prefix and cached is None and 0 < stop < ring.capacity:
+            if stop == script.prefix and cached is None and not state.origin and 0 < stop < ring.capacity:
                 self._keep_prefix(state, stop)
 
     def _warm_prefill(self) -> None:
@@ -217,6 +331,11 @@ class Engine:
                 x = torch.zeros(1, positions, lm.config.temporal.dim, device=lm.device, dtype=lm.dtype)
                 for start in (0, 1):  # without a past, and with one
                     lm.transformer.prefill(x.clone(), ring, 0, start)
+            codec, frames = self._model.mimi, self._config.rebuild_chunk
+            codes = torch.zeros(frames, CODEBOOKS, dtype=torch.int64, device=lm.device)
+            sound = torch.zeros(frames * FRAME_SIZE, device=lm.device)
+            mimi.decode_block(codec, self._state.mimi.decoder, 0, 0, codes, pcm_wanted=False)
+            mimi.encode_block(codec, self._state.mimi.encoder, 0, 0, sound, codes_wanted=False)
         self._state.reset(0)
 
     def _keep_prefix(self, state: _SlotState, length: int) -> None:

@@ -95,7 +95,7 @@ class Downsample(nn.Module):
         self.conv = Conv(dim, dim, kernel=4, stride=2, bias=False)
 
     def forward(self, x: Tensor, state: Tensor, first: Tensor, active: Tensor | None) -> Tensor:
-        """x [N, dim, 2 T] -> [N, dim, T]; state [N, dim, 2]; first [N] bool: the slot's stream starts here."""
+        """x [N, dim, 2 T] -> [N, dim, T]; state [N, dim, 2]; first [N] bool: its stream starts here."""
         padded = torch.where(first[:, None, None], x[..., :1], state)
         joined = torch.cat([padded, x], dim=-1)
         commit(state, joined[..., -2:], active)
