@@ -191,7 +191,7 @@ def started(machine: Engine, whole: Talk, frames: int) -> tuple[Engine, Slot]:
 
 
 def test_rings_in_int8() -> None:
-    """A quantized past rounds as stepping rounded it, but for numbers at the edge of a step: near, not equal."""
+    """A quantized past rounds as stepping rounded it, but for numbers at the edge of a step."""
     whole = talk(2, engine(1, kv="int8"))  # type: ignore[arg-type]
     machine = built(kv="int8")
     slot = machine.rebuild(whole.log(50))
