@@ -234,7 +234,7 @@ def test_a_voice_of_the_sessions_own_travels_in_the_log(kind: str) -> None:
 def test_a_cached_voice_is_used_and_a_rebuild_caches_its_own() -> None:
     machine = built(2)
     first, second = machine.rebuild(told(0).log(20)), machine.rebuild(told(0).log(30))
-    assert (machine.voice_hits, machine.voice_misses) == (1, 1)
+    assert (machine.usage.voice_hits, machine.usage.voice_misses) == (1, 1)
     for slot, start in ((first, 20), (second, 30)):
         outputs = heard(machine, slot, told(0).sound[start : start + 5])
         assert_goes_on(outputs, told(0).outputs[start : start + 5])

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from personaplex.config import CODEBOOKS, FRAME_SIZE, EngineConfig, LMConfig, Sampling
+from personaplex.config import FRAME_SIZE, EngineConfig, LMConfig, Sampling
 from personaplex.engine.graph import Frames, Runner
 from personaplex.engine.interface import Output, Slot, Usage
+from personaplex.engine.prefill import Prefill, Prompt
 from personaplex.engine.rebuild import CodecRebuild, check_log, logged_voice, spoken_frames
-from personaplex.engine.script import Script, compose
+from personaplex.engine.script import compose
 from personaplex.engine.state import EngineState
 from personaplex.errors import (
     BadParameter,
@@ -33,8 +33,7 @@ from personaplex.errors import (
     PromptTooLong,
     SessionLost,
 )
-from personaplex.model import Model, mimi
-from personaplex.model.ring import copy_in, copy_out
+from personaplex.model import Model
 from personaplex.persona import Persona
 from personaplex.sessionlog import SessionLog
 from personaplex.text import PieceDecoder, Tokenizer
@@ -48,19 +47,11 @@ class _SlotState:
     """The session in one slot."""
 
     slot: Slot
-    script: Script
-    voice: str  # digest of the voice, key of its cached prefix
-    label: str  # what `Usage.voices` calls it
+    prompt: Prompt
     decoder: PieceDecoder
-    position: int = 0  # prompt positions prefilled so far
-    origin: int = 0  # the first position that is run
     live: bool = False
     fed: bool = False
     frames: int = 0
-
-    @property
-    def positions_left(self) -> int:
-        return self.script.frames - 1 - self.position
 
 
 @dataclass
@@ -74,15 +65,7 @@ class _Rebuild:
     @property
     def left(self) -> int:
         """Positions and frames still to be run."""
-        return self.state.positions_left + self.codec.left
-
-
-@dataclass(frozen=True)
-class _Prefix:
-    """Keys and values of one voice's part of a prompt."""
-
-    label: str
-    parts: tuple[Tensor, ...]
+        return self.state.prompt.left + self.codec.left
 
 
 class Engine:
@@ -96,17 +79,15 @@ class Engine:
         if model.device.type == "cuda":
             torch.cuda.set_device(model.device)  # kernels are launched on the thread's current device
         self._state = EngineState.allocate(model, config.slots, config.kv)
+        self._prefill = Prefill(model, self._state, config)
         if model.device.type == "cuda":
-            self._warm_prefill()
+            self._prefill.warm()
         self._runner = Runner(model, self._state, config.slots, config.graphs)
         self._open: list[_SlotState | None] = [None] * config.slots
         self._generations = [0] * config.slots
         self._vacant = list(range(config.slots))  # a heap: lowest first, so that ticks run on short prefixes
         self._waiting: deque[Slot] = deque()
         self._rebuilding: list[_Rebuild] = []
-        self._prefixes: OrderedDict[str, _Prefix] = OrderedDict()  # by digest, last used last
-        self.voice_hits = 0
-        self.voice_misses = 0
 
     @property
     def free(self) -> int:
@@ -117,11 +98,13 @@ class Engine:
     def usage(self) -> Usage:
         """What it holds now; cheap, but not for every tick."""
         window = self._model.config.lm.temporal.context
-        held = [min(state.position + state.frames, window) for state in self._open if state is not None]
+        held = [
+            min(state.prompt.position + state.frames, window) for state in self._open if state is not None
+        ]
         device = self._model.device
         memory = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        voices = tuple(prefix.label for prefix in self._prefixes.values())
-        return Usage(sum(held), memory, self.voice_hits, self.voice_misses, voices)
+        prefill = self._prefill
+        return Usage(sum(held), memory, prefill.hits, prefill.misses, prefill.voices)
 
     def admit(self, persona: Persona, voice: Voice | None = None) -> Slot:
         """Takes a slot and queues its prompt; `voice` replaces the library's voice of that name.
@@ -154,8 +137,8 @@ class Engine:
             if state is None:  # closed while it waited
                 self._waiting.popleft()
                 continue
-            self._run_chunk(state)
-            if state.position < state.script.frames - 1:
+            self._prefill.run_chunk(state.prompt)
+            if state.prompt.left:
                 return None
             self._waiting.popleft()
             self._go_live(state)
@@ -202,7 +185,7 @@ class Engine:
 
     def voice_digest(self, slot: Slot) -> str:
         """Names the content of the slot's voice. Raises SessionLost for a closed slot."""
-        return self._state_of(slot).voice
+        return self._state_of(slot).prompt.voice
 
     def feed(self, slot: Slot, frame: NDArray[np.float32]) -> None:
         """Hands over the user's next frame, float32 [1920], for the next `step`.
@@ -270,10 +253,11 @@ class Engine:
         slot = Slot(index, self._generations[index])
         self._state.reset(index)
         self._state.sampling.write(index, persona.sampling)
-        state = _SlotState(slot, script, voice.digest, label, PieceDecoder(self._tokenizer))
+        prompt = Prompt(index, script, voice.digest, label)
         if log is not None:
             window = self._config.rebuild_windows * lm.temporal.context
-            state.origin = state.position = max(0, script.frames - 1 - window)
+            prompt.origin = prompt.position = max(0, script.frames - 1 - window)
+        state = _SlotState(slot, prompt, PieceDecoder(self._tokenizer))
         self._open[index] = state
         return state
 
@@ -283,8 +267,8 @@ class Engine:
         ]
 
     def _run_rebuild(self, job: _Rebuild) -> None:
-        if job.state.positions_left:
-            self._run_chunk(job.state)
+        if job.state.prompt.left:
+            self._prefill.run_chunk(job.state.prompt)
         else:
             with torch.inference_mode():
                 index, frames = job.state.slot.index, self._config.rebuild_chunk
@@ -299,59 +283,16 @@ class Engine:
         if log.frames:
             self._runner.pcm[state.slot.index] = torch.from_numpy(np.array(log.sound[-1], np.float32))
             self._runner.run([state.slot.index])
-            state.position -= log.frames - 1  # the prompt's; `frames` counts the conversation's
+            state.prompt.position -= log.frames - 1  # the prompt's; `frames` counts the conversation's
         state.frames = log.frames
         for token in log.tokens[:, 0].tolist():
             state.decoder.push(token)
 
-    def _run_chunk(self, state: _SlotState) -> None:
-        """The next chunk of one prompt. The voice's part ends a chunk, so that it can be shared."""
-        script, ring, index = state.script, self._state.lm.ring, state.slot.index
-        cached = self._prefixes.get(state.voice)
-        with torch.inference_mode():
-            if state.position == 0 and cached is not None:
-                self._prefixes.move_to_end(state.voice)
-                self.voice_hits += 1
-                copy_in(ring, index, cached.parts)
-                state.position = script.prefix
-            end = script.prefix if state.position < script.prefix else script.frames - 1
-            stop = min(state.position + self._config.prefill_chunk, end)
-            if stop > state.position:
-                x = script.inputs(self._model.lm, state.position, stop)
-                self._model.lm.transformer.prefill(x, ring, index, state.position, state.origin)
-                state.position = stop
-            if stop == script.prefix and cached is None and not state.origin and 0 < stop < ring.capacity:
-                self._keep_prefix(state, stop)
-
-    def _warm_prefill(self) -> None:
-        """Compiles and loads every kernel a prefill may need before the first session comes."""
-        lm, ring = self._model.lm, self._state.lm.ring
-        with torch.inference_mode():
-            for positions in sorted({1, 17, 33, 65, self._config.prefill_chunk}):
-                x = torch.zeros(1, positions, lm.config.temporal.dim, device=lm.device, dtype=lm.dtype)
-                for start in (0, 1):  # without a past, and with one
-                    lm.transformer.prefill(x.clone(), ring, 0, start)
-            codec, frames = self._model.mimi, self._config.rebuild_chunk
-            codes = torch.zeros(frames, CODEBOOKS, dtype=torch.int64, device=lm.device)
-            sound = torch.zeros(frames * FRAME_SIZE, device=lm.device)
-            mimi.decode_block(codec, self._state.mimi.decoder, 0, 0, codes, pcm_wanted=False)
-            mimi.encode_block(codec, self._state.mimi.encoder, 0, 0, sound, codes_wanted=False)
-        self._state.reset(0)
-
-    def _keep_prefix(self, state: _SlotState, length: int) -> None:
-        parts = copy_out(self._state.lm.ring, state.slot.index, length)
-        if self._config.voice_memory == "host" and self._model.device.type == "cuda":
-            parts = tuple(_pinned(part) for part in parts)
-        self.voice_misses += 1
-        self._prefixes[state.voice] = _Prefix(state.label, parts)
-        while len(self._prefixes) > self._config.voice_cache:
-            self._prefixes.popitem(last=False)
-
     def _go_live(self, state: _SlotState) -> None:
         lm, index = self._state.lm, state.slot.index
-        lm.tokens[index] = state.script.ring
-        lm.provided[index] = state.script.provided
-        lm.offset[index] = state.script.frames
+        lm.tokens[index] = state.prompt.script.ring
+        lm.provided[index] = state.prompt.script.provided
+        lm.offset[index] = state.prompt.script.frames
         state.live = True
 
     def _output(self, state: _SlotState, frames: Frames) -> Output:
@@ -368,11 +309,6 @@ class Engine:
         state.fed = False
         state.frames += 1
         return output
-
-
-def _pinned(part: Tensor) -> Tensor:
-    """A copy in pinned host memory, complete at the stream's next synchronization."""
-    return torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
 
 
 def check_sampling(sampling: Sampling, lm: LMConfig) -> None:
