@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from personaplex.engine import graph
-from personaplex.engine.engine import Engine
 from personaplex.engine.graph import Runner, prefixes
+from personaplex.engine.prefill import Prefill
 from personaplex.engine.state import EngineState
 from personaplex.kernels import ops
 from personaplex.model import Model
@@ -100,7 +100,7 @@ def kernels_everywhere() -> Iterator[None]:
     """The device's path on the CPU: Triton's kernels in the interpreter, convolutions over all slots."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "uses_triton", lambda _: True)
-        patch.setattr(Engine, "_warm_prefill", lambda _: None)
+        patch.setattr(Prefill, "warm", lambda _: None)
         yield
 
 

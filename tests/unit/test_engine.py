@@ -98,11 +98,11 @@ def test_a_poisoned_slot_leaks_nothing() -> None:
 def test_same_seed_same_conversation_in_any_slot_and_with_a_cached_voice() -> None:
     machine = engine(3)
     first = speak(machine, 15)
-    assert (machine.voice_hits, machine.voice_misses) == (0, 1)
+    assert (machine.usage.voice_hits, machine.usage.voice_misses) == (0, 1)
     machine.open(PERSONAS[1])  # takes slot 0
     again = speak(machine, 15)
     assert (first == again).all()
-    assert (machine.voice_hits, machine.voice_misses) == (1, 2)
+    assert (machine.usage.voice_hits, machine.usage.voice_misses) == (1, 2)
 
 
 def test_seeds_matter() -> None:
@@ -115,7 +115,7 @@ def test_voices_leave_the_cache_oldest_first() -> None:
     for persona in (PERSONAS[0], PERSONAS[1], PERSONAS[0]):
         machine.close(machine.open(persona))
         assert machine.usage.voices == (persona.voice,)
-    assert (machine.voice_hits, machine.voice_misses) == (0, 3)
+    assert (machine.usage.voice_hits, machine.usage.voice_misses) == (0, 3)
 
 
 def test_a_callers_own_voice_is_cached_under_its_digest() -> None:
@@ -252,7 +252,7 @@ def test_long_conversation_stays_exact_to_the_ring_rule() -> None:
         (out,) = machine.step()
         machine_tokens.append(out.tokens)
         codes.append(out.user_codes)
-    script = machine._state_of(slot).script
+    script = machine._state_of(slot).prompt.script
     state = model().lm.allocate(1)
     with torch.inference_mode():
         for position in range(script.frames - 1):

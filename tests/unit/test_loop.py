@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from personaplex.config import FRAME_SECONDS, FRAME_SIZE
+from personaplex.config import FRAME_SECONDS, FRAME_SIZE, STREAMS
 from personaplex.engine.echo import EchoEngine
 from personaplex.engine.interface import Slot
 from personaplex.engine.loop import Batch, Closed, EngineLoop, Event, Faulted, Ready, Refused, Reply
 from personaplex.engine.schedule import CATCH_UP_RATE, FrameQueue, PendingFrame, plan
 from personaplex.errors import EngineFault, NoCapacity, PromptTooLong, UnknownVoice
 from personaplex.persona import Persona
+from personaplex.sessionlog import SessionLog, SessionRecorder
 
 GATHER_S = 0.01
 
@@ -365,3 +367,122 @@ def test_many_threads_may_talk_to_it(loop: EngineLoop, ear: Ear) -> None:
     )
     for _ in range(4):
         assert ear.of(Ready, _open(loop, ear))
+
+
+# rebuilds
+
+
+def _log(frames: int = 3) -> SessionLog:
+    recorder = SessionRecorder(Persona())
+    for number in range(frames):
+        recorder.answered(_frame(number), np.zeros(STREAMS, np.int64))
+    return recorder.log()
+
+
+def test_a_rebuilt_session_goes_on_at_its_frame(loop: EngineLoop, ear: Ear) -> None:
+    session = loop.rebuild(_log(3))
+    loop.push(session, _frame(3.0))  # waits in the inbox, if it is early
+    ear.wait(lambda: ear.of(Reply, session))
+    assert ear.of(Ready, session)[0].frame == 3
+    output = ear.of(Reply, session)[0].output
+    assert (output.frame, output.pcm[0]) == (3, 2.0)
+    assert [batch.work for batch in ear.batches if ear.of(Ready)[0] in batch.events] == ["rebuild"]
+
+
+def test_a_log_that_is_refused_holds_nothing(loop: EngineLoop, ear: Ear) -> None:
+    bad = dataclasses.replace(_log(), persona=Persona(voice="NOBODY"))
+    session = loop.rebuild(bad)
+    ear.wait(lambda: ear.of(Refused, session))
+    assert isinstance(ear.of(Refused, session)[0].error, UnknownVoice)
+    for _ in range(4):
+        assert ear.of(Ready, _open(loop, ear))
+
+
+class Chunks(EchoEngine):
+    """A rebuild takes `CHUNKS` chunks, a prompt `CHUNKS` of its own; keeps the order of everything."""
+
+    CHUNKS = 6
+
+    def __init__(self, slots: int, chunk: Callable[[str], None]) -> None:
+        super().__init__(slots)
+        self.order: list[str] = []
+        self._chunk = chunk
+
+    def _count(self, kind: str, finish: Callable[[], Slot | None]) -> Slot | None:
+        self.order.append(kind)
+        self._chunk(kind)
+        return finish() if self.order.count(kind) == self.CHUNKS else None
+
+    def prefill(self) -> Slot | None:
+        if self._waiting[0].index == 0:
+            return super().prefill()
+        return self._count("prompt", super().prefill)
+
+    def rebuild_chunk(self) -> Slot | None:
+        return self._count("rebuild", super().rebuild_chunk)
+
+    def step(self) -> Any:
+        self.order.append("tick")
+        return super().step()
+
+
+def test_a_rebuild_runs_in_chunks_between_ticks_in_turn_with_a_prompt(ear: Ear) -> None:
+    made: list[Chunks] = []
+
+    def make() -> Chunks:
+        made.append(Chunks(3, lambda _: loop.push(first, _frame())))  # as if it came while the chunk ran
+        return made[0]
+
+    loop = EngineLoop(make, ear, gather_s=0.0, inbox_limit=25, rebuild_share=1.0)
+    loop.start().result(5)
+    first = _open(loop, ear)
+    with loop._wake:  # both arrive together
+        sessions = loop.open(Persona()), loop.rebuild(_log())
+    ear.wait(lambda: all(ear.of(Ready, session) for session in sessions))
+    ear.wait(lambda: len(ear.of(Reply, first)) == 12)
+    assert made[0].order == ["rebuild", "tick", "prompt", "tick"] * 6
+    loop.stop()
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_beside_live_sessions_a_rebuild_takes_its_share_of_the_time(ear: Ear, live: bool) -> None:
+    """Chunks of 10 ms at a share of a quarter: one every 40 ms, and back to back when nobody is live."""
+    starts: list[float] = []
+
+    def chunk(kind: str) -> None:
+        starts.append(time.monotonic())
+        time.sleep(0.01)
+
+    loop = EngineLoop(lambda: Chunks(2, chunk), ear, gather_s=0.0, inbox_limit=25, rebuild_share=0.25)
+    loop.start().result(5)
+    if live:
+        _open(loop, ear)
+    session = loop.rebuild(_log())
+    ear.wait(lambda: ear.of(Ready, session))
+    gaps = np.diff(starts)
+    if live:
+        assert gaps.min() >= 0.039
+    else:
+        assert gaps.min() < 0.03
+    loop.stop()
+
+
+def test_closed_while_it_is_rebuilt(ear: Ear) -> None:
+    """Its chunks end, its slot is free, and nothing waits for it."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def chunk(kind: str) -> None:
+        reached.set()
+        go_on.wait(5)
+
+    loop = EngineLoop(lambda: Chunks(1, chunk), ear, gather_s=0.0, inbox_limit=25)
+    loop.start().result(5)
+    session = loop.rebuild(_log())
+    assert reached.wait(5)
+    loop.close(session)
+    go_on.set()
+    ear.wait(lambda: ear.of(Closed, session))
+    assert not ear.of(Ready, session)
+    assert loop._waiting == {"prefill": 0, "rebuild": 0}
+    assert ear.of(Ready, _open(loop, ear))
+    loop.stop()
