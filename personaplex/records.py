@@ -19,7 +19,7 @@ from personaplex.record.folder import Filter, Unreadable, find_records, select
 from personaplex.record.format import Record
 from personaplex.record.options import add_model
 from personaplex.record.transcript import words
-from personaplex.record.writer import in_use
+from personaplex.record.writer import claimed
 
 _RUN = "python -m personaplex.records"
 EXAMPLES = (
@@ -183,11 +183,12 @@ def _delete(options: argparse.Namespace, wanted: Filter) -> int:
     search, deleted = _Search(options, wanted), 0
     for path in _condemned(search, everything=wanted.empty):
         try:
-            if in_use(path):
-                search.fail(path, "still being written; not deleted")
-                continue
-            if not options.dry_run:
-                path.unlink()
+            with claimed(path) as finished:
+                if not finished:
+                    search.fail(path, "still being written; not deleted")
+                    continue
+                if not options.dry_run:
+                    path.unlink()
         except OSError as error:
             search.fail(path, cli.reason(OSError(error.errno, error.strerror)))
         else:

@@ -174,11 +174,9 @@ def parse(data: bytes) -> Record:
     return rows.record(head, tuple(events), damage)
 
 
-def read_person(text: str) -> str:
-    """The name under which a person's records are found. Raises BadRecord for other characters."""
-    if not _PERSON.fullmatch(text):
-        raise BadRecord("a person is named by letters, digits and _.@+-, at most 128 of them")
-    return text
+def is_person(text: str) -> bool:
+    """Whether `text` may be the name under which a person's records are found."""
+    return _PERSON.fullmatch(text) is not None
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

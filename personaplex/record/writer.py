@@ -2,15 +2,17 @@
 
 Entries are buffered and written by `flush`, whole entries at once; who calls it every second loses a second
 when the process dies. While it is open the file is locked, so that nobody deletes or moves it half-written
-(`in_use`); the lock ends with the process.
+(`claimed`); the lock ends with the process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from personaplex.errors import RecordingFailed
@@ -30,12 +32,9 @@ class RecordWriter:
         self._written = 0
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            self._file: int | None = os.open(self.path, flags, 0o600)
+            self._file: int | None = _create(self.path)
         except OSError as error:
             raise _failure(error) from error
-        with contextlib.suppress(OSError):  # a file system without locks: the file's age protects it
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.flush()
 
     def row(self, row: Row) -> None:
@@ -91,23 +90,54 @@ class RecordWriter:
                 os.close(file)
 
 
+def _create(path: Path) -> int:
+    """A new file, locked before it has the name that others look for. Raises OSError."""
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    part = path.with_name(f".{path.name}.part")
+    file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with contextlib.suppress(OSError):  # a file system without locks: the file's age protects it
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        os.rename(part, path)
+    except OSError:
+        os.close(file)
+        raise
+    return file
+
+
 def record_name(head: Head) -> str:
     """The time it began, in UTC, and the session: names sort by time."""
     return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(head.began))}-{head.session}{SUFFIX}"
 
 
-def in_use(path: Path) -> bool:
-    """Whether a process is still writing, uploading or deleting this record. Raises OSError."""
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Whether this record is finished and ours within the block: nobody writes, uploads or deletes it.
+
+    Raises OSError, also for one that is gone.
+    """
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        yield _lock(file) and os.fstat(file).st_nlink > 0
+    finally:
+        os.close(file)
+
+
+def _lock(file: int) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return False
     except OSError:
-        return time.time() - os.fstat(file).st_mtime < _STALE_S
-    finally:
-        os.close(file)
-    return False
+        return time.time() - os.fstat(file).st_mtime >= _STALE_S
+    return True
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process is still writing, uploading or deleting this record. Raises OSError."""
+    with claimed(path) as ours:
+        return not ours
 
 
 def _failure(error: OSError) -> RecordingFailed:
