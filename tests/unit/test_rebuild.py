@@ -10,7 +10,7 @@ import pytest
 import torch
 from golden import CONFIG, CPU, model
 from numpy.typing import NDArray
-from test_engine import PERSONAS, engine, library, speech, tokenizer
+from sessions import PERSONAS, engine, library, speech, tokenizer
 
 from personaplex.config import STREAMS
 from personaplex.engine.engine import Engine
