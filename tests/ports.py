@@ -1,8 +1,8 @@
 """Free TCP ports that no other test run on this machine picks at the same time.
 
 A port that was only probed belongs to nobody until its server listens: another suite, or any outgoing
-connection, may take it meanwhile. So ports come from below the kernel's ephemeral range, and each is
-reserved by a lock on a file until this process ends.
+connection, may take it meanwhile. So ports come from between those of Ray's workers (10002 to 19999) and the
+kernel's ephemeral ones, and each is reserved by a lock on a file until this process ends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import socket
 import tempfile
 from pathlib import Path
 
-PORTS = range(15_000, 30_000)
+PORTS = range(20_000, 32_000)
 TRIES = 1_000
 
 _reserved: list[int] = []  # descriptors of the locks; the kernel drops them with the process
