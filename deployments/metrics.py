@@ -27,6 +27,8 @@ READY_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 1.5, 3.0, 10.0, 30.0, 60.0
 
 REFRESH_S = 5.0  # Ray exports every 10 s
 
+SAMPLED = 4  # one in so many frames is measured: over Ray an observation costs as much as the frame's Ogg
+
 LEFT = "left"  # the client went
 FAILED = "failed"  # an error of our own that no class stands for
 
