@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 GATEWAY_HEADROOM = 32  # page and status requests a gateway answers beside its sessions
 FLEET_CALLS = 1_000  # at once
-STATS_PERIOD_S = 1.0  # how often replicas tell routers about themselves
+STATS_PERIOD_S = 1.0  # how often routers read the replicas' statistics
 LONGEST_RETRY_S = 0.2  # between two looks for a free slot, for whoever waits
 
 

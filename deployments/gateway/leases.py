@@ -155,7 +155,7 @@ class Leases:
             self._announce()
 
     def close(self) -> None:
-        """The service is being stopped: whoever waits, now or later, is told so. Idempotent."""
+        """Graceful shutdown: claims that wait, and later ones, raise SessionLost. Idempotent."""
         if not self._closed.done():
             self._closed.set_result(None)
 

@@ -85,7 +85,7 @@ class Upstream:
         self._stale = 0  # of the first replies: to frames that waited for the slot
 
     async def open(self, persona: Persona, claim: Claim) -> None:
-        """Returns when the replica was told the persona; Ready follows. Raises NoCapacity, OSError."""
+        """Returns once the persona was sent to the replica; Ready follows. Raises NoCapacity, OSError."""
         self._metrics.observe(metrics.PROMPT_CHARACTERS, len(persona.text_prompt))
         try:
             grant, link = await self._join(claim)
