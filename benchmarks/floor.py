@@ -15,8 +15,9 @@ from typing import Any, cast
 from ray import serve
 from ray.serve.deployment import Application
 
-from deployments.application import gateway_deployment
+from deployments.application import GATEWAY_ENVIRONMENT, GATEWAY_HEADROOM, QUIET_LOGS
 from deployments.gateway.app import Gateway
+from deployments.parts import GatewaySettings
 from deployments.settings import Settings
 from deployments.wire import messages
 from deployments.wire.link import Link, OnLost, OnMessage
@@ -68,7 +69,7 @@ class LocalClaim:
     def __init__(self) -> None:
         self.began = time.monotonic()
 
-    async def lease(self, tell: Callable[[int], None]) -> LocalLease:
+    async def lease(self, on_position: Callable[[int], None]) -> LocalLease:
         return LocalLease()
 
     def give_up(self) -> None:
@@ -86,7 +87,7 @@ class FloorGateway(Gateway):
     """A gateway that is its own replica."""
 
     def __init__(self, settings: Settings, fleet: Any) -> None:
-        super().__init__(settings, fleet, fleet)
+        super().__init__(GatewaySettings.of(settings), fleet, fleet)
         self._links: dict[int, LocalLink] = {}
         self._event_loop = asyncio.get_event_loop()
         self._engine = EngineLoop(
@@ -131,4 +132,13 @@ class NoFleet:
 def build_floor(settings: Settings) -> Application:
     """The floor as an application with one gateway."""
     fleet = serve.deployment(name="fleet", ray_actor_options={"num_cpus": 0})(NoFleet).bind()
-    return gateway_deployment(settings, FloorGateway).bind(settings, fleet)
+    gateway = serve.deployment(
+        name="gateway",
+        max_ongoing_requests=settings.sessions_per_gateway + GATEWAY_HEADROOM,
+        ray_actor_options={
+            "num_cpus": settings.gateway_num_cpus,
+            "runtime_env": {"env_vars": GATEWAY_ENVIRONMENT},
+        },
+        logging_config=QUIET_LOGS,
+    )(serve.ingress()(FloorGateway))
+    return cast(Application, gateway.bind(settings, fleet))

@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 GATEWAY_HEADROOM = 32  # page and status requests a gateway answers beside its sessions
 FLEET_CALLS = 1_000  # at once
-STATS_PERIOD_S = 1.0  # how often replicas tell routers about themselves
+STATS_PERIOD_S = 1.0  # how often routers read the replicas' statistics
 LONGEST_RETRY_S = 0.2  # between two looks for a free slot, for whoever waits
 
 
-_GATEWAY_ENVIRONMENT = {
+GATEWAY_ENVIRONMENT = {
     # What the proxies got, as Ray fills it in; and the same limits for a gateway's own server (HAProxy mode).
     PROXY_CALLBACK: f"${{{ingress.VARIABLE}}}",
     ingress.VARIABLE: ingress.CALLBACK,
@@ -43,7 +43,7 @@ _GATEWAY_ENVIRONMENT = {
     **ingress.REQUEST_LINE,  # where Serve's HAProxy hands connections straight to gateways
 }
 # One line a session is written at its end, by the gateway; Serve's own of level INFO say that a client left.
-_QUIET = {"enable_access_log": False, "log_level": "WARNING"}
+QUIET_LOGS = {"enable_access_log": False, "log_level": "WARNING"}
 
 
 def build(settings: Settings) -> Application:
@@ -58,9 +58,7 @@ def build(settings: Settings) -> Application:
         logger.warning("gateways hold %d sessions at most, replicas %d: see gateways_max", room, slots)
     fleet = _fleet().bind()
     replicas = _replica(settings).bind(ReplicaSettings.of(settings), fleet)
-    application: Application = gateway_deployment(settings).bind(
-        GatewaySettings.of(settings), replicas, fleet
-    )
+    application: Application = _gateway(settings).bind(GatewaySettings.of(settings), replicas, fleet)
     return application
 
 
@@ -99,14 +97,13 @@ def _replica(settings: Settings) -> serve.Deployment:
             "resources": settings.replica_resources,
         },
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
-        logging_config=_QUIET,
+        logging_config=QUIET_LOGS,
         health_check_period_s=2.0,
         health_check_timeout_s=max(10.0, settings.stall_limit_s),
     )(Replica)
 
 
-def gateway_deployment(settings: Settings, gateway: type[Gateway] = Gateway) -> serve.Deployment:
-    """The gateways' deployment, to be bound; `gateway` may be one that differs inside."""
+def _gateway(settings: Settings) -> serve.Deployment:
     return serve.deployment(
         name="gateway",
         max_ongoing_requests=settings.sessions_per_gateway + GATEWAY_HEADROOM,
@@ -121,11 +118,11 @@ def gateway_deployment(settings: Settings, gateway: type[Gateway] = Gateway) -> 
         ray_actor_options={
             "num_cpus": settings.gateway_num_cpus,
             "resources": settings.gateway_resources,
-            "runtime_env": {"env_vars": _GATEWAY_ENVIRONMENT},
+            "runtime_env": {"env_vars": GATEWAY_ENVIRONMENT},
         },
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
-        logging_config=_QUIET,
-    )(serve.ingress()(gateway))
+        logging_config=QUIET_LOGS,
+    )(serve.ingress()(Gateway))
 
 
 def _fleet() -> serve.Deployment:
@@ -134,7 +131,7 @@ def _fleet() -> serve.Deployment:
         max_ongoing_requests=FLEET_CALLS,
         ray_actor_options={"num_cpus": 0},
         graceful_shutdown_timeout_s=1.0,
-        logging_config=_QUIET,
+        logging_config=QUIET_LOGS,
     )(Fleet)
 
 

@@ -108,8 +108,8 @@ class FitAnswers:
 
     Serve answers an upgrade it cannot serve (no such application, no gateway, too late) as if it were a plain
     request; uvicorn makes 500 of that and a traceback. Here it becomes the refusal it is meant to be. What is
-    said to a client that has left is dropped: `receive` has told that it left, and Serve logs a traceback for
-    each message that cannot be sent.
+    sent to a client that has left is dropped: `receive` has reported that it left, and Serve logs a traceback
+    for each message that cannot be sent.
     """
 
     def __init__(self, app: ASGIApp) -> None:

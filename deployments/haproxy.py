@@ -24,7 +24,7 @@ from personaplex.errors import ConfigError
 
 COMMAND = "personaplex-haproxy"  # in pyproject.toml
 BINARY_PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
-PORTS = (  # HAProxy's two doors for operators, and Serve's proxy for when no gateway is there
+PORTS = (  # HAProxy's metrics and statistics, and Serve's proxy for when no gateway is there
     "RAY_SERVE_HAPROXY_METRICS_PORT",
     "RAY_SERVE_HAPROXY_STATS_PORT",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def closed(config: str) -> str:
-    """Serve's configuration with its doors for operators on loopback only, without queries in its log, with
+    """Serve's configuration with metrics and statistics on loopback only, without queries in its log, with
     a time limit for requests, and with the client's address in X-Forwarded-For.
 
     Serve binds metrics and statistics to every interface, and logs whole request lines: keys may stand in

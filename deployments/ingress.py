@@ -14,9 +14,9 @@ protocols (`uvicorn.config.WS_PROTOCOLS`, `HTTP_PROTOCOLS`) it puts these in pla
                pieces; frames and bytes are read at twice the rate a session may send (session/core.py), so
                that a flood waits in the client's own socket; nothing is read from a client that reads nothing
 
-and returns two middlewares: `Door`, which takes away the headers by which Serve lets a client steer it (the
-request's id in logs, its timeout, whether a hang-up is noticed) and marks the request as having come through
-it, and `connections.FitAnswers`. It also makes uvicorn trust no X-Forwarded-For (FORWARDED_ALLOW_IPS,
+and returns two middlewares: `DropSteering`, which removes the headers by which Serve lets a client steer it
+(the request's id in logs, its timeout, whether a hang-up is noticed) and marks the request as having come
+through it, and `connections.FitAnswers`. It also makes uvicorn trust no X-Forwarded-For (FORWARDED_ALLOW_IPS,
 uvicorn's variable): whom to trust is the setting `trusted_proxies`. Raises ImportError where uvicorn has no
 such protocols: the proxy then does not start, which is better than one without limits. Knows no Ray.
 """
@@ -61,7 +61,7 @@ def configure() -> list[Middleware]:
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:Http"
     uvicorn.config.WS_PROTOCOLS["auto"] = f"{__name__}:WebSocket"
     os.environ["FORWARDED_ALLOW_IPS"] = ""
-    return [Middleware(Door), Middleware(FitAnswers)]
+    return [Middleware(DropSteering), Middleware(FitAnswers)]
 
 
 def limited(scope: Mapping[str, Any]) -> bool:
@@ -69,8 +69,8 @@ def limited(scope: Mapping[str, Any]) -> bool:
     return scope.get(MARK) is True
 
 
-class Door:
-    """ASGI middleware around whatever Serve does with a request."""
+class DropSteering:
+    """ASGI middleware that removes the headers Serve obeys and marks requests as read with these limits."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

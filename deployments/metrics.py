@@ -29,6 +29,8 @@ READY_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 1.5, 3.0, 10.0, 30.0, 60.0
 EXPORT_MS = "RAY_metrics_report_interval_ms"  # Ray's own setting, 10 s unless set and never under 1 s
 REFRESH_S = max(1.0, float(os.environ.get(EXPORT_MS, 10_000)) / 1e3) / 2
 
+SAMPLED = 4  # one in so many frames is measured: over Ray an observation costs as much as the frame's Ogg
+
 LEFT = "left"  # the client went
 FAILED = "failed"  # an error of our own that no class stands for
 

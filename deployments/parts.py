@@ -1,4 +1,4 @@
-"""What each deployment is told of the settings: the values it reads, under their own names.
+"""The part of the settings that each deployment gets: the values it reads, under their own names.
 
 Serve compares what a deployment was made with. A value that a replica does not read is not in its part, so
 changing it leaves the replicas' deployment as it is, and the other way round. Derived values (`gather_s`,

@@ -351,7 +351,7 @@ class Settings(BaseSettings):
 
     @property
     def engine_config(self) -> EngineConfig:
-        """What a replica's engine is told."""
+        """The configuration of a replica's engine."""
         return EngineConfig(
             slots=self.slots,
             kv=self.kv,

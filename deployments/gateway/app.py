@@ -11,7 +11,7 @@
     /              the web page
 
 An upgrade is accepted only once the session has a slot or a place in the queue; until then a refusal is an
-HTTP status (`admission.refusal`). Later errors are told as an error message and a close code. Nothing a
+HTTP status (`admission.refusal`). Later errors are an error message and a close code. Nothing a
 client sent is logged, used as a path or as a metric label.
 """
 
@@ -205,7 +205,7 @@ class Gateway:
         return PlainTextResponse("this address speaks WebSocket\n", status_code=426, headers=headers)
 
     async def admission(self, request: Request) -> Response:
-        """What a page is to tell its user when an upgrade failed: browsers show scripts no status of it."""
+        """Why an upgrade failed, for a page to show: browsers hide its status from scripts."""
         try:
             with self._admit(request):
                 if self._open >= self._settings.sessions_per_gateway or (
@@ -291,7 +291,7 @@ class Gateway:
         return any(one.accepting and one.used < one.slots for one in await self._fleet.describe())
 
     async def _close(self) -> None:
-        """The service ends: whoever waits is told; those who hold a slot hear it from their replica."""
+        """Graceful shutdown: closes the queued sessions; replicas close those that hold a slot."""
         self._leases.close()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._empty.wait(), CLOSE_TIMEOUT_S)

@@ -1,7 +1,7 @@
-"""One session in a gateway: a WebSocket on one side, a line to a replica on the other, the core between.
+"""One session in a gateway: a WebSocket on one side, a replica on the other, the session core between.
 
-The core decides, this file does: it turns socket messages, the line's news and time into events and the
-core's commands into bytes. Everything runs on one event loop. In the end the TokenLog is handed to `keep`.
+The core decides, this file does: it turns socket messages, what the replica says and time into events, and
+the core's commands into bytes. Everything runs on one event loop. In the end the TokenLog goes to `keep`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from ray.exceptions import TaskCancelledError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
+from deployments.gateway.audio import AudioStep
 from deployments.gateway.leases import Claim
 from deployments.gateway.recorder import Recording
-from deployments.gateway.stats import Account
-from deployments.gateway.upstream import Line, Services
+from deployments.gateway.stats import SessionStats
+from deployments.gateway.upstream import Services, Upstream
+from personaplex.config import Pcm
 from personaplex.errors import ClientError, PersonaplexError, SessionLost
 from personaplex.persona import Persona
 from personaplex.session.core import SessionCore, State
@@ -55,10 +57,13 @@ class Conversation:
     ) -> None:
         """`status`: see `SessionCore`. `recording` gets what happens; who began it ends it."""
         self._socket, self._session, self._services = socket, session, services
-        self._account = Account(session, services.metrics, services.trace)
-        self._line = Line(session, services, self._account, self._on, recording)
-        headers = self._line.transcoder.headers()
-        self._core = SessionCore(headers, services.limits, self._account.began, status=status)
+        self._stats = SessionStats(session, services.metrics, services.trace)
+        self._upstream = Upstream(session, services, self._stats, self._on, self._on_agent_frame, recording)
+        self._audio = AudioStep(
+            services.limits.burst_s, services.metrics, self._on, self._upstream.send_frame
+        )
+        headers = self._audio.transcoder.headers()
+        self._core = SessionCore(headers, services.limits, self._stats.began, status=status)
         self._loop = asyncio.get_running_loop()
         self._unsent: deque[bytes] = deque()
         self._close: Close | None = None
@@ -123,9 +128,9 @@ class Conversation:
             self._on(PeerClosed())
 
     async def _serve(self, persona: Persona, claim: Claim) -> None:
-        """Opens the line; from then on what the replica says carries the session."""
+        """Connects to the replica; from then on what it says carries the session."""
         try:
-            await self._line.open(persona, claim)
+            await self._upstream.open(persona, claim)
         except PersonaplexError as error:
             self._on(Failed(error))
         except OSError:
@@ -135,6 +140,9 @@ class Conversation:
             self._on(Failed(SessionLost("the server failed; please connect again")))
 
     # Events and commands
+
+    def _on_agent_frame(self, number: int, pcm: Pcm, stale: bool) -> None:
+        self._audio.encode(number, pcm, stale)
 
     def _on(self, event: Event) -> None:
         if self._core.state is State.CLOSED:
@@ -149,7 +157,7 @@ class Conversation:
     def _do(self, command: Command) -> None:
         match command:
             case FeedAudio(data):
-                self._line.hear(data)
+                self._audio.feed(data)
             case Close():
                 self._close = command
                 self._writable.set()
@@ -165,9 +173,10 @@ class Conversation:
                 self._was_live = True
                 self._services.live.add(self._session)
                 self._services.changed()
-                self._account.live()
+                self._stats.live()
         elif state in (State.CLOSING, State.CLOSED):
-            self._line.stop()
+            self._audio.stop()
+            self._upstream.stop()
             if state is State.CLOSED:
                 self._closed.set()
         self._set_timer(self._core.deadline())
@@ -192,16 +201,16 @@ class Conversation:
             task.cancel()
         if self._timer is not None:
             self._timer.cancel()
-        self._line.close()
+        self._upstream.close()
         self._services.live.discard(self._session)
-        self._account.close(self._core.error, self._core.pacer, self._line.transcoder, self._core.ignored)
+        self._stats.close(self._core.error, self._core.pacer, self._audio.transcoder, self._core.ignored)
 
     async def _wind_up(self, tasks: Sequence[asyncio.Future[None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self._line.release(CLOSE_TIMEOUT_S)
+        await self._upstream.release(CLOSE_TIMEOUT_S)
         states = (self._socket.client_state, self._socket.application_state)
         if WebSocketState.DISCONNECTED not in states:
             with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError, asyncio.TimeoutError):
                 await asyncio.wait_for(self._socket.close(1011), CLOSE_TIMEOUT_S)
         # Last: whatever becomes of it, all else is done.
-        await self._services.keep(self._session, self._line.log)
+        await self._services.keep(self._session, self._upstream.log)

@@ -62,15 +62,15 @@ class Waiter:
     """A session without a slot yet."""
 
     placed: asyncio.Future[None]  # done once it is queued
-    tell: Callable[[int], None] | None = None
+    on_position: Callable[[int], None] | None = None
     queued: bool = False
-    told: int = 0
+    position: int = 0  # as last announced
 
     def announce(self, position: int) -> None:
-        if self.told != position:
-            self.told = position
-            if self.tell is not None:
-                self.tell(position)
+        if self.position != position:
+            self.position = position
+            if self.on_position is not None:
+                self.on_position(position)
 
 
 class Claim:
@@ -82,15 +82,15 @@ class Claim:
         self._waiter, self._turn = waiter, turn
         self._taken = False
 
-    async def lease(self, tell: Callable[[int], None]) -> Lease:
-        """The slot, once there is one. `tell(position)` is called with the place in the queue, if there is
-        one, and when it moves up, 1 being next.
+    async def lease(self, on_position: Callable[[int], None]) -> Lease:
+        """Waits for the slot. `on_position(n)` is called with the place in the queue, if the session is
+        queued, and whenever it moves up; 1 is next.
 
         Raises NoCapacity when the wait is too long. Cancelling gives everything back.
         """
-        self._waiter.tell = tell
-        if self._waiter.told:
-            tell(self._waiter.told)
+        self._waiter.on_position = on_position
+        if self._waiter.position:
+            on_position(self._waiter.position)
         try:
             lease = await self._turn
         except BaseException:
@@ -155,7 +155,7 @@ class Leases:
             self._announce()
 
     def close(self) -> None:
-        """The service is being stopped: whoever waits, now or later, is told so. Idempotent."""
+        """Graceful shutdown: claims that wait, and later ones, raise SessionLost. Idempotent."""
         if not self._closed.done():
             self._closed.set_result(None)
 

@@ -39,7 +39,7 @@ def read_query(query: bytes, limit: int) -> dict[str, str]:
 
 
 def wants_status(query: bytes) -> bool:
-    """Whether the client asks to be told how it stands before the handshake."""
+    """Whether the client asks for status messages before the handshake."""
     return b"status=1" in query.split(b"&")
 
 
@@ -58,7 +58,7 @@ def person_from(query: Mapping[str, str]) -> str:
 
 def persona_from(query: Mapping[str, str]) -> Persona:
     """The persona a query asks for; raises BadParameter and UnknownVoice. A missing seed, or -1 as stock
-    clients write it, is drawn here, so that the session can be told which one it got."""
+    clients write it, is drawn here, so that the client can be sent the one it got."""
     default = Persona()
     seed = _seed(query, "seed", secrets.randbits(48))
     text_seed, audio_seed = _seed(query, "text_seed", seed), _seed(query, "audio_seed", seed)

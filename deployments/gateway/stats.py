@@ -1,4 +1,4 @@
-"""The account of one session in a gateway: how long its phases took, what was lost, how it ended.
+"""Statistics of one session in a gateway: how long its phases took, what was lost, how it ended.
 
 Kept while the session lasts and given once at its end: to the metrics, to the log as one line with what a bug
 report needs, and as spans to a tracer, if there is one. Nothing a client said or wrote is in it.
@@ -20,7 +20,7 @@ from personaplex.session.pacer import Pacer
 logger = logging.getLogger(__name__)
 
 
-class Account:
+class SessionStats:
     """Made when the client is accepted. Times are seconds of the monotonic clock."""
 
     def __init__(self, session: str, published: Metrics, trace: Trace | None) -> None:

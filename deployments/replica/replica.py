@@ -35,15 +35,16 @@ from personaplex.errors import EngineFault, PersonaplexError, ProtocolError, Ses
 
 logger = logging.getLogger(__name__)
 
-STRANGERS_SPARE = 16  # links without a lease beyond two per slot
+UNAUTHENTICATED_SPARE = 16  # connections that have shown no lease, beyond two per slot
 
 _ANYWHERE = ("0.0.0.0", "::")
 _Packed = tuple[Event, bytes | None]
 
 
 @dataclass(eq=False)
-class _Seat:
-    """One granted lease: waiting for its gateway (`number` is None) or a session of the engine."""
+class _Holder:
+    """Whoever holds a lease: a gateway that has not connected yet (`number` is None) or a session of the
+    engine."""
 
     request: LeaseRequest
     began: float = field(default_factory=time.monotonic)
@@ -63,10 +64,10 @@ class Replica:
         self._name = serve.get_replica_context().replica_tag
         self._event_loop = asyncio.get_running_loop()
         self._metrics = metrics.replica_metrics()
-        self._unclaimed: dict[bytes, _Seat] = {}  # by one-time token
-        self._strangers: dict[Link, asyncio.TimerHandle] = {}  # without a lease yet, the oldest first
-        self._linked: dict[Link, _Seat] = {}
-        self._open: dict[int, _Seat] = {}  # by the engine loop's number
+        self._unclaimed: dict[bytes, _Holder] = {}  # by one-time token
+        self._unauthenticated: dict[Link, asyncio.TimerHandle] = {}  # no lease shown yet; oldest first
+        self._linked: dict[Link, _Holder] = {}
+        self._open: dict[int, _Holder] = {}  # by the engine loop's number
         self._published: dict[str, int] = {}  # totals as last published
         self._accepting = True
         self._engine = EngineLoop(
@@ -82,7 +83,7 @@ class Replica:
         self._server, self._port = await listen(
             self._accept, self._host, settings.media_port_min, settings.media_port_max
         )
-        self._reporter = Reporter(fleet, self._status, self._leave)
+        self._reporter = Reporter(fleet, self._status, self._close_sessions)
         self._publish_slots()
         loaded = time.monotonic() - began
         self._metrics.set(metrics.LOAD_SECONDS, loaded)
@@ -94,14 +95,14 @@ class Replica:
         if not self._accepting:
             yield Refusal()
             return
-        token, seat = secrets.token_bytes(messages.TOKEN_BYTES), _Seat(request)
-        self._unclaimed[token] = seat
+        token, holder = secrets.token_bytes(messages.TOKEN_BYTES), _Holder(request)
+        self._unclaimed[token] = holder
         self._publish_slots()
         expiry = self._event_loop.call_later(self._settings.lease_timeout_s, self._drop, token)
         host = _node_address() if self._host in _ANYWHERE else self._host
         try:
             yield Grant(host, self._port, token, self._name, self._slots)
-            await seat.freed.wait()
+            await holder.freed.wait()
         finally:
             expiry.cancel()
             self._drop(token)
@@ -122,7 +123,7 @@ class Replica:
 
     def _status(self) -> ReplicaStatus:
         now = time.monotonic()
-        seats = [*self._unclaimed.values(), *self._open.values()]
+        holders = [*self._unclaimed.values(), *self._open.values()]
         return ReplicaStatus(
             replica=self._name,
             node=_node_address(),
@@ -131,7 +132,9 @@ class Replica:
             voices=tuple(self._loaded.voices),
             slots=self._slots,
             accepting=self._accepting,
-            sessions=tuple(SessionStatus(seat.request.session, round(now - seat.began, 1)) for seat in seats),
+            sessions=tuple(
+                SessionStatus(holder.request.session, round(now - holder.began, 1)) for holder in holders
+            ),
             engine={
                 "model": self._loaded.name if self._settings.model == AUTO else self._settings.model,
                 "repo": self._settings.hf_repo,
@@ -142,7 +145,7 @@ class Replica:
             },
         )
 
-    def _leave(self) -> None:
+    def _close_sessions(self) -> None:
         self._accepting = False
         for link in list(self._linked):
             link.close(SessionLost("the server is being stopped; please connect again"))
@@ -161,26 +164,26 @@ class Replica:
             outbox=self._settings.burst_frames,
             stall_s=self._settings.stall_limit_s,
         )
-        self._strangers[link] = self._event_loop.call_later(
-            self._settings.lease_timeout_s, self._turn_away, link, SessionLost("nothing was said in time")
+        self._unauthenticated[link] = self._event_loop.call_later(
+            self._settings.lease_timeout_s, self._reject, link, SessionLost("nothing was said in time")
         )
         # A gateway claims as soon as it is connected, so the oldest is the likeliest never to.
-        if len(self._strangers) > 2 * self._slots + STRANGERS_SPARE:
-            oldest = next(iter(self._strangers))
-            self._turn_away(oldest, SessionLost("too many connections without a lease"))
+        if len(self._unauthenticated) > 2 * self._slots + UNAUTHENTICATED_SPARE:
+            oldest = next(iter(self._unauthenticated))
+            self._reject(oldest, SessionLost("too many connections without a lease"))
         return link
 
-    def _turn_away(self, link: Link, error: PersonaplexError) -> None:
-        self._strangers.pop(link).cancel()
+    def _reject(self, link: Link, error: PersonaplexError) -> None:
+        self._unauthenticated.pop(link).cancel()
         link.close(error)
 
     def _message(self, link: Link, kind: Kind, payload: bytes) -> None:
-        seat = self._linked.get(link)
-        if seat is None:
+        holder = self._linked.get(link)
+        if holder is None:
             self._claim(link, kind, payload)
-        elif kind is Kind.FRAME and seat.number is not None:
-            mark, frame = messages.unpack_frame(payload)
-            self._engine.push(seat.number, frame, mark)
+        elif kind is Kind.FRAME and holder.number is not None:
+            timestamp, frame = messages.unpack_frame(payload)
+            self._engine.push(holder.number, frame, timestamp)
         elif kind is Kind.CLOSE:
             link.close()
         else:
@@ -191,38 +194,38 @@ class Replica:
             raise ProtocolError("the first message must open the session")
         token = messages.open_token(payload)
         if token not in self._unclaimed:
-            self._turn_away(link, SessionLost("the lease ran out; please connect again"))
+            self._reject(link, SessionLost("the lease ran out; please connect again"))
             return
         persona = messages.unpack_open(payload)
-        seat = self._unclaimed.pop(token)
-        self._strangers.pop(link).cancel()
-        seat.link = link
-        self._linked[link] = seat
+        holder = self._unclaimed.pop(token)
+        self._unauthenticated.pop(link).cancel()
+        holder.link = link
+        self._linked[link] = holder
         try:
-            seat.number = self._engine.open(persona)
+            holder.number = self._engine.open(persona)
         except EngineFault:
-            self._end(seat, SessionLost("the server running this session failed; please connect again"))
+            self._end(holder, SessionLost("the server running this session failed; please connect again"))
             return
-        self._open[seat.number] = seat
+        self._open[holder.number] = holder
 
     def _lost(self, link: Link) -> None:
-        if link in self._strangers:
-            self._strangers.pop(link).cancel()
-        seat = self._linked.pop(link, None)
-        if seat is None:
+        if link in self._unauthenticated:
+            self._unauthenticated.pop(link).cancel()
+        holder = self._linked.pop(link, None)
+        if holder is None:
             return
-        if seat.number in self._open:
-            self._engine.close(seat.number)  # Closed comes when the slot is free
+        if holder.number in self._open:
+            self._engine.close(holder.number)  # Closed comes when the slot is free
         else:
-            self._free(seat)
+            self._free(holder)
 
     def _drop(self, token: bytes) -> None:
         """Ends a lease nobody claimed."""
-        seat = self._unclaimed.pop(token, None)
-        if seat is not None:
-            self._free(seat)
+        holder = self._unclaimed.pop(token, None)
+        if holder is not None:
+            self._free(holder)
 
-    # What the engine says
+    # Events of the engine
 
     def _from_engine(self, batch: Batch) -> None:
         # On the engine's thread: its arrays may be written again by the next tick, so bytes are made here.
@@ -245,31 +248,31 @@ class Replica:
                     self._fail()
         self._publish(batch)
 
-    def _ready(self, seat: _Seat, event: Ready) -> None:
-        assert seat.link is not None
-        seat.link.send(Kind.READY, messages.pack_ready(event.prefill_s))
+    def _ready(self, holder: _Holder, event: Ready) -> None:
+        assert holder.link is not None
+        holder.link.send(Kind.READY, messages.pack_ready(event.prefill_s))
 
-    def _reply(self, seat: _Seat, payload: bytes) -> None:
-        assert seat.link is not None
-        dropped = seat.link.dropped
-        seat.link.send_frame(Kind.REPLY, payload)
-        self._metrics.add(metrics.FRAMES_DROPPED, seat.link.dropped - dropped, place="link_out")
+    def _reply(self, holder: _Holder, payload: bytes) -> None:
+        assert holder.link is not None
+        dropped = holder.link.dropped
+        holder.link.send_frame(Kind.REPLY, payload)
+        self._metrics.add(metrics.FRAMES_DROPPED, holder.link.dropped - dropped, place="link_out")
 
     def _fail(self) -> None:
         self._accepting = False
         lost = SessionLost("the server running this session failed; please connect again")
-        for seat in list(self._open.values()):
-            self._end(seat, lost)
+        for holder in list(self._open.values()):
+            self._end(holder, lost)
         self._open.clear()
 
-    def _end(self, seat: _Seat, error: PersonaplexError) -> None:
-        """Tells the gateway why, and frees a seat that has no slot of the engine any more."""
-        if seat.link is not None:
-            seat.link.close(error)
-        self._free(seat)
+    def _end(self, holder: _Holder, error: PersonaplexError) -> None:
+        """Tells the gateway why, and frees a holder that has no slot of the engine any more."""
+        if holder.link is not None:
+            holder.link.close(error)
+        self._free(holder)
 
-    def _free(self, seat: _Seat) -> None:
-        seat.freed.set()
+    def _free(self, holder: _Holder) -> None:
+        holder.freed.set()
         self._publish_slots()
 
     # Numbers

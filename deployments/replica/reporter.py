@@ -1,4 +1,4 @@
-"""A replica's word to the fleet: how it stands, at every change and every REPORT_EVERY_S."""
+"""Reports a replica's status to the fleet, at every change and every REPORT_EVERY_S."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ logger = logging.getLogger(__name__)
 
 REPORT_EVERY_S = 1.0
 SETTLE_S = 0.02  # changes that come together make one report
-LEAVE_TIMEOUT_S = 2.0
+LEAVE_TIMEOUT_S = 2.0  # for the fleet to hear that this replica ends
 
 
 class Reporter:
-    """Reports `status()`; calls `on_leave` when the fleet tells the replica to close its sessions."""
+    """Reports `status()`; calls `on_close` when the fleet tells the replica to close its sessions."""
 
     def __init__(
         self,
         fleet: DeploymentHandle[Any],
         status: Callable[[], ReplicaStatus],
-        on_leave: Callable[[], None],
+        on_close: Callable[[], None],
     ) -> None:
-        self._fleet, self._status, self._on_leave = fleet, status, on_leave
+        self._fleet, self._status, self._on_close = fleet, status, on_close
         self._changed = asyncio.Event()
         self._task = asyncio.ensure_future(self._report())
 
     def changed(self) -> None:
-        """The status is another one now."""
+        """Reports soon: the status has changed."""
         self._changed.set()
 
     async def close(self) -> None:
@@ -48,7 +48,7 @@ class Reporter:
             self._changed.clear()
             try:
                 if await _answer(self._fleet.report.remote(self._status())):
-                    self._on_leave()
+                    self._on_close()
             except (RayError, RayServeException) as error:
                 logger.warning("the fleet could not be told: %s", type(error).__name__)
             with contextlib.suppress(asyncio.TimeoutError):

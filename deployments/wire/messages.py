@@ -4,11 +4,12 @@ A lease is asked for with a LeaseRequest and answered with a Grant or a Refusal;
 they stand with a ReplicaStatus. On the link (link.py) a message is a kind and a payload:
 
     gateway -> replica   OPEN   one-time token (16 bytes), persona as JSON; first and only once
-                         FRAME  mark uint32, the user's frame float32 LE [1920]: bit for bit as decoded
+                         FRAME  timestamp uint32 (microseconds, of the gateway's clock, modulo 2**32), the
+                                user's frame float32 LE [1920]: bit for bit as decoded
                          CLOSE  JSON; the slot may go
     replica -> gateway   READY  JSON; the prompt is done, frames count from here
-                         REPLY  number uint32, mark of the user's frame it answers uint32, tokens int32 [17],
-                                frame float32 [1920], text UTF-8
+                         REPLY  number uint32, timestamp of the user's frame it answers uint32, tokens int32
+                                [17], frame float32 [1920], text UTF-8
                          CLOSE  JSON with the error that ended the session
 
 Payloads of any other shape raise ProtocolError. Knows no Ray, no socket and no engine.
@@ -35,7 +36,7 @@ from personaplex.persona import VOICES, Persona, voice_name
 
 TOKEN_BYTES = 16
 
-_MARK = struct.Struct("<I")
+_TIMESTAMP = struct.Struct("<I")
 _REPLY = struct.Struct(f"<II{4 * STREAMS}s")
 FRAME_BYTES = 4 * FRAME_SIZE
 
@@ -109,17 +110,18 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Reply:
-    """One agent frame: `pcm` float32 [1920], `tokens` int64 [17], `mark` of the user's frame it answers."""
+    """One agent frame: `pcm` float32 [1920], `tokens` int64 [17], `timestamp` of the user's
+    frame it answers."""
 
     frame: int
     pcm: Pcm
     tokens: npt.NDArray[np.int64]
     text: str
-    mark: int
+    timestamp: int
 
 
 def pack_reply(reply: Reply) -> bytes:
-    head = _REPLY.pack(reply.frame, reply.mark, reply.tokens.astype("<i4").tobytes())
+    head = _REPLY.pack(reply.frame, reply.timestamp, reply.tokens.astype("<i4").tobytes())
     pcm = np.ascontiguousarray(reply.pcm, "<f4").tobytes()
     return b"".join((head, pcm, reply.text.encode()))
 
@@ -127,14 +129,14 @@ def pack_reply(reply: Reply) -> bytes:
 def unpack_reply(payload: bytes) -> Reply:
     """Raises ProtocolError for anything `pack_reply` does not make."""
     try:
-        frame, mark, tokens = _REPLY.unpack_from(payload)
+        frame, timestamp, tokens = _REPLY.unpack_from(payload)
         pcm = np.frombuffer(payload, "<f4", FRAME_SIZE, _REPLY.size)
         text = payload[_REPLY.size + FRAME_BYTES :].decode()
     except (struct.error, ValueError) as error:
         raise ProtocolError("a reply of the wrong shape") from error
     if not np.isfinite(pcm).all():
         raise ProtocolError("a reply that is not audio")
-    return Reply(frame, pcm, np.frombuffer(tokens, "<i4").astype(np.int64), text, mark)
+    return Reply(frame, pcm, np.frombuffer(tokens, "<i4").astype(np.int64), text, timestamp)
 
 
 def pack_open(token: bytes, persona: Persona) -> bytes:
@@ -172,19 +174,20 @@ def _numbers(sampling: Sampling) -> Sampling:
     return Sampling(**values)
 
 
-def pack_frame(mark: int, pcm: Pcm) -> bytes:
-    """`mark` in [0, 2**32), `pcm` float32 [1920]."""
-    return _MARK.pack(mark) + np.ascontiguousarray(pcm, "<f4").tobytes()
+def pack_frame(timestamp: int, pcm: Pcm) -> bytes:
+    """`timestamp` in [0, 2**32), `pcm` float32 [1920]."""
+    return _TIMESTAMP.pack(timestamp) + np.ascontiguousarray(pcm, "<f4").tobytes()
 
 
 def unpack_frame(payload: bytes) -> tuple[int, Pcm]:
-    """Mark and float32 [1920]. Raises ProtocolError for another length and samples that are not finite."""
-    if len(payload) != _MARK.size + FRAME_BYTES:
+    """Timestamp and float32 [1920]. Raises ProtocolError for another length and for samples that are not
+    finite."""
+    if len(payload) != _TIMESTAMP.size + FRAME_BYTES:
         raise ProtocolError("a frame of the wrong length")
-    frame = np.frombuffer(payload, "<f4", FRAME_SIZE, _MARK.size).copy()  # torch wants it writable
+    frame = np.frombuffer(payload, "<f4", FRAME_SIZE, _TIMESTAMP.size).copy()  # torch wants it writable
     if not np.isfinite(frame).all():
         raise ProtocolError("a frame that is not audio")
-    return _MARK.unpack_from(payload)[0], frame
+    return _TIMESTAMP.unpack_from(payload)[0], frame
 
 
 def pack_ready(prefill_s: float) -> bytes:

@@ -34,11 +34,12 @@ from websockets.http11 import Response as Refused
 
 from deployments.application import build
 from deployments.gateway.app import PAGE, Gateway
+from deployments.gateway.audio import UNDECODED_LIMIT
 from deployments.gateway.conversation import Conversation
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.leases import Claim, Waiter
 from deployments.gateway.query import SEED_LIMIT, persona_from, read_query
-from deployments.gateway.upstream import STALE_S, UNHEARD_LIMIT, Services
+from deployments.gateway.upstream import STALE_S, Services
 from deployments.settings import Settings
 from deployments.wire import messages
 from deployments.wire.messages import Grant, Kind, pack_ready
@@ -188,7 +189,7 @@ def test_audio_that_waits_to_be_decoded_is_bounded() -> None:
     """More of it than may wait, before the event loop can decode any."""
 
     async def run() -> Caller:
-        spy, caller = Spy(), Caller(*[encode(Audio(bytes(UNHEARD_LIMIT // 8)))] * 9)
+        spy, caller = Spy(), Caller(*[encode(Audio(bytes(UNDECODED_LIMIT // 8)))] * 9)
 
         async def connect(grant: Grant, hear: Any, lose: Any) -> Any:
             spy.hear = hear

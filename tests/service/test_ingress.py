@@ -20,7 +20,7 @@ from attackers import BINARY, CONT, PING, SOURCE, Raw, Target, endless_header, f
 from ports import free_port
 
 from deployments import ingress
-from deployments.application import _GATEWAY_ENVIRONMENT
+from deployments.application import GATEWAY_ENVIRONMENT
 from deployments.command import ENVIRONMENT
 from deployments.gateway.app import warn_of_proxies_without_limits
 from deployments.ingress import FRAGMENT_LIMIT, HEAD_LIMIT, Allowance
@@ -119,9 +119,9 @@ def _url(target: Target, scheme: str = "http") -> str:
 
 def test_every_way_to_start_names_the_callback() -> None:
     assert ENVIRONMENT[ingress.VARIABLE] == ingress.CALLBACK
-    assert _GATEWAY_ENVIRONMENT[ingress.VARIABLE] == ingress.CALLBACK
+    assert GATEWAY_ENVIRONMENT[ingress.VARIABLE] == ingress.CALLBACK
     # Ray sorts them; the proxies' own value must have been read before the gateway's takes its place.
-    assert sorted(_GATEWAY_ENVIRONMENT).index(PROXY_CALLBACK) < sorted(_GATEWAY_ENVIRONMENT).index(
+    assert sorted(GATEWAY_ENVIRONMENT).index(PROXY_CALLBACK) < sorted(GATEWAY_ENVIRONMENT).index(
         ingress.VARIABLE
     )
     module, _, name = ingress.CALLBACK.rpartition(".")

@@ -24,7 +24,7 @@ from serving import CLUSTER_ENVIRONMENT, Service, connect, running, speech
 
 from deployments import logs, metrics
 from deployments.gateway import tracing
-from deployments.gateway.stats import Account
+from deployments.gateway.stats import SessionStats
 from deployments.gateway.tracing import Trace
 from deployments.metrics import Series
 from personaplex.audio.transcoder import Transcoder
@@ -204,7 +204,7 @@ def captured(form: logs.Form) -> Iterator[io.StringIO]:
 
 def ended(trace: Trace | None = None, error: SessionLost | None = None) -> Any:
     recorded = Recorded()
-    account = Account("abc", recorded, trace)  # type: ignore[arg-type]
+    account = SessionStats("abc", recorded, trace)  # type: ignore[arg-type]
     account.phase("lease", 0.02)
     account.note(replica="r1", prompt_characters=12)
     account.live()

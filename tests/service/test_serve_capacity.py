@@ -17,7 +17,7 @@ import websockets
 from serving import Client, Heard, Service, connect, running, speech
 from websockets.http11 import Response
 
-from deployments.replica.replica import STRANGERS_SPARE
+from deployments.replica.replica import UNAUTHENTICATED_SPARE
 from deployments.wire import messages
 from deployments.wire.messages import Grant, Kind, LeaseRequest
 from personaplex.audio.transcoder import Transcoder
@@ -159,7 +159,7 @@ def test_connections_without_a_lease_are_bounded(pair: Service) -> None:
     with contextlib.ExitStack() as stack:
         strangers = [
             stack.enter_context(socket.create_connection((grant.host, grant.port)))
-            for _ in range(2 * 2 + STRANGERS_SPARE + 1)
+            for _ in range(2 * 2 + UNAUTHENTICATED_SPARE + 1)
         ]
         assert _farewell(strangers[0]) == ("SessionLost", "too many connections without a lease")
         strangers[1].setblocking(False)

@@ -50,7 +50,7 @@ def test_a_reply_arrives_whole() -> None:
     tokens = np.array([70_000, *range(2_032, 2_048)], np.int64)
     sent = messages.Reply(7, _noise(), tokens, " été 你", 123_456)
     got = messages.unpack_reply(messages.pack_reply(sent))
-    assert (got.frame, got.text, got.mark) == (sent.frame, sent.text, sent.mark)
+    assert (got.frame, got.text, got.timestamp) == (sent.frame, sent.text, sent.timestamp)
     np.testing.assert_array_equal(got.tokens, tokens)
     np.testing.assert_array_equal(got.pcm.view(np.uint32), sent.pcm.view(np.uint32))
 
