@@ -1,10 +1,10 @@
 """What the engine does on a GPU: `python -m benchmarks.gpu --output benchmarks/results/gpu.json`.
 
 The machine's own ceilings and checks first (kernels, device against CPU, captured against eager), then ticks
-by sessions and context in int8 and bfloat16 keys and values, session starts, joins, a paced minute, memory;
-last what helps to tune. Runs on a machine with torch, triton, numpy, safetensors and sentencepiece and
-nothing else: the 7B weights are random and made on the device. Keeps to `--budget` seconds: parts that no
-longer fit are under `skipped`. Each group of parts runs in a process of its own (`report.py`).
+by sessions and context in int8 and bfloat16 keys and values, session starts, rebuilds from logs, joins, a
+paced minute, memory; last what helps to tune. Runs on a machine with torch, triton, numpy, safetensors and
+sentencepiece and nothing else: the 7B weights are random and made on the device. Keeps to `--budget` seconds:
+parts that no longer fit are under `skipped`. Each group of parts runs in a process of its own (`report.py`).
 
 No result of it is here yet: the kernels have run in Triton's interpreter and compile for an H100/H200
 (`tests/gpu/test_kernels.py`), but nothing has been timed on a GPU.
@@ -51,11 +51,13 @@ class Plan:
     joining: int = 8
     joins: tuple[int, int] = (4, 24)  # how often, ticks timed each time
     chunks: tuple[int, ...] = (1, 32, 64, 128, 256)
+    rebuilt: tuple[int, ...] = (375, 3_000)  # frames of the talks
+    at_once: tuple[int, ...] = (1, 40)
 
 
 DRY = Plan(
     config=PRESET_TINY, dtype=torch.float32, counts=(1, 3), contexts=(20,), slots={"int8": 3, "auto": 3},
-    rounds=2, paced_s=0.4, joining=1, joins=(1, 2), chunks=(1, 16),
+    rounds=2, paced_s=0.4, joining=1, joins=(1, 2), chunks=(1, 16), rebuilt=(5,), at_once=(1, 2),
 )  # fmt: skip
 
 
@@ -137,7 +139,7 @@ def measure(plan: Plan, model: Model, device: torch.device, report: Report, name
     engines: list[Engine] = []
 
     def build(graphs: bool) -> dict[str, Any]:
-        engines.append(make_engine(model, slots, kv=kv, graphs=graphs))
+        engines.append(make_engine(model, slots, kv=kv, graphs=graphs, rebuilds=slots))
         return {"slots": slots, "captured": engines[0]._runner.widths}
 
     report.part(f"engine_{name}", 20, lambda: build(True))
@@ -164,6 +166,11 @@ def measure(plan: Plan, model: Model, device: torch.device, report: Report, name
         return parts.starts(engine, device, 2 if plan.rounds < 10 else 10)
 
     report.part(f"starts_{name}", 10, starts)
+    report.part(
+        f"rebuilds_{name}",
+        10,
+        lambda: parts.rebuilds(engine, device, list(plan.rebuilt), list(plan.at_once)),
+    )
     wanted = [c for c in counts if c > slots // 4] if kv == "int8" else [slots]
     report.part(
         f"paced_{name}",

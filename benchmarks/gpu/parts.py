@@ -10,7 +10,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu.setup import Spread, fill, frames, make_engine, persona, set_context, synchronise, timed
+from benchmarks.gpu.setup import (
+    Spread,
+    fill,
+    frames,
+    log_of,
+    make_engine,
+    persona,
+    set_context,
+    synchronise,
+    timed,
+)
 from personaplex.config import FRAME_SECONDS, TransformerConfig
 from personaplex.engine.engine import Engine
 from personaplex.engine.interface import Slot
@@ -207,6 +217,37 @@ def joins(engine: Engine, context: int, joining: int, rounds: int, ticks: int) -
     for slot in others:
         engine.close(slot)
     return report
+
+
+def rebuilds(
+    engine: Engine, device: torch.device, lengths: list[int], counts: list[int]
+) -> list[dict[str, Any]]:
+    """From logs in memory to live slots, nobody else speaking: sessions that come back all at once.
+
+    `first_s` and `last_s`: when the first and the last of them is live. `chunk_ms`: what a tick may have to
+    wait for.
+    """
+    found = []
+    for length in lengths:
+        for count in (c for c in counts if c <= engine.slots):
+            logs = [log_of(index, length, engine._model.config.lm) for index in range(count)]
+            engine.close(engine.rebuild(logs[0]))
+            chunks: list[float] = []
+            live: list[float] = []
+            start = time.perf_counter()
+            slots = [engine.admit_rebuild(log) for log in logs]
+            while len(live) < count:
+                began = time.perf_counter()
+                slot = engine.rebuild_chunk()
+                synchronise(device)
+                chunks.append(time.perf_counter() - began)
+                if slot is not None:
+                    live.append(time.perf_counter() - start)
+            for slot in slots:
+                engine.close(slot)
+            found.append({"frames": length, "sessions": count, "first_s": round(live[0], 4),
+                          "last_s": round(live[-1], 4), "chunk_ms": asdict(Spread.of(chunks))})  # fmt: skip
+    return found
 
 
 def paced(engine: Engine, count: int, context: int, seconds: float) -> dict[str, Any]:

@@ -18,7 +18,17 @@ import torch
 from torch import Tensor, nn
 
 import personaplex
-from personaplex.config import CODEBOOKS, FRAME_SIZE, EngineConfig, LMConfig, ModelConfig, Sampling
+from personaplex.config import (
+    CODEBOOKS,
+    FRAME_SIZE,
+    REBUILD_AUDIO_S,
+    STREAMS,
+    EngineConfig,
+    LMConfig,
+    ModelConfig,
+    Sampling,
+    frames_in,
+)
 from personaplex.engine.engine import Engine
 from personaplex.engine.interface import Slot
 from personaplex.model import Model
@@ -26,6 +36,7 @@ from personaplex.model.lm import LM
 from personaplex.model.mimi import Mimi
 from personaplex.model.offload import place_quantized
 from personaplex.persona import Persona
+from personaplex.sessionlog import SessionLog
 from personaplex.text import Tokenizer
 from personaplex.voices import Voice
 
@@ -122,6 +133,24 @@ def persona(index: int, voice: str = "NATF0", greedy: bool = False) -> Persona:
     """Session `index`: seeds of its own, the usual sampling and a role text of PROMPT_TOKENS tokens."""
     sampling = Sampling(text_seed=index, audio_seed=1_000 + index)
     return Persona(voice, str(PROMPT_TOKENS), sampling.greedy() if greedy else sampling)
+
+
+def log_of(
+    index: int,
+    count: int,
+    lm: LMConfig,
+    audio_s: float = REBUILD_AUDIO_S,
+    who: Persona | None = None,
+) -> SessionLog:
+    """A session of `count` answered frames of random tokens, with the last `audio_s` of its sound.
+
+    What a rebuild costs does not depend on the tokens.
+    """
+    random = np.random.default_rng(index)
+    tokens = random.integers(0, lm.card, (count, STREAMS)).astype(np.int32)
+    tokens[:, 0] = random.integers(0, min(lm.text_card, 300), count)
+    sound = frames(min(count, frames_in(audio_s)), index)
+    return SessionLog(who or persona(index), tokens, np.arange(count) == 0, sound)
 
 
 def fill(engine: Engine, context: int) -> None:

@@ -30,7 +30,7 @@ PARTS = [
     *(
         f"{part}_{kv}"
         for kv in ("int8", "bf16")
-        for part in ("ticks", "prefill", "steps", "starts", "joins", "paced")
+        for part in ("ticks", "prefill", "steps", "starts", "rebuilds", "joins", "paced")
     ),
 ]
 
