@@ -73,6 +73,8 @@ def make_folder_of(path: Path) -> None:
         raise NotADirectoryError(
             errno.ENOTDIR, "a file is in the way of this folder", str(path.parent)
         ) from error
+    except RecursionError as error:  # pathlib goes up one level a call
+        raise OSError(errno.ENAMETOOLONG, "too many folders in one another", str(path.parent)) from error
 
 
 def check_room(path: Path, size: int) -> None:

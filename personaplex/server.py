@@ -58,6 +58,7 @@ ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray other
 }
 RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own: the cluster its programs connect to
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own
+PORT_SHARING = "SERVE_SOCKET_REUSE_PORT_ENABLED"  # Serve's own: of its proxies, on unless it is another than 1
 CARDS = "CUDA_VISIBLE_DEVICES"
 _TUNNEL = (
     "it would lead conversations through somebody else's server; use --ssl, or `ssh -L 8998:localhost:8998`"
@@ -99,14 +100,17 @@ def _main(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     settings = _settings(options)
     _check_files(settings)
-    _check_port(options.host, options.port)
     certificate = None
     if options.ssl is not None and options.haproxy:
         raise ConfigError("--haproxy speaks no https: leave out --ssl, and end https in front of it")
     if options.ssl is not None:
         certificate = ensure_certificate(options.ssl, lan_address())
     try:
-        with _environment(options.haproxy, settings):
+        shared = not options.haproxy and os.environ.get(PORT_SHARING, "1") == "1"
+        with (
+            _reserved(options.host, options.port, shared),
+            _environment(options.haproxy, settings),
+        ):
             _serve(options.host, options.port, certificate, settings)
     except RayEnded as error:
         cli.complain(str(error))
@@ -277,16 +281,29 @@ def _visible(card: dict[str, str]) -> Iterator[None]:
             os.environ[CARDS] = before
 
 
-def _check_port(host: str, port: int) -> None:
-    """Raises ConfigError when nothing can listen there: Ray would only say so in a log."""
+@contextlib.contextmanager
+def _reserved(host: str, port: int, shared: bool) -> Iterator[None]:
+    """Keeps the port for this service, which listens there only once its Ray has started.
+
+    `shared`: its sockets will share the port with others of this user (SO_REUSEPORT). Else nothing can be
+    kept, nor need it: of two services the second could not listen, while of two that share each would get
+    some of the other's clients. Raises ConfigError when nothing can listen there: Ray would only say so in a
+    log.
+    """
     if not 1 <= port <= 65_535:
         raise ConfigError(f"--port must be between 1 and 65535, got {port}")
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.create_server((host, port), family=family):
-            pass
-    except (OSError, UnicodeError) as error:  # the latter: no name of a host can look like this
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        try:
+            with socket.create_server((host, port), family=family):
+                pass
+            if shared:  # but not with SO_REUSEADDR, so that no other service's check succeeds
+                place = stack.enter_context(socket.socket(family))
+                place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                place.bind((host, port))
+        except (OSError, UnicodeError) as error:  # the latter: no name of a host can look like this
+            raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+        yield
 
 
 @contextlib.contextmanager
