@@ -41,7 +41,7 @@ from personaplex.session.events import (
 )
 from personaplex.tokenlog import TokenLog
 
-FEED_BYTES = 4_096  # of Ogg decoded at a time: about a second, well under a frame's time to decode
+FEED_BYTES = 1_024  # of Ogg decoded at a time; a page of packets without content lasts 30 s in half of that
 UNHEARD_LIMIT = 524_288  # bytes of Ogg that may wait to be decoded: more than 8 s at 510 kb/s
 STALE_S = 2 * FRAME_SECONDS  # a frame that waited longer for its slot is late through no fault of its sender
 QUIET = 1e-6  # mean square of speech nobody misses: -60 dBFS
