@@ -140,7 +140,7 @@ class Gateway:
         with contextlib.ExitStack() as counted:
             counted.enter_context(self._counting())
             try:
-                persona, caller = counted.enter_context(self._admit(socket))
+                persona, caller, status = counted.enter_context(self._admit(socket))
                 claim = await self._leases.claim(LeaseRequest.of(session, persona))
             except PersonaplexError as error:
                 await self._refuse(socket, session, error)
@@ -148,25 +148,26 @@ class Gateway:
                 logger.info("session %s ended: its client left before it began", session)
                 raise
             else:
-                await self._converse(socket, session, persona, caller, claim)
+                conversation = await self._accept(socket, session, claim, status)
+                if conversation is not None:
+                    try:
+                        await conversation.run(persona, claim)
+                    finally:
+                        self._reconnects.ended(caller, conversation.error, time.monotonic())
 
-    async def _converse(
-        self, socket: WebSocket, session: str, persona: Persona, caller: str, claim: Claim
-    ) -> None:
+    async def _accept(
+        self, socket: WebSocket, session: str, claim: Claim, status: bool
+    ) -> Conversation | None:
+        """The conversation, or None when its client has left: then the claim is given back."""
         try:
             await socket.accept()
         except _LEFT:
             logger.info("session %s ended: its client left before it began", session)
-            return
+            return None
         finally:
             if socket.application_state is not WebSocketState.CONNECTED:
                 claim.give_up()
-        status = wants_status(socket.scope["query_string"])
-        conversation = Conversation(socket, session, self._services, status=status)
-        try:
-            await conversation.run(persona, claim)
-        finally:
-            self._reconnects.ended(caller, conversation.error, time.monotonic())
+        return Conversation(socket, session, self._services, status=status)
 
     async def _refuse(self, socket: WebSocket, session: str, error: PersonaplexError) -> None:
         self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
@@ -250,9 +251,9 @@ class Gateway:
             self._publish()
 
     @contextlib.contextmanager
-    def _admit(self, connection: HTTPConnection) -> Iterator[tuple[Persona, str]]:
-        """The persona asked for and the caller's name for Reconnects, while the session is counted. Raises
-        what the client is to be told."""
+    def _admit(self, connection: HTTPConnection) -> Iterator[tuple[Persona, str, bool]]:
+        """The persona asked for, the caller's name for Reconnects and whether it wants status, while the
+        session is counted. Raises what the client is to be told."""
         if self._open > self._settings.sessions_per_gateway:
             raise NoCapacity("this gateway holds as many sessions as it may")
         query = read_query(connection.scope["query_string"], self._settings.query_limit_bytes)
@@ -260,7 +261,7 @@ class Gateway:
             persona = persona_from(query)
             caller = f"{caller} {persona.voice} {hash(persona.text_prompt)}"
             self._reconnects.check(caller, time.monotonic())
-            yield persona, caller
+            yield persona, caller, wants_status(query)
 
     async def _free_slot(self) -> bool:
         return any(one.accepting and one.used < one.slots for one in await self._fleet.describe())

@@ -83,8 +83,8 @@ def guard_imports(extra: str) -> None:
 
 
 def open_standard_streams() -> None:
-    """Puts the null device where the caller has closed stdin, stdout or stderr: the next file to be opened, an
-    output perhaps, would get that descriptor, and whatever is said there would go into it."""
+    """Puts the null device where the caller has closed stdin, stdout or stderr: the next file to be opened,
+    an output perhaps, would get that descriptor, and whatever is said there would go into it."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)

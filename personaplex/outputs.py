@@ -97,8 +97,16 @@ def is_folder(name: str | os.PathLike[str]) -> bool:
     return os.path.basename(text) in ("", ".", "..") or os.path.isdir(text)
 
 
+def some_name(text: str) -> str:
+    """An option's type: a file or folder. Refuses what a shell makes of a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
 def file_name(text: str) -> Path:
     """An option's type: a file to be written."""
+    some_name(text)
     if is_folder(text):
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
     return Path(text)

@@ -58,7 +58,7 @@ ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray other
 }
 RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own: the cluster its programs connect to
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own
-PORT_SHARING = "SERVE_SOCKET_REUSE_PORT_ENABLED"  # Serve's own: of its proxies, on unless it is another than 1
+PORT_SHARING = "SERVE_SOCKET_REUSE_PORT_ENABLED"  # Serve's own: of its proxies; 1 unless set
 CARDS = "CUDA_VISIBLE_DEVICES"
 _TUNNEL = (
     "it would lead conversations through somebody else's server; use --ssl, or `ssh -L 8998:localhost:8998`"

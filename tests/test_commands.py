@@ -67,6 +67,7 @@ CLIENT = [
     Row("--input-wav user.wav --output-wav o --output-text ./o", 2, "would both write o"),
     Row("--input-wav user.wav --output-wav new/", 2, "new/ is a folder: name a file"),
     Row("--input-wav user.wav --output-text a", 2, "a is a folder: name a file"),
+    Row("--input-wav user.wav --output-text ''", 2, "--output-text: the name is empty"),
     Row("--input-wav user.wav --output-wav no/o.wav", 1, "no: no such folder"),
     Row("--input-wav user.wav --output-wav /proc/o.wav", 1, "/proc/o.wav: "),
     Row("--input-wav nobody.wav", 1, "nobody.wav: No such file or directory"),

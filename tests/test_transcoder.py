@@ -323,7 +323,7 @@ def test_audio_in_real_time_may_go_on_for_ever() -> None:
 
 
 def test_silence_is_made_up_for_but_an_hour_of_it_is_not() -> None:
-    """Once, what a peer had not sent since the beginning could all come at once: 12 s of work for a gateway."""
+    """Once, all that a peer had not sent could come at once: after an hour 12 s of work for a gateway."""
     now = 100.0
     transcoder = Transcoder(clock=lambda: now)
     empty = stream([[b"\x19"] * 250])[2]  # packets of 120 ms without content: 30 s

@@ -226,8 +226,8 @@ class OggDemuxer:
 
 
 def parse_head(packet: bytes, serial: int) -> Head:
-    """Reads an OpusHead packet. Raises BadAudio unless it describes mono or stereo Opus: channel mapping family
-    0, or another one of a single stream, whose packets are the same (RFC 7845, section 5.1.1)."""
+    """Reads an OpusHead packet. Raises BadAudio unless it describes mono or stereo Opus: channel mapping
+    family 0, or another one of a single stream, whose packets are the same (RFC 7845, section 5.1.1)."""
     if len(packet) < _HEAD.size:
         raise BadAudio("the OpusHead packet is too short")
     _, version, channels, pre_skip, _, gain, family = _HEAD.unpack_from(packet)

@@ -163,8 +163,8 @@ class Transcoder:
 
     def _account(self, samples: int) -> None:
         """Law of real time: a peer may send `_lead_s` of audio at once, and from then on what a clock that is
-        CATCH_UP_RATE fast has seen, of which up to SAVED_S are kept for it. Once for each packet, with what is
-        heard of it: a corrupt one may claim another duration than the one concealed."""
+        CATCH_UP_RATE fast has seen, of which up to SAVED_S are kept for it. Once for each packet, with what
+        is heard of it: a corrupt one may claim another duration than the one concealed."""
         if self._clock is None:
             return
         now = self._clock()
