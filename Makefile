@@ -6,7 +6,8 @@ MODEL ?= auto
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install serve test test-browser test-clients load observe check format clean
+.PHONY: install serve test test-unit test-service test-tools test-chart test-browser test-clients
+.PHONY: load observe check bench format clean
 
 install: $(STAMP)
 
@@ -39,8 +40,22 @@ libopus:
 serve: install
 	$(BIN)/python -m personaplex.server --model $(MODEL) --port $(PORT)
 
+# Everything but the browser and the GPU; CONTRIBUTING.md tells the folders apart.
 test: install promtool decoder
-	$(BIN)/python -m pytest
+	$(BIN)/python tests/suite.py
+
+# Each folder alone. Unit tests start no Ray and no helm and take less than a minute on two cores.
+test-unit: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+
+test-service: install decoder
+	$(BIN)/python -m pytest tests/service
+
+test-tools: install
+	$(BIN)/python -m pytest tests/tools
+
+test-chart: install promtool
+	$(BIN)/python -m pytest tests/chart
 
 # Clients that others wrote, each in an environment of its own, against a service here; writes docs/clients.md.
 CLIENTS = PYTHONPATH=.:tests $(BIN)/python -m clients.matrix
@@ -63,14 +78,14 @@ promtool:
 
 # The web page in a headless Chromium, which this needs and does not install.
 test-browser: install
-	$(BIN)/python -m pytest -m browser tests/test_page.py
+	$(BIN)/python -m pytest -m browser tests/browser
 
+# Lint, format, types, import rules: the gate beside `make test`, without tests.
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
 
 # A load test against a running service, by default `make serve` on this machine; see loadtest/locustfile.py.
 HOST ?= ws://localhost:$(PORT)
@@ -93,7 +108,7 @@ bench: install
 GPU_RESULTS ?= benchmarks/results/gpu.json
 .PHONY: gpu
 gpu: install
-	$(BIN)/python -m pytest -m gpu tests/test_kernels.py tests/test_gpu.py
+	$(BIN)/python -m pytest -m gpu tests/gpu
 	$(BIN)/python -m benchmarks.gpu --output $(GPU_RESULTS)
 
 format: install

@@ -5,7 +5,7 @@
 The engine says back what it hears. All sessions of a run send the same speech, in pages of one frame or of
 five seconds; these all at the same moment, which is as bad as it gets. Memory is the highest resident size of
 gateway and replica meanwhile, over that at the start of the run. That every answer comes is a test's affair
-(tests/test_serve_senders.py).
+(tests/service/test_serve_senders.py).
 """
 
 from __future__ import annotations

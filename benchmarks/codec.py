@@ -28,8 +28,7 @@ from benchmarks.machine import machine, publish
 from personaplex.audio.ogg import OggMuxer
 from personaplex.audio.opus import PACKET_SAMPLES, OpusDecoder, OpusEncoder
 from personaplex.audio.transcoder import Transcoder
-from personaplex.audio.wav import Pcm
-from personaplex.config import FRAME_SIZE, SAMPLE_RATE
+from personaplex.config import FRAME_SIZE, SAMPLE_RATE, Pcm
 
 SPEECH = Path(__file__).parent.parent / "tests" / "data" / "mic.ogg"
 CANDIDATES = ((48_000, 0), (32_000, 0), (32_000, 5), (48_000, 5))  # bits per second, complexity; ours first

@@ -28,7 +28,7 @@ from websockets.exceptions import ConnectionClosed
 from benchmarks.machine import machine, publish
 from loadtest.speech import DEFAULT, Speech, new_stream
 from personaplex.config import FRAME_SECONDS
-from personaplex.session.wire import Audio, Handshake, Metadata, encode
+from personaplex.session.moshi import Audio, Handshake, Metadata, encode
 
 LOCUSTFILE = Path(__file__).parent.parent / "loadtest" / "locustfile.py"
 RAMP_S = 5.0

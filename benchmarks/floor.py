@@ -15,18 +15,18 @@ from typing import Any, cast
 from ray import serve
 from ray.serve.deployment import Application
 
-from deployments import media
 from deployments.application import gateway_deployment
-from deployments.gateway import Gateway
-from deployments.lease import Grant, LeaseRequest
-from deployments.media import Kind, Link, OnLost, OnMessage
+from deployments.gateway.app import Gateway
 from deployments.settings import Settings
+from deployments.wire import messages
+from deployments.wire.link import Link, OnLost, OnMessage
+from deployments.wire.messages import Grant, Kind, LeaseRequest
 from personaplex.engine.echo import EchoEngine
 from personaplex.engine.loop import Batch, EngineLoop, Ready, Reply
 
 
 class LocalLink:
-    """Takes a gateway's messages and gives them to the engine's thread; see `media.Link`."""
+    """Takes a gateway's messages and gives them to the engine's thread; see `wire.link.Link`."""
 
     def __init__(self, engine: EngineLoop, links: dict[int, LocalLink], on_message: OnMessage) -> None:
         self.dropped = 0
@@ -34,12 +34,12 @@ class LocalLink:
         self._session = -1
 
     def send(self, kind: Kind, payload: bytes) -> None:
-        persona = media.unpack_open(payload)
+        persona = messages.unpack_open(payload)
         self._session = self._engine.open(persona)
         self._links[self._session] = self
 
     def send_frame(self, kind: Kind, payload: bytes) -> None:
-        mark, frame = media.unpack_frame(payload)
+        mark, frame = messages.unpack_frame(payload)
         self._engine.push(self._session, frame, mark)
 
     def hear(self, kind: Kind, payload: bytes) -> None:
@@ -53,7 +53,7 @@ class LocalLink:
 class LocalLease:
     """Always granted."""
 
-    grant = Grant("", 0, bytes(media.TOKEN_BYTES), "", 0)
+    grant = Grant("", 0, bytes(messages.TOKEN_BYTES), "", 0)
 
     async def wait_freed(self, timeout_s: float) -> bool:
         return True
@@ -112,10 +112,10 @@ class FloorGateway(Gateway):
                 continue
             if isinstance(event, Reply):
                 said = event.output
-                reply = media.Reply(said.frame, said.pcm, said.tokens, said.text, event.mark)
-                link.hear(Kind.REPLY, media.pack_reply(reply))
+                reply = messages.Reply(said.frame, said.pcm, said.tokens, said.text, event.mark)
+                link.hear(Kind.REPLY, messages.pack_reply(reply))
             elif isinstance(event, Ready):
-                link.hear(Kind.READY, media.pack_ready(event.prefill_s))
+                link.hear(Kind.READY, messages.pack_ready(event.prefill_s))
 
 
 class NoFleet:

@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,8 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from deployments.haproxy import free_ports
 
 START_TIMEOUT_S = 120.0
 ENVIRONMENT = {
@@ -35,7 +36,7 @@ def service(
 
     Raises SystemExit when it does not come up.
     """
-    port, *others = _free_ports(1 + len(PORTS))
+    port, *others = free_ports(1 + len(PORTS))
     ports = {name: str(number) for name, number in zip(PORTS, others, strict=True)}
     flags = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     with tempfile.TemporaryFile("w+") as words:
@@ -57,14 +58,6 @@ def service(
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def info(base: str) -> dict[str, Any] | None:

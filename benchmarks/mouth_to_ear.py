@@ -35,7 +35,7 @@ from personaplex.audio.ogg import Head, OggDemuxer
 from personaplex.audio.opus import OpusDecoder, OpusEncoder
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE
-from personaplex.session.wire import Audio, Handshake, Message, decode, encode
+from personaplex.session.moshi import Audio, Handshake, Message, decode, encode
 
 Pcm = npt.NDArray[np.float32]
 

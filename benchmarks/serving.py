@@ -26,7 +26,6 @@ import json
 import os
 import random
 import secrets
-import socket
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
@@ -143,25 +142,20 @@ def _processes(app: str) -> list[int]:
     return found
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextlib.contextmanager
 def _cluster(gateways: int) -> Iterator[int]:
     """Ray and Serve behind HAProxy with both applications; the port clients connect to."""
     from deployments import haproxy
-    from personaplex.server import ENVIRONMENT
+    from deployments.command import ENVIRONMENT
 
+    port, metrics_port, stats_port = haproxy.free_ports(3)
     os.environ.update(
         ENVIRONMENT,
         RAY_SERVE_ENABLE_HA_PROXY="1",
         RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S="1",  # at the end, nobody is left to wait for
         RAY_SERVE_HAPROXY_BINARY_PATH=str(Path(sysconfig.get_path("scripts")) / haproxy.COMMAND),
-        RAY_SERVE_HAPROXY_METRICS_PORT=str(_free_port()),  # fixed ones otherwise
-        RAY_SERVE_HAPROXY_STATS_PORT=str(_free_port()),
+        RAY_SERVE_HAPROXY_METRICS_PORT=str(metrics_port),  # fixed ones otherwise
+        RAY_SERVE_HAPROXY_STATS_PORT=str(stats_port),
         RAY_AUTH_MODE="token",
         RAY_AUTH_TOKEN=secrets.token_hex(32),
     )
@@ -172,7 +166,6 @@ def _cluster(gateways: int) -> Iterator[int]:
     from deployments import build
     from deployments.settings import Settings
 
-    port = _free_port()
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
     settings = Settings(

@@ -19,9 +19,10 @@ from ray.serve.deployment import Application
 
 from deployments import ingress
 from deployments.fleet import Fleet
-from deployments.gateway import Gateway
+from deployments.gateway.app import Gateway
+from deployments.parts import GatewaySettings, ReplicaSettings
 from deployments.policy import SessionScaling
-from deployments.replica import Replica
+from deployments.replica.replica import Replica
 from deployments.settings import PROXY_CALLBACK, Settings, refuse_keys_among
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ _GATEWAY_ENVIRONMENT = {
     # One event loop for sockets, sessions and the router: a third less CPU than Serve's three threads.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "WEBSOCKETS_MAX_LINE_LENGTH": "32768",  # where Serve's HAProxy hands connections straight to gateways
+    **ingress.REQUEST_LINE,  # where Serve's HAProxy hands connections straight to gateways
 }
 # One line a session is written at its end, by the gateway; Serve's own of level INFO say that a client left.
 _QUIET = {"enable_access_log": False, "log_level": "WARNING"}
@@ -56,8 +57,10 @@ def build(settings: Settings) -> Application:
     if slots > room:
         logger.warning("gateways hold %d sessions at most, replicas %d: see gateways_max", room, slots)
     fleet = _fleet().bind()
-    replicas = _replica(settings).bind(settings, fleet)
-    application: Application = gateway_deployment(settings).bind(settings, replicas, fleet)
+    replicas = _replica(settings).bind(ReplicaSettings.of(settings), fleet)
+    application: Application = gateway_deployment(settings).bind(
+        GatewaySettings.of(settings), replicas, fleet
+    )
     return application
 
 
@@ -71,7 +74,7 @@ def _replica(settings: Settings) -> serve.Deployment:
         },
     )
     routing: dict[str, Any] = {
-        "request_router_class": "deployments.router.SessionRouter",
+        "request_router_class": "deployments.gateway.router.SessionRouter",
         "request_router_kwargs": {"placement": settings.placement},
         "request_routing_stats_period_s": STATS_PERIOD_S,
         "max_backoff_s": LONGEST_RETRY_S,

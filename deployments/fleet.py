@@ -8,50 +8,11 @@ start or hold a session: should it end, Serve starts it again and the next repor
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
+from deployments.wire.messages import ReplicaStatus
 
-logger = logging.getLogger(__name__)
-
-REPORT_EVERY_S = 1.0
 FORGET_AFTER_S = 5.0  # without a report
-SETTLE_S = 0.02  # changes that come together make one report
-ASK_TIMEOUT_S = 2.0
-ASK_EVERY_S = 0.5
-
-
-@dataclass(frozen=True)
-class SessionStatus:
-    """One session that holds a slot: its name and age."""
-
-    session: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class ReplicaStatus:
-    """What one replica says of itself. No personal content."""
-
-    replica: str
-    node: str
-    pid: int
-    model: str
-    voices: tuple[str, ...]
-    slots: int
-    accepting: bool
-    sessions: tuple[SessionStatus, ...]
-
-    @property
-    def used(self) -> int:
-        return len(self.sessions)
 
 
 class Fleet:
@@ -96,77 +57,3 @@ class Fleet:
     async def held(self) -> int:
         """Slots in use and gateways that have not told those who wait; 0 once `close` is done."""
         return len(self._gateways) + sum(replica.used for replica in await self.describe())
-
-
-class Reporter:
-    """A replica's side: reports at every change and every REPORT_EVERY_S; `on_leave` when told to let go."""
-
-    def __init__(
-        self,
-        fleet: DeploymentHandle[Any],
-        status: Callable[[], ReplicaStatus],
-        on_leave: Callable[[], None],
-    ) -> None:
-        self._fleet, self._status, self._on_leave = fleet, status, on_leave
-        self._changed = asyncio.Event()
-        self._task = asyncio.ensure_future(self._report())
-
-    def changed(self) -> None:
-        """The status is another one now."""
-        self._changed.set()
-
-    async def close(self) -> None:
-        self._task.cancel()
-        with contextlib.suppress(RayError, RayServeException, asyncio.TimeoutError):
-            await asyncio.wait_for(_answer(self._fleet.leave.remote(self._status().replica)), ASK_TIMEOUT_S)
-
-    async def _report(self) -> None:
-        while True:
-            self._changed.clear()
-            try:
-                if await _answer(self._fleet.report.remote(self._status())):
-                    self._on_leave()
-            except (RayError, RayServeException) as error:
-                logger.warning("the fleet could not be told: %s", type(error).__name__)
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), REPORT_EVERY_S)
-            await asyncio.sleep(SETTLE_S)
-
-
-class Observer:
-    """A gateway's side: the fleet as of at most ASK_EVERY_S ago."""
-
-    def __init__(self, fleet: DeploymentHandle[Any]) -> None:
-        self._fleet = fleet
-        self._asking = asyncio.Lock()
-        self._known: list[ReplicaStatus] = []
-        self._asked = float("-inf")
-
-    async def wait_close(self, gateway: str, close: Callable[[], Awaitable[None]]) -> None:
-        """Awaits `close()` once the service ends. To be run as a task for as long as the gateway lives."""
-        while True:
-            try:
-                await _answer(self._fleet.wait_close.remote(gateway))
-                await close()
-                await _answer(self._fleet.closed.remote(gateway))
-                return
-            except (RayError, RayServeException) as error:  # the fleet has ended and will be there again
-                logger.info("the fleet is away: %s", type(error).__name__)
-                await asyncio.sleep(REPORT_EVERY_S)
-
-    async def describe(self) -> list[ReplicaStatus]:
-        """[] while no replica is there, and when the fleet does not answer."""
-        async with self._asking:
-            if time.monotonic() - self._asked >= ASK_EVERY_S:
-                try:
-                    self._known = await asyncio.wait_for(
-                        _answer(self._fleet.describe.remote()), ASK_TIMEOUT_S
-                    )
-                except (RayError, RayServeException, asyncio.TimeoutError):
-                    self._known = []
-                self._asked = time.monotonic()
-            return self._known
-
-
-async def _answer(response: Any) -> Any:
-    return await response

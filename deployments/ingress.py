@@ -36,12 +36,14 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from deployments.connections import FitAnswers, PromptHttp
 from personaplex.session.core import BYTE_BURST, BYTES_PER_S, MESSAGE_BURST, MESSAGES_PER_S
-from personaplex.session.wire import MESSAGE_LIMIT
+from personaplex.session.moshi import MESSAGE_LIMIT
 
 VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"  # Serve's own
 CALLBACK = "deployments.ingress.configure"
 MARK = "personaplex.limits"  # key of the ASGI scope; no client can write one
 
+# Read by `websockets`: bytes of a request line; a role text of 1000 Chinese characters takes 9,000.
+REQUEST_LINE = {"WEBSOCKETS_MAX_LINE_LENGTH": "32768"}
 HEAD_LIMIT = 65_536  # bytes of request line and headers; a role text of 1000 Chinese characters takes 9,000
 FRAGMENT_LIMIT = 1_024
 PIECE = 1_024  # bytes parsed before others have their turn: 170 of the smallest frames

@@ -4,13 +4,14 @@ Fleet series go through Ray (`ray.serve.metrics`), which adds deployment, replic
 exports them with the prefix `ray_` (counters also get `_total`). Labels are closed sets: the names of our own
 errors, the places and phases below. Nothing a client sends is ever a label.
 
-Ray forgets a gauge half a minute after it was set, though the process that set it is still there. So every
-process sets its gauges again and again, whether they changed or not (`Metrics.keep`).
+Ray forgets a gauge two or three export intervals after it was set, though the process that set it is still
+there. So every process sets its gauges again and again, whether they changed or not (`Metrics.keep`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,8 @@ TICK_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.16
 LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.4, 0.8, 2.0)
 READY_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 1.5, 3.0, 10.0, 30.0, 60.0, 120.0)
 
-REFRESH_S = 5.0  # Ray exports every 10 s
+EXPORT_MS = "RAY_metrics_report_interval_ms"  # Ray's own setting, 10 s unless set and never under 1 s
+REFRESH_S = max(1.0, float(os.environ.get(EXPORT_MS, 10_000)) / 1e3) / 2
 
 LEFT = "left"  # the client went
 FAILED = "failed"  # an error of our own that no class stands for

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+GRACE_S = 0.3  # without a slot for this long a session counts as queued
+
 
 @dataclass(frozen=True)
 class Candidate:

@@ -31,6 +31,7 @@ SLOTS_LIMIT = 512
 AUTO = "auto"
 LEAST_PER_ADDRESS = 2  # sessions: a caller, and the one it is about to replace
 
+HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own
 PROXY_CALLBACK = "PERSONAPLEX_PROXY_CALLBACK"  # not a setting: what Ray's processes were given, for gateways
 
 # Kubernetes adds these to every pod when a Service is called "personaplex" (or "personaplex-..."); no field
@@ -362,7 +363,7 @@ class Settings(BaseSettings):
     @property
     def proxies(self) -> int:
         """Entries at the end of X-Forwarded-For that are our proxies' own."""
-        return int(haproxy_adds_address()) if self.trusted_proxies is None else self.trusted_proxies
+        return proxies_in_front(self.trusted_proxies)
 
     @property
     def guarded(self) -> bool:
@@ -377,13 +378,7 @@ class Settings(BaseSettings):
 
     def keys(self) -> tuple[str, ...]:
         """All keys that open a session. Raises ConfigError when api_keys_file is unreadable or empty."""
-        keys = [key.get_secret_value() for key in self.api_keys]
-        if self.api_keys_file is not None:
-            try:
-                keys += key_lines(self.api_keys_file)
-            except ConfigError as error:
-                raise ConfigError(f"api_keys_file: {error}") from error
-        return tuple(keys)
+        return all_keys(self.api_keys, self.api_keys_file)
 
     @classmethod
     def wants_auto_slots(cls, values: Mapping[str, Any]) -> bool:
@@ -405,6 +400,22 @@ class Settings(BaseSettings):
             raise ConfigError(str(error)) from error
 
 
+def all_keys(api_keys: Sequence[SecretStr], api_keys_file: Path | None) -> tuple[str, ...]:
+    """The keys given and those in the file. Raises ConfigError when the file is unreadable or empty."""
+    keys = [key.get_secret_value() for key in api_keys]
+    if api_keys_file is not None:
+        try:
+            keys += key_lines(api_keys_file)
+        except ConfigError as error:
+            raise ConfigError(f"api_keys_file: {error}") from error
+    return tuple(keys)
+
+
+def proxies_in_front(trusted_proxies: int | None) -> int:
+    """`trusted_proxies`, and what it is when unset: 1 in a process behind personaplex-haproxy, else 0."""
+    return int(haproxy_adds_address()) if trusted_proxies is None else trusted_proxies
+
+
 def proxy_callback() -> str:
     """The import path of the function that Serve calls in its proxies; empty where there is none."""
     return os.environ.get(PROXY_CALLBACK, "")
@@ -420,7 +431,7 @@ def refuse_keys_among(arguments: Sequence[str]) -> None:
 
 def behind_haproxy() -> bool:
     """Whether Serve hands sockets to HAProxy, so that a gateway's peer is HAProxy."""
-    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    return os.environ.get(HAPROXY_SWITCH) == "1"
 
 
 def haproxy_adds_address() -> bool:

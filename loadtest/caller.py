@@ -19,7 +19,8 @@ from websockets.exceptions import InvalidHandshake, InvalidURI
 
 from loadtest.arrivals import Arrival
 from loadtest.connection import Connection
-from loadtest.listener import SLACK_S, Listener
+from loadtest.dialogue import Dialogue
+from loadtest.listener import Listener
 from loadtest.outcome import Outcome
 from loadtest.speech import Speech, new_stream
 from personaplex.client_io import ending, refusal
@@ -27,7 +28,8 @@ from personaplex.config import FRAME_SECONDS
 from personaplex.errors import PersonaplexError, ProtocolError, SessionLost
 from personaplex.persona import PROMPTS
 from personaplex.session.core import CLOSED, CLOSING, LIVE
-from personaplex.session.events import Close, PeerClosed, Received, ReceivedText, Send, Tick
+from personaplex.session.events import Close, PeerClosed, Tick
+from personaplex.session.pacer import SLACK_S
 from personaplex.session.peer import (
     ClientCore,
     Connected,
@@ -37,6 +39,10 @@ from personaplex.session.peer import (
     OwnAudio,
     PeerEvent,
     Play,
+    Received,
+    ReceivedText,
+    Send,
+    Show,
 )
 
 READY_TIMEOUT_S = 600.0  # for the handshake: the service's own limit on waiting is what is tested
@@ -65,7 +71,9 @@ class Caller:
         *,
         late_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
+        dialogue: Dialogue | None = None,
     ) -> None:
+        """With a `dialogue`, says it once from its beginning, and keeps what is heard in it."""
         self.outcome = Outcome(
             arrival.number, arrival.at_s, late_s=late_s, length_s=arrival.length_s, voice=arrival.voice
         )
@@ -74,7 +82,9 @@ class Caller:
         self._core, self._listener = ClientCore(), Listener()
         muxer = new_stream()
         self._headers = speech.headers(muxer)
-        self._pages: Iterator[bytes] = speech.pages(muxer, start=arrival.seed)
+        start = arrival.seed if dialogue is None else -1  # the first frame
+        self._pages: Iterator[bytes] = speech.pages(muxer, start)
+        self._dialogue = dialogue
         self._answers: Counter[int] = Counter()
         self._unanswered: deque[float] = deque()  # when each page left that has no answer yet
         self._stream_pages = 0  # heard, headers included
@@ -112,9 +122,10 @@ class Caller:
 
     def _url(self) -> str:
         arrival = self._arrival
+        prompt = PROMPTS[arrival.prompt].text if self._dialogue is None else self._dialogue.prompt
         query = {
             "voice_prompt": f"{arrival.voice}.pt",
-            "text_prompt": PROMPTS[arrival.prompt].text,
+            "text_prompt": prompt,
             "seed": arrival.seed,
             "status": 1,
         }
@@ -173,6 +184,8 @@ class Caller:
                     self._go_live(connection, now)
                 case Play(data):
                     self._hear(data, now)
+                case Show(text) if self._dialogue is not None:
+                    self._dialogue.heard.texts.append((now, text))
                 case Notice(details):
                     self._notice(details, now)
 
@@ -180,12 +193,16 @@ class Caller:
         self.outcome.live = True
         self.outcome.handshake_s = now - self._opened
         self._live_at = self._next_page = now
+        if self._dialogue is not None:
+            self._dialogue.heard.live_at = now
         for page in self._headers:
             self._tell(connection, OwnAudio(page))
 
     def _hear(self, page: bytes, now: float) -> None:
         if not page.startswith(b"OggS"):
             raise ProtocolError("audio that is no whole Ogg page")
+        if self._dialogue is not None:
+            self._dialogue.heard.pages.append((now, page))
         self._stream_pages += 1
         if self._stream_pages <= HEADER_PAGES:
             return

@@ -17,7 +17,7 @@ from websockets.http11 import Response
 from websockets.uri import parse_uri
 
 from personaplex.client_io import tls_context
-from personaplex.session.wire import MESSAGE_LIMIT
+from personaplex.session.moshi import MESSAGE_LIMIT
 
 OPEN_TIMEOUT_S = 20.0  # for the socket and the upgrade
 SEND_TIMEOUT_S = 2.0

@@ -22,6 +22,7 @@ from locust.runners import STATE_RUNNING, STATE_SPAWNING, MasterRunner, WorkerRu
 from loadtest import arrivals
 from loadtest.arrivals import Arrival
 from loadtest.caller import Caller, Target
+from loadtest.dialogue import Dialogue, Dialogues, check_places, write_all
 from loadtest.outcome import Outcome
 from loadtest.report import Report, Threshold, report_files
 from loadtest.speech import Speech
@@ -35,7 +36,10 @@ UNFINISHED = "Unfinished"
 SHARE = "personaplex-share"  # to a worker: the options, and which part of the sessions is its own
 OUTCOME = "personaplex-outcome"  # from a worker: what became of a session
 SECRET = "api_key"
-OPTIONS = ("arrivals", "lengths", "longest", "draw_seed", "voices", "prompts", "speech", "insecure", SECRET)
+OPTIONS = (
+    *("arrivals", "lengths", "longest", "draw_seed", "voices", "prompts", "speech", "insecure", SECRET),
+    *("dialogues", "tasks", "answers"),
+)
 
 
 def address(host: str) -> str:
@@ -59,6 +63,8 @@ class Exchange:
         self._sessions: list[Arrival] = []
         self._began: float | None = None
         self._worker = isinstance(environment.runner, WorkerRunner)
+        self._dialogues: Dialogues | None = None
+        self._spoken: list[Dialogue] = []
         events = environment.events
         if self._worker:
             environment.runner.register_message(SHARE, self._take_share)
@@ -85,7 +91,11 @@ class Exchange:
     def take(self) -> Caller:
         """The session of the user that was just started."""
         arrival, late_s = self._due.popleft()
-        return Caller(self._target, arrival, self._speech, late_s=late_s)
+        if self._dialogues is None:
+            return Caller(self._target, arrival, self._speech, late_s=late_s)
+        arrival, dialogue = self._dialogues.take(arrival)
+        self._spoken.append(dialogue)
+        return Caller(self._target, arrival, dialogue.speech, late_s=late_s, dialogue=dialogue)
 
     def keep(self, outcome: Outcome) -> None:
         """What became of one session of this process."""
@@ -104,6 +114,8 @@ class Exchange:
                 outcomes.append(Outcome(arrival.number, arrival.at_s, voice=arrival.voice, cause=UNFINISHED))
         asked = {name: value for name, value in self._options().items() if name != SECRET}
         asked["speech"] = [Path(path).name for path in asked["speech"]]
+        for name in ("dialogues", "answers"):
+            asked[name] = Path(asked[name]).name
         return Report(outcomes, self.thresholds, asked)
 
     def _try_outputs(self) -> None:
@@ -128,6 +140,7 @@ class Exchange:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._target = Target(address(options["host"] or ""), options["insecure"], headers)
         self._speech = Speech.load([Path(path) for path in options["speech"]])
+        self._prepare_dialogues(options)
         self._pieces = arrivals.profile(options["arrivals"])
         self._sessions = arrivals.draw(
             self._pieces,
@@ -137,6 +150,20 @@ class Exchange:
             voices=options["voices"].split(","),
             prompts=options["prompts"].split(","),
         )
+
+    def _prepare_dialogues(self, options: dict[str, Any]) -> None:
+        self._answers = Path(options["answers"])
+        if not self._worker:
+            check_places(options["dialogues"], options["answers"])
+        if options["dialogues"]:
+            self._dialogues = Dialogues(Path(options["dialogues"]), options["tasks"])
+
+    def _keep_answers(self) -> None:
+        """Writes what the sessions of this process heard, once none of them talks any more."""
+        if self._dialogues is not None:
+            for fault in write_all(self._spoken, self._answers):
+                logger.error("not kept: %s", fault)
+            self._spoken.clear()
 
     def _start_all(self, sessions: list[Arrival]) -> None:
         runner = self._environment.runner
@@ -158,6 +185,9 @@ class Exchange:
         # Not before Locust has begun with no users at all: it would end those that we had started.
         runner = self._environment.runner
         self._began = time.monotonic()
+        if self._dialogues is not None:
+            asked = {"sessions": len(self._sessions), "arrivals": self._options()["arrivals"]}
+            self._dialogues.describe(self._answers, asked)
         logger.info("%d sessions in %.0f s", len(self._sessions), self.profile_s)
         if not isinstance(runner, MasterRunner):
             gevent.spawn(self._start_all, self._sessions)
@@ -177,6 +207,7 @@ class Exchange:
                 logger.info("report written: %s", path)
 
     def _quit(self, **_: Any) -> None:
+        self._keep_answers()
         if self._worker:
             self._environment.process_exit_code = 0  # the master judges
             return

@@ -12,9 +12,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from personaplex.config import FRAME_SECONDS
+from personaplex.session.pacer import SLACK_S
 
 AUDIBLE_S = 0.1  # an underrun longer than this is a gap that people notice
-SLACK_S = 0.02  # what a stock player tolerates: it starts at 80 ms of audio and drops beyond 100
 
 
 @dataclass

@@ -46,6 +46,9 @@ def add_options(parser: LocustArgumentParser) -> None:
     add("--voices", default=",".join(VOICES), help="drawn from these")
     add("--prompts", default=",".join(PROMPTS), help="drawn from these")
     add("--speech", nargs="+", default=[str(DEFAULT)], help="recordings the sessions send")
+    add("--dialogues", default="", help="a benchmark's folder: sessions say its samples in turn, once each")
+    add("--tasks", nargs="+", default=[], help="of the benchmark; default: all that are there")
+    add("--answers", default="", help="where what they heard goes, for personaplex.evaluate score")
     add("--api-key", default="", help="sent as a bearer token")
     add("--insecure", action="store_true", help="accept any certificate")
     add(

@@ -23,6 +23,7 @@ from functools import partial
 
 import numpy as np
 
+from deployments.policy import GRACE_S
 from deployments.settings import Settings
 from loadtest.arrivals import Arrival
 from loadtest.autoscaler import Autoscaler, History
@@ -33,7 +34,6 @@ from personaplex.engine.steptimes import StepTimes
 from personaplex.persona import PROMPTS
 from personaplex.session.core import HANDSHAKE_DELAY_S
 
-GRACE_S = 0.3  # as in deployments.lease, which needs Ray
 SAMPLES = 400  # of the fleet's state, over the whole run
 
 

@@ -21,7 +21,6 @@ if __name__ == "__main__":
     cli.guard_imports("client")
 
 import numpy as np
-import numpy.typing as npt
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
@@ -40,11 +39,12 @@ from personaplex.client_io import (
     refusal,
     tls_context,
 )
-from personaplex.config import FRAME_SECONDS, FRAME_SIZE
+from personaplex.config import FRAME_SECONDS, FRAME_SIZE, Pcm
 from personaplex.errors import BadAudio, PersonaplexError
 from personaplex.outputs import check_room, wav_bytes
 from personaplex.session.core import LIVE
-from personaplex.session.events import Close, PeerClosed, Received, ReceivedText, Send, Tick
+from personaplex.session.events import Close, PeerClosed, Tick
+from personaplex.session.moshi import MESSAGE_LIMIT
 from personaplex.session.pacer import SLACK_S
 from personaplex.session.peer import (
     ClientCore,
@@ -56,11 +56,11 @@ from personaplex.session.peer import (
     OwnAudio,
     PeerEvent,
     Play,
+    Received,
+    ReceivedText,
+    Send,
     Show,
 )
-from personaplex.session.wire import MESSAGE_LIMIT
-
-Pcm = npt.NDArray[np.float32]
 
 INTERRUPTED = cli.INTERRUPTED
 TAIL_S = 3.0  # longest wait for the last answers after a recording has ended

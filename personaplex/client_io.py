@@ -14,14 +14,13 @@ from typing import Any
 from urllib.parse import SplitResult, urlencode, urlsplit, urlunsplit
 
 import numpy as np
-import numpy.typing as npt
 from websockets.exceptions import InvalidHandshake, InvalidProxy, InvalidStatus, InvalidURI
 from websockets.http11 import Response
 
 from personaplex import cli
 from personaplex.audio.recorder import Recorder, Rhythm
 from personaplex.audio.wav import one_channel, read_wav, resample, write_wav
-from personaplex.config import SAMPLE_RATE
+from personaplex.config import SAMPLE_RATE, Pcm
 from personaplex.errors import (
     BadAudio,
     ClientError,
@@ -38,8 +37,6 @@ from personaplex.errors import (
 )
 from personaplex.files import replacing
 from personaplex.outputs import file_name, refuse_overwriting, try_output
-
-Pcm = npt.NDArray[np.float32]
 
 # Of opening a connection; see `refusal`. ImportError: a SOCKS proxy needs a package of its own.
 CONNECT_ERRORS = (OSError, InvalidHandshake, InvalidURI, InvalidProxy, ImportError)

@@ -12,13 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from personaplex.errors import ConfigError
+
+Pcm = npt.NDArray[np.float32]  # samples in [-1, 1]; one frame is float32 [1920]
 
 SAMPLE_RATE = 24_000
 FRAME_SIZE = 1_920  # samples in one frame
 FRAME_RATE = 12.5  # frames per second
 FRAME_SECONDS = 0.08
 BURST_S = 6.0  # seconds of audio that may come, wait or run at once before any of it is lost
+REBUILD_AUDIO_S = 20.0  # seconds of a user's sound that a session is rebuilt from
 CATCH_UP_RATE = (
     1.05  # times real time, what is heard in the long run: room for a sound card whose clock is fast
 )
@@ -275,6 +281,8 @@ class EngineConfig:
 
     `kv` "int8" keeps the temporal transformer's keys and values as int8: half the memory of a session, and a
     little noise. `voice_memory` "host" keeps cached voices in (pinned) host memory instead of the device's.
+    A session is rebuilt from the last `rebuild_windows` windows of each transformer and the last
+    `rebuild_audio_s` of the user's sound; a session no longer than that is rebuilt exactly.
     """
 
     slots: int = 1
@@ -284,8 +292,17 @@ class EngineConfig:
     prompt_tokens: int = 1_000  # longest text prompt, in tokens
     voice_cache: int = 32  # voices whose KV prefix is kept
     voice_memory: Literal["device", "host"] = "device"
+    rebuilds: int = 16  # sessions that may be rebuilding at once; one more is refused
+    rebuild_windows: int = 4
+    rebuild_audio_s: float = REBUILD_AUDIO_S
+    rebuild_chunk: int = 32  # frames of the codec run between two ticks
 
     def __post_init__(self) -> None:
+        for name in ("rebuilds", "rebuild_windows", "rebuild_chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not FRAME_SECONDS <= self.rebuild_audio_s < math.inf:
+            raise ConfigError(f"rebuild_audio_s must be at least one frame, got {self.rebuild_audio_s}")
         if self.slots < 1:
             raise ConfigError(f"slots must be at least 1, got {self.slots}")
         if self.kv not in ("auto", "int8"):

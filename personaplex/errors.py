@@ -14,6 +14,8 @@
     │   └── TooManySessions  the caller's own limit (HTTP 429); `retry_after_s` says when to come back
     ├── NoCapacity           no slot is free (1013, HTTP 503); `retry_after_s` says when to come back
     ├── SessionLost          the session ended through no fault of the client (1012)
+    ├── LogRefused           a session log that nothing can be rebuilt from: damaged, or of another model
+    │   └── UnknownVersion   a log of a version that this process does not read
     ├── SessionExpired       the session reached its longest duration (1000)
     │   └── SessionIdle      the client sent no audio for too long (1000)
     └── EngineFault          the engine cannot go on; its replica reports itself unhealthy (1011)
@@ -120,6 +122,18 @@ class SessionLost(PersonaplexError):
     close_code = 1012
     http_status = 503
     retryable = True
+
+
+class LogRefused(PersonaplexError):
+    """A session log that nothing can be rebuilt from here; its session stays where it is."""
+
+    close_code = 1012
+    http_status = 503
+    retryable = True
+
+
+class UnknownVersion(LogRefused):
+    """A session log of a version that this process does not read; another one may."""
 
 
 class SessionExpired(PersonaplexError):

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import logging
+import struct
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ _BUILT_IN_FRAMES = 12
 _PT_OVERHEAD = 2**20  # bytes of a voice file that are not its embeddings; more than enough
 _LARGEST = 65_504.0  # of an embedding: finite in every dtype a model runs in
 _FAULTS_SHOWN = 20
+_PACKED = struct.Struct("<BII")  # kind, frames (of embeddings one fewer), width
+_CODES = 255  # kind of a voice of codes; else the index of the embeddings' dtype
+_EMBEDDINGS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +74,30 @@ class Voice:
     def from_embeddings(cls, embeddings: Tensor, cache: Tensor) -> Voice:
         """Of embeddings [F - 1, dim] and the token ring [17, 4] after F frames."""
         return cls(_digest(embeddings, cache), embeddings=embeddings, cache=cache)
+
+    def pack(self) -> bytes:
+        """The voice as bytes, for `unpack`."""
+        if self.codes is not None:
+            return _PACKED.pack(_CODES, self.codes.shape[1], CODEBOOKS) + _bytes(self.codes.short())
+        assert self.embeddings is not None
+        assert self.cache is not None
+        kind = _EMBEDDINGS.index(self.embeddings.dtype)
+        head = _PACKED.pack(kind, *self.embeddings.shape)
+        return head + _bytes(self.cache.int()) + _bytes(self.embeddings)
+
+    @classmethod
+    def unpack(cls, data: bytes, lm: LMConfig) -> Voice:
+        """What `pack` wrote of a voice for such a model. Raises CheckpointError for anything else."""
+        if len(data) < _PACKED.size:
+            raise CheckpointError("the voice is damaged")
+        kind, length, width = _PACKED.unpack_from(data)
+        body = bytearray(memoryview(data)[_PACKED.size :])
+        frames = length + (kind != _CODES)
+        if not 1 <= length <= frames <= lm.temporal.context:
+            raise CheckpointError("the voice is empty, or longer than what the model remembers")
+        if kind == _CODES:
+            return _unpack_codes(body, length, width, lm)
+        return _unpack_embeddings(body, kind, length, width, lm)
 
     @property
     def frames(self) -> int:
@@ -261,6 +289,34 @@ def _built_in(name: str, lm: LMConfig) -> Voice:
     """Codes that stand for the voice `name` in the tiny preset."""
     random = np.random.default_rng(zlib.crc32(f"voice {name}".encode()))
     return Voice.from_codes(torch.from_numpy(random.integers(0, lm.card, (CODEBOOKS, _BUILT_IN_FRAMES))))
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _unpack_codes(body: bytearray, length: int, width: int, lm: LMConfig) -> Voice:
+    if width != CODEBOOKS or len(body) != 2 * CODEBOOKS * length:
+        raise CheckpointError("the voice has fewer or more codes than it says")
+    codes = torch.frombuffer(body, dtype=torch.int16).long().view(CODEBOOKS, length)
+    if ((codes < 0) | (codes >= lm.card)).any():
+        raise CheckpointError("the voice holds codes outside the vocabulary")
+    return Voice.from_codes(codes)
+
+
+def _unpack_embeddings(body: bytearray, kind: int, length: int, width: int, lm: LMConfig) -> Voice:
+    cells = 4 * STREAMS * RING_COLUMNS
+    if kind >= len(_EMBEDDINGS) or width != lm.temporal.dim:
+        raise CheckpointError("the voice is of another model")
+    dtype = _EMBEDDINGS[kind]
+    if len(body) != cells + dtype.itemsize * length * width:
+        raise CheckpointError("the voice has fewer or more numbers than it says")
+    cache = torch.frombuffer(body, dtype=torch.int32, count=STREAMS * RING_COLUMNS).long()
+    embeddings = torch.frombuffer(body, dtype=dtype, offset=cells).view(length, 1, 1, width)
+    fault = _bad_value(embeddings, cache.view(1, STREAMS, RING_COLUMNS), lm)
+    if fault:
+        raise CheckpointError(f"the voice does not fit this model: {fault}")
+    return Voice.from_embeddings(embeddings[:, 0, 0], cache.view(STREAMS, RING_COLUMNS))
 
 
 def _digest(*tensors: Tensor) -> str:

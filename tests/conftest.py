@@ -8,9 +8,13 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from serving import Service
 
 torch.set_num_threads(1)
 # For Ray, which looks when it is imported: listen on 127.0.0.1, and ask for a token everywhere.
@@ -30,3 +34,12 @@ def cluster() -> Iterator[str]:
 
     with ray_cluster() as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def echo_app(cluster: str) -> Iterator[Service]:
+    """An application that says back what it hears, for all modules that need no other settings."""
+    from serving import running
+
+    with running(cluster, model="echo", slots=4) as service:
+        yield service

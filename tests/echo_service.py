@@ -32,11 +32,9 @@ from personaplex.session.events import (
     PeerClosed,
     Queued,
     Ready,
-    Received,
-    ReceivedText,
-    Send,
     Tick,
 )
+from personaplex.session.moshi import bytes_of, close_reason, event_of, event_of_text
 
 Handler = Callable[[ServerConnection], Awaitable[None]]
 LIMITS = Limits(session_s=60.0, idle_s=math.inf)
@@ -53,8 +51,6 @@ async def echo(socket: ServerConnection, limits: Limits = LIMITS, *, status: boo
     async def tell(event: Event) -> None:
         for command in core.receive(event, time.monotonic()):
             match command:
-                case Send(data):
-                    await socket.send(data)
                 case FeedAudio(data):
                     try:
                         frames = transcoder.receive(data)
@@ -68,7 +64,9 @@ async def echo(socket: ServerConnection, limits: Limits = LIMITS, *, status: boo
                             await tell(AgentAudio(transcoder.send(frame)))
                             await tell(AgentText(" é"))
                 case Close(code, reason):
-                    await socket.close(code, reason)
+                    await socket.close(code, close_reason(reason))
+                case _:
+                    await socket.send(bytes_of(command))
 
     for event in (Queued(2), LeaseGranted(), Ready({"voice": "NATF2"})):
         await tell(event)
@@ -82,7 +80,7 @@ async def echo(socket: ServerConnection, limits: Limits = LIMITS, *, status: boo
         except ConnectionClosed:
             await tell(PeerClosed())
         else:
-            await tell(Received(message) if isinstance(message, bytes) else ReceivedText(message))
+            await tell(event_of(message) if isinstance(message, bytes) else event_of_text(message))
 
 
 class EchoService:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from serving import Service, free_port
+from ports import free_port
+from serving import Service
 
 from deployments.processes import below
 

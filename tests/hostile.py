@@ -5,7 +5,7 @@
 
 Each round starts `python -m personaplex.server` with the echo model on a free loopback port. Attackers are
 processes of their own at the lowest priority, from 127.0.0.2; the neighbour talks from 127.0.0.1. LIMITS says
-what must hold; the exit status is 1 when a median does not. tests/test_hostile.py runs one round.
+what must hold; the exit status is 1 when a median does not. tests/service/test_hostile.py runs one round.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from hosted import (
 from serving import Client, Heard, connect, speech
 
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
-from personaplex.session.wire import Audio
+from personaplex.session.moshi import Audio
 
 CONNECTIONS = 8
 FLOOD_S = 2.0

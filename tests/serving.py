@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import socket
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -24,41 +23,38 @@ import ray
 import requests
 import websockets
 from numpy.typing import NDArray
+from ports import free_port
 from ray import serve
 from websockets.asyncio.client import ClientConnection
 
 from deployments.application import build
-from deployments.fleet import ReplicaStatus
+from deployments.command import ENVIRONMENT
+from deployments.metrics import EXPORT_MS
 from deployments.settings import Settings
+from deployments.wire.messages import ReplicaStatus
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
-from personaplex.server import ENVIRONMENT
-from personaplex.session.wire import Audio, Error, Handshake, Message, Metadata, Text, decode
+from personaplex.session.moshi import Audio, Error, Handshake, Message, Metadata, Text, decode
 
 SMALL = {"replica_num_cpus": 0.1, "gateway_num_cpus": 0.1, "session_limit_s": 30.0, "queue_timeout_s": 10.0}
 SPEECH = Path(__file__).parent / "data" / "mic.ogg"
+CLUSTER_ENVIRONMENT = {
+    **ENVIRONMENT,
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1",  # applications come and go all the time
+    EXPORT_MS: "2000",  # tests wait for metrics
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
+}
 _names = itertools.count()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager
 def ray_cluster() -> Iterator[str]:
     """Ray and Serve on this machine; gives the base address, without a scheme."""
-    environment = {
-        **ENVIRONMENT,
-        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.1",  # applications come and go all the time
-        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
-        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "0.5",
-    }
     port = free_port()
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own, of which there are many
-        for name, value in environment.items():
+        for name, value in CLUSTER_ENVIRONMENT.items():
             patch.setenv(name, value)
         ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})

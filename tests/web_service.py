@@ -26,10 +26,10 @@ from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.exceptions import ConnectionClosedOK
 
-from deployments.catalogue import prompt_list, voice_list
+from deployments.gateway.info import prompt_list, voice_list
 from personaplex.persona import VOICES
 
-PAGE = Path(__file__).parent.parent / "deployments" / "web"
+PAGE = Path(__file__).parent.parent / "deployments" / "gateway" / "web"
 INFO = {"model": "echo", "slots": 4, "used": 1, "key_needed": False}
 
 

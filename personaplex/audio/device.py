@@ -12,13 +12,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from personaplex.config import FRAME_SIZE, SAMPLE_RATE
+from personaplex.config import FRAME_SIZE, SAMPLE_RATE, Pcm
 from personaplex.errors import ConfigError
-
-Pcm = npt.NDArray[np.float32]
 
 QUEUE_FRAMES = 4  # 320 ms, each way
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
-import numpy.typing as npt
 
-from personaplex.config import FRAME_SIZE
-
-Pcm = npt.NDArray[np.float32]
+from personaplex.config import FRAME_SIZE, Pcm
 
 
 class Framer:

@@ -14,9 +14,8 @@ import weakref
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from personaplex.config import SAMPLE_RATE
+from personaplex.config import SAMPLE_RATE, Pcm
 from personaplex.errors import BadAudio, ConfigError
 
 try:
@@ -33,7 +32,6 @@ except Exception as error:  # opuslib raises a bare Exception when it finds no s
         "the Opus library is missing: install libopus0 (Debian, Ubuntu), opus (Fedora, Homebrew, Arch)"
     ) from error
 
-Pcm = npt.NDArray[np.float32]
 
 _LIBOPUS = ctypes.PyDLL(opuslib.api.libopus._name, handle=opuslib.api.libopus._handle)
 _ADDRESS = ctypes.c_void_p

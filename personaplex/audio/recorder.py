@@ -6,11 +6,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from personaplex.config import FRAME_SIZE, SAMPLE_RATE
-
-Pcm = npt.NDArray[np.float32]
+from personaplex.config import FRAME_SIZE, SAMPLE_RATE, Pcm
 
 
 class Recorder:

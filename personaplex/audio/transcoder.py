@@ -12,16 +12,11 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
 from personaplex.audio.framer import Framer
 from personaplex.audio.ogg import Head, OggDemuxer, OggMuxer
 from personaplex.audio.opus import PACKET_SAMPLES, OpusDecoder, OpusEncoder, packet_samples
-from personaplex.config import BURST_S, CATCH_UP_RATE, FRAME_SIZE, SAMPLE_RATE
+from personaplex.config import BURST_S, CATCH_UP_RATE, FRAME_SIZE, SAMPLE_RATE, Pcm
 from personaplex.errors import BadAudio, ProtocolError
-
-Pcm = npt.NDArray[np.float32]
 
 SAVED_S = 60.0  # without audio from a peer, asleep or in the queue, that it may make up for at once
 LEAD_SPARE_S = 4.0  # beyond a burst, that a peer may be ahead of the clock: its device's start-up backlog

@@ -11,17 +11,16 @@ import logging
 import os
 
 import numpy as np
-import numpy.typing as npt
 import soundfile
 import soxr
 
 from personaplex.audio.readable import foreign, opened
+from personaplex.config import Pcm
 from personaplex.errors import BadAudio
 from personaplex.files import replacing
 
 log = logging.getLogger(__name__)
 
-Pcm = npt.NDArray[np.float32]
 
 LOWEST_RATE, HIGHEST_RATE = 4_000, 768_000  # Hz; below, a file would grow more than 6-fold at 24 kHz
 CHANNEL_LIMIT = 64

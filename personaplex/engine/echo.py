@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from personaplex.config import AGENT, FRAME_SIZE, SILENCE_CODES, SINE_CODES, STREAMS, TEXT_PAD, USER
-from personaplex.engine.interface import Output, Pcm, Slot, Usage
+from personaplex.config import AGENT, FRAME_SIZE, SILENCE_CODES, SINE_CODES, STREAMS, TEXT_PAD, USER, Pcm
+from personaplex.engine.interface import Output, Slot, Usage
 from personaplex.errors import NoCapacity, PromptTooLong, UnknownVoice
 from personaplex.persona import VOICES, Persona
+from personaplex.sessionlog import SessionLog
 
 CHARACTERS_PER_TOKEN = 4  # how text length is counted where there is no tokenizer
 
@@ -38,6 +39,7 @@ class EchoEngine:
         self._unused = list(range(slots))  # lowest first
         self._generation = [0] * slots
         self._waiting: deque[Slot] = deque()
+        self._rebuilding: deque[Slot] = deque()
         self._prompt_tokens = prompt_tokens
 
     @property
@@ -67,6 +69,28 @@ class EchoEngine:
         self._open[index] = _SlotState(slot)
         self._waiting.append(slot)
         return slot
+
+    def admit_rebuild(self, log: SessionLog) -> Slot:
+        """Takes the lowest free slot for a session that goes on. Raises what `admit` raises."""
+        slot = self.admit(log.persona)
+        self._waiting.remove(slot)
+        self._rebuilding.append(slot)
+        state = self._open[slot.index]
+        state.frames = log.frames
+        state.last = log.sound[-1] if log.frames else None
+        return slot
+
+    def rebuild_chunk(self) -> Slot | None:
+        """There is nothing to run: the oldest waiting slot is live."""
+        while self._rebuilding:
+            slot = self._rebuilding.popleft()
+            if self._holds(slot):
+                return slot
+        return None
+
+    def voice_digest(self, slot: Slot) -> str:
+        """Voices have no content here."""
+        return ""
 
     def prefill(self) -> Slot | None:
         """There is no prompt to run: the oldest waiting slot is live."""

@@ -1,32 +1,41 @@
 """The engine: N slots over one model, one tick at a time.
 
 `step()` is its only clock. A slot is admitted with a persona, prefilled with its prompt in bounded chunks,
-then takes one frame and gives one frame per tick until it is closed. The same engine serves one session and
-many, on a CPU or a GPU. Not thread-safe: one thread owns it. Frames go in and out as numpy arrays. Nothing is
-recorded: whoever needs a log of the tokens keeps one (`tokenlog`).
+then takes one frame and gives one frame per tick until it is closed. A session that ran elsewhere comes in
+by its log instead, and goes on where it was (`rebuild.py`). The same engine serves one session and many, on a
+CPU or a GPU. Not thread-safe: one thread owns it. Frames go in and out as numpy arrays. Nothing is recorded:
+whoever needs a log keeps one (`sessionlog.SessionRecorder`).
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from personaplex.config import FRAME_SIZE, EngineConfig, LMConfig, Sampling
 from personaplex.engine.graph import Frames, Runner
 from personaplex.engine.interface import Output, Slot, Usage
-from personaplex.engine.script import Script, compose
+from personaplex.engine.prefill import Prefill, Prompt
+from personaplex.engine.rebuild import CodecRebuild, check_log, logged_voice, spoken_frames
+from personaplex.engine.script import compose
 from personaplex.engine.state import EngineState
-from personaplex.errors import BadParameter, EngineFault, NoCapacity, PromptTooLong, SessionLost
+from personaplex.errors import (
+    BadParameter,
+    EngineFault,
+    LogRefused,
+    NoCapacity,
+    PromptTooLong,
+    SessionLost,
+)
 from personaplex.model import Model
-from personaplex.model.ring import copy_in, copy_out
 from personaplex.persona import Persona
+from personaplex.sessionlog import SessionLog
 from personaplex.text import PieceDecoder, Tokenizer
 from personaplex.voices import Voice, VoiceLibrary
 
@@ -38,22 +47,25 @@ class _SlotState:
     """The session in one slot."""
 
     slot: Slot
-    script: Script
-    voice: str  # digest of the voice, key of its cached prefix
-    label: str  # what `Usage.voices` calls it
+    prompt: Prompt
     decoder: PieceDecoder
-    position: int = 0  # prompt positions prefilled so far
     live: bool = False
     fed: bool = False
     frames: int = 0
 
 
-@dataclass(frozen=True)
-class _Prefix:
-    """Keys and values of one voice's part of a prompt."""
+@dataclass
+class _Rebuild:
+    """One session on its way back."""
 
-    label: str
-    parts: tuple[Tensor, ...]
+    state: _SlotState
+    log: SessionLog
+    codec: CodecRebuild
+
+    @property
+    def left(self) -> int:
+        """Positions and frames still to be run."""
+        return self.state.prompt.left + self.codec.left
 
 
 class Engine:
@@ -67,16 +79,15 @@ class Engine:
         if model.device.type == "cuda":
             torch.cuda.set_device(model.device)  # kernels are launched on the thread's current device
         self._state = EngineState.allocate(model, config.slots, config.kv)
+        self._prefill = Prefill(model, self._state, config)
         if model.device.type == "cuda":
-            self._warm_prefill()
+            self._prefill.warm()
         self._runner = Runner(model, self._state, config.slots, config.graphs)
         self._open: list[_SlotState | None] = [None] * config.slots
         self._generations = [0] * config.slots
         self._vacant = list(range(config.slots))  # a heap: lowest first, so that ticks run on short prefixes
         self._waiting: deque[Slot] = deque()
-        self._prefixes: OrderedDict[str, _Prefix] = OrderedDict()  # by digest, last used last
-        self.voice_hits = 0
-        self.voice_misses = 0
+        self._rebuilding: list[_Rebuild] = []
 
     @property
     def free(self) -> int:
@@ -87,35 +98,37 @@ class Engine:
     def usage(self) -> Usage:
         """What it holds now; cheap, but not for every tick."""
         window = self._model.config.lm.temporal.context
-        held = [min(state.position + state.frames, window) for state in self._open if state is not None]
+        held = [
+            min(state.prompt.position + state.frames, window) for state in self._open if state is not None
+        ]
         device = self._model.device
         memory = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        voices = tuple(prefix.label for prefix in self._prefixes.values())
-        return Usage(sum(held), memory, self.voice_hits, self.voice_misses, voices)
+        prefill = self._prefill
+        return Usage(sum(held), memory, prefill.hits, prefill.misses, prefill.voices)
 
     def admit(self, persona: Persona, voice: Voice | None = None) -> Slot:
         """Takes a slot and queues its prompt; `voice` replaces the library's voice of that name.
 
         Raises NoCapacity, UnknownVoice, PromptTooLong or BadParameter, and then takes nothing.
         """
-        check_sampling(persona.sampling, self._model.config.lm)
-        label = persona.voice if voice is None else voice.digest
-        voice = voice or self._voices.get(persona.voice)
-        text = self._tokenizer.encode_prompt(persona.text_prompt)
-        if len(text) > self._config.prompt_tokens:
-            raise PromptTooLong(
-                f"the role text has {len(text)} tokens, at most {self._config.prompt_tokens} fit"
-            )
-        script = compose(voice, text, self._model.config.lm)
-        if not self._vacant:
-            raise NoCapacity(f"all {self.slots} slots are taken")
-        index = heapq.heappop(self._vacant)
-        slot = Slot(index, self._generations[index])
-        self._state.reset(index)
-        self._state.sampling.write(index, persona.sampling)
-        self._open[index] = _SlotState(slot, script, voice.digest, label, PieceDecoder(self._tokenizer))
+        slot = self._take(persona, voice, None).slot
         self._waiting.append(slot)
         return slot
+
+    def admit_rebuild(self, log: SessionLog) -> Slot:
+        """Takes a slot for a session that goes on from its log; `rebuild_chunk` runs it.
+
+        Raises what `admit` raises, NoCapacity also when `config.rebuilds` are under way, and LogRefused for a
+        log that does not fit the model or the voice; then takes nothing.
+        """
+        self._drop_closed_rebuilds()
+        if len(self._rebuilding) >= self._config.rebuilds:
+            raise NoCapacity(f"{len(self._rebuilding)} sessions are being rebuilt already")
+        check_log(log, self._model.config.lm)
+        state = self._take(log.persona, logged_voice(log, self._model.config.lm), log)
+        codec = CodecRebuild.of(log, self._model.config.mimi.transformer.context, self._config)
+        self._rebuilding.append(_Rebuild(state, log, codec))
+        return state.slot
 
     def prefill(self) -> Slot | None:
         """Runs one prefill chunk for the slot that waits longest; that slot once it is live, else None."""
@@ -124,8 +137,8 @@ class Engine:
             if state is None:  # closed while it waited
                 self._waiting.popleft()
                 continue
-            self._run_chunk(state)
-            if state.position < state.script.frames - 1:
+            self._prefill.run_chunk(state.prompt)
+            if state.prompt.left:
                 return None
             self._waiting.popleft()
             self._go_live(state)
@@ -143,6 +156,36 @@ class Engine:
         while self.prefill() != slot:
             pass
         return slot
+
+    def rebuild_chunk(self) -> Slot | None:
+        """Runs one chunk of the rebuild with the least left; its slot once it is live, else None.
+
+        Returns when the device is done with it. Raises EngineFault when the device fails.
+        """
+        self._drop_closed_rebuilds()
+        if not self._rebuilding:
+            return None
+        job = min(self._rebuilding, key=lambda one: one.left)
+        try:
+            if job.left:
+                self._run_rebuild(job)
+                return None
+            self._rebuilding.remove(job)
+            self._finish_rebuild(job)
+        except RuntimeError as error:
+            raise EngineFault("the engine failed in a rebuild") from error
+        return job.state.slot
+
+    def rebuild(self, log: SessionLog) -> Slot:
+        """`admit_rebuild`, then `rebuild_chunk` until the slot is live: frame `log.frames` is next."""
+        slot = self.admit_rebuild(log)
+        while self.rebuild_chunk() != slot:
+            pass
+        return slot
+
+    def voice_digest(self, slot: Slot) -> str:
+        """Names the content of the slot's voice. Raises SessionLost for a closed slot."""
+        return self._state_of(slot).prompt.voice
 
     def feed(self, slot: Slot, frame: NDArray[np.float32]) -> None:
         """Hands over the user's next frame, float32 [1920], for the next `step`.
@@ -190,49 +233,66 @@ class Engine:
             raise SessionLost("the slot has been closed")
         return state
 
-    def _run_chunk(self, state: _SlotState) -> None:
-        """The next chunk of one prompt. The voice's part ends a chunk, so that it can be shared."""
-        script, ring, index = state.script, self._state.lm.ring, state.slot.index
-        cached = self._prefixes.get(state.voice)
-        with torch.inference_mode():
-            if state.position == 0 and cached is not None:
-                self._prefixes.move_to_end(state.voice)
-                self.voice_hits += 1
-                copy_in(ring, index, cached.parts)
-                state.position = script.prefix
-            end = script.prefix if state.position < script.prefix else script.frames - 1
-            stop = min(state.position + self._config.prefill_chunk, end)
-            if stop > state.position:
-                x = script.inputs(self._model.lm, state.position, stop)
-                self._model.lm.transformer.prefill(x, ring, index, state.position)
-                state.position = stop
-            if stop == script.prefix and cached is None and 0 < stop < ring.capacity:
-                self._keep_prefix(state, stop)
+    def _take(self, persona: Persona, voice: Voice | None, log: SessionLog | None) -> _SlotState:
+        """A slot with its script, not yet queued; see `admit` for what it raises."""
+        lm = self._model.config.lm
+        check_sampling(persona.sampling, lm)
+        label = persona.voice if voice is None else voice.digest
+        voice = voice or self._voices.get(persona.voice)
+        if log is not None and log.voice_digest not in ("", voice.digest):
+            raise LogRefused("the session spoke with another voice of this name than the one here")
+        text = self._tokenizer.encode_prompt(persona.text_prompt)
+        if len(text) > self._config.prompt_tokens:
+            raise PromptTooLong(
+                f"the role text has {len(text)} tokens, at most {self._config.prompt_tokens} fit"
+            )
+        script = compose(voice, text, lm, None if log is None else spoken_frames(log))
+        if not self._vacant:
+            raise NoCapacity(f"all {self.slots} slots are taken")
+        index = heapq.heappop(self._vacant)
+        slot = Slot(index, self._generations[index])
+        self._state.reset(index)
+        self._state.sampling.write(index, persona.sampling)
+        prompt = Prompt(index, script, voice.digest, label)
+        if log is not None:
+            window = self._config.rebuild_windows * lm.temporal.context
+            prompt.origin = prompt.position = max(0, script.frames - 1 - window)
+        state = _SlotState(slot, prompt, PieceDecoder(self._tokenizer))
+        self._open[index] = state
+        return state
 
-    def _warm_prefill(self) -> None:
-        """Compiles and loads every kernel a prefill may need before the first session comes."""
-        lm, ring = self._model.lm, self._state.lm.ring
-        with torch.inference_mode():
-            for positions in sorted({1, 17, 33, 65, self._config.prefill_chunk}):
-                x = torch.zeros(1, positions, lm.config.temporal.dim, device=lm.device, dtype=lm.dtype)
-                for start in (0, 1):  # without a past, and with one
-                    lm.transformer.prefill(x.clone(), ring, 0, start)
-        self._state.reset(0)
+    def _drop_closed_rebuilds(self) -> None:
+        self._rebuilding = [
+            one for one in self._rebuilding if self._state_or_none(one.state.slot) is one.state
+        ]
 
-    def _keep_prefix(self, state: _SlotState, length: int) -> None:
-        parts = copy_out(self._state.lm.ring, state.slot.index, length)
-        if self._config.voice_memory == "host" and self._model.device.type == "cuda":
-            parts = tuple(_pinned(part) for part in parts)
-        self.voice_misses += 1
-        self._prefixes[state.voice] = _Prefix(state.label, parts)
-        while len(self._prefixes) > self._config.voice_cache:
-            self._prefixes.popitem(last=False)
+    def _run_rebuild(self, job: _Rebuild) -> None:
+        if job.state.prompt.left:
+            self._prefill.run_chunk(job.state.prompt)
+        else:
+            with torch.inference_mode():
+                index, frames = job.state.slot.index, self._config.rebuild_chunk
+                job.codec.run_chunk(self._model, self._state.mimi, index, frames)
+        if self._model.device.type == "cuda":  # or the next tick would wait for it, and nobody knew
+            torch.cuda.current_stream(self._model.device).synchronize()
+
+    def _finish_rebuild(self, job: _Rebuild) -> None:
+        """Steps the frame in flight, whose output is the log's last row, and makes the slot live."""
+        state, log = job.state, job.log
+        self._go_live(state)
+        if log.frames:
+            self._runner.pcm[state.slot.index] = torch.from_numpy(np.array(log.sound[-1], np.float32))
+            self._runner.run([state.slot.index])
+            state.prompt.position -= log.frames - 1  # the prompt's; `frames` counts the conversation's
+        state.frames = log.frames
+        for token in log.tokens[:, 0].tolist():
+            state.decoder.push(token)
 
     def _go_live(self, state: _SlotState) -> None:
         lm, index = self._state.lm, state.slot.index
-        lm.tokens[index] = state.script.ring
-        lm.provided[index] = state.script.provided
-        lm.offset[index] = state.script.frames
+        lm.tokens[index] = state.prompt.script.ring
+        lm.provided[index] = state.prompt.script.provided
+        lm.offset[index] = state.prompt.script.frames
         state.live = True
 
     def _output(self, state: _SlotState, frames: Frames) -> Output:
@@ -249,11 +309,6 @@ class Engine:
         state.fed = False
         state.frames += 1
         return output
-
-
-def _pinned(part: Tensor) -> Tensor:
-    """A copy in pinned host memory, complete at the stream's next synchronization."""
-    return torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
 
 
 def check_sampling(sampling: Sampling, lm: LMConfig) -> None:

@@ -13,9 +13,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from personaplex.config import Pcm
 from personaplex.persona import Persona
+from personaplex.sessionlog import SessionLog
 
-Pcm = npt.NDArray[np.float32]  # one frame, float32 [1920]
 Tokens = npt.NDArray[np.int64]  # one frame's tokens, int64 [17]
 
 
@@ -72,6 +73,19 @@ class Stepper(Protocol):
 
     def prefill(self) -> Slot | None:
         """Runs one bounded chunk of the oldest waiting prompt; the slot when that made it live."""
+
+    def admit_rebuild(self, log: SessionLog) -> Slot:
+        """Takes the lowest free slot for a session that goes on from its log, at frame `log.frames`.
+
+        Raises what `admit` raises, NoCapacity also while too many rebuild, and LogRefused, and then takes
+        nothing.
+        """
+
+    def rebuild_chunk(self) -> Slot | None:
+        """Runs one bounded chunk of the rebuild with the least left; the slot when that made it live."""
+
+    def voice_digest(self, slot: Slot) -> str:
+        """Names the content of an open slot's voice, for its session's log; "" where voices have none."""
 
     def feed(self, slot: Slot, frame: Pcm) -> None:
         """Hands over one frame; at most one unconsumed frame per slot."""

@@ -1,8 +1,9 @@
 """The one thread that owns an engine, and the only access to it from other threads.
 
-Contract: `open`, `push` and `close` may be called from any thread and never block on the engine. The thread
-sleeps until something arrives or a time it chose itself, plans a tick (`schedule.py`), runs it, then runs at
-most one chunk of one waiting prompt, so that a joining session never delays the others by more than that.
+Contract: `open`, `rebuild`, `push` and `close` may be called from any thread and never block on the engine.
+The thread sleeps until something arrives or a time it chose itself, plans a tick (`schedule.py`), runs it,
+then runs at most one chunk of one waiting prompt or one rebuild, in turns, so that a joining session never
+delays the others by more than that. While others are live, rebuilds get at most `rebuild_share` of the time.
 All events go through the one `deliver` callable, once per tick or prompt chunk, on the engine's thread; a
 session's slot is closed only between ticks. The first error of the engine that is not a typed refusal ends
 the thread: a broken device is never used again.
@@ -19,11 +20,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
-from personaplex.config import FRAME_SECONDS
-from personaplex.engine.interface import Output, Pcm, Slot, Stepper, Usage
+from personaplex.config import FRAME_SECONDS, Pcm
+from personaplex.engine.interface import Output, Slot, Stepper, Usage
 from personaplex.engine.schedule import FrameQueue, PendingFrame, Plan, plan
 from personaplex.errors import EngineFault, PersonaplexError
 from personaplex.persona import Persona
+from personaplex.sessionlog import SessionLog
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +34,16 @@ USAGE_TICKS = 25  # between two readings of the engine's usage, while no session
 
 @dataclass(frozen=True)
 class Ready:
-    """The session's prompt is done; `prefill_s` is the time since it was opened."""
+    """The session's slot is live; `prefill_s` is the time since it was opened.
+
+    `frame` is the number of its next output: 0, or where a rebuilt session goes on. `voice_digest`: see
+    `SessionLog`.
+    """
 
     session: int
     prefill_s: float
+    frame: int = 0
+    voice_digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ Event = Ready | Reply | Refused | Closed | Faulted
 class Batch:
     """The events of one piece of work, how long it took and over how many slots it ran."""
 
-    work: Literal["tick", "prefill", "control"]
+    work: Literal["tick", "prefill", "rebuild", "control"]
     events: tuple[Event, ...]
     seconds: float = 0.0
     slots: int = 0
@@ -95,9 +103,11 @@ class Counters:
 
 @dataclass
 class _Session:
-    persona: Persona
     opened: float
     queue: FrameQueue
+    persona: Persona | None = None  # of a new session, until it is admitted
+    log: SessionLog | None = None  # of one that goes on, until it is admitted
+    frame: int | None = None  # where a session goes on that is rebuilt
     slot: Slot | None = None
 
 
@@ -108,7 +118,7 @@ class _Work:
     opens: list[_Session]
     closes: list[_Session]
     step: list[tuple[_Session, PendingFrame]] = field(default_factory=list)
-    prefill: bool = False
+    chunk: Literal["prefill", "rebuild"] | None = None
 
 
 class EngineLoop:
@@ -121,14 +131,17 @@ class EngineLoop:
         *,
         gather_s: float,
         inbox_limit: int,
+        rebuild_share: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`gather_s`: see `schedule.plan`. `inbox_limit`: frames a session may send at once; of more
-        that wait the oldest is dropped and counted. `deliver` must not block and must not raise."""
+        that wait the oldest is dropped and counted. `rebuild_share`, above 0 and at most 1: see the module.
+        `deliver` must not block and must not raise."""
+        assert 0 < rebuild_share <= 1, "a share of the time"
         self.counters = Counters()
         self.usage = Usage()  # of the engine; written by the loop, read from any thread
         self._make, self._deliver, self._clock = make, deliver, clock
-        self._gather_s, self._inbox_limit = gather_s, inbox_limit
+        self._gather_s, self._inbox_limit, self._rebuild_share = gather_s, inbox_limit, rebuild_share
         self._numbers = itertools.count()
         self._started: Future[int] = Future()
         self._wake = threading.Condition()
@@ -136,7 +149,9 @@ class EngineLoop:
         self._sessions: dict[int, _Session] = {}
         self._opens: list[_Session] = []
         self._closes: list[_Session] = []
-        self._prefilling = 0
+        self._waiting = {"prefill": 0, "rebuild": 0}  # sessions with a slot that is not live yet
+        self._rebuild_at = 0.0  # when a rebuild may run again beside live sessions
+        self._last_chunk = "rebuild"
         self._silent = 0  # live sessions without a frame
         self._gathering = False  # asleep only to let more frames join the tick
         self._stopping = False
@@ -160,10 +175,22 @@ class EngineLoop:
 
     def open(self, persona: Persona) -> int:
         """A new session's number; Ready or Refused follows. Raises EngineFault when the engine has ended."""
+        return self._add(persona, None)
+
+    def rebuild(self, log: SessionLog) -> int:
+        """`open` for a session that goes on from its log; Ready says at which frame.
+
+        Frames pushed before that wait as in any session.
+        """
+        return self._add(None, log)
+
+    def _add(self, persona: Persona | None, log: SessionLog | None) -> int:
         with self._wake:
             self._raise_if_ended()
             number = next(self._numbers)
-            session = _Session(persona, self._clock(), FrameQueue(number, self._inbox_limit))
+            frame = None if log is None else log.frames
+            queue = FrameQueue(number, self._inbox_limit)
+            session = _Session(self._clock(), queue, persona, log, frame)
             self._sessions[number] = session
             self._opens.append(session)
             self._wake.notify()
@@ -236,16 +263,29 @@ class EngineLoop:
                     return None
                 now = self._clock()
                 found = plan((session.queue for session in self._sessions.values()), now, self._gather_s)
-                if self._opens or self._closes or self._prefilling or found.step:
+                chunk = self._next_chunk(now)
+                if self._opens or self._closes or chunk or found.step:
                     self._busy_since = now
-                    return self._take(found, now)
+                    return self._take(found, chunk, now)
                 self._busy_since = None
                 self._gathering = found.again_at is not None and self._silent > 0
-                self._wake.wait(None if found.again_at is None else max(0.0, found.again_at - now))
+                times = [self._rebuild_at] if self._waiting["rebuild"] else []
+                times += [] if found.again_at is None else [found.again_at]
+                self._wake.wait(max(0.0, min(times) - now) if times else None)
                 self._gathering = False
 
-    def _take(self, found: Plan, now: float) -> _Work:
-        work = _Work(self._opens, self._closes, prefill=self._prefilling > 0)
+    def _next_chunk(self, now: float) -> Literal["prefill", "rebuild"] | None:
+        """Which kind of chunk may run now, the other kind than the last if both may."""
+        rebuild = self._waiting["rebuild"] and (
+            now >= self._rebuild_at or not any(one.queue.live for one in self._sessions.values())
+        )
+        if rebuild and not (self._waiting["prefill"] and self._last_chunk == "rebuild"):
+            return "rebuild"
+        return "prefill" if self._waiting["prefill"] else None
+
+    def _take(self, found: Plan, chunk: Literal["prefill", "rebuild"] | None, now: float) -> _Work:
+        work = _Work(self._opens, self._closes, chunk=chunk)
+        self._last_chunk = chunk or self._last_chunk
         self._opens, self._closes = [], []
         for queue in found.step:
             work.step.append((self._sessions[queue.session], queue.take(now)))
@@ -261,23 +301,28 @@ class EngineLoop:
             self._deliver(Batch("control", tuple(event for event in events if event is not None)))
         if work.step:
             self._tick(engine, slots, work)
-        if work.prefill:
-            self._prefill(engine, slots)
-        if work.opens or work.closes or work.prefill or self.counters.ticks % USAGE_TICKS == 0:
+        if work.chunk:
+            self._run_chunk(engine, slots, work.chunk)
+        if work.opens or work.closes or work.chunk or self.counters.ticks % USAGE_TICKS == 0:
             self.usage = engine.usage
 
     def _open(self, engine: Stepper, slots: dict[Slot, _Session], session: _Session) -> Event | None:
         try:
-            session.slot = engine.admit(session.persona)
+            if session.log is not None:
+                session.slot = engine.admit_rebuild(session.log)
+            else:
+                assert session.persona is not None
+                session.slot = engine.admit(session.persona)
         except EngineFault:
             raise
         except PersonaplexError as error:
             with self._wake:
                 self._sessions.pop(session.queue.session, None)
             return Refused(session.queue.session, error)
+        session.persona = session.log = None
         slots[session.slot] = session
         with self._wake:
-            self._prefilling += 1
+            self._waiting[_chunk_of(session)] += 1
         return None
 
     def _close(self, engine: Stepper, slots: dict[Slot, _Session], session: _Session) -> Event:
@@ -285,7 +330,7 @@ class EngineLoop:
             engine.close(session.slot)
             del slots[session.slot]
             with self._wake:
-                self._prefilling -= not session.queue.live
+                self._waiting[_chunk_of(session)] -= not session.queue.live
         return Closed(session.queue.session)
 
     def _tick(self, engine: Stepper, slots: dict[Slot, _Session], work: _Work) -> None:
@@ -306,17 +351,27 @@ class EngineLoop:
         self.counters.ticks_late += now - began > FRAME_SECONDS
         self._deliver(Batch("tick", tuple(events), now - began, len(work.step)))
 
-    def _prefill(self, engine: Stepper, slots: dict[Slot, _Session]) -> None:
+    def _run_chunk(
+        self, engine: Stepper, slots: dict[Slot, _Session], kind: Literal["prefill", "rebuild"]
+    ) -> None:
         began = self._clock()
-        slot = engine.prefill()
+        slot = engine.prefill() if kind == "prefill" else engine.rebuild_chunk()
         now = self._clock()
         events: tuple[Event, ...] = ()
-        if slot is not None:
-            session = slots[slot]
-            with self._wake:
-                self._prefilling -= 1
+        with self._wake:
+            if kind == "rebuild":
+                self._rebuild_at = began + (now - began) / self._rebuild_share
+            if slot is not None:
+                session = slots[slot]
+                self._waiting[kind] -= 1
                 session.queue.live = True
                 if session.queue.session in self._sessions:
                     self._silent += not session.queue.frames
-            events = (Ready(session.queue.session, now - session.opened),)
-        self._deliver(Batch("prefill", events, now - began, 1))
+        if slot is not None:
+            number, frame = session.queue.session, session.frame or 0
+            events = (Ready(number, now - session.opened, frame, engine.voice_digest(slot)),)
+        self._deliver(Batch(kind, events, now - began, 1))
+
+
+def _chunk_of(session: _Session) -> Literal["prefill", "rebuild"]:
+    return "prefill" if session.frame is None else "rebuild"

@@ -61,11 +61,16 @@ class Script:
         return lm.embed(self.positions[start:stop].to(lm.device))[None]
 
 
-def compose(voice: Voice | None, text: list[int], config: LMConfig) -> Script:
-    """The script of a voice and the tokens of a role text (either may be empty)."""
+def compose(voice: Voice | None, text: list[int], config: LMConfig, spoken: Tensor | None = None) -> Script:
+    """The script of a voice and the tokens of a role text (either may be empty).
+
+    `spoken` [17, S] int64 are frames of a conversation behind the prompt, given like it.
+    """
     prompt = [TEXT_PAD] * SILENCE_FRAMES + text + [TEXT_PAD] * SILENCE_FRAMES
     silence = torch.tensor(SILENCE_CODES)[:, None].expand(-1, len(prompt))
     tail = _frames(torch.tensor(prompt), silence)
+    if spoken is not None:
+        tail = torch.cat([tail, spoken], dim=1)
     head = tail[:, :0] if voice is None else _voice_frames(voice)
     frames = torch.cat([head, tail], dim=1)
     count, prefix = frames.shape[1], max(head.shape[1] - 1, 0)

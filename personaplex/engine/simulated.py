@@ -13,12 +13,13 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from personaplex.config import PRESET_7B, SILENCE_FRAMES, EngineConfig
+from personaplex.config import PRESET_7B, SILENCE_FRAMES, EngineConfig, Pcm
 from personaplex.engine.echo import CHARACTERS_PER_TOKEN, EchoEngine
-from personaplex.engine.interface import Output, Pcm, Slot, Usage
+from personaplex.engine.interface import Output, Slot, Usage
 from personaplex.engine.steptimes import StepTimes
 from personaplex.errors import ConfigError
 from personaplex.persona import Persona
+from personaplex.sessionlog import SessionLog
 
 VOICE_POSITIONS = 125  # of a released voice: 10 s of speech
 WINDOW = PRESET_7B.lm.temporal.context
@@ -40,6 +41,10 @@ class _SlotState:
     @property
     def prompt(self) -> int:
         return VOICE_POSITIONS + self.text
+
+    @property
+    def left(self) -> int:
+        return self.prompt - self.filled
 
 
 class SimulatedEngine:
@@ -63,6 +68,7 @@ class SimulatedEngine:
         self._clock, self._sleep = clock, sleep
         self._open: dict[Slot, _SlotState] = {}
         self._waiting: deque[Slot] = deque()
+        self._rebuilding: list[Slot] = []
         self._fed: list[Slot] = []
         self._voices: OrderedDict[str, None] = OrderedDict()  # cached, the last used last
         self._hits = self._misses = 0
@@ -106,6 +112,39 @@ class SimulatedEngine:
             self._waiting.popleft()
             return self._echo_ready(slot)
         return None
+
+    def admit_rebuild(self, log: SessionLog) -> Slot:
+        """Takes the lowest free slot for a session that goes on. Raises what `admit` raises."""
+        slot = self._echo.admit_rebuild(log)
+        live = self._echo.rebuild_chunk()
+        assert live == slot, "the order is ours: there a slot is live at once"
+        text = prompt_positions(log.persona.text_prompt) + log.frames
+        self._open[slot] = _SlotState(log.persona.voice, text)
+        self._rebuilding.append(slot)
+        return slot
+
+    def rebuild_chunk(self) -> Slot | None:
+        """Sleeps for one chunk of the rebuild with the least left; its slot after the last chunk.
+
+        Positions alone take time: the table knows nothing of the codec.
+        """
+        self._rebuilding = [slot for slot in self._rebuilding if slot in self._open]
+        if not self._rebuilding:
+            return None
+        slot = min(self._rebuilding, key=lambda one: self._open[one].left)
+        state, began = self._open[slot], self._clock()
+        chunk = min(state.left, self._config.prefill_chunk)
+        self._hold(began, self._times.prefill(chunk))
+        state.filled += chunk
+        if state.left:
+            return None
+        state.filled = min(state.filled, WINDOW)
+        self._rebuilding.remove(slot)
+        return slot
+
+    def voice_digest(self, slot: Slot) -> str:
+        """Voices have no content here."""
+        return ""
 
     def feed(self, slot: Slot, frame: Pcm) -> None:
         self._echo.feed(slot, frame)

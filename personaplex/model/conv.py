@@ -95,7 +95,7 @@ class Downsample(nn.Module):
         self.conv = Conv(dim, dim, kernel=4, stride=2, bias=False)
 
     def forward(self, x: Tensor, state: Tensor, first: Tensor, active: Tensor | None) -> Tensor:
-        """x [N, dim, 2] -> [N, dim, 1]; state [N, dim, 2]; first [N] bool: the slot's stream starts here."""
+        """x [N, dim, 2 T] -> [N, dim, T]; state [N, dim, 2]; first [N] bool: its stream starts here."""
         padded = torch.where(first[:, None, None], x[..., :1], state)
         joined = torch.cat([padded, x], dim=-1)
         commit(state, joined[..., -2:], active)
@@ -111,8 +111,9 @@ class Upsample(nn.Module):
         self.convtr = _NestedConvTranspose(_ConvTranspose(inner))
 
     def forward(self, x: Tensor, state: Tensor, active: Tensor | None) -> Tensor:
-        """x [N, dim, 1] -> [N, dim, 2]; state [N, dim, 1] = the column before."""
-        weight = self.convtr.convtr.convtr.weight[:, 0]  # [dim, 4]
-        out = weight[:, :2] * x + weight[:, 2:] * state
-        commit(state, x, active)
-        return out
+        """x [N, dim, T] -> [N, dim, 2 T]; state [N, dim, 1] = the column before."""
+        weight = self.convtr.convtr.convtr.weight[:, 0, None]  # [dim, 1, 4]
+        before = torch.cat([state, x[..., :-1]], -1) if x.shape[-1] > 1 else state
+        out = weight[..., :2] * x[..., None] + weight[..., 2:] * before[..., None]
+        commit(state, x[..., -1:], active)
+        return out.flatten(2)

@@ -1,7 +1,9 @@
-"""Mimi, the streaming audio codec: 1920 samples <-> 8 codes, one frame per call, float32 throughout.
+"""Mimi, the streaming audio codec: 1920 samples <-> 8 codes a frame, float32 throughout.
 
-`encode` and `decode` are independent of each other; each reads and updates its half of a `MimiState`. On a
-CPU active slots run one by one (convolutions gain nothing from a batch there, and a session's codes cannot
+`encode` and `decode` take one frame per slot and are independent of each other; each reads and updates its
+half of a `MimiState`. `encode_block` and `decode_block` take many frames of one slot in one call and leave
+the state that as many steps leave (rounding aside); either way may follow the other at any frame. On a CPU
+active slots run one by one (convolutions gain nothing from a batch there, and a session's codes cannot
 depend on its neighbours); on CUDA all slots run as one batch of fixed shape.
 """
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from personaplex.config import CODEBOOKS, FRAME_SIZE, MimiConfig, TransformerConfig
 from personaplex.kernels import ops
 from personaplex.kernels.kvring import Rope, Window
+from personaplex.model import ring as rings
 from personaplex.model import seanet
 from personaplex.model.conv import Downsample, Upsample
 from personaplex.model.layers import LAYER_NORM_EPS, Linear, Stack
@@ -84,7 +87,13 @@ class MimiLayer(nn.Module):
         self.self_attn.prepare()
 
     def forward(self, x: Tensor, angles: Rope, ring: Ring, layer: int, window: Window) -> Tensor:
-        heads = ops.attend(ring, layer, self.self_attn.project(self.norm1(x)), angles, window)
+        return self._finish(x, ops.attend(ring, layer, self.self_attn.project(self.norm1(x)), angles, window))
+
+    def prefill(self, x: Tensor, angles: Rope, ring: Ring, layer: int, run: rings.Chunk) -> Tensor:
+        q, k, v = self.self_attn.project_heads(self.norm1(x), angles)
+        return self._finish(x, rings.attend_chunk(ring, layer, run, q, k, v))
+
+    def _finish(self, x: Tensor, heads: Tensor) -> Tensor:
         x = torch.addcmul(x, self.layer_scale_1.scale, self.self_attn.merge(heads))
         return torch.addcmul(x, self.layer_scale_2.scale, self.linear2(F.gelu(self.linear1(self.norm2(x)))))
 
@@ -113,6 +122,17 @@ class MimiTransformer(nn.Module):
         for index, layer in enumerate(self.transformer.layers):
             x = layer(x, angles, ring, index, window)
         ring.offset += STEPS * active
+        return x.transpose(1, 2)
+
+    def prefill(self, x: Tensor, ring: Ring, slot: int, start: int) -> Tensor:
+        """x [1, dim, T] = positions start.. of one slot, T even -> [1, dim, T]; each as if stepped."""
+        steps = x.shape[-1]
+        run = rings.chunk(ring, slot, start, steps, call=STEPS)
+        angles = rope(self.config, torch.arange(start, start + steps, device=x.device)[None])
+        x = x.transpose(1, 2)
+        for index, layer in enumerate(self.transformer.layers):
+            x = layer.prefill(x, angles, ring, index, run)
+        ring.offset[slot] = start + steps
         return x.transpose(1, 2)
 
 
@@ -189,3 +209,37 @@ def _decode(mimi: Mimi, state: CodecState, codes: Tensor, active: Tensor) -> Ten
     x = mimi.upsample(mimi.quantizer.decode(codes)[..., None], state.resample, active)
     x = mimi.decoder_transformer(x, state.ring, active)
     return mimi.decoder(x, state.conv_state, active)[:, 0]
+
+
+def encode_block(
+    mimi: Mimi, state: CodecState, slot: int, start: int, pcm: Tensor, codes_wanted: bool = True
+) -> Tensor:
+    """pcm [T * 1920] float32: frames start.. of one slot's stream -> codes [T, 8] int64.
+
+    `start` is what the slot's state has taken so far, in frames. Without `codes_wanted` only the state
+    advances and the result is empty, [0, 8].
+    """
+    one = state.rows(slot, slot + 1)
+    first = one.ring.offset == 0
+    x = mimi.encoder(pcm[None, None], one.conv_state, None)
+    x = mimi.encoder_transformer.prefill(x, one.ring, 0, STEPS * start)
+    latent = mimi.downsample(x, one.resample, first, None)
+    wanted = latent[0].t() if codes_wanted else latent[0, :, :0].t()
+    return mimi.quantizer.encode(wanted)
+
+
+def decode_block(
+    mimi: Mimi, state: CodecState, slot: int, start: int, codes: Tensor, pcm_wanted: bool = True
+) -> Tensor:
+    """codes [T, 8] int64: frames start.. of one slot's stream -> pcm [T * 1920] float32.
+
+    `start` is what the slot's state has taken so far, in frames. Without `pcm_wanted` only the state advances
+    and the result is empty: convolutions then run over the few columns their state depends on.
+    """
+    one = state.rows(slot, slot + 1)
+    x = mimi.upsample(mimi.quantizer.decode(codes).t()[None], one.resample, None)
+    x = mimi.decoder_transformer.prefill(x, one.ring, 0, STEPS * start)
+    if pcm_wanted:
+        return mimi.decoder(x, one.conv_state, None)[0, 0]
+    mimi.decoder(x[..., -mimi.decoder.reach() :], one.conv_state, None)
+    return x.new_empty(0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from personaplex.config import TransformerConfig
@@ -69,23 +70,46 @@ class Ring:
         self.offset[slot] = 0
 
 
-def past(ring: Ring, slot: int, layer: int, start: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What a prefill from position `start` sees of earlier ones, oldest first: k, v [1, H, S, head_dim]."""
-    first = max(0, start - ring.capacity + 2)
-    columns = torch.arange(first, start, device=ring.k.device) % ring.capacity
-    kept = tuple(part[slot, layer].index_select(1, columns) for part in ring.contents)
-    keys, values = loaded(kept, dtype)
-    return keys[None], values[None]
+@dataclass(frozen=True)
+class Chunk:
+    """Positions start.. of one slot that run in one call; see `chunk`."""
+
+    slot: int
+    start: int
+    past: Tensor  # columns of the earlier positions that its queries may see, oldest first
+    mask: Tensor | None  # [steps, past + steps] bool; None is plain causal
 
 
-def prefill_mask(start: int, steps: int, capacity: int, device: torch.device) -> Tensor | None:
-    """Mask [steps, S + steps] over `past` and the chunk, each query as if stepped alone (E = q + 1)."""
-    if start == 0 and steps < capacity:
-        return None  # plain causal
-    first = max(0, start - capacity + 2)
+def chunk(ring: Ring, slot: int, start: int, steps: int, call: int = 1, origin: int = 0) -> Chunk:
+    """What `attend_chunk` needs for positions start..start + steps - 1, each query as if stepped.
+
+    Stepping writes `call` positions at a time, and start and steps are multiples of it. So many are written
+    when query q is answered that it sees positions k <= q with k > E - C, where E is the end of q's own call.
+    Nothing before position `origin` was ever run.
+    """
+    capacity, device = ring.capacity, ring.k.device
+    first = min(start, max(origin, start + call - capacity + 1))
+    past = torch.arange(first, start, device=device) % capacity
+    if first == start and start + steps - capacity < start:
+        return Chunk(slot, start, past, None)
     keys = torch.arange(first, start + steps, device=device)
     queries = torch.arange(start, start + steps, device=device)[:, None]
-    return (keys <= queries) & ((queries + 1 < capacity) | (keys > queries + 1 - capacity))
+    written = start + call * ((queries - start) // call + 1)
+    return Chunk(slot, start, past, (keys <= queries) & (keys > written - capacity))
+
+
+def attend_chunk(ring: Ring, layer: int, run: Chunk, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Writes a chunk's rotated k and v into the ring and attends: q, k, v [1, H, T, head_dim] -> the same."""
+    kept = tuple(part[run.slot, layer].index_select(1, run.past) for part in ring.contents)
+    old_k, old_v = loaded(kept, k.dtype)
+    new_k, new_v = store(ring, run.slot, layer, run.start, k[0], v[0])
+    return F.scaled_dot_product_attention(
+        q,
+        torch.cat([old_k, new_k], 1)[None],
+        torch.cat([old_v, new_v], 1)[None],
+        attn_mask=run.mask,
+        is_causal=run.mask is None,
+    )
 
 
 def store(ring: Ring, slot: int, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,19 @@ class Seanet(nn.Module):
                 assert isinstance(layer, Conv)
                 yield layer.inputs, layer.overlap
 
+    def reach(self) -> int:
+        """Input columns that `conv_state` depends on: older ones have left no trace in it."""
+        needed = 0  # columns between two layers, from the last layer up
+        for layer in reversed(list(self.model.values())):
+            if isinstance(layer, Residual):
+                layer = layer.block["1"]
+            if isinstance(layer, ConvTranspose):
+                needed = -(-needed // layer.stride) + 1
+            else:
+                assert isinstance(layer, Conv)
+                needed = needed * layer.stride + layer.overlap
+        return needed
+
     def forward(self, x: Tensor, conv_state: list[Tensor], active: Tensor | None) -> Tensor:
         """x [N, channels, T] through all layers, with an ELU before every plain layer but the first."""
         for index, (layer, state) in enumerate(zip(self.model.values(), conv_state, strict=True)):

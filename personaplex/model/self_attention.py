@@ -39,6 +39,12 @@ class SelfAttention(nn.Module):
         """x [N, T, dim] -> q, k and v as one [N, T, 3, heads, head_dim]."""
         return ops.linear(x, self.inputs[0]).unflatten(-1, (3, self.heads, self.head_dim))
 
+    def project_heads(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """x [1, T, dim] -> q and k, rotated, and v, each [1, heads, T, head_dim], for `ring.attend_chunk`."""
+        qkv = self.project(x)
+        q, k = apply_rope(qkv[:, :, :2], rope).transpose(1, 3).unbind(2)
+        return q, k, qkv[:, :, 2].transpose(1, 2)
+
     def project_kv(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """Rotated k and v, each [N, T, heads, head_dim], for a layer whose output nobody reads."""
         kv = ops.linear(x, self.inputs[0][self.dim :]).unflatten(-1, (2, self.heads, self.head_dim))

@@ -5,12 +5,10 @@ from __future__ import annotations
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
 from personaplex.kernels import ops
-from personaplex.kernels.torch_reference import apply_rope
 from personaplex.model import ring as rings
 from personaplex.model.layers import GatedFeedForward, RMSNorm, Stack
 from personaplex.model.ring import Ring
@@ -56,31 +54,21 @@ class Temporal(nn.Module):
         ring.offset += active
         return x
 
-    def prefill(self, x: Tensor, ring: Ring, slot: int, start: int) -> None:
+    def prefill(self, x: Tensor, ring: Ring, slot: int, start: int, origin: int = 0) -> None:
         """x [1, T, dim], which may be overwritten = positions start.. of one slot; only k and v are kept.
 
-        Each query sees what it would have seen stepping alone. The last layer stops at its keys and values.
+        Each query sees what it would have seen stepping alone, had the slot begun at position `origin`. The
+        last layer stops at its keys and values.
         """
         steps = x.shape[1]
         angles = rope(self.config, torch.arange(start, start + steps, device=x.device)[None])
-        mask = rings.prefill_mask(start, steps, ring.capacity, x.device)
+        run = rings.chunk(ring, slot, start, steps, origin=origin)
         for index, layer in enumerate(self.layers):
             normed = layer.norm1(x)
             if index == len(self.layers) - 1:
                 k, v = layer.self_attn.project_kv(normed, angles)
                 rings.store(ring, slot, index, start, k[0].transpose(0, 1), v[0].transpose(0, 1))
                 break
-            qkv = layer.self_attn.project(normed)
-            q, k = apply_rope(qkv[:, :, :2], angles).transpose(1, 3).unbind(2)  # each [1, H, T, head_dim]
-            v = qkv[:, :, 2].transpose(1, 2)
-            old_k, old_v = rings.past(ring, slot, index, start, k.dtype)
-            new_k, new_v = rings.store(ring, slot, index, start, k[0], v[0])
-            heads = F.scaled_dot_product_attention(
-                q,
-                torch.cat([old_k, new_k[None]], 2),
-                torch.cat([old_v, new_v[None]], 2),
-                attn_mask=mask,
-                is_causal=mask is None,
-            )
-            x = ops.finish_layer(x, heads, layer.step_weights)
+            q, k, v = layer.self_attn.project_heads(normed, angles)
+            x = ops.finish_layer(x, rings.attend_chunk(ring, index, run, q, k, v), layer.step_weights)
         ring.offset[slot] = start + steps

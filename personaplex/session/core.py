@@ -1,4 +1,4 @@
-"""The server's side of one conversation, without a socket, a clock or an engine.
+"""The server's side of one conversation, without a protocol's bytes, a socket, a clock or an engine.
 
     OPENING   connected; parameters are checked, the session may be queued
     PRIMING   it has a slot; the persona is being prefilled, or the client's decoder is still starting
@@ -12,16 +12,16 @@ Laws:
    fault of the shell and raises IllegalEvent. What the peer does never raises: it closes the session.
 2. The handshake is sent once, on entering LIVE, followed by the two header pages of the agent's stream and
    the session's details. Stock clients take the first message for the handshake, so nothing comes before it;
-   but who asked for `status` is told its place in the queue, and the details as soon as they are known. LIVE
-   waits for Ready and for HANDSHAKE_DELAY_S since the upgrade: a browser needs that to start its decoder.
-   Clients that talk first wait for no handshake, so get it at once.
+   but a client that asked for `status` gets its place in the queue, and the details once they are known.
+   LIVE waits for Ready and for HANDSHAKE_DELAY_S since the upgrade: a browser needs that to start its
+   decoder. Clients that talk first wait for no handshake, so get it at once.
 3. Audio is handed on in order, whenever it comes: a client's stream starts with headers that cannot be had
    twice. What the shell keeps of it until LIVE is its own affair.
-4. In LIVE the peer hears something every KEEP_ALIVE_S, if only a ping; agent pages leave by the Pacer, and
-   text behind the page it belongs to.
-5. A peer may send MESSAGES_PER_S and BYTES_PER_S on average, in bursts of MESSAGE_BURST and BYTE_BURST. Of
-   what is not audio only the kind is read. Empty messages, text frames and unknown kinds are spent like
-   others and counted (`ignored`), and end nothing.
+4. In LIVE the peer is sent something every KEEP_ALIVE_S, if only a keep-alive. Agent pages leave by the
+   Pacer, text right after the page it belongs to.
+5. A peer may send MESSAGES_PER_S and BYTES_PER_S on average, in bursts of MESSAGE_BURST and BYTE_BURST. What
+   is not audio only counts against that. Messages the protocol does not know are also counted (`ignored`),
+   and end nothing.
 6. A peer must send audio that can be decoded: within `first_audio_s` of the handshake, then every `idle_s`.
    Nothing else it sends counts, so that a byte now and then does not hold a slot; silence is audio.
 7. Every end on our side is an error message, for people, and then a close with a code and a reason; where
@@ -56,27 +56,22 @@ from personaplex.session.events import (
     Failed,
     FeedAudio,
     LeaseGranted,
+    PeerAudio,
     PeerClosed,
+    PeerMessage,
     Queued,
     Ready,
-    Received,
-    ReceivedText,
     Send,
+    SendAudio,
+    SendDetails,
+    SendError,
+    SendHandshake,
+    SendKeepAlive,
+    SendPlace,
+    SendText,
     Tick,
 )
 from personaplex.session.pacer import Pacer
-from personaplex.session.wire import (
-    Audio,
-    Error,
-    Handshake,
-    Metadata,
-    Ping,
-    Text,
-    audio_of,
-    close_reason,
-    encode,
-    is_unknown,
-)
 
 HANDSHAKE_DELAY_S = 1.1
 KEEP_ALIVE_S = 5.0  # stock web clients leave after 10 s
@@ -116,9 +111,9 @@ _LATE = (Queued, LeaseGranted, Ready, AgentAudio, AgentText, AudioHeard, Failed,
 
 TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     OPENING: {
-        Received: (OPENING, CLOSING),
+        PeerAudio: (OPENING, CLOSING),
+        PeerMessage: (OPENING, CLOSING),
         AudioHeard: (OPENING,),
-        ReceivedText: (OPENING, CLOSING),
         Queued: (OPENING,),
         LeaseGranted: (PRIMING,),
         Failed: (CLOSING,),
@@ -127,9 +122,9 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         PeerClosed: (CLOSED,),
     },
     PRIMING: {
-        Received: (PRIMING, LIVE, CLOSING),
+        PeerAudio: (PRIMING, LIVE, CLOSING),
+        PeerMessage: (PRIMING, CLOSING),
         AudioHeard: (PRIMING,),
-        ReceivedText: (PRIMING, CLOSING),
         Ready: (PRIMING, LIVE),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
@@ -137,8 +132,8 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         PeerClosed: (CLOSED,),
     },
     LIVE: {
-        Received: (LIVE, CLOSING),
-        ReceivedText: (LIVE, CLOSING),
+        PeerAudio: (LIVE, CLOSING),
+        PeerMessage: (LIVE, CLOSING),
         AgentAudio: (LIVE,),
         AgentText: (LIVE,),
         AudioHeard: (LIVE,),
@@ -149,8 +144,8 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     },
     CLOSING: {
         **dict.fromkeys(_LATE, (CLOSING,)),
-        Received: (CLOSING,),
-        ReceivedText: (CLOSING,),
+        PeerAudio: (CLOSING,),
+        PeerMessage: (CLOSING,),
         PeerClosed: (CLOSED,),
     },
     CLOSED: {**dict.fromkeys(_LATE, (CLOSED,)), PeerClosed: (CLOSED,)},
@@ -175,7 +170,7 @@ class SessionCore:
         `status`: the peer wants to know how it stands before the handshake."""
         self.state = OPENING
         self.error: PersonaplexError | None = None  # why our side ended it
-        self.ignored = 0  # messages of no use
+        self.ignored = 0  # messages the protocol does not know
         self.pacer = Pacer(limits.burst_s)
         self._status = status
         self._details: list[Command] = []  # to be sent once live
@@ -222,30 +217,31 @@ class SessionCore:
 
     def _handle(self, event: Event, now: float) -> list[Command]:
         match event:
-            case Received(data):
-                return self._hear(data, now)
-            case ReceivedText(text):
-                self._spend(len(text.encode()), now)
-                self.ignored += 1
+            case PeerAudio(data, size):
+                self._spend(size, now)
+                self._handshake_at = min(self._handshake_at, now)
+                return [*self._go_live_when_due(now), FeedAudio(data)]
+            case PeerMessage(size, known):
+                self._spend(size, now)
+                self.ignored += not known
                 return []
             case Queued(position):
                 self._queued = True
-                return [_place(position)] if self._status else []
+                return [SendPlace(position)] if self._status else []
             case LeaseGranted():
                 self.state = PRIMING
-                return [_place(0)] if self._status and self._queued else []
+                return [SendPlace(0)] if self._status and self._queued else []
             case Ready(details):
                 self._ready = True
-                session = Send(encode(Metadata({"type": "session", **details})))
                 if self._status:
-                    return [session, *self._go_live_when_due(now)]
-                self._details = [session]
+                    return [SendDetails(details), *self._go_live_when_due(now)]
+                self._details = [SendDetails(details)]
                 return self._go_live_when_due(now)
             case AgentAudio(page, quiet):
                 self.pacer.push(page, now, quiet)
                 return self._release(now)
             case AgentText(text):
-                return [Send(data) for data in self.pacer.tell(encode(Text(text)))] if text else []
+                return [*map(SendText, self.pacer.add_text(text))] if text else []
             case AudioHeard():
                 if self.state is LIVE:
                     self._await_audio(self._limits.idle_s, now)
@@ -256,17 +252,6 @@ class SessionCore:
                 raise SessionLost("the server running this session failed; please connect again")
             case _:
                 return self._tick(now)
-
-    def _hear(self, data: bytes, now: float) -> list[Command]:
-        self._spend(len(data), now)
-        if is_unknown(data):
-            self.ignored += 1
-            return []
-        audio = audio_of(data)
-        if not audio:
-            return []
-        self._handshake_at = min(self._handshake_at, now)
-        return [*self._go_live_when_due(now), FeedAudio(audio)]
 
     def _spend(self, size: int, now: float) -> None:
         passed = now - self._refilled_at
@@ -284,9 +269,7 @@ class SessionCore:
         self.state = LIVE
         self._ends_at = now + self._limits.session_s
         self._await_audio(min(self._limits.first_audio_s, self._limits.idle_s), now)
-        commands: list[Command] = [Send(encode(Handshake()))]
-        commands += [Send(encode(Audio(page))) for page in self._headers]
-        return commands + self._details
+        return [SendHandshake(), *map(SendAudio, self._headers), *self._details]
 
     def _tick(self, now: float) -> list[Command]:
         if self.state is not LIVE:
@@ -297,7 +280,7 @@ class SessionCore:
             raise SessionIdle(f"no audio was received for {self._audio_limit_s:g} s")
         commands = self._release(now)
         if not commands and now >= self._last_sent + KEEP_ALIVE_S:
-            commands = [Send(encode(Ping()))]
+            commands = [SendKeepAlive()]
         return commands
 
     def _await_audio(self, limit_s: float, now: float) -> None:
@@ -307,17 +290,12 @@ class SessionCore:
         released = self.pacer.release(now)
         if released is None:
             return []
-        page, beside = released
-        return [Send(encode(Audio(page))), *map(Send, beside)]
+        page, texts = released
+        return [SendAudio(page), *map(SendText, texts)]
 
     def _end(self, error: PersonaplexError) -> list[Command]:
         self.state, self.error = CLOSING, error
         words = str(error)
         if isinstance(error, NoCapacity):
             words += f"; try again in {error.retry_after_s:g} s"
-        return [Send(encode(Error(words))), Close(error.close_code, close_reason(words))]
-
-
-def _place(position: int) -> Send:
-    """Tells a client its place in the queue; 0 is out of it."""
-    return Send(encode(Metadata({"type": "queue", "position": position})))
+        return [SendError(words), Close(error.close_code, words)]

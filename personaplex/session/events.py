@@ -1,7 +1,8 @@
 """What a session core is told and what it asks for.
 
-Events come from three sides: the peer's socket (Received, ReceivedText, PeerClosed), the service behind it
+Events come from three sides: the peer (PeerAudio, PeerMessage, PeerClosed), the service behind the core
 (everything from Queued to EngineLost) and the clock (Tick). Commands go to the shell that owns the socket.
+None of them is bytes of a protocol: a codec (moshi.py) makes events of messages and messages of commands.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ from personaplex.errors import PersonaplexError
 
 
 @dataclass(frozen=True)
-class Received:
-    """One binary message from the peer."""
+class PeerAudio:
+    """A piece of the peer's Ogg stream, not empty. `size`: bytes of the message it came in."""
 
     data: bytes
+    size: int
 
 
 @dataclass(frozen=True)
-class ReceivedText:
-    """One text frame from the peer: there are none in the protocol, so it is ignored."""
+class PeerMessage:
+    """Any other message from the peer, of `size` bytes. `known` is False when the protocol has no such
+    message."""
 
-    text: str
+    size: int
+    known: bool = True
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,8 @@ class Ready:
 
 @dataclass(frozen=True)
 class AudioHeard:
-    """What FeedAudio gave holds audio that could be decoded, silence or not. Told once a second or more often
-    while it comes."""
+    """What FeedAudio handed over was decoded to audio, silence or not. Reported at least once a second while
+    audio comes."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,8 @@ class Tick:
 
 
 Event = (
-    Received
-    | ReceivedText
+    PeerAudio
+    | PeerMessage
     | PeerClosed
     | Queued
     | LeaseGranted
@@ -106,10 +110,48 @@ Event = (
 
 
 @dataclass(frozen=True)
-class Send:
-    """Send one binary message."""
+class SendHandshake:
+    """The session is live."""
 
-    data: bytes
+
+@dataclass(frozen=True)
+class SendAudio:
+    """One Ogg page of the agent's stream."""
+
+    page: bytes
+
+
+@dataclass(frozen=True)
+class SendText:
+    """Agent text, to be appended verbatim; never empty."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class SendPlace:
+    """The place in the queue, 1 being next; 0 when the session has left the queue."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class SendDetails:
+    """What the session was given: voice, seeds, its name."""
+
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SendError:
+    """Why the session ends, in words for people."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class SendKeepAlive:
+    """Nothing to say; the session is still there."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +163,11 @@ class FeedAudio:
 
 @dataclass(frozen=True)
 class Close:
-    """Close the connection. `reason` has at most 123 bytes."""
+    """Close the connection with a WebSocket close code (RFC 6455); `reason` is for people, of any length."""
 
     code: int
     reason: str
 
 
+Send = SendHandshake | SendAudio | SendText | SendPlace | SendDetails | SendError | SendKeepAlive
 Command = Send | FeedAudio | Close

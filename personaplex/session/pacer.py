@@ -16,7 +16,7 @@ and what makes one page late makes all that follow late. Laws:
 4. Who speaks in bursts needs the delay of a burst, and only its first page tells what is beyond that. So no
    period of law 3 ends before it is twice as long as the longest gap in it and in the one before, counted up
    to a burst: it holds the beginning of one, if the engine runs at twice real time or faster.
-5. What is told beside the audio leaves behind the page that came before it, or at once where none waits.
+5. Text leaves right after the page that came before it, or at once when no page waits.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _EPSILON_S = 1e-6  # arrivals are sums of frames
 
 
 @dataclass
-class _Waiting:
+class _QueuedPage:
     page: bytes
-    beside: list[bytes] = field(default_factory=list)  # messages that leave with it, behind it
+    texts: list[str] = field(default_factory=list)  # that leave right after it
 
 
 class Pacer:
@@ -48,8 +48,8 @@ class Pacer:
         self.trimmed = 0
         self.late = 0  # pages that left too late to follow their predecessor: gaps for whoever listens
         self._burst_s = burst_s
-        self._pages: deque[_Waiting] = deque()
-        self._beside: list[bytes] = []  # of pages that were dropped; leave with the next
+        self._pages: deque[_QueuedPage] = deque()
+        self._texts: list[str] = []  # of pages that were dropped; leave with the next
         self._due = float("-inf")  # when the next page may leave
         self._after_quiet = False  # what was the last page pushed
         self._began = float("-inf")  # the period of law 3
@@ -72,25 +72,25 @@ class Pacer:
             self.trimmed += 1
             return
         self._after_quiet = quiet
-        self._pages.append(_Waiting(page))
+        self._pages.append(_QueuedPage(page))
         if len(self._pages) * FRAME_SECONDS > self._burst_s + FRAME_SECONDS:
-            self._beside += self._pages.popleft().beside
+            self._texts += self._pages.popleft().texts
             self.dropped += 1
 
-    def tell(self, message: bytes) -> list[bytes]:
-        """Takes a message that goes with the page pushed last; those to send now, if none waits."""
+    def add_text(self, text: str) -> list[str]:
+        """Queues text behind the page pushed last; returns what to send now: `text` if no page waits."""
         if not self._pages:
-            return [message]
-        self._pages[-1].beside.append(message)
+            return [text]
+        self._pages[-1].texts.append(text)
         return []
 
     def deadline(self) -> float | None:
         """When `release` will have a page; None while nothing waits."""
         return self._due if self._pages else None
 
-    def release(self, now: float) -> tuple[bytes, list[bytes]] | None:
-        """The page that leaves now and what leaves behind it, or None. At most one page per 80 ms, so call it
-        once per deadline."""
+    def release(self, now: float) -> tuple[bytes, list[str]] | None:
+        """The page that leaves now and the texts that follow it, or None. At most one page per 80 ms, so call
+        it once per deadline."""
         if not self._pages or now < self._due:
             return None
         if now - self._due > SLACK_S:
@@ -99,8 +99,8 @@ class Pacer:
             self._begin_period(now)
         self._due += FRAME_SECONDS
         left = self._pages.popleft()
-        beside, self._beside = [*self._beside, *left.beside], []
-        return left.page, beside
+        texts, self._texts = [*self._texts, *left.texts], []
+        return left.page, texts
 
     def _begin_period(self, now: float) -> None:
         self._began, self._least = now, float("inf")

@@ -19,10 +19,31 @@ from typing import Any
 
 from personaplex.errors import PersonaplexError, ProtocolError, SessionLost
 from personaplex.session.core import CLOSED, CLOSING, LIVE, OPENING, PRIMING, State, after
-from personaplex.session.events import Close, PeerClosed, Received, ReceivedText, Send, Tick
-from personaplex.session.wire import Audio, Error, Handshake, Metadata, Text, close_reason, decode, encode
+from personaplex.session.events import Close, PeerClosed, Tick
+from personaplex.session.moshi import Audio, Error, Handshake, Metadata, Text, close_reason, decode, encode
 
 PATIENCE_S = 10.0  # as stock web clients
+
+
+@dataclass(frozen=True)
+class Received:
+    """One binary message from the server."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class ReceivedText:
+    """One text frame from the server: an error, since the protocol has none."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Send:
+    """Send one binary message."""
+
+    data: bytes
 
 
 @dataclass(frozen=True)

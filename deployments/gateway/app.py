@@ -1,0 +1,301 @@
+"""The gateway deployment: the web application clients talk to. No torch in this process.
+
+    /api/chat      WebSocket, one conversation (see personaplex/session); 426 without an upgrade
+    /api/admission whether a session with this query would be let in now: 204, or the refusal
+    /api/info      model, slots and load of the service
+    /api/voices    names a session may ask for
+    /api/prompts   role texts to choose from
+    /metrics       this gateway's own series, where the setting metrics_page asks for them
+    /healthz       200 when sessions can be taken, 503 while no replica is there; `proxy_limits` is whether
+                   the process that read this request has the limits of ingress.py
+    /              the web page
+
+An upgrade is accepted only once the session has a slot or a place in the queue; until then a refusal is an
+HTTP status (`admission.refusal`). Later errors are told as an error message and a close code. Nothing a
+client sent is logged, used as a path or as a metric label.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
+from starlette.staticfiles import StaticFiles
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+import personaplex
+from deployments import ingress, logs, metrics
+from deployments.gateway import tracing
+from deployments.gateway.admission import AccessControl, ClientInfo, refusal
+from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Conversation
+from deployments.gateway.headers import SecurityHeaders
+from deployments.gateway.info import prompt_list, voice_list
+from deployments.gateway.leases import Claim, Leases
+from deployments.gateway.observer import Observer
+from deployments.gateway.query import persona_from, read_query, wants_status
+from deployments.gateway.reconnects import Reconnects
+from deployments.gateway.upstream import Services
+from deployments.parts import GatewaySettings
+from deployments.settings import all_keys, behind_haproxy, proxies_in_front, proxy_callback
+from deployments.wire.link import connect
+from deployments.wire.messages import LeaseRequest
+from personaplex.errors import ConfigError, NoCapacity, PersonaplexError
+from personaplex.persona import Persona
+from personaplex.session.core import Limits
+from personaplex.tokenlog import TokenLog
+
+logger = logging.getLogger(__name__)
+
+PAGE = Path(__file__).parent / "web"
+
+_LEFT = (RuntimeError, OSError, WebSocketDisconnect)  # what a socket raises whose client has gone
+
+
+class Gateway:
+    """Made by Serve, one per process, with handles to the replicas and to the fleet."""
+
+    def __init__(
+        self, settings: GatewaySettings, replicas: DeploymentHandle[Any], fleet: DeploymentHandle[Any]
+    ) -> None:
+        logs.configure(settings.log_level, settings.log_format)
+        self._settings = settings
+        self._fleet = Observer(fleet)
+        self._metrics = metrics.gateway_metrics(page=settings.metrics_page)
+        self._leases = Leases(
+            replicas, queue_limit=settings.queue_limit, queue_timeout_s=settings.queue_timeout_s
+        )
+        self._access = AccessControl(
+            all_keys(settings.api_keys, settings.api_keys_file),
+            settings.allowed_origins,
+            sessions_per_key=settings.sessions_per_key,
+            sessions_per_address=settings.address_limit,
+            trusted_proxies=proxies_in_front(settings.trusted_proxies),
+            unlimited_networks=settings.unlimited,
+            peer_is_proxy=behind_haproxy(),
+        )
+        self._reconnects = Reconnects()
+        self._services = Services(
+            leases=self._leases,
+            metrics=self._metrics,
+            limits=Limits(
+                session_s=settings.session_limit_s,
+                idle_s=settings.idle_limit_s,
+                first_audio_s=settings.first_audio_s,
+                burst_s=settings.burst_s,
+            ),
+            connect=lambda grant, on_message, on_lost: connect(
+                grant.host,
+                grant.port,
+                on_message,
+                on_lost,
+                outbox=settings.burst_frames,
+                stall_s=settings.stall_limit_s,
+            ),
+            connect_timeout_s=settings.lease_timeout_s,
+            keep=self._keep,
+            changed=self._publish,
+            trace=tracing.connect() if settings.tracing else None,
+        )
+        self._open = 0
+        self._empty = asyncio.Event()  # no session is open
+        self._empty.set()
+        self._keeping = asyncio.ensure_future(self._metrics.keep())
+        self._watching = asyncio.ensure_future(self._fleet.wait_close(uuid.uuid4().hex, self._close))
+        warn_of_proxies_without_limits()
+        self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        routes: list[BaseRoute] = [
+            WebSocketRoute("/api/chat", self.chat),
+            Route("/api/chat", self.upgrade_required),
+            WebSocketRoute("/{path:path}", self.no_socket),  # static files know no sockets
+            Route("/api/admission", self.admission),
+            Route("/api/info", self.info),
+            Route("/api/voices", self.voices),
+            Route("/api/prompts", self.prompts),
+            Route("/healthz", self.health),
+        ]
+        if self._settings.metrics_page:
+            routes.append(Route("/metrics", self.metrics))
+        if self._settings.static != "none":
+            page = Path(self._settings.static) if self._settings.static else PAGE
+            if not page.is_dir():
+                raise ConfigError("static is neither none nor a directory")
+            routes.append(Mount("/", StaticFiles(directory=page, html=True)))
+        pages = Middleware(
+            SecurityHeaders, policy=self._settings.content_security_policy, hsts_s=self._settings.hsts_s
+        )
+        return Starlette(routes=routes, middleware=[pages])
+
+    async def chat(self, socket: WebSocket) -> None:
+        session = uuid.uuid4().hex
+        with contextlib.ExitStack() as counted:
+            counted.enter_context(self._counting())
+            try:
+                persona, caller, status = counted.enter_context(self._admit(socket))
+                claim = await self._leases.claim(LeaseRequest.of(session, persona))
+            except PersonaplexError as error:
+                await self._refuse(socket, session, error)
+            except asyncio.CancelledError:
+                logger.info("session %s ended: its client left before it began", session)
+                raise
+            else:
+                conversation = await self._accept(socket, session, claim, status)
+                if conversation is not None:
+                    try:
+                        await conversation.run(persona, claim)
+                    finally:
+                        self._reconnects.ended(caller, conversation.error, time.monotonic())
+
+    async def _accept(
+        self, socket: WebSocket, session: str, claim: Claim, status: bool
+    ) -> Conversation | None:
+        """The conversation, or None when its client has left: then the claim is given back."""
+        try:
+            await socket.accept()
+        except _LEFT:
+            logger.info("session %s ended: its client left before it began", session)
+            return None
+        finally:
+            if socket.application_state is not WebSocketState.CONNECTED:
+                claim.give_up()
+        return Conversation(socket, session, self._services, status=status)
+
+    async def _refuse(self, socket: WebSocket, session: str, error: PersonaplexError) -> None:
+        self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
+        logger.info("session %s refused: %s", session, metrics.cause(error))
+        with contextlib.suppress(*_LEFT):
+            await socket.send_denial_response(refusal(error))
+
+    async def no_socket(self, socket: WebSocket) -> None:
+        with contextlib.suppress(*_LEFT):
+            await socket.send_denial_response(PlainTextResponse("no WebSocket here\n", status_code=404))
+
+    async def upgrade_required(self, request: Request) -> Response:
+        headers = {"upgrade": "websocket", "connection": "upgrade"}
+        return PlainTextResponse("this address speaks WebSocket\n", status_code=426, headers=headers)
+
+    async def admission(self, request: Request) -> Response:
+        """What a page is to tell its user when an upgrade failed: browsers show scripts no status of it."""
+        try:
+            with self._admit(request):
+                if self._open >= self._settings.sessions_per_gateway or (
+                    self._leases.queue_full and not await self._free_slot()
+                ):
+                    raise NoCapacity("every slot is taken and the queue is full")
+        except PersonaplexError as error:
+            return refusal(error)
+        return Response(status_code=204, headers={"cache-control": "no-store"})
+
+    async def census(self) -> dict[str, int]:
+        """What must go back to nothing when the last session has ended; for operators and tests."""
+        return {
+            "sessions": self._open,
+            "live": len(self._services.live),
+            "queued": self._leases.queued,
+            "counted": self._access.counted,
+            "tasks": len(asyncio.all_tasks()),
+        }
+
+    async def info(self, request: Request) -> Response:
+        replicas = await self._fleet.describe()
+        return JSONResponse(
+            {
+                "version": personaplex.__version__,
+                "model": replicas[0].model if replicas else None,
+                "replicas": len(replicas),
+                "slots": sum(replica.slots for replica in replicas),
+                "used": sum(replica.used for replica in replicas),
+                "queued": self._leases.queued,
+                "session_limit_s": self._settings.session_limit_s,
+                "key_needed": self._settings.guarded,
+            }
+        )
+
+    async def voices(self, request: Request) -> Response:
+        replicas = await self._fleet.describe()
+        return JSONResponse(voice_list({voice for replica in replicas for voice in replica.voices}))
+
+    async def prompts(self, request: Request) -> Response:
+        return JSONResponse(prompt_list())
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def health(self, request: Request) -> Response:
+        up = any(replica.accepting for replica in await self._fleet.describe())
+        return JSONResponse(
+            {"status": "ok" if up else "no replica", "proxy_limits": ingress.limited(request.scope)},
+            status_code=200 if up else 503,
+        )
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        self._open += 1
+        self._empty.clear()
+        self._publish()
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._empty.set()
+            self._publish()
+
+    @contextlib.contextmanager
+    def _admit(self, connection: HTTPConnection) -> Iterator[tuple[Persona, str, bool]]:
+        """The persona asked for, the caller's name for Reconnects and whether it wants status, while the
+        session is counted. Raises what the client is to be told."""
+        if self._open > self._settings.sessions_per_gateway:
+            raise NoCapacity("this gateway holds as many sessions as it may")
+        query = read_query(connection.scope["query_string"], self._settings.query_limit_bytes)
+        with self._access.enter(ClientInfo.of(connection, query)) as caller:
+            persona = persona_from(query)
+            caller = f"{caller} {persona.voice} {hash(persona.text_prompt)}"
+            self._reconnects.check(caller, time.monotonic())
+            yield persona, caller, wants_status(query)
+
+    async def _free_slot(self) -> bool:
+        return any(one.accepting and one.used < one.slots for one in await self._fleet.describe())
+
+    async def _close(self) -> None:
+        """The service ends: whoever waits is told; those who hold a slot hear it from their replica."""
+        self._leases.close()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._empty.wait(), CLOSE_TIMEOUT_S)
+
+    def _publish(self) -> None:
+        self._metrics.set(metrics.SESSIONS_LIVE, len(self._services.live))
+        self._metrics.set(metrics.SESSIONS_QUEUED, self._leases.queued)
+
+    async def _keep(self, session: str, log: TokenLog) -> None:
+        folder = self._settings.token_log_dir
+        if folder is None or not len(log):
+            return
+        try:
+            await asyncio.to_thread(folder.mkdir, mode=0o700, parents=True, exist_ok=True)
+            # Packing an hour takes a quarter of a second: three frames of every other session.
+            await asyncio.to_thread(log.save, folder / f"{session}.npz")
+        except OSError:
+            logger.exception("the tokens of session %s could not be saved", session)
+
+
+def warn_of_proxies_without_limits() -> None:
+    """One line of log where Ray's processes were started without the limits of ingress.py."""
+    if proxy_callback() != ingress.CALLBACK:
+        logger.warning(
+            "Serve's proxies take compressed messages of 16 MiB from anybody: set %s=%s for Ray",
+            *(ingress.VARIABLE, ingress.CALLBACK),
+        )

@@ -1,0 +1,198 @@
+"""One session in a gateway: a WebSocket on one side, a line to a replica on the other, the core between.
+
+The core decides, this file does: it turns socket messages, the line's news and time into events and the
+core's commands into bytes. Everything runs on one event loop. In the end the TokenLog is handed to `keep`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from ray.exceptions import TaskCancelledError
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from deployments.gateway.leases import Claim
+from deployments.gateway.stats import Account
+from deployments.gateway.upstream import Line, Services
+from personaplex.errors import ClientError, PersonaplexError, SessionLost
+from personaplex.persona import Persona
+from personaplex.session.core import SessionCore, State
+from personaplex.session.events import (
+    Close,
+    Command,
+    EngineLost,
+    Event,
+    Failed,
+    FeedAudio,
+    PeerClosed,
+    Tick,
+)
+from personaplex.session.moshi import bytes_of, close_reason, event_of, event_of_text
+
+logger = logging.getLogger(__name__)
+
+UNSENT_LIMIT = 256  # messages a client may leave unread: 20 s of speech
+CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
+
+
+class Conversation:
+    """Made for one accepted WebSocket; `run` lasts as long as the session."""
+
+    def __init__(self, socket: WebSocket, session: str, services: Services, *, status: bool = False) -> None:
+        """`status`: see `SessionCore`."""
+        self._socket, self._session, self._services = socket, session, services
+        self._account = Account(session, services.metrics, services.trace)
+        self._line = Line(session, services, self._account, self._on)
+        headers = self._line.transcoder.headers()
+        self._core = SessionCore(headers, services.limits, self._account.began, status=status)
+        self._loop = asyncio.get_running_loop()
+        self._unsent: deque[bytes] = deque()
+        self._close: Close | None = None
+        self._writable = asyncio.Event()  # something is unsent, or the end has come
+        self._closed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_due = 0.0
+        self._was_live = False
+
+    @property
+    def error(self) -> PersonaplexError | None:
+        """Why our side ended the session; None when the client left."""
+        return self._core.error
+
+    async def run(self, persona: Persona, claim: Claim) -> None:
+        """Serves the client until either side ends it. The claim is this session's from now on."""
+        tasks = [
+            asyncio.ensure_future(task) for task in (self._read(), self._write(), self._serve(persona, claim))
+        ]
+        try:
+            await self._closed.wait()
+        finally:
+            # Serve cancels a handler, more than once, when its client has gone: what frees things comes first
+            # and awaits nothing, what has to wait goes on without us.
+            self._finish(tasks)
+            claim.give_up()
+            ending = asyncio.ensure_future(self._wind_up(tasks))
+            self._services.ending.add(ending)
+            ending.add_done_callback(self._services.ending.discard)
+            await asyncio.shield(ending)
+
+    # Tasks
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                message = await self._socket.receive()
+                if message["type"] == "websocket.disconnect":
+                    break
+                data = message.get("bytes")
+                self._on(event_of_text(message["text"]) if data is None else event_of(data))
+        except (WebSocketDisconnect, RuntimeError, TaskCancelledError):
+            pass  # RuntimeError: Starlette, when it was closed before; the last: Serve, whose client has left
+        except Exception as error:  # noqa: BLE001  a task root: Serve raises all sorts when its proxy is gone
+            logger.warning("session %s: its connection is gone: %s", self._session, type(error).__name__)
+        self._on(PeerClosed())  # nobody is there any more, whatever the cause
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                await self._writable.wait()
+                self._writable.clear()
+                while self._unsent:
+                    await self._socket.send_bytes(self._unsent.popleft())
+                if self._close is not None:
+                    await self._socket.close(self._close.code, close_reason(self._close.reason))
+                    return
+        except (WebSocketDisconnect, RuntimeError):  # the reader notices too, and says so
+            pass
+        except Exception as error:  # noqa: BLE001  a task root, as above
+            logger.warning("session %s: its connection is gone: %s", self._session, type(error).__name__)
+            self._on(PeerClosed())
+
+    async def _serve(self, persona: Persona, claim: Claim) -> None:
+        """Opens the line; from then on what the replica says carries the session."""
+        try:
+            await self._line.open(persona, claim)
+        except PersonaplexError as error:
+            self._on(Failed(error))
+        except OSError:
+            self._on(EngineLost())
+        except Exception:  # a task root: the client is told, the log has the reason
+            logger.exception("session %s failed", self._session)
+            self._on(Failed(SessionLost("the server failed; please connect again")))
+
+    # Events and commands
+
+    def _on(self, event: Event) -> None:
+        if self._core.state is State.CLOSED:
+            return
+        for command in self._core.receive(event, time.monotonic()):
+            self._do(command)
+        self._notice_change()
+        if len(self._unsent) > UNSENT_LIMIT and self._close is None:
+            self._unsent.clear()
+            self._on(Failed(ClientError("the client does not read what it is sent")))
+
+    def _do(self, command: Command) -> None:
+        match command:
+            case FeedAudio(data):
+                self._line.hear(data)
+            case Close():
+                self._close = command
+                self._writable.set()
+                self._loop.call_later(CLOSE_TIMEOUT_S, self._closed.set)
+            case _:
+                self._unsent.append(bytes_of(command))
+                self._writable.set()
+
+    def _notice_change(self) -> None:
+        state = self._core.state
+        if state is State.LIVE:
+            if not self._was_live:
+                self._was_live = True
+                self._services.live.add(self._session)
+                self._services.changed()
+                self._account.live()
+        elif state in (State.CLOSING, State.CLOSED):
+            self._line.stop()
+            if state is State.CLOSED:
+                self._closed.set()
+        self._set_timer(self._core.deadline())
+
+    def _set_timer(self, due: float | None) -> None:
+        # One that rings too early does no harm, and most are moved on by every message.
+        if due is None or (self._timer is not None and self._timer_due <= due):
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer_due = due
+        self._timer = self._loop.call_later(max(0.0, due - time.monotonic()), self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._on(Tick())
+
+    # The end
+
+    def _finish(self, tasks: Sequence[asyncio.Future[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._line.close()
+        self._services.live.discard(self._session)
+        self._account.close(self._core.error, self._core.pacer, self._line.transcoder, self._core.ignored)
+
+    async def _wind_up(self, tasks: Sequence[asyncio.Future[None]]) -> None:
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._line.release(CLOSE_TIMEOUT_S)
+        states = (self._socket.client_state, self._socket.application_state)
+        if WebSocketState.DISCONNECTED not in states:
+            with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(self._socket.close(1011), CLOSE_TIMEOUT_S)
+        # Last: whatever becomes of it, all else is done.
+        await self._services.keep(self._session, self._line.log)

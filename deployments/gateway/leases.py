@@ -1,0 +1,242 @@
+"""The right to one slot: how a gateway gets it from a replica.
+
+A lease is one long-lived streaming call to the replica deployment. Its first item is a Grant (or a Refusal);
+it ends when the slot is free again. So Serve's count of ongoing calls is the count of sessions, for admission
+and for autoscaling alike. `Leases.claim` tells at once whether a session gets a slot, a place in the queue of
+this gateway or neither; the Claim waits its turn, reports its place, and bounds the wait. Between gateways
+the order is as good as chance: the calls that wait lie in each gateway's own router, where Serve's
+autoscaling counts them, and none knows of the others'.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from deployments.policy import GRACE_S
+from deployments.wire.messages import Grant, LeaseRequest
+from personaplex.errors import NoCapacity, PersonaplexError, SessionLost
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.2  # between two tries after a replica refused or died
+
+
+class Lease:
+    """A granted slot. Ends when the replica says so; `release` gives back one that was never used."""
+
+    def __init__(self, grant: Grant, response: Any) -> None:
+        self.grant = grant
+        self._response = response
+        self._end = asyncio.ensure_future(self._watch())
+
+    async def wait_freed(self, timeout_s: float) -> bool:
+        """Waits until the slot is free; False when that took longer than `timeout_s`."""
+        done, _ = await asyncio.wait({self._end}, timeout=timeout_s)
+        return bool(done)
+
+    def release(self) -> None:
+        """Gives the slot back whatever its state. Idempotent."""
+        if not self._end.done():
+            cancel(self._response)
+            self._end.cancel()
+
+    async def _watch(self) -> None:
+        # A replica that dies ends the media link too, and that is where the session learns of it.
+        with contextlib.suppress(RayError, RayServeException, StopAsyncIteration):
+            while True:
+                await self._response.__anext__()
+
+
+@dataclass(eq=False)
+class Waiter:
+    """A session without a slot yet."""
+
+    placed: asyncio.Future[None]  # done once it is queued
+    tell: Callable[[int], None] | None = None
+    queued: bool = False
+    told: int = 0
+
+    def announce(self, position: int) -> None:
+        if self.told != position:
+            self.told = position
+            if self.tell is not None:
+                self.tell(position)
+
+
+class Claim:
+    """What `Leases.claim` gave: a slot, or a place in the queue that leads to one. `began` is when it was
+    asked for, by the monotonic clock."""
+
+    def __init__(self, waiter: Waiter, turn: asyncio.Future[Lease], began: float) -> None:
+        self.began = began
+        self._waiter, self._turn = waiter, turn
+        self._taken = False
+
+    async def lease(self, tell: Callable[[int], None]) -> Lease:
+        """The slot, once there is one. `tell(position)` is called with the place in the queue, if there is
+        one, and when it moves up, 1 being next.
+
+        Raises NoCapacity when the wait is too long. Cancelling gives everything back.
+        """
+        self._waiter.tell = tell
+        if self._waiter.told:
+            tell(self._waiter.told)
+        try:
+            lease = await self._turn
+        except BaseException:
+            self.give_up()
+            raise
+        self._taken = True
+        return lease
+
+    def give_up(self) -> None:
+        """Gives back whatever `lease` has not handed out. Idempotent."""
+        if self._taken:
+            return
+        self._taken = True
+        if not self._turn.done():
+            self._turn.cancel()
+        elif not self._turn.cancelled() and self._turn.exception() is None:
+            self._turn.result().release()
+
+
+class Leases:
+    """The sessions of one gateway that wait for a slot, first come first served."""
+
+    def __init__(self, replicas: DeploymentHandle[Any], *, queue_limit: int, queue_timeout_s: float) -> None:
+        self._call = replicas.options(method_name="lease", stream=True)
+        self._queue_limit, self._queue_timeout_s = queue_limit, queue_timeout_s
+        self._waiting: list[Waiter] = []
+        self._closed = asyncio.get_running_loop().create_future()
+
+    @property
+    def queued(self) -> int:
+        return sum(waiter.queued for waiter in self._waiting)
+
+    @property
+    def queue_full(self) -> bool:
+        return self.queued >= self._queue_limit
+
+    async def claim(self, request: LeaseRequest) -> Claim:
+        """Returns as soon as the session has a slot or a place in the queue.
+
+        Raises NoCapacity when it gets neither, SessionLost when the service is being stopped. Cancelling
+        gives everything back.
+        """
+        waiter = Waiter(asyncio.get_running_loop().create_future())
+        turn = asyncio.ensure_future(self._wait_turn(request, waiter))
+        claim = Claim(waiter, turn, time.monotonic())
+        try:
+            known: set[asyncio.Future[Any]] = {turn, waiter.placed}
+            await asyncio.wait(known, return_when=asyncio.FIRST_COMPLETED)
+            if turn.done():
+                turn.result()  # raises what it ended with
+        except BaseException:
+            claim.give_up()
+            raise
+        return claim
+
+    async def _wait_turn(self, request: LeaseRequest, waiter: Waiter) -> Lease:
+        self._waiting.append(waiter)
+        try:
+            return await self._acquire(request, waiter)
+        finally:
+            self._waiting.remove(waiter)
+            self._announce()
+
+    def close(self) -> None:
+        """The service is being stopped: whoever waits, now or later, is told so. Idempotent."""
+        if not self._closed.done():
+            self._closed.set_result(None)
+
+    async def _acquire(self, request: LeaseRequest, waiter: Waiter) -> Lease:
+        began = time.monotonic()
+        warned = False
+        while True:
+            if self._closed.done():
+                raise SessionLost("the server is being stopped; please connect again")
+            attempt = _Attempt(self._call.remote(request), self._closed)
+            try:
+                if not await attempt.wait(GRACE_S if not waiter.queued else 0):
+                    self._queue(waiter)
+                    if not await attempt.wait(began + self._queue_timeout_s - time.monotonic()):
+                        raise NoCapacity("no slot became free in time", self._queue_timeout_s)
+                grant = attempt.result(warn=not warned)
+            except BaseException:
+                attempt.cancel()
+                raise
+            if grant is not None:
+                return Lease(grant, attempt.response)
+            warned = True
+            self._queue(waiter)
+            if time.monotonic() - began > self._queue_timeout_s:
+                raise NoCapacity("no slot became free in time", self._queue_timeout_s)
+            await asyncio.sleep(RETRY_S)
+
+    def _queue(self, waiter: Waiter) -> None:
+        if waiter.queued:
+            return
+        if self.queue_full:
+            raise NoCapacity("every slot is taken and the queue is full")
+        waiter.queued = True
+        self._announce()
+        waiter.placed.set_result(None)
+
+    def _announce(self) -> None:
+        queued = (waiter for waiter in list(self._waiting) if waiter.queued)
+        for position, waiter in enumerate(queued, start=1):
+            waiter.announce(position)
+
+
+class _Attempt:
+    """One call for a lease, up to its first item."""
+
+    def __init__(self, response: Any, closed: asyncio.Future[None]) -> None:
+        self.response = response
+        self._first: asyncio.Future[Any] = asyncio.ensure_future(response.__anext__())
+        self._closed = closed
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Whether the first item came in time. Raises SessionLost when `closed` came before it."""
+        await asyncio.wait(
+            {self._first, self._closed}, timeout=max(0.0, timeout_s), return_when=asyncio.FIRST_COMPLETED
+        )
+        if self._closed.done() and not self._first.done():
+            raise SessionLost("the server is being stopped; please connect again")
+        return self._first.done()
+
+    def result(self, *, warn: bool) -> Grant | None:
+        """The grant, or None when another try may do better; then one line of log if `warn`."""
+        try:
+            first = self._first.result()
+        except (RayError, RayServeException, StopAsyncIteration) as error:
+            if warn:
+                logger.warning("a lease could not be had, trying again: %s", type(error).__name__)
+            return None
+        return first if isinstance(first, Grant) else None
+
+    def cancel(self) -> None:
+        self._first.add_done_callback(_forget)  # Serve makes an error of its own of a cancelled call
+        self._first.cancel()
+        cancel(self.response)
+
+
+def _forget(done: asyncio.Future[Any]) -> None:
+    if not done.cancelled():
+        done.exception()
+
+
+def cancel(response: Any) -> None:
+    """Cancels a streaming call; one that failed before raises its old error here, and nobody needs it."""
+    with contextlib.suppress(RayError, RayServeException, asyncio.CancelledError, PersonaplexError):
+        response.cancel()

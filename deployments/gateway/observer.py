@@ -1,0 +1,60 @@
+"""The fleet as a gateway sees it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from deployments.wire.messages import ReplicaStatus
+
+logger = logging.getLogger(__name__)
+
+ASK_TIMEOUT_S = 2.0
+ASK_EVERY_S = 0.5
+RETRY_S = 1.0  # while the fleet is away
+
+
+class Observer:
+    """The replicas as of at most ASK_EVERY_S ago, and news of the service's end."""
+
+    def __init__(self, fleet: DeploymentHandle[Any]) -> None:
+        self._fleet = fleet
+        self._asking = asyncio.Lock()
+        self._known: list[ReplicaStatus] = []
+        self._asked = float("-inf")
+
+    async def wait_close(self, gateway: str, close: Callable[[], Awaitable[None]]) -> None:
+        """Awaits `close()` once the service ends. To be run as a task for as long as the gateway lives."""
+        while True:
+            try:
+                await _answer(self._fleet.wait_close.remote(gateway))
+                await close()
+                await _answer(self._fleet.closed.remote(gateway))
+                return
+            except (RayError, RayServeException) as error:  # the fleet has ended and will be there again
+                logger.info("the fleet is away: %s", type(error).__name__)
+                await asyncio.sleep(RETRY_S)
+
+    async def describe(self) -> list[ReplicaStatus]:
+        """[] while no replica is there, and when the fleet does not answer."""
+        async with self._asking:
+            if time.monotonic() - self._asked >= ASK_EVERY_S:
+                try:
+                    self._known = await asyncio.wait_for(
+                        _answer(self._fleet.describe.remote()), ASK_TIMEOUT_S
+                    )
+                except (RayError, RayServeException, asyncio.TimeoutError):
+                    self._known = []
+                self._asked = time.monotonic()
+            return self._known
+
+
+async def _answer(response: Any) -> Any:
+    return await response

@@ -1,0 +1,91 @@
+"""What each deployment is told of the settings: the values it reads, under their own names.
+
+Serve compares what a deployment was made with. A value that a replica does not read is not in its part, so
+changing it leaves the replicas' deployment as it is, and the other way round. Derived values (`gather_s`,
+`address_limit`) are in a part as what they came to. What depends on the process (keys in a file, HAProxy's
+environment) is left to the process: `settings.all_keys`, `settings.proxies_in_front`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import SecretStr
+
+from deployments.addresses import Network
+from deployments.settings import Settings
+from personaplex.config import EngineConfig
+
+P = TypeVar("P", bound="_Part")
+
+
+@dataclass(frozen=True)
+class _Part:
+    log_level: Literal["debug", "info", "warning", "error"]
+    log_format: Literal["text", "json"]
+    burst_frames: int
+    stall_limit_s: float
+    lease_timeout_s: float
+
+    @classmethod
+    def of(cls: type[P], settings: Settings) -> P:
+        """This part of `settings`."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class GatewaySettings(_Part):
+    """What a gateway reads; see `Settings` for each."""
+
+    queue_limit: int
+    queue_timeout_s: float
+    session_limit_s: float
+    idle_limit_s: float
+    first_audio_s: float
+    burst_s: float
+    sessions_per_gateway: int
+    api_keys: tuple[SecretStr, ...]
+    api_keys_file: Path | None
+    guarded: bool
+    allowed_origins: tuple[str, ...]
+    sessions_per_key: int
+    address_limit: int
+    unlimited: tuple[Network, ...]
+    trusted_proxies: int | None
+    query_limit_bytes: int
+    static: str
+    content_security_policy: str
+    hsts_s: int
+    token_log_dir: Path | None
+    metrics_page: bool
+    tracing: bool
+
+
+@dataclass(frozen=True)
+class ReplicaSettings(_Part):
+    """What a replica reads; see `Settings` for each."""
+
+    model: str
+    step_times: Path | None
+    hf_repo: str
+    hf_revision: str
+    moshi_weight: Path | None
+    mimi_weight: Path | None
+    tokenizer: Path | None
+    voice_prompt_dir: Path | None
+    device: Literal["auto", "cpu", "cuda"]
+    dtype: Literal["auto", "float32", "bfloat16"]
+    weights: Literal["auto", "int8"]
+    kv: Literal["auto", "int8"]
+    cpu_offload: bool
+    slots: int
+    prompt_tokens: int
+    engine_config: EngineConfig
+    gather_s: float
+    replica_num_cpus: float
+    load_timeout_s: float
+    media_host: str
+    media_port_min: int
+    media_port_max: int

@@ -1,0 +1,169 @@
+"""The media link: one TCP connection per session between a gateway and the replica that holds its slot.
+
+Every message is `length: uint32 LE | kind: uint8 | payload` (messages.py), length counting the kind and the
+payload. Contract: bytes and connections only, no Ray, no engine. Nothing is queued without a bound: while the
+peer does not read, the newest `outbox` frames are kept, older ones are dropped and counted. The kernel ends
+a connection whose other machine is gone, or whose other process stands still, within about a second more than
+`stall_s` (the setting `stall_limit_s`): a shorter stall is a gap. A process that ends closes it at once.
+Bytes outside this protocol raise ProtocolError and end the connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from typing import Any, cast
+
+from deployments.wire.messages import FRAME_BYTES, Kind, pack_error
+from personaplex.errors import PersonaplexError, ProtocolError
+
+SOCKET_BYTES = 65_536  # the kernel's send buffer: 8 frames
+MESSAGE_LIMIT = 65_536  # bytes; no message of this protocol comes near
+
+_LENGTH = struct.Struct("<I")
+
+OnMessage = Callable[["Link", Kind, bytes], None]
+OnLost = Callable[["Link"], None]
+
+
+class Link(asyncio.Protocol):
+    """One end of a connection. `on_message(kind, payload)` and `on_lost()` are called on the event loop;
+    `on_lost` once, after the last message. A ProtocolError raised by `on_message` ends the connection.
+    `outbox` is the number of frames that may wait for a peer that does not read."""
+
+    def __init__(self, on_message: OnMessage, on_lost: OnLost, *, outbox: int, stall_s: float) -> None:
+        self._on_message, self._on_lost = on_message, on_lost
+        self._outbox_limit, self._stall_s = outbox, stall_s
+        self._transport: asyncio.Transport | None = None
+        self._received = bytearray()
+        self._outbox: deque[bytes] = deque()
+        self._writable = True
+        self._closing = False
+        self.dropped = 0  # messages not sent because the peer does not read
+
+    @property
+    def open(self) -> bool:
+        return self._transport is not None and not self._closing
+
+    def send(self, kind: Kind, payload: bytes) -> None:
+        """Sends one message in order, however much is waiting. Without effect once the link is closed."""
+        if self._transport is not None and not self._closing:
+            self._flush()
+            self._transport.write(_LENGTH.pack(len(payload) + 1) + bytes((kind,)) + payload)
+
+    def send_frame(self, kind: Kind, payload: bytes) -> None:
+        """Sends one FRAME or REPLY; while the peer does not read, only the newest `outbox` are kept."""
+        if self._writable:
+            self.send(kind, payload)
+            return
+        self._outbox.append(_LENGTH.pack(len(payload) + 1) + bytes((kind,)) + payload)
+        if len(self._outbox) > self._outbox_limit:
+            self._outbox.popleft()
+            self.dropped += 1
+
+    def close(self, error: PersonaplexError | None = None) -> None:
+        """Says why, sends what is waiting and closes; a peer that does not read is cut off after a while by
+        the kernel. A link that is not connected yet never will be. Idempotent."""
+        if self._transport is None or self._closing:
+            self._closing = True
+            return
+        self.send(Kind.CLOSE, b"{}" if error is None else pack_error(error))
+        self._closing = True
+        if self._writable:
+            self._transport.close()
+        else:
+            self._transport.abort()
+
+    # asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=2 * FRAME_BYTES)  # beyond it frames wait in the outbox
+        tune(cast(socket.socket, transport.get_extra_info("socket")), self._stall_s)
+        if self._closing:
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        try:
+            self._parse()
+        except ProtocolError as error:
+            self._received.clear()
+            self.close(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._on_lost(self)
+
+    def pause_writing(self) -> None:
+        self._writable = False
+
+    def resume_writing(self) -> None:
+        self._writable = True
+        self._flush()
+
+    def _parse(self) -> None:
+        start = 0
+        while not self._closing and len(self._received) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(self._received, start)
+            if not 1 <= length <= MESSAGE_LIMIT:
+                raise ProtocolError("a message of an impossible length")
+            end = start + _LENGTH.size + length
+            if len(self._received) < end:
+                break
+            try:
+                kind = Kind(self._received[start + _LENGTH.size])
+            except ValueError as error:
+                raise ProtocolError("a message of an unknown kind") from error
+            self._on_message(self, kind, bytes(self._received[start + _LENGTH.size + 1 : end]))
+            start = end
+        del self._received[:start]
+
+    def _flush(self) -> None:
+        while self._outbox and self._transport is not None:
+            self._transport.write(self._outbox.popleft())
+
+
+def tune(sock: Any, stall_s: float) -> None:
+    """No delay for small messages; whoever answers nothing, or reads nothing, for longer than `stall_s` is
+    given up by the kernel, about a second later."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    probes = min(math.ceil(stall_s), 127)
+    for name, value in (("TCP_KEEPIDLE", 1), ("TCP_KEEPINTVL", 1), ("TCP_KEEPCNT", probes)):
+        if hasattr(socket, name):  # not on macOS
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1_000 * (stall_s + 1)))
+
+
+async def connect(
+    host: str, port: int, on_message: OnMessage, on_lost: OnLost, *, outbox: int, stall_s: float
+) -> Link:
+    """A link to a listening replica; see `Link`. Raises OSError."""
+    link = Link(on_message, on_lost, outbox=outbox, stall_s=stall_s)
+    await asyncio.get_running_loop().create_connection(lambda: link, host, port)
+    if not link.open:
+        raise ConnectionError("the replica hung up at once")
+    return link
+
+
+async def listen(
+    make_link: Callable[[], Link], host: str, port_min: int = 0, port_max: int = 0
+) -> tuple[asyncio.Server, int]:
+    """A server on the first free port of the range (0: any), and that port. OSError when none is free."""
+    loop = asyncio.get_running_loop()
+    for port in range(port_min, max(port_min, port_max) + 1):
+        try:
+            server = await loop.create_server(make_link, host, port, backlog=512)
+        except OSError:
+            if port >= port_max:
+                raise
+            continue
+        return server, server.sockets[0].getsockname()[1]
+    raise AssertionError("the range holds at least one port")

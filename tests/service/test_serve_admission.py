@@ -1,0 +1,270 @@
+"""Who is let in by a running service, in what words the others are refused, and that a neighbour does not
+notice clients that ask for nothing, or for a slot and nothing more. Attackers come from a loopback address
+other than the neighbours', which is not limited."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from attackers import BINARY, SOURCE, Raw, Target, frame
+from serving import Client, Service, connect, running, speech
+
+from deployments.connections import REQUEST_TIMEOUT_S
+from deployments.gateway.reconnects import FIRST_WAIT_S
+from personaplex.session.core import HANDSHAKE_DELAY_S
+from personaplex.session.moshi import Audio
+
+GAP_S = 0.5
+SLOTS = 8
+FIRST_AUDIO_S = 1.5
+KEY = "X-API-Key: right"
+
+
+def _target(service: Service, query: str = "", path: str = "api/chat") -> Target:
+    host, _, name = service.base.partition("/")
+    address, _, port = host.partition(":")
+    return Target(address, int(port), f"/{name}/{path}{query and '?' + query}")
+
+
+def _answer(head: str) -> tuple[int, dict[str, str]]:
+    """Status and headers of an answer."""
+    first, *lines = head.strip().split("\r\n")
+    named = (line.partition(":") for line in lines)
+    return int(first.split()[1]), {name.lower(): value.strip() for name, _, value in named}
+
+
+def _upgrade(target: Target, *headers: str) -> tuple[int, dict[str, str], str]:
+    """Status, headers and words of the answer to an upgrade from SOURCE that is refused."""
+    with Raw(target) as raw:
+        status, named = _answer(raw.upgrade(*headers))
+        size = int(named.get("content-length", 0))
+        return status, named, raw.socket.makefile("rb").read(size).decode()
+
+
+@pytest.fixture(scope="module")
+def guarded(cluster: str) -> Iterator[Service]:
+    with running(
+        cluster,
+        model="echo",
+        slots=2,
+        queue_limit=1,
+        sessions_per_gateway=3,
+        api_keys="right",
+        allowed_origins="https://a.example",
+        sessions_per_address=1,
+        unlimited_networks="127.0.0.1",
+    ) as service:
+        yield service
+
+
+@pytest.mark.parametrize(
+    ("query", "headers", "status", "word"),
+    [
+        ("", (), 401, "key"),
+        ("", ("X-API-Key: wrong",), 401, "key"),
+        ("", (KEY, "Origin: https://b.example"), 403, "origin"),
+        ("seed=-7", (KEY,), 400, "seed"),
+        ("voice_prompt=..%2Fetc", (KEY,), 400, "voice"),
+        ("a=%FF", (KEY,), 400, "query"),
+    ],
+)
+def test_a_refusal_is_a_status_before_the_upgrade(
+    guarded: Service, query: str, headers: tuple[str, ...], status: int, word: str
+) -> None:
+    got, named, words = _upgrade(_target(guarded, query), *headers)
+    assert got == status
+    assert word in words
+    assert ("www-authenticate" in named) == (status == 401)
+
+
+def test_no_upgrade_and_no_such_address(guarded: Service) -> None:
+    with Raw(_target(guarded)) as raw:
+        raw.request()
+        status, named = _answer(raw.head())
+    assert (status, named["upgrade"]) == (426, "websocket")
+    assert _upgrade(_target(guarded, path="app.js"))[0] == 404
+
+
+def test_an_address_has_its_limit_and_a_gateway_too(guarded: Service) -> None:
+    """The limit of a caller is told by another status than the lack of room."""
+
+    async def run() -> None:
+        headers = {"X-API-Key": "right"}
+        async with contextlib.AsyncExitStack() as stack:
+            with Raw(_target(guarded)) as first:
+                assert _answer(first.upgrade(KEY))[0] == 101
+                status, named, words = await asyncio.to_thread(_upgrade, _target(guarded), KEY)
+                assert (status, "address" in words) == (429, True)
+                assert int(named["retry-after"]) > 0
+                forged = ("X-Forwarded-For: 203.0.113.5", "Forwarded: for=203.0.113.5")
+                assert (await asyncio.to_thread(_upgrade, _target(guarded), KEY, *forged))[0] == 429
+            await asyncio.to_thread(guarded.wait_idle, 5.0)
+            clients = [await stack.enter_async_context(connect(guarded, headers)) for _ in range(3)]
+            await clients[2].until(lambda heard: heard.queue == [1])
+            status, named, words = await asyncio.to_thread(_upgrade, _target(guarded), KEY)
+            assert (status, "gateway" in words) == (503, True)
+            assert int(named["retry-after"]) > 0
+
+    asyncio.run(run())
+    guarded.wait_idle()
+
+
+# Neighbours
+
+
+@pytest.fixture(scope="module")
+def service(cluster: str) -> Iterator[Service]:
+    with running(
+        cluster,
+        model="echo",
+        slots=SLOTS,
+        first_audio_s=FIRST_AUDIO_S,
+        idle_limit_s=4.0,
+        unlimited_networks="127.0.0.1",
+        log_level="info",
+    ) as service:
+        yield service
+
+
+async def _undisturbed(service: Service, attack: Callable[[], Any]) -> Any:
+    """What `attack` returns, which runs while a neighbour talks; fails when the neighbour notices."""
+    async with connect(service) as client:
+        await client.headers()
+        await client.until(lambda heard: heard.live)
+        talking = asyncio.ensure_future(_talk_on(client))
+        await asyncio.sleep(2.0)
+        began = time.monotonic()
+        result = await asyncio.to_thread(attack)
+        ended = time.monotonic()
+        await asyncio.sleep(0.5)
+        talking.cancel()
+        assert not client.ended
+    heard = np.array([at for at, message in client.heard.messages if isinstance(message, Audio)][2:])
+    quiet = np.diff(heard[heard < began]).max()
+    gaps = np.diff(heard[(heard > began - 0.2) & (heard < ended + 0.5)])
+    assert gaps.max() <= max(GAP_S, 3 * quiet), (quiet, np.sort(gaps)[-5:])
+    return result
+
+
+async def _talk_on(client: Client) -> None:
+    while True:
+        await client.speak(speech(8.0))
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[list[str]]:
+    """The lines that all processes of the cluster log meanwhile."""
+    folder = Path("/tmp/ray", ray.get_runtime_context().get_session_name(), "logs")
+
+    def sizes() -> dict[Path, int]:
+        return {path: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+    before, lines = sizes(), list[str]()
+    yield lines
+    for path in sizes():
+        with path.open("rb") as file:
+            file.seek(before.get(path, 0))
+            lines += file.read().decode(errors="replace").splitlines()
+
+
+def test_connections_that_ask_for_nothing_are_closed(service: Service) -> None:
+    """A thousand of them: half say nothing, half send their request byte by byte."""
+    target = _target(service)
+
+    def attack() -> float:
+        with contextlib.ExitStack() as stack:
+            crowd = []
+            for _ in range(1_000):
+                one = socket.create_connection((target.host, target.port), 10, source_address=(SOURCE, 0))
+                crowd.append(stack.enter_context(one))
+            slow, began = crowd[500:], time.monotonic()
+            for one in slow:
+                one.sendall(f"GET {target.path} HTTP/1.1\r\nHost: x\r\nX-Slow: ".encode())
+            while time.monotonic() - began < REQUEST_TIMEOUT_S - 1.0:
+                for one in slow:
+                    with contextlib.suppress(OSError):
+                        one.send(b"a")
+                assert service.get("healthz").ok
+                time.sleep(0.5)
+            for one in crowd:
+                one.settimeout(max(0.1, began + REQUEST_TIMEOUT_S + 2.0 - time.monotonic()))
+                with contextlib.suppress(ConnectionError):
+                    while one.recv(4_096):
+                        pass
+            return time.monotonic() - began
+
+    assert asyncio.run(_undisturbed(service, attack)) < REQUEST_TIMEOUT_S + 3.0
+
+
+def test_upgrades_that_are_cut_leave_nothing(service: Service) -> None:
+    """Three hundred, cut at any moment of the way."""
+    target = _target(service)
+
+    def attack() -> None:
+        draw = random.Random(1)
+        for number in range(300):
+            with contextlib.suppress(OSError), Raw(target) as raw:
+                raw.request(
+                    *("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"),
+                    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+                )
+                time.sleep(draw.random() * 0.02)
+                if number % 2:  # a reset instead of an end
+                    linger = struct.pack("ii", 1, 0)
+                    raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+    with _logged() as lines:
+        asyncio.run(_undisturbed(service, attack))
+        assert service.wait_idle(5.0) < 5.0
+        census = service.handle("gateway").census.remote().result(timeout_s=10)
+        assert {name: census[name] for name in ("sessions", "live", "queued", "counted")} == {
+            "sessions": 0,
+            "live": 0,
+            "queued": 0,
+            "counted": 0,
+        }
+    assert not [line for line in lines if "Traceback" in line or "Exception" in line]
+    assert len([line for line in lines if "session" in line]) <= 310, "one line for each, and the neighbour's"
+
+
+def test_a_slot_is_for_those_who_speak(service: Service) -> None:
+    """Silence, a byte now and then: the slot is free soon, and who does it again and again has to wait."""
+    target = _target(service)
+    due = HANDSHAKE_DELAY_S + FIRST_AUDIO_S
+
+    def attack() -> None:
+        with contextlib.ExitStack() as stack:
+            silent = [stack.enter_context(Raw(target)) for _ in range(SLOTS)]
+            answers = [_answer(raw.upgrade())[0] for raw in silent]
+            assert answers == [101] * (SLOTS // 4) + [429] * (SLOTS - SLOTS // 4), "a quarter of the slots"
+            accepted = time.monotonic()
+            assert [raw.close_code() for raw in silent[: SLOTS // 4]] == [1000] * (SLOTS // 4)
+            assert due - 0.2 < time.monotonic() - accepted < due + 1.5
+        service.wait(lambda seen: sum(one.used for one in seen) == 1, 5.0)
+        with Raw(target) as raw:
+            assert _answer(raw.upgrade())[0] == 101
+            accepted = time.monotonic()
+            with contextlib.suppress(OSError):
+                while time.monotonic() - accepted < due + 1.5:
+                    raw.socket.sendall(frame(BINARY, b"\x01O") + frame(BINARY, b"\x06"))
+                    time.sleep(0.3)
+        service.wait(lambda seen: sum(one.used for one in seen) == 1, 5.0)
+        status, named, words = _upgrade(target)
+        assert (status, "want of audio" in words) == (429, True)
+        assert FIRST_WAIT_S - 5 < int(named["retry-after"]) <= FIRST_WAIT_S
+        assert _upgrade(target, "X-Forwarded-For: 203.0.113.5")[0] == 429
+        assert _upgrade(_target(service, "voice_prompt=VARM0"))[0] == 101, "another conversation"
+
+    asyncio.run(_undisturbed(service, attack))
+    service.wait_idle(5.0)

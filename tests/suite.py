@@ -1,0 +1,59 @@
+"""The whole suite, in two processes: `make test`.
+
+Unit tests and those of a running service measure time, and the latter wait more than they compute. They run
+one after the other at the ordinary priority. The rest runs beside them, niced, so that it takes only what
+they leave over of the processors. Its report follows theirs.
+
+    python tests/suite.py [pytest options]    # the exit status is 1 when either part failed
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMED = ("tests/unit", "tests/service")
+BESIDE = ("tests/tools", "tests/chart", "tests/gpu")
+NICENESS = 10
+
+
+def pytest(folders: Sequence[str], options: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "pytest", *options, *folders]
+
+
+def main(options: Sequence[str]) -> int:
+    parts: list[subprocess.Popen[bytes]] = []
+
+    def end(*_: object) -> None:
+        for part in parts:
+            part.send_signal(signal.SIGINT)  # pytest then takes down what it has started
+
+    signal.signal(signal.SIGTERM, end)
+    with tempfile.TemporaryFile() as report:
+        parts.append(subprocess.Popen(pytest(TIMED, options), cwd=ROOT))
+        parts.append(
+            subprocess.Popen(
+                pytest(BESIDE, options),
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=report,
+                stderr=subprocess.STDOUT,
+                preexec_fn=lambda: os.nice(NICENESS),  # no thread runs yet
+            )
+        )
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells both parts itself
+        codes = [part.wait() for part in parts]
+        report.seek(0)
+        sys.stdout.buffer.write(report.read())
+        sys.stdout.flush()
+    return int(any(codes))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

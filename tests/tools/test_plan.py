@@ -1,0 +1,301 @@
+"""The capacity planner: the service's own policies in simulated time, against formulas and by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deployments.policy import Candidate, rank
+from deployments.settings import Settings
+from loadtest import arrivals, plan
+from loadtest.arrivals import Arrival
+from loadtest.autoscaler import Autoscaler, History
+from loadtest.fleet import Fleet, Replica
+from loadtest.planner import Goals, Prices, erlang_c, fewest_gpus, make
+from loadtest.simulation import Forecast, Simulation, Timing
+from personaplex.engine.simulated import VOICE_POSITIONS, prompt_positions
+from personaplex.engine.steptimes import StepTimes
+from personaplex.errors import ConfigError
+from personaplex.persona import PROMPTS
+
+EXAMPLE = Path(__file__).parents[2] / "benchmarks" / "results" / "steps-example.json"
+TEXT = prompt_positions(PROMPTS["assistant"].text)
+
+
+@pytest.fixture(autouse=True)
+def no_sleeping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here may wait for a clock on a wall."""
+
+    def refuse(seconds: float) -> None:
+        raise AssertionError("slept")
+
+    monkeypatch.setattr(time, "sleep", refuse)
+
+
+@pytest.fixture
+def steps() -> StepTimes:
+    return StepTimes.load(EXAMPLE)
+
+
+def settings(**values: Any) -> Settings:
+    return Settings.load({"slots": 2, "replicas_min": 1, "queue_timeout_s": 10.0, **values})
+
+
+def calls(*times: tuple[float, float]) -> list[Arrival]:
+    """Sessions by moment and length."""
+    return [Arrival(n, at, length, "NATF2", "assistant", n) for n, (at, length) in enumerate(times)]
+
+
+def simulate(sessions: list[Arrival], chosen: Settings, steps: StepTimes, **timing: float) -> Forecast:
+    return Simulation(sessions, chosen, steps, Timing(**timing)).run()
+
+
+# Queue, slots and prompts
+
+
+def test_a_lone_session_waits_for_its_prompt_and_a_known_voice_less(steps: StepTimes) -> None:
+    forecast = simulate(calls((1.0, 10.0), (30.0, 10.0)), settings(), steps, grant_s=0.5)
+    first, second = forecast.sessions
+    assert first.ready_s == pytest.approx(0.5 + steps.prefill(VOICE_POSITIONS) + steps.prefill(TEXT))
+    assert second.ready_s == pytest.approx(0.5 + steps.prefill(TEXT))
+    assert forecast.live_seconds == pytest.approx(20.0)
+
+
+def test_a_third_session_on_two_slots_waits_until_one_leaves(steps: StepTimes) -> None:
+    chosen = settings(slots=2)
+    timing = {"grant_s": 0.0, "close_s": 0.5, "handover_s": 0.25}
+    forecast = simulate(calls((0.0, 5.0), (0.0, 20.0), (1.0, 5.0)), chosen, steps, **timing)
+    third = forecast.sessions[2]
+    assert (third.waited, third.refused) == (True, False)
+    free = 1.1 + 5.0 + 0.5  # handshake, conversation, close
+    prompt = steps.prefill(TEXT) + steps.tick(1, VOICE_POSITIONS + 12.5 * (free - 1.1))
+    assert third.ready_s == pytest.approx(free - 1.0 + 0.25 + prompt)
+
+
+def test_who_waits_too_long_or_finds_the_queue_full_is_refused(steps: StepTimes) -> None:
+    chosen = settings(slots=1, queue_limit=1, queue_timeout_s=10.0)
+    forecast = simulate(calls((0.0, 60.0), (1.0, 5.0), (2.0, 5.0), (12.0, 5.0)), chosen, steps)
+    assert [one.refused for one in forecast.sessions] == [False, True, True, True]
+    assert [one.waited for one in forecast.sessions] == [False, True, False, True]
+    figures = forecast.figures()
+    assert (figures["refused_share"], figures["queued"]) == (0.75, 2)
+
+
+def test_the_queue_is_first_come_first_served_even_when_a_slot_is_free_at_once(steps: StepTimes) -> None:
+    chosen = settings(slots=1, queue_timeout_s=100.0)
+    forecast = simulate(calls((0.0, 5.0), (1.0, 5.0), (2.0, 5.0), (3.0, 5.0)), chosen, steps)
+    ready = [one.arrival.at_s + (one.ready_s or 0.0) for one in forecast.sessions]
+    assert ready == sorted(ready)
+
+
+def test_no_session_outlasts_the_services_limit(steps: StepTimes) -> None:
+    forecast = simulate(calls((0.0, 900.0)), settings(session_limit_s=60.0), steps)
+    assert forecast.live_seconds == pytest.approx(60.0)
+
+
+# Against what queueing theory knows
+
+
+def test_erlangs_formula_on_known_values() -> None:
+    assert erlang_c(1, 0.5) == pytest.approx(0.5)  # one server: the share of time it is busy
+    assert erlang_c(10, 8.0) == pytest.approx(0.409, abs=5e-4)  # from printed tables
+    assert erlang_c(4, 4.0) == 1.0
+    assert 0 < erlang_c(64_000, 63_000.0) < 1e-3
+
+
+def test_the_simulation_waits_as_erlang_says(steps: StepTimes) -> None:
+    drawn = arrivals.draw(arrivals.profile("100000@0.07"), arrivals.lengths("exponential:100"), seed=11)
+    chosen = settings(slots=10, queue_limit=10_000, queue_timeout_s=10_000.0)
+    timing = {"grant_s": 0.0, "handover_s": 0.0, "close_s": 0.0, "control_s": 100.0}
+    forecast = simulate(drawn, chosen, steps, **timing)
+    waited = [sum(one.ready_s > limit for one in forecast.sessions if one.ready_s) for limit in (0.3, 20.0)]
+    load = forecast.live_seconds / 100_000
+    held = forecast.live_seconds / len(drawn)
+    for count, limit in zip(waited, (0.0, 20.0), strict=True):
+        expected = erlang_c(10, load) * math.exp(-(10 - load) / held * limit)
+        assert count / len(drawn) == pytest.approx(expected, rel=0.15)
+
+
+# Placement
+
+
+@pytest.mark.parametrize("placement", ["pack", "spread"])
+def test_the_fleet_chooses_as_the_policy_does_over_all_replicas(placement: str) -> None:
+    fleet, chance = Fleet(3, placement), np.random.default_rng(1)
+    for number in range(9):
+        fleet.add(Replica(f"{number:02d}", 0.0))
+    held: list[Replica] = []
+    for _ in range(400):
+        voice = f"voice{chance.integers(40)}"
+        if held and chance.random() < 0.5:
+            fleet.leave(held.pop(int(chance.integers(len(held)))))
+            continue
+        everybody = [
+            Candidate(one.key, one.sessions, 3, not one.draining, frozenset(one.voices))
+            for one in fleet.replicas.values()
+        ]
+        ranked = rank(everybody, voice, placement)
+        found = fleet.place(voice)
+        assert (found[0].key if found else None) == (ranked[0].key if ranked else None)
+        if found:
+            assert found[1] == (voice in ranked[0].voices)
+            held.append(found[0])
+
+
+def test_a_draining_replica_takes_nobody_and_goes_with_its_last_session() -> None:
+    fleet = Fleet(2, "pack")
+    for key in ("0", "1"):
+        fleet.add(Replica(key, 0.0))
+    first, _ = fleet.place("NATF0") or pytest.fail("no room")
+    assert [one.key for one in fleet.drain(1)] == ["1"]  # the newest, and empty: gone at once
+    assert list(fleet.replicas) == ["0"]
+    fleet.drain(1)
+    assert fleet.place("NATF0") is None
+    fleet.leave(first)
+    assert not fleet.replicas
+
+
+# Scaling
+
+
+def test_an_average_of_steps_is_exact() -> None:
+    history = History()
+    history.set(2.0, 4.0)
+    history.set(6.0, 1.0)
+    assert history.mean(0.0, 8.0) == pytest.approx((0 * 2 + 4 * 4 + 1 * 2) / 8)
+    assert history.mean(5.0, 7.0) == pytest.approx(2.5)
+
+
+def scaler(**values: Any) -> Autoscaler:
+    chosen = {"slots": 10, "replicas_max": 5, "target_utilisation": 0.8, "autoscaling_lookback_s": 10.5}
+    return Autoscaler(settings(**{**chosen, **values}), push_s=1.0)
+
+
+def test_replicas_are_added_once_the_wish_has_lasted_and_not_before() -> None:
+    chosen, load = scaler(upscale_delay_s=3.0), History()
+    load.set(0.0, 30.0)
+    targets = [chosen.decide(float(now), load, 1) for now in range(1, 5)]
+    assert targets == [1, 1, 1, 4]  # 30 sessions / (10 slots * 0.8)
+
+
+def test_a_wish_that_pauses_starts_again() -> None:
+    chosen, load = scaler(upscale_delay_s=3.0, autoscaling_lookback_s=10.1), History()
+    load.set(0.0, 30.0)
+    assert [chosen.decide(float(now), load, 1) for now in (1, 2)] == [1, 1]
+    assert chosen.decide(3.0, load, 4) == 4  # nothing to wish for
+    assert [chosen.decide(float(now), load, 1) for now in (4, 5, 6, 7)] == [1, 1, 1, 4]
+
+
+def test_bounds_hold_both_ways() -> None:
+    load = History()
+    load.set(0.0, 300.0)
+    assert scaler(upscale_delay_s=0.0).decide(5.0, load, 2) == 5
+    assert scaler(downscale_delay_s=0.0, replicas_min=2).decide(5.0, History(), 4) == 2
+
+
+def test_the_load_is_known_only_as_of_the_last_report() -> None:
+    chosen = Autoscaler(settings(slots=10, replicas_max=5, upscale_delay_s=0.0), push_s=10.0)
+    load = History()
+    load.set(1.0, 40.0)
+    assert chosen.decide(9.0, load, 1) == 1
+    assert chosen.decide(10.0, load, 1) > 1
+
+
+def test_a_fleet_grows_under_load_and_shrinks_behind_it(steps: StepTimes) -> None:
+    drawn = arrivals.draw(arrivals.profile("600@0.02,600@1,1800@0.02"), arrivals.lengths("exponential:60"), 2)
+    chosen = settings(
+        slots=16, replicas_max=8, queue_timeout_s=120.0, downscale_delay_s=60.0, autoscaling_lookback_s=30.0
+    )
+    forecast = simulate(drawn, chosen, steps, startup_s=30.0)
+    assert forecast.replicas[0] == 1
+    assert forecast.figures()["peak_replicas"] == pytest.approx(6, abs=1)  # about 60 sessions / 12.8
+    assert forecast.replicas[-1] <= 2
+    assert len(forecast.asked) >= 4
+    assert forecast.replica_seconds < 8 * forecast.seconds
+    assert all(one.refused or one.ready_s is not None for one in forecast.sessions)
+
+
+def test_a_slow_start_makes_people_wait_longer(steps: StepTimes) -> None:
+    drawn = arrivals.draw(arrivals.profile("300@0.1,300@1"), arrivals.lengths("exponential:60"), 2)
+    chosen = settings(slots=8, replicas_max=12, queue_limit=500, queue_timeout_s=300.0)
+    quick, slow = (simulate(drawn, chosen, steps, startup_s=startup).figures() for startup in (10.0, 90.0))
+    assert (slow["ready_mean_s"] or 0.0) > 1.5 * (quick["ready_mean_s"] or 0.0)
+
+
+# Plans
+
+
+def test_a_plan_is_the_smallest_fleet_that_meets_its_goals(steps: StepTimes) -> None:
+    pieces = arrivals.profile("1800@0.5")
+    drawn = arrivals.draw(pieces, arrivals.lengths("exponential:120"), 4)
+    values = {"slots": 8, "downscale_delay_s": 600.0, "target_utilisation": 0.9}
+    asked = (drawn, pieces, values, steps, Timing(startup_s=30.0), Goals(2.0, 0.01), Prices(3.6, 0.1))
+    made = make(*asked, tick_limit_s=0.064)
+    assert made.met
+    most = made.settings.replicas_max
+    assert abs(most - fewest_gpus(60.0, 120.0, 8, 2.0)) <= 2
+    assert not make(*asked, tick_limit_s=0.064, gpus=most - 1).met
+    figures = made.forecast.figures()
+    hours = made.gateways * made.forecast.seconds / 3_600
+    cost = 3.6 * (figures["replica_hours"] or 0) + 0.1 * hours
+    assert made.costs["cost"] == pytest.approx(cost)
+    assert made.costs["cost_per_session_hour"] == pytest.approx(cost / (figures["session_hours"] or 1))
+
+
+def test_slots_come_from_the_table_unless_they_are_set(steps: StepTimes) -> None:
+    pieces = arrivals.profile("60@0.2")
+    drawn = arrivals.draw(pieces, arrivals.lengths("fixed:30"), 4)
+    rest = (steps, Timing(), Goals(), Prices())
+    found = make(drawn, pieces, {}, *rest, tick_limit_s=0.02).settings.slots
+    assert found == steps.most_sessions(3_000, 0.02)
+    assert make(drawn, pieces, {"slots": 5}, *rest, tick_limit_s=0.02).settings.slots == 5
+    with pytest.raises(ConfigError, match="quick enough"):
+        make(drawn, pieces, {}, *rest, tick_limit_s=0.001)
+    with pytest.raises(ConfigError, match="ends at 64"):
+        make(drawn, pieces, {"slots": 65}, *rest, tick_limit_s=0.02)
+
+
+def test_a_thousand_gpus_and_a_hundred_thousand_sessions_are_planned(steps: StepTimes) -> None:
+    """A slice of such a day: the policies see a thousand replicas; the whole is a matter of minutes."""
+    chosen = settings(slots=64, replicas_min=1_000, replicas_max=1_000, placement="spread")
+    drawn = arrivals.draw(arrivals.profile("2@2000"), arrivals.lengths("exponential:20"), 5)
+    forecast = simulate(drawn, chosen, steps)
+    assert forecast.figures()["refused"] == 0
+    assert max(forecast.held) > 3_500
+
+
+def test_the_command_plans_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "plan"
+    asked = ["--arrivals", "600@0.5", "--lengths", "exponential:60", "--steps", str(EXAMPLE)]
+    code = plan.main([*asked, "--gpu-hour", "3", "--set", "slots=16", "--output", str(output)])
+    printed = capsys.readouterr().out
+    data = json.loads(output.with_suffix(".json").read_text())
+    assert code == 0
+    assert "steps-example (derived)" in printed
+    assert data["steps"]["source"] == "derived"
+    assert data["settings"]["slots"] == 16
+    assert data["forecast"]["offered"] == pytest.approx(300, abs=70)
+    page = output.with_suffix(".html").read_text()
+    assert page.count("<svg") == 3
+    assert "Nothing here was measured" in page
+
+
+def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        (["--set", "slots"], "NAME=VALUE"),
+        (["--set", "colour=red"], "colour"),
+        (["--arrivals", "1@0"], "no session arrives"),
+    ):
+        assert plan.main(["--steps", str(EXAMPLE), *arguments]) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_the_command_fails_when_the_goals_cannot_be_met() -> None:
+    asked = ["--arrivals", "300@2", "--lengths", "exponential:60", "--steps", str(EXAMPLE)]
+    assert plan.main([*asked, "--set", "slots=4", "--gpus", "2"]) == 1

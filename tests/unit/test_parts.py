@@ -1,0 +1,140 @@
+"""Each deployment is made with its own part of the settings, and a change of the rest leaves it alone."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+from ray.serve.deployment import Application
+
+from deployments.application import build
+from deployments.settings import Settings
+
+BASE: dict[str, Any] = {
+    "model": "echo",
+    "sessions_per_address": 4,
+    "replicas_max": 2,
+    "gateways_max": 2,
+    "media_port_min": 40_000,
+    "media_port_max": 40_100,
+}
+GATEWAY: dict[str, Any] = {
+    "queue_limit": 7,
+    "idle_limit_s": 7.0,
+    "first_audio_s": 7.0,
+    "gateways_min": 2,
+    "gateways_max": 3,
+    "sessions_per_gateway": 7,
+    "gateway_num_cpus": 0.5,
+    "gateway_resources": {"gateway": 1.0},
+    "static": "none",
+    "token_log_dir": Path("logs"),
+    "api_keys": (SecretStr("key"),),
+    "api_keys_file": Path("keys"),
+    "allowed_origins": ("https://example.org",),
+    "sessions_per_key": 7,
+    "sessions_per_address": 7,
+    "unlimited_networks": ("10.0.0.0/8",),
+    "trusted_proxies": 2,
+    "content_security_policy": "",
+    "hsts_s": 7,
+    "query_limit_bytes": 7_000,
+    "metrics_page": True,
+    "tracing": True,
+}
+REPLICA: dict[str, Any] = {
+    "model": "tiny",
+    "hf_repo": "someone/else",
+    "hf_revision": "v2",
+    "moshi_weight": Path("lm"),
+    "mimi_weight": Path("codec"),
+    "tokenizer": Path("tokenizer"),
+    "voice_prompt_dir": Path("voices"),
+    "device": "cpu",
+    "dtype": "float32",
+    "weights": "int8",
+    "kv": "int8",
+    "graphs": False,
+    "voice_memory": "host",
+    "cpu_offload": True,
+    "slots": 7,
+    "prompt_tokens": 7,
+    "low_latency": True,
+    "replicas_min": 2,
+    "replicas_max": 3,
+    "replicas_initial": 2,
+    "replica_num_cpus": 2.0,
+    "replica_num_gpus": 0.5,
+    "replica_resources": {"card": 1.0},
+    "placement": "spread",
+    "load_timeout_s": 7.0,
+    "gather_ms": 7.0,
+    "spare_slots": 7,
+    "media_host": "192.0.2.1",
+    "media_port_min": 40_001,
+    "media_port_max": 40_101,
+}
+BOTH: dict[str, Any] = {
+    "session_limit_s": 7.0,
+    "queue_timeout_s": 7.0,  # how long a process that is removed waits
+    "stall_limit_s": 70.0,
+    "burst_s": 7.0,
+    "lease_timeout_s": 7.0,
+    "target_utilisation": 0.5,
+    "upscale_delay_s": 7.0,
+    "downscale_delay_s": 7.0,
+    "autoscaling_lookback_s": 70.0,
+    "log_level": "debug",
+    "log_format": "json",
+}
+ELSEWHERE = {"route_prefix", "step_times"}  # the application's; only with model=simulated
+
+
+def made_with(**changed: Any) -> dict[str, Any]:
+    """All that Serve compares of each deployment, by its name."""
+    found: dict[str, Any] = {}
+
+    def visit(application: Application) -> None:
+        deployment = application._bound_deployment
+        found[deployment.name] = (
+            [pickle.dumps(one) for one in deployment.init_args if not isinstance(one, Application)],
+            deployment._deployment_config.model_dump(),
+            deployment._replica_config.ray_actor_options,
+        )
+        for one in deployment.init_args:
+            if isinstance(one, Application):
+                visit(one)
+
+    visit(build(Settings(**{**BASE, **changed})))
+    return found
+
+
+@pytest.fixture(scope="module")
+def before() -> dict[str, Any]:
+    return made_with()
+
+
+@pytest.mark.parametrize(
+    ("name", "deployments"),
+    [
+        *((name, {"gateway"}) for name in GATEWAY),
+        *((name, {"replica"}) for name in REPLICA),
+        *((name, {"gateway", "replica"}) for name in BOTH),
+    ],
+)
+def test_a_setting_changes_the_deployments_that_read_it_and_no_other(
+    name: str, deployments: set[str], before: dict[str, Any]
+) -> None:
+    after = made_with(**{name: {**GATEWAY, **REPLICA, **BOTH}[name]})
+    assert {one for one in before if before[one] != after[one]} == deployments
+
+
+def test_the_same_settings_make_the_same_deployments(before: dict[str, Any]) -> None:
+    assert made_with() == before
+
+
+def test_every_setting_is_some_deployments() -> None:
+    assert {*GATEWAY, *REPLICA, *BOTH, *ELSEWHERE} == set(Settings.model_fields)
