@@ -23,6 +23,7 @@ from typing import Any
 
 from deployments import haproxy, ingress, processes
 from deployments.certificate import ensure_certificate, lan_address
+from deployments.gateway.retention import store_at
 from deployments.parts import ReplicaSettings
 from deployments.replica.models import slots_that_fit
 from deployments.settings import HAPROXY_SWITCH, Settings, behind_haproxy
@@ -52,6 +53,7 @@ RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own: the cluster its programs connect to
 PORT_SHARING = "SERVE_SOCKET_REUSE_PORT_ENABLED"  # Serve's own: of its proxies; 1 unless set
 CARDS = "CUDA_VISIBLE_DEVICES"
 _READ = ("moshi_weight", "mimi_weight", "tokenizer", "voice_prompt_dir", "step_times")  # settings: paths
+_WRITTEN = ("token_log_dir", "record_dir")  # settings: directories
 _MODELS = ("auto", "7b", "tiny", "echo", "simulated")
 
 
@@ -105,12 +107,17 @@ def _check_files(settings: Settings) -> None:
         raise ConfigError(f"no model {settings.model!r}: one of {', '.join(_MODELS)}, or a directory")
     if settings.static not in ("", "none") and not Path(settings.static).is_dir():
         raise ConfigError(f"static: no such folder: {settings.static}")
-    if settings.token_log_dir is not None:
+    for name in _WRITTEN:
+        folder = getattr(settings, name)
+        if folder is None:
+            continue
         try:
-            settings.token_log_dir.mkdir(parents=True, exist_ok=True)
-            try_output(settings.token_log_dir / "trial")
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try_output(folder / "trial")
         except OSError as error:
-            raise ConfigError(f"token_log_dir: {settings.token_log_dir}: {error.strerror}") from error
+            raise ConfigError(f"{name}: {folder}: {error.strerror}") from error
+    if settings.record_upload:
+        store_at(settings.record_upload)
 
 
 def addresses(host: str, port: int, secure: bool, lan: str) -> list[str]:

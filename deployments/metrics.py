@@ -92,6 +92,13 @@ PROMPT_CHARACTERS = Series(
     (),
     (50, 100, 200, 400, 800, 1_600, 3_200),
 )
+RECORDS = Series(
+    "personaplex_records",
+    "counter",
+    "Records, by result: kept, failed (the disk was full, gone or too slow; the session went on unrecorded), "
+    "uploaded, upload_failed (tried again), expired.",
+    ("result",),
+)
 
 # Both
 FRAMES_DROPPED = Series(
@@ -204,6 +211,7 @@ def gateway_metrics(page: bool = False) -> Metrics:
         UNDERRUNS,
         STREAM_ERRORS,
         PROMPT_CHARACTERS,
+        RECORDS,
         page=page,
     )
 

@@ -61,6 +61,11 @@ class GatewaySettings(_Part):
     token_log_dir: Path | None
     metrics_page: bool
     tracing: bool
+    record: Literal["off", "allowed", "always"]
+    record_dir: Path | None
+    record_keep_days: float
+    record_keep_bytes: int
+    record_upload: str
 
 
 @dataclass(frozen=True)

@@ -202,6 +202,25 @@ class Settings(BaseSettings):
         None, description="Directory where each session's tokens are saved, on gateways; unset saves nothing."
     )
 
+    # Records: see docs/records.md
+    record: Literal["off", "allowed", "always"] = Field(
+        "off",
+        description="Records of sessions, on gateways: allowed keeps those that ask for it (record=1), "
+        "always all of them. Clients are told.",
+    )
+    record_dir: Path | None = Field(None, description="Directory where records are kept; record needs it.")
+    record_keep_days: float = Field(
+        30.0, ge=0, description="Records older than this are deleted; 0 is no limit."
+    )
+    record_keep_bytes: int = Field(
+        10 * 2**30, ge=0, description="Beyond so many bytes the oldest records are deleted; 0 is no limit."
+    )
+    record_upload: str = Field(
+        "",
+        description="Directory or URL (s3://, gs://, what fsspec knows) where records are brought after "
+        "their end; record_dir then holds only what is on its way.",
+    )
+
     # Access
     api_keys: SecretList = Field((), description="Keys that open a session; unset: anyone may connect.")
     api_keys_file: Path | None = Field(
@@ -307,6 +326,8 @@ class Settings(BaseSettings):
             raise ValueError("step_times belongs to the simulated model, and the simulated model needs it")
         if self.weights == "int8" and self.cpu_offload:
             raise ValueError("weights=int8 leaves nothing for cpu_offload: choose one of the two")
+        if self.record != "off" and self.record_dir is None:
+            raise ValueError("record needs record_dir")
         if self.replicas_max < self.replicas_min:
             raise ValueError("replicas_max is less than replicas_min")
         if (

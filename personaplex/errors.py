@@ -3,6 +3,8 @@
     PersonaplexError
     ├── ConfigError          a setting is wrong; the process does not start
     ├── CheckpointError      weights, tokenizer or voices cannot be loaded; the process does not start
+    ├── BadRecord            a file is no record, or so damaged that nothing of it can be read
+    ├── RecordingFailed      a record cannot be kept any further: disk full, store out of reach
     ├── ClientError          the client can mend it; close code 1008 unless a class says otherwise
     │   ├── ProtocolError    bytes or messages outside the wire protocol (1002)
     │   ├── BadAudio         audio that cannot be used: unreadable, silent, too short (1007)
@@ -42,6 +44,14 @@ class ConfigError(PersonaplexError):
 
 class CheckpointError(PersonaplexError):
     """Weights, tokenizer or voices are missing, damaged or of another shape."""
+
+
+class BadRecord(PersonaplexError):
+    """A file is no record, or its head is damaged."""
+
+
+class RecordingFailed(PersonaplexError):
+    """A record cannot be kept any further; the conversation goes on."""
 
 
 class ClientError(PersonaplexError):

@@ -22,7 +22,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ from deployments.gateway.leases import Claim, Leases
 from deployments.gateway.observer import Observer
 from deployments.gateway.query import persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
+from deployments.gateway.recorder import Recording
+from deployments.gateway.records import Records
 from deployments.gateway.upstream import Services
 from deployments.parts import GatewaySettings
 from deployments.settings import all_keys, behind_haproxy, proxies_in_front, proxy_callback
@@ -86,6 +88,7 @@ class Gateway:
             peer_is_proxy=behind_haproxy(),
         )
         self._reconnects = Reconnects()
+        self._records = Records.of(settings, self._metrics)
         self._services = Services(
             leases=self._leases,
             metrics=self._metrics,
@@ -144,7 +147,7 @@ class Gateway:
         with contextlib.ExitStack() as counted:
             counted.enter_context(self._counting())
             try:
-                persona, caller, status = counted.enter_context(self._admit(socket))
+                persona, caller = counted.enter_context(self._admit(socket))
                 claim = await self._leases.claim(LeaseRequest.of(session, persona))
             except PersonaplexError as error:
                 await self._refuse(socket, session, error)
@@ -152,26 +155,40 @@ class Gateway:
                 logger.info("session %s ended: its client left before it began", session)
                 raise
             else:
-                conversation = await self._accept(socket, session, claim, status)
-                if conversation is not None:
-                    try:
-                        await conversation.run(persona, claim)
-                    finally:
-                        self._reconnects.ended(caller, conversation.error, time.monotonic())
+                await self._converse(socket, session, persona, caller, claim)
 
-    async def _accept(
-        self, socket: WebSocket, session: str, claim: Claim, status: bool
-    ) -> Conversation | None:
-        """The conversation, or None when its client has left: then the claim is given back."""
+    async def _converse(
+        self, socket: WebSocket, session: str, persona: Persona, caller: str, claim: Claim
+    ) -> None:
         try:
+            engine = await self._engine() if self._records is not None else {}
             await socket.accept()
         except _LEFT:
             logger.info("session %s ended: its client left before it began", session)
-            return None
+            return
         finally:
             if socket.application_state is not WebSocketState.CONNECTED:
                 claim.give_up()
-        return Conversation(socket, session, self._services, status=status)
+        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
+        status = wants_status(query)
+        recording = self._begin_record(query, session, persona, engine)
+        conversation = Conversation(socket, session, self._services, status=status, recording=recording)
+        try:
+            await conversation.run(persona, claim)
+        finally:
+            self._reconnects.ended(caller, conversation.error, time.monotonic())
+            if recording is not None and self._records is not None:
+                self._records.finish(recording, metrics.cause(conversation.error))
+
+    def _begin_record(
+        self, query: Mapping[str, str], session: str, persona: Persona, engine: Mapping[str, str]
+    ) -> Recording | None:
+        if self._records is None:
+            return None
+        return self._records.begin(session, persona, query, engine) if self._records.wanted(query) else None
+
+    async def _engine(self) -> Mapping[str, str]:
+        return next((one.engine for one in await self._fleet.describe()), {})
 
     async def _refuse(self, socket: WebSocket, session: str, error: PersonaplexError) -> None:
         self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
@@ -221,6 +238,7 @@ class Gateway:
                 "queued": self._leases.queued,
                 "session_limit_s": self._settings.session_limit_s,
                 "key_needed": self._settings.guarded,
+                "record": self._settings.record,
             }
         )
 
@@ -255,17 +273,19 @@ class Gateway:
             self._publish()
 
     @contextlib.contextmanager
-    def _admit(self, connection: HTTPConnection) -> Iterator[tuple[Persona, str, bool]]:
-        """The persona asked for, the caller's name for Reconnects and whether it wants status, while the
-        session is counted. Raises what the client is to be told."""
+    def _admit(self, connection: HTTPConnection) -> Iterator[tuple[Persona, str]]:
+        """The persona asked for and the caller's name for Reconnects, while the session is counted. Raises
+        what the client is to be told."""
         if self._open > self._settings.sessions_per_gateway:
             raise NoCapacity("this gateway holds as many sessions as it may")
         query = read_query(connection.scope["query_string"], self._settings.query_limit_bytes)
         with self._access.enter(ClientInfo.of(connection, query)) as caller:
             persona = persona_from(query)
+            if self._records is not None:
+                self._records.wanted(query)
             caller = f"{caller} {persona.voice} {hash(persona.text_prompt)}"
             self._reconnects.check(caller, time.monotonic())
-            yield persona, caller, wants_status(query)
+            yield persona, caller
 
     async def _free_slot(self) -> bool:
         return any(one.accepting and one.used < one.slots for one in await self._fleet.describe())
@@ -275,6 +295,8 @@ class Gateway:
         self._leases.close()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._empty.wait(), CLOSE_TIMEOUT_S)
+        if self._records is not None:
+            await self._records.close()
 
     def _publish(self) -> None:
         self._metrics.set(metrics.SESSIONS_LIVE, len(self._services.live))

@@ -17,6 +17,7 @@ from ray.exceptions import TaskCancelledError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from deployments.gateway.leases import Claim
+from deployments.gateway.recorder import Recording
 from deployments.gateway.stats import Account
 from deployments.gateway.upstream import Line, Services
 from personaplex.errors import ClientError, PersonaplexError, SessionLost
@@ -43,11 +44,19 @@ CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
 class Conversation:
     """Made for one accepted WebSocket; `run` lasts as long as the session."""
 
-    def __init__(self, socket: WebSocket, session: str, services: Services, *, status: bool = False) -> None:
-        """`status`: see `SessionCore`."""
+    def __init__(
+        self,
+        socket: WebSocket,
+        session: str,
+        services: Services,
+        *,
+        status: bool = False,
+        recording: Recording | None = None,
+    ) -> None:
+        """`status`: see `SessionCore`. `recording` gets what happens; who began it ends it."""
         self._socket, self._session, self._services = socket, session, services
         self._account = Account(session, services.metrics, services.trace)
-        self._line = Line(session, services, self._account, self._on)
+        self._line = Line(session, services, self._account, self._on, recording)
         headers = self._line.transcoder.headers()
         self._core = SessionCore(headers, services.limits, self._account.began, status=status)
         self._loop = asyncio.get_running_loop()

@@ -2,6 +2,7 @@
 
 Everything has a default, and names nobody knows are ignored, since stock clients send more than is used
 (`pad_mult`, `repetition_penalty`, `repetition_penalty_context`, `email`). A name given twice counts once.
+`record=1` is the consent to be recorded, and `record_person` a name to find the record by.
 `status=1` asks for news before the handshake: the place in the queue and the session's details.
 """
 
@@ -15,6 +16,7 @@ from urllib.parse import parse_qsl
 from personaplex.config import Sampling
 from personaplex.errors import BadParameter
 from personaplex.persona import Persona, voice_name
+from personaplex.record.format import is_person
 
 TEMPERATURE_LIMIT = 10.0
 TEXT_TOPK_LIMIT = 32_000
@@ -39,6 +41,19 @@ def read_query(query: bytes, limit: int) -> dict[str, str]:
 def wants_status(query: Mapping[str, str]) -> bool:
     """Whether the client asks to be told how it stands before the handshake. Any value but 1 is no."""
     return query.get("status") == "1"
+
+
+def wants_record(query: Mapping[str, str]) -> bool:
+    """Whether the client agrees to be recorded."""
+    return query.get("record") == "1"
+
+
+def person_from(query: Mapping[str, str]) -> str:
+    """The name under which the client's record is to be found, "" for none. Raises BadParameter."""
+    name = query.get("record_person", "")
+    if name and not is_person(name):
+        raise BadParameter("record_person must be letters, digits and _.@+-, at most 128 of them")
+    return name
 
 
 def persona_from(query: Mapping[str, str]) -> Persona:

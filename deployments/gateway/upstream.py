@@ -19,6 +19,7 @@ import numpy as np
 
 from deployments import metrics
 from deployments.gateway.leases import Claim, Lease, Leases
+from deployments.gateway.recorder import Recording
 from deployments.gateway.stats import Account
 from deployments.gateway.tracing import Trace
 from deployments.metrics import Metrics
@@ -29,6 +30,7 @@ from personaplex.audio.transcoder import NOT_OGG_AFTER_S, Transcoder
 from personaplex.config import FRAME_SECONDS, Pcm, frames_in
 from personaplex.errors import PersonaplexError, ProtocolError
 from personaplex.persona import Persona
+from personaplex.record.format import Row
 from personaplex.session.core import Limits
 from personaplex.session.events import (
     AgentAudio,
@@ -74,12 +76,18 @@ class Line:
     """Made with its session. `stop` ends the media, `close` the link, `release` gives the slot back."""
 
     def __init__(
-        self, session: str, services: Services, account: Account, tell: Callable[[Event], None]
+        self,
+        session: str,
+        services: Services,
+        account: Account,
+        tell: Callable[[Event], None],
+        recording: Recording | None = None,
     ) -> None:
         self.transcoder = Transcoder(clock=time.monotonic, burst_s=services.limits.burst_s)
         self.log = TokenLog()
         self._session, self._services, self._account, self._tell = session, services, account, tell
         self._metrics = services.metrics
+        self._recording = recording
         self._loop = asyncio.get_running_loop()
         self._link: Link | None = None
         self._lease: Lease | None = None
@@ -113,6 +121,8 @@ class Line:
             "text_seed": persona.sampling.text_seed,
             "audio_seed": persona.sampling.audio_seed,
         }
+        if self._recording is not None:
+            self._details["recorded"] = True
 
     def hear(self, data: bytes) -> None:
         """Takes bytes of the client's stream. A long piece is decoded bit by bit, others in between."""
@@ -204,6 +214,7 @@ class Line:
 
     def _say(self, reply: messages.Reply) -> None:
         self.log.append(reply.tokens, forced=reply.frame == 0)
+        self._record(reply)
         began = time.perf_counter()
         page = self.transcoder.send(reply.pcm)
         if reply.frame % SAMPLED == 0:
@@ -220,6 +231,12 @@ class Line:
             self._tell(AgentAudio(page, quiet))
         if reply.text:
             self._tell(AgentText(reply.text))
+
+    def _record(self, reply: messages.Reply) -> None:
+        if self._recording is not None:
+            latency = ((_micros() - reply.mark) % 2**32) / 1e6
+            row = Row(reply.frame, time.monotonic(), latency, reply.tokens, forced=reply.frame == 0)
+            self._recording.frame(row, reply.text)
 
     # What the client says
 

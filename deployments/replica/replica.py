@@ -25,6 +25,7 @@ from deployments import logs, metrics
 from deployments.parts import ReplicaSettings
 from deployments.replica.models import load
 from deployments.replica.reporter import Reporter
+from deployments.settings import AUTO
 from deployments.wire import messages
 from deployments.wire.link import Link, listen
 from deployments.wire.messages import Grant, Kind, LeaseRequest, Refusal, ReplicaStatus, SessionStatus
@@ -131,6 +132,14 @@ class Replica:
             slots=self._slots,
             accepting=self._accepting,
             sessions=tuple(SessionStatus(seat.request.session, round(now - seat.began, 1)) for seat in seats),
+            engine={
+                "model": self._loaded.name if self._settings.model == AUTO else self._settings.model,
+                "repo": self._settings.hf_repo,
+                "revision": self._settings.hf_revision,
+                "dtype": self._settings.dtype,
+                "weights": self._settings.weights,
+                "kv": self._settings.kv,
+            },
         )
 
     def _leave(self) -> None:

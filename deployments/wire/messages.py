@@ -21,6 +21,7 @@ import enum
 import json
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -91,6 +92,7 @@ class ReplicaStatus:
     slots: int
     accepting: bool
     sessions: tuple[SessionStatus, ...]
+    engine: Mapping[str, str] = field(default_factory=dict)  # settings a record names, to run it again
 
     @property
     def used(self) -> int:

@@ -223,6 +223,18 @@ class Engine:
         self._generations[slot.index] += 1
         heapq.heappush(self._vacant, slot.index)
 
+    def internals(self, slot: Slot) -> tuple[Model, EngineState]:
+        """The weights and the tensors of all slots, for `rerun`. Raises SessionLost, BadParameter for a slot
+        that is not live or holds a frame."""
+        state = self._state_of(slot)
+        if not state.live or state.fed:
+            raise BadParameter("the slot cannot be run again now")
+        return self._model, self._state
+
+    def skip(self, slot: Slot, frames: int) -> None:
+        """Counts frames that a slot went through without `step`."""
+        self._state_of(slot).frames += frames
+
     def _state_or_none(self, slot: Slot) -> _SlotState | None:
         state = self._open[slot.index]
         return state if state is not None and state.slot == slot else None

@@ -26,7 +26,7 @@ from k8s import sizing as cards
 from personaplex import errors, offline, sizing
 from personaplex.config import PRESET_7B, Sampling
 from personaplex.engine.interface import Output
-from personaplex.session import core, wire
+from personaplex.session import core, moshi
 
 ROOT = next(folder for folder in Path(__file__).resolve().parents if (folder / "pyproject.toml").exists())
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
@@ -276,14 +276,14 @@ def test_the_query_is_what_is_read() -> None:
 def test_kinds_and_rates_are_those_of_the_service() -> None:
     table = {cells[0]: cells[1] for cells in rows(section(CHAT, "Messages"))}
     assert {int(kind): name for kind, name in table.items() if kind.isdigit()} == {
-        kind.value: kind.name.lower() for kind in wire.Kind
+        kind.value: kind.name.lower() for kind in moshi.Kind
     }
     text = " ".join(CHAT.split())
     assert f"{core.MESSAGES_PER_S:g} messages and {core.BYTES_PER_S:,.0f} bytes a second" in text
     assert f"burst of {core.MESSAGE_BURST:,.0f} messages and {core.BYTE_BURST / 2**20:g} MiB" in text
-    assert f"at most {wire.MESSAGE_LIMIT:,} bytes" in text
+    assert f"at most {moshi.MESSAGE_LIMIT:,} bytes" in text
     assert f"nothing else was sent for {core.KEEP_ALIVE_S:g} s" in text
-    assert f"cut to {wire.REASON_LIMIT} bytes" in text
+    assert f"cut to {moshi.REASON_LIMIT} bytes" in text
     assert f"earliest {core.HANDSHAKE_DELAY_S:g} s after the upgrade" in text
 
 

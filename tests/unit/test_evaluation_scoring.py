@@ -39,6 +39,7 @@ def says(*utterances: tuple[int, float, float], seconds: float = 20.0) -> Track:
         (says(), 0, 0, 0),
         (says((2, 2.04, 2.49)), 0, 0, 1),  # "uh huh"
         (says((14, 1.94, 5.9)), 1, 1, 1),
+        (says((4, 1.94, 2.8)), 1, 1, 1),  # short, but more than three words
         (says((8, 4.26, 6.0)), 1, 0, 0),  # the right answer, after the turn
         (says((1, 1.0, 1.4), (1, 1.94, 2.4)), 1, 0, 1),  # two backchannels
     ],
@@ -119,6 +120,21 @@ def test_an_interruption(
     assert found["censored"] == censored
     assert found["response"] == (None if response is None else pytest.approx(response))
     assert found["spoke"] == (stop is not None)
+
+
+def test_whoever_did_not_stop_has_no_time_to_stop() -> None:
+    """A censored time is a lower bound, and no part of the distribution."""
+    agents = (says((12, 3.0, 6.4)), says((50, 3.0, 19.0)), says())
+    records = [
+        {"task": INTERRUPTION.task, "id": str(n), "repeat": 0, "error": None}
+        | profiles(INTERRUPTION, USER, agent)
+        for n, agent in enumerate(agents)
+    ]
+    figures = figures_of(records)["event"]
+    stop = figures["stop"]["mean"]
+    assert (stop["value"], stop["n"]) == (pytest.approx(0.4), 1)
+    assert (figures["never_stopped"]["value"], figures["never_stopped"]["n"]) == (0.5, 2)
+    assert figures["spoke"]["value"] == pytest.approx(2 / 3)
 
 
 def test_the_onset_is_looked_up_where_the_mark_is_early() -> None:
@@ -229,6 +245,7 @@ def test_repeats_of_one_sample_do_not_make_an_interval_narrower() -> None:
     assert (thrice["n"], thrice["value"]) == (120, once["value"])
     assert thrice["high"] - thrice["low"] == pytest.approx(once["high"] - once["low"])
     assert share(repeated)["method"] == "bootstrap"
+    assert once["high"] - once["low"] == pytest.approx(2 * 1.96 * 0.5 / 40**0.5, rel=0.1)
 
 
 def test_figures_of_nothing_are_none() -> None:

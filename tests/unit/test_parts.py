@@ -20,6 +20,7 @@ BASE: dict[str, Any] = {
     "gateways_max": 2,
     "media_port_min": 40_000,
     "media_port_max": 40_100,
+    "record_dir": Path("first"),
 }
 GATEWAY: dict[str, Any] = {
     "queue_limit": 7,
@@ -44,6 +45,11 @@ GATEWAY: dict[str, Any] = {
     "query_limit_bytes": 7_000,
     "metrics_page": True,
     "tracing": True,
+    "record": "allowed",
+    "record_dir": Path("records"),
+    "record_keep_days": 7.0,
+    "record_keep_bytes": 7,
+    "record_upload": "s3://bucket/records",
 }
 REPLICA: dict[str, Any] = {
     "model": "tiny",

@@ -1,0 +1,70 @@
+"""What the agent said in a record, as words with times. No model is needed: the text is in the record."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from personaplex.config import FRAME_SECONDS
+from personaplex.record.format import Record
+
+_SPACE = re.compile(r"\s")
+
+TEXT = "text"  # type of the events that carry it: `frame` and `text`
+
+
+@dataclass(frozen=True)
+class Word:
+    """`start` and `end` in seconds from the first frame: those of the frames that spell it."""
+
+    text: str
+    start: float
+    end: float
+
+
+def words(record: Record) -> list[Word]:
+    """The agent's words in order. A piece of text that begins with a space begins a word."""
+    found: list[Word] = []
+    spelling = False  # the last word may go on
+    for frame, piece in _pieces(record):
+        start, end = round(frame * FRAME_SECONDS, 2), round((frame + 1) * FRAME_SECONDS, 2)
+        for number, part in enumerate(_SPACE.split(piece)):
+            spelling = spelling and number == 0
+            if part and spelling:
+                found[-1] = Word(found[-1].text + part, found[-1].start, end)
+            elif part:
+                found.append(Word(part, start, end))
+                spelling = True
+    return found
+
+
+def as_json(record: Record) -> dict[str, object]:
+    """The transcript as it is written: who and when, then a word a row."""
+    head = record.head
+    return {
+        "session": head.session,
+        "began": head.began,
+        "seconds": round(record.seconds, 2),
+        "voice": head.persona.voice,
+        "text_prompt": head.persona.text_prompt,
+        "ended": record.ended,
+        "words": [{"text": word.text, "start": word.start, "end": word.end} for word in words(record)],
+    }
+
+
+def alignments(record: Record) -> dict[str, object]:
+    """The transcript as fine-tuning reads it beside a stereo file: [word, [start, end], speaker]."""
+    head = record.head
+    rows = [[word.text, [word.start, word.end], "SPEAKER_MAIN"] for word in words(record)]
+    return {"alignments": rows, "text_prompt": head.persona.text_prompt, "voice": head.persona.voice}
+
+
+def _pieces(record: Record) -> Iterator[tuple[int, str]]:
+    """Pieces of text with their frames; what an event claims beyond the record is left out."""
+    for event in record.events:
+        frame, text = event.fields.get("frame"), event.fields.get("text")
+        if event.type != TEXT or not isinstance(frame, int) or not isinstance(text, str):
+            continue
+        if 0 <= frame < record.span:
+            yield frame, text

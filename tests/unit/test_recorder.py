@@ -1,0 +1,295 @@
+"""A gateway's records: what happens is written soon, no disk holds a session up, no store is waited for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deployments.gateway import recorder as module
+from deployments.gateway.recorder import Recorder, Recording
+from deployments.gateway.retention import (
+    EVERY_S,
+    EXPIRED,
+    LONGEST_RETRY_S,
+    UPLOAD_FAILED,
+    UPLOADED,
+    Limits,
+    Retention,
+    store_at,
+)
+from personaplex.errors import ConfigError
+from personaplex.persona import Persona
+from personaplex.record.folder import find_records, read_record
+from personaplex.record.format import Head, Record, Row
+from personaplex.record.transcript import words
+from personaplex.record.writer import RecordWriter, claimed
+
+NO_LIMIT = Limits(0, 0)
+
+
+def head(session: str = "5e55") -> Head:
+    return Head(session, 0.0, Persona(), "0.1.0", "tiny")
+
+
+def talk(recording: Recording, frames: int, text: str = "") -> None:
+    for number in range(frames):
+        now = time.monotonic()
+        recording.frame(Row(number, now, 0.02, np.full(17, number), forced=number == 0), text)
+
+
+def only(folder: Path) -> Record:
+    (path,) = find_records([folder])
+    return read_record(path)
+
+
+class Told:
+    """What was told, from any thread."""
+
+    def __init__(self) -> None:
+        self.results: list[str] = []
+        self._news = threading.Condition()
+
+    def __call__(self, result: str) -> None:
+        with self._news:
+            self.results.append(result)
+            self._news.notify_all()
+
+    def wait(self, *results: str) -> None:
+        with self._news:
+            assert self._news.wait_for(lambda: len(self.results) >= len(results), 10), self.results
+        assert self.results == list(results)
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def recorder(tmp_path: Path, told: Told) -> Iterator[Recorder]:
+    recorder = Recorder(tmp_path / "records", told, flush_s=0.02)
+    yield recorder
+    assert recorder.close(10)
+
+
+def test_a_session_is_written_while_it_goes_on_and_whole_at_its_end(
+    recorder: Recorder, tmp_path: Path, told: Told
+) -> None:
+    before, recording = time.time(), recorder.begin(head())
+    talk(recording, 5, " word")
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "records").exists() or len(only(tmp_path)) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert only(tmp_path).ended is None
+    recorder.finish(recording, "left")
+    recorder.finish(recording, "again")
+    assert recording.wait(10)
+    told.wait("kept")
+    record = only(tmp_path)
+    assert (record.ended, record.damage, len(record)) == ("left", None, 5)
+    assert before <= record.head.began <= time.time()
+    assert [word.text for word in words(record)] == ["word"] * 5
+    assert 0 <= record.times_s[0] <= record.times_s[-1] < 10
+
+
+def test_a_session_without_a_frame_leaves_nothing(recorder: Recorder, tmp_path: Path, told: Told) -> None:
+    recording = recorder.begin(head())
+    recorder.finish(recording, "left")
+    assert recording.wait(10)
+    assert not (tmp_path / "records").exists()
+    assert told.results == []
+
+
+def test_the_end_of_the_gateway_is_the_end_of_its_records(tmp_path: Path, told: Told) -> None:
+    recorder = Recorder(tmp_path, told, flush_s=60)
+    talk(recorder.begin(head()), 3)
+    assert recorder.close(10)
+    assert only(tmp_path).ended == "the gateway ended"
+
+
+def test_a_disk_that_fails_ends_one_record_and_no_session(
+    recorder: Recorder,
+    tmp_path: Path,
+    told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """/dev/full stands for the disk: it takes the file and none of its bytes."""
+    real = os.open
+
+    def full(path: Any, *options: Any) -> int:
+        return real("/dev/full", os.O_WRONLY) if "full" in str(path) else real(path, *options)
+
+    monkeypatch.setattr(os, "open", full)
+    lost, kept = recorder.begin(head("full")), recorder.begin(head("kept"))
+    with caplog.at_level(logging.WARNING):
+        talk(lost, 5)
+        talk(kept, 5)
+        told.wait("failed")
+        talk(lost, 5)  # it goes on, and nobody is told again
+        recorder.finish(lost, "left")
+        recorder.finish(kept, "left")
+        told.wait("failed", "kept")
+    assert "session full goes on unrecorded: the record cannot be written: No space left" in caplog.text
+    assert str(lost.failure) == "the record cannot be written: No space left on device"
+    assert only(tmp_path).head.session == "kept"
+
+
+def test_a_disk_that_hangs_holds_nobody_up(
+    tmp_path: Path, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    real = RecordWriter.flush
+
+    def hang(writer: RecordWriter) -> None:
+        release.wait(30)
+        real(writer)
+
+    monkeypatch.setattr(RecordWriter, "flush", hang)
+    monkeypatch.setattr(module, "WAITING_LIMIT", 50)
+    recorder = Recorder(tmp_path, told, flush_s=0.01)
+    recording = recorder.begin(head())
+    talk(recording, 1)
+    time.sleep(0.1)  # the thread hangs now
+    began = time.monotonic()
+    talk(recording, 200)
+    assert time.monotonic() - began < 1.0
+    assert recording.failure is not None
+    assert "too slow" in str(recording.failure)
+    assert not recorder.close(0.1)
+    release.set()
+    told.wait("failed")
+
+
+# Retention
+
+
+def finished(folder: Path, session: str, age_s: float = 0.0, frames: int = 1) -> Path:
+    writer = RecordWriter(folder, Head(session, 1e9, Persona()))
+    for number in range(frames):
+        writer.row(Row(number, 0.0, 0.0, np.zeros(17, int)))
+    writer.close()
+    then = time.time() - age_s
+    os.utime(writer.path, (then, then))
+    return writer.path
+
+
+def test_old_records_go_and_others_stay(tmp_path: Path, told: Told) -> None:
+    old, young = finished(tmp_path, "old", 101), finished(tmp_path, "young", 99)
+    other = tmp_path / "old.txt"
+    other.write_text("not a record")
+    os.utime(other, (0, 0))
+    writer = RecordWriter(tmp_path, Head("open", 1e9, Persona()))
+    os.utime(writer.path, (0, 0))
+    assert Retention(tmp_path, Limits(100, 0), told).expire(time.time()) == 1
+    assert told.results == [EXPIRED]
+    assert {path.name for path in tmp_path.iterdir()} == {young.name, other.name, writer.path.name}
+    assert not old.exists()
+    writer.close()
+
+
+def test_beyond_the_bytes_the_oldest_go(tmp_path: Path, told: Told) -> None:
+    paths = [finished(tmp_path, f"s{age}", age, frames=100) for age in (1, 3, 2)]
+    limit = sum(path.stat().st_size for path in paths) - 1
+    assert Retention(tmp_path, Limits(0, limit), told).expire(time.time()) == 1
+    assert [path.exists() for path in paths] == [True, False, True]
+    assert Retention(tmp_path, Limits(0, limit), told).expire(time.time()) == 0
+    assert Retention(tmp_path, NO_LIMIT, told).expire(time.time()) == 0
+    assert Retention(tmp_path / "missing", Limits(1, 1), told).expire(time.time()) == 0
+
+
+# Upload
+
+
+@pytest.mark.parametrize("target", ["{}/there", "file://{}/there", "memory://records-test"])
+def test_finished_records_are_brought_to_the_store(tmp_path: Path, told: Told, target: str) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    done = finished(here, "done")
+    content = done.read_bytes()
+    writer = RecordWriter(here, Head("open", 1e9, Persona()))
+    retention = Retention(here, NO_LIMIT, told, store_at(target.format(tmp_path)))
+    assert retention.upload() == EVERY_S
+    assert told.results == [UPLOADED]
+    assert not done.exists()
+    assert writer.path.exists()
+    if "memory" in target:
+        import fsspec
+
+        assert fsspec.filesystem("memory").cat(f"/records-test/{done.name}") == content
+    else:
+        assert (there / done.name).read_bytes() == content
+    if "://" not in target:
+        assert (there / done.name).stat().st_mode & 0o777 == 0o600
+    writer.close()
+
+
+def test_a_store_out_of_reach_is_tried_again_and_nothing_is_lost(tmp_path: Path, told: Told) -> None:
+    path, reachable = finished(tmp_path, "s"), False
+    seen: list[Path] = []
+
+    def store(path: Path) -> None:
+        if not reachable:
+            raise ConnectionError("no route")
+        with claimed(path) as ours:
+            assert not ours, "locked while it is brought away"
+        seen.append(path)
+
+    retention = Retention(tmp_path, NO_LIMIT, told, store)
+    waits = [retention.upload() for _ in range(12)]
+    assert waits[:4] == [2, 4, 8, 16]
+    assert waits[-1] == LONGEST_RETRY_S
+    assert path.exists()
+    reachable = True
+    assert retention.upload() == EVERY_S
+    assert seen == [path]
+    assert not path.exists()
+    assert told.results == [UPLOAD_FAILED] * 12 + [UPLOADED]
+
+
+def test_a_full_store_leaves_no_half_a_record(tmp_path: Path, told: Told) -> None:
+    (tmp_path / "file").write_text("")
+    path = finished(tmp_path / "here", "s")
+    retention = Retention(tmp_path / "here", NO_LIMIT, told, store_at(str(tmp_path / "file" / "x")))
+    assert retention.upload() == 2
+    assert path.exists()
+
+
+def test_a_store_that_hangs_holds_up_neither_writing_nor_deleting(tmp_path: Path, told: Told) -> None:
+    release, reached = threading.Event(), threading.Event()
+
+    def hang(path: Path) -> None:
+        reached.set()
+        release.wait(30)
+
+    finished(tmp_path, "a", 200)
+    retention = Retention(tmp_path, Limits(100, 0), told, hang)
+    retention._limits = NO_LIMIT  # until the upload has begun
+    retention.start()
+    assert reached.wait(10)
+    recorder = Recorder(tmp_path, told, flush_s=0.01)
+    recording = recorder.begin(head("b"))
+    talk(recording, 3)
+    recorder.finish(recording, "left")
+    assert recording.wait(5)
+    assert Retention(tmp_path, Limits(100, 0), told).expire(time.time() + 1_000) == 1, "b; a is in use"
+    retention.stop()
+    release.set()
+    assert recorder.close(5)
+
+
+@pytest.mark.parametrize("target", ["nosuch://bucket", "s3://bucket/records"])
+def test_a_store_that_cannot_be_used_is_refused_at_the_start(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(ConfigError, match="record_upload"):
+        store_at(target)
