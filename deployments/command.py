@@ -50,6 +50,7 @@ ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray other
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own: the cluster its programs connect to
+PORT_SHARING = "SERVE_SOCKET_REUSE_PORT_ENABLED"  # Serve's own: of its proxies; 1 unless set
 CARDS = "CUDA_VISIBLE_DEVICES"
 _READ = ("moshi_weight", "mimi_weight", "tokenizer", "voice_prompt_dir", "step_times")  # settings: paths
 _WRITTEN = ("token_log_dir", "record_dir")  # settings: directories
@@ -84,14 +85,14 @@ def run(settings: Settings, host: str, port: int, *, ssl_folder: Path | None, wi
     Raises ConfigError for a set-up that cannot work, RayEnded when Ray ended first.
     """
     _check_files(settings)
-    _check_port(host, port)
     certificate = None
     with_haproxy |= behind_haproxy()  # by the environment
     if ssl_folder is not None and with_haproxy:
         raise ConfigError("--haproxy speaks no https: leave out --ssl, and end https in front of it")
     if ssl_folder is not None:
         certificate = ensure_certificate(ssl_folder, lan_address())
-    with _environment(with_haproxy, settings):
+    shared = not with_haproxy and os.environ.get(PORT_SHARING, "1") == "1"
+    with _reserved(host, port, shared), _environment(with_haproxy, settings):
         _serve(host, port, certificate, settings)
 
 
@@ -158,16 +159,28 @@ def visible(card: dict[str, str]) -> Iterator[None]:
             os.environ[CARDS] = before
 
 
-def _check_port(host: str, port: int) -> None:
-    """Raises ConfigError when nothing can listen there: Ray would only say so in a log."""
+@contextlib.contextmanager
+def _reserved(host: str, port: int, shared: bool) -> Iterator[None]:
+    """Keeps the port for this service, which listens there only once its Ray has started.
+
+    `shared`: its sockets will share the port with others of this user (SO_REUSEPORT). Of two such services
+    started at once each would get some of the other's clients. Without sharing the second cannot listen, and
+    nothing is kept. Raises ConfigError when nothing can listen there: Ray would only say so in a log.
+    """
     if not 1 <= port <= 65_535:
         raise ConfigError(f"--port must be between 1 and 65535, got {port}")
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.create_server((host, port), family=family):
-            pass
-    except (OSError, UnicodeError) as error:  # the latter: no name of a host can look like this
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        try:
+            with socket.create_server((host, port), family=family):
+                pass
+            if shared:  # but not with SO_REUSEADDR, so that no other service's check succeeds
+                place = stack.enter_context(socket.socket(family))
+                place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                place.bind((host, port))
+        except (OSError, UnicodeError) as error:  # the latter: no name of a host can look like this
+            raise ConfigError(f"cannot listen on {host}:{port}: {error}") from error
+        yield
 
 
 @contextlib.contextmanager

@@ -5,7 +5,11 @@ it waits for its peer: for the first request of a connection, for the rest of a 
 for a body nobody reads any more. No byte a peer sends moves the deadline; only a request that is complete, up
 to its body, ends it. Between requests uvicorn's own keep-alive timeout applies. When PENDING_LIMIT
 connections of this process wait, the one that has waited longest makes room: whoever sends a request at once
-is never that one. `FitAnswers` is ASGI middleware that makes what Serve answers fit for a WebSocket.
+is never that one.
+
+A peer that reads nothing has deadlines too, since asyncio waits for it without end, even to close: READ_S for
+some of the answer, and LINGER_S, WebSockets included, for what is left when the connection is closed.
+`FitAnswers` is ASGI middleware that makes what Serve answers fit for a WebSocket.
 
 Knows no Ray; `deployments.ingress` puts both in front of Serve.
 """
@@ -22,6 +26,8 @@ from uvicorn.protocols.utils import ClientDisconnected
 
 REQUEST_TIMEOUT_S = 10.0  # for a request's head, and for what is left of a body once it has been answered
 PENDING_LIMIT = 512
+READ_S = 30.0  # for a peer to make room for more of an answer: it reads 2 kB/s or leaves
+LINGER_S = 10.0  # at least, and at most twice that
 
 _TIMED_OUT = (
     b"HTTP/1.1 408 Request Timeout\r\n"
@@ -33,25 +39,64 @@ _TIMED_OUT = (
 )
 
 
+class _CloseWatch:
+    """Aborts a transport that has been closing for `period_s`: its peer does not take what is left."""
+
+    def __init__(self, transport: asyncio.Transport, period_s: float) -> None:
+        self._transport, self._period_s = transport, period_s
+        self._closing = False
+        self._wait()
+
+    def cancel(self) -> None:
+        self._timer.cancel()
+
+    def _wait(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._period_s, self._look)
+
+    def _look(self) -> None:
+        if self._closing:
+            self._transport.abort()
+        else:
+            self._closing = self._transport.is_closing()
+            self._wait()
+
+
 class PromptHttp(HttpToolsProtocol):
-    """Uvicorn's HTTP protocol for peers that send their requests promptly; others are disconnected."""
+    """Uvicorn's HTTP protocol for peers that send their requests and take their answers promptly; others are
+    disconnected."""
 
     timeout_s: ClassVar[float] = REQUEST_TIMEOUT_S
+    read_s: ClassVar[float] = READ_S
+    linger_s: ClassVar[float] = LINGER_S
     pending_limit: ClassVar[int] = PENDING_LIMIT
     pending: ClassVar[dict[PromptHttp, None]] = {}  # that wait for their peer, the longest first
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._deadline: asyncio.TimerHandle | None = None
+        self._unread: asyncio.TimerHandle | None = None  # runs while our peer leaves no room for more
         self._in_head, self._whole = False, True  # the request that is being read
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._close_watch = _CloseWatch(transport, self.linger_s)  # goes on when this becomes a WebSocket
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._wait_no_more()
+        self._close_watch.cancel()
+        if self._unread is not None:
+            self._unread.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.read_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

@@ -48,6 +48,14 @@ HEAD_LIMIT = 65_536  # bytes of request line and headers; a role text of 1000 Ch
 FRAGMENT_LIMIT = 1_024
 PIECE = 1_024  # bytes parsed before others have their turn: 170 of the smallest frames
 _SLACK = 1.25  # of a session's bursts, so that the session is the one to refuse and to say why
+_BAD_UPGRADE = (
+    b"HTTP/1.1 400 Bad Request\r\n"
+    b"content-type: text/plain; charset=utf-8\r\n"
+    b"content-length: 60\r\n"
+    b"connection: close\r\n"
+    b"\r\n"
+    b"this upgrade has too many or too long headers, or has a body"
+)
 _STEERING = frozenset(
     (
         *("x_request_id", "x_session_id", "serve_multiplexed_model_id"),
@@ -84,6 +92,14 @@ class DropSteering:
 
 def _steers(name: bytes) -> bool:
     return name.decode("latin-1").lower().replace("-", "_") in _STEERING
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 class Http(PromptHttp):
@@ -155,11 +171,14 @@ class WebSocket(WebSocketsSansIOProtocol):
     # asyncio.Protocol
 
     def data_received(self, data: bytes) -> None:
-        if not self.handshake_initiated:
-            super().data_received(data)
+        if self.handshake_initiated:
+            self._unread += data
+            self._read_on()
             return
-        self._unread += data
-        self._read_on()
+        super().data_received(data)  # the whole head
+        if not self.handshake_initiated and not self.transport.is_closing():
+            self.transport.write(_BAD_UPGRADE)  # uvicorn would wait for another, without end
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._unread.clear()
@@ -222,6 +241,13 @@ class WebSocket(WebSocketsSansIOProtocol):
     def _continue(self) -> None:
         self._again = None
         self._read_on()
+
+    def send_receive_event_to_app(self) -> None:
+        if self.curr_msg_data_type == "text" and not _is_utf8(b"".join(self.frames)):
+            self.conn.fail(1007, "text that is not UTF-8")  # uvicorn writes a traceback for each
+            self.handle_parser_exception()
+        else:
+            super().send_receive_event_to_app()
 
     def handle_events(self) -> None:
         self._frames.spend(len(self.conn.events))

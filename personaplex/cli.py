@@ -5,15 +5,19 @@
     2    refused before the work began: an option, a file or the set-up is wrong
     130  Ctrl-C
 
-A failure is one line on stderr that starts with `error: `. Standard library only.
+A failure is one line on stderr that starts with `error: `, whatever the names of files in it hold. Standard
+library only.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
+import logging
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -27,6 +31,9 @@ OWN_PACKAGES = ("personaplex", "deployments", "loadtest", "k8s")
 
 Command = Callable[[], int]
 
+# Line ends, what moves the cursor or changes colours, and what turns text around.
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
 
 def run(command: Command, extra: str, interrupted: str = "interrupted") -> int:
     """The exit code of `command`; errors raised on purpose, the system's and Ctrl-C become one line.
@@ -34,13 +41,13 @@ def run(command: Command, extra: str, interrupted: str = "interrupted") -> int:
     `extra` is the optional part of this package that has all that the command imports, `interrupted` the line
     after Ctrl-C.
     """
+    open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name or a transcript the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     try:
         code = command()
-        sys.stdout.flush()
-        return code
+        return code if _flushed() else FAILED
     except BrokenPipeError:  # `| head`; the interpreter would flush once more, and fail once more
         _discard_stdout()
         complain("nobody reads the output any more")
@@ -71,7 +78,19 @@ def guard_imports(extra: str) -> None:
             _exit(INTERRUPTED)
         sys.__excepthook__(kind, error, trace)
 
+    open_standard_streams()
     sys.excepthook = hook
+
+
+def open_standard_streams() -> None:
+    """Puts the null device where the caller has closed stdin, stdout or stderr: the next file to be opened,
+    an output perhaps, would get that descriptor, and whatever is said there would go into it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115  for the rest of the process
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
 
 def _exit(code: int) -> NoReturn:
@@ -89,8 +108,21 @@ def _missing(error: ModuleNotFoundError, extra: str) -> str:
 
 
 def complain(message: str, head: str = "error: ") -> None:
-    """Says one thing on stderr."""
-    print(f"{head}{message}", file=sys.stderr, flush=True)
+    """Says one thing on stderr, as one line. Where stderr cannot be written the exit code has to do."""
+    with contextlib.suppress(OSError):
+        print(f"{head}{one_line(message)}", file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """`text` with the characters escaped that would break the line or steer the terminal."""
+    return _UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class OneLine(logging.Formatter):
+    """Log records as `complain` writes: they name files too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
 
 
 def reason(error: Exception) -> str:
@@ -99,6 +131,19 @@ def reason(error: Exception) -> str:
         name = error.filename
         return error.strerror if name is None else f"{os.fsdecode(name)}: {error.strerror}"
     return str(error) or type(error).__name__
+
+
+def _flushed() -> bool:
+    """Whether all that was said on stdout was written. Raises BrokenPipeError."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_stdout()
+        complain(f"stdout: {reason(error)}")
+        return False
+    return True
 
 
 def _discard_stdout() -> None:

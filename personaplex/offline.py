@@ -58,7 +58,9 @@ _SAMPLING = {  # option -> field of Sampling
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; the exit codes are those of `cli`: 1 when some recordings failed or were skipped."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(cli.OneLine("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("httpx").setLevel(logging.WARNING)
     return cli.run(
         lambda: _run(parser().parse_args(argv)),

@@ -186,13 +186,14 @@ class Report:
 
     def table(self, elapsed: float) -> str:
         """A row a conversation: its length, how long it took, and the ratio (below 1: faster than live)."""
-        width = max([len("conversation"), *(len(name) for name, _, _ in self.rows)])
+        rows = [(cli.one_line(name), frames, took) for name, frames, took in self.rows]
+        width = max([len("conversation"), *(len(name) for name, _, _ in rows)])
         lines = [f"{'conversation':<{width}}  {'audio s':>9}  {'took s':>9}  {'real-time factor':>16}"]
-        for name, frames, took in self.rows:
+        for name, frames, took in rows:
             audio = frames * FRAME_SECONDS
             lines.append(f"{name:<{width}}  {audio:>9.2f}  {took:>9.2f}  {took / audio:>16.3f}")
         audio = sum(frames for _, frames, _ in self.rows) * FRAME_SECONDS
         if len(self.rows) > 1:
             lines.append(f"{'all':<{width}}  {audio:>9.2f}  {elapsed:>9.2f}  {elapsed / audio:>16.3f}")
-        lines += [f"failed: {name}: {reason}" for name, reason in self.failures]
+        lines += [cli.one_line(f"failed: {name}: {reason}") for name, reason in self.failures]
         return "\n".join(lines)

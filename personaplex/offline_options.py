@@ -9,7 +9,7 @@ from personaplex import cli
 from personaplex.config import Sampling
 from personaplex.loading import DTYPES
 from personaplex.model.hub import DEFAULT_REPO
-from personaplex.outputs import is_folder
+from personaplex.outputs import is_folder, some_name
 from personaplex.persona import DEFAULT_VOICE, Persona
 
 AUTO = "auto"  # batch size: as many conversations as fit in memory
@@ -42,19 +42,26 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         "--input-wav",
         nargs="+",
         required=True,
+        type=some_name,
         metavar="PATH",
         help="recordings, pipes, or folders of recordings",
     )
     group.add_argument(
         "--output-wav",
         required=True,
+        type=some_name,
         metavar="PATH",
         help="the agent's sound, as long as the input; a folder when there are several inputs or with a / at "
         "the end",
     )
-    group.add_argument("--output-text", metavar="PATH", help="JSON list of one text piece a frame")
     group.add_argument(
-        "--output-tokens", metavar="PATH", help=".npz with tokens [n, 17] and user_codes [8, n]"
+        "--output-text", type=some_name, metavar="PATH", help="JSON list of one text piece a frame"
+    )
+    group.add_argument(
+        "--output-tokens",
+        type=some_name,
+        metavar="PATH",
+        help=".npz with tokens [n, 17] and user_codes [8, n]",
     )
     group.add_argument(
         "--channel", type=cli.whole(1), default=1, metavar="N", help="of recordings that have several"

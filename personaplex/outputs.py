@@ -73,6 +73,8 @@ def make_folder_of(path: Path) -> None:
         raise NotADirectoryError(
             errno.ENOTDIR, "a file is in the way of this folder", str(path.parent)
         ) from error
+    except RecursionError as error:  # pathlib goes up one level a call
+        raise OSError(errno.ENAMETOOLONG, "too many folders in one another", str(path.parent)) from error
 
 
 def check_room(path: Path, size: int) -> None:
@@ -95,8 +97,16 @@ def is_folder(name: str | os.PathLike[str]) -> bool:
     return os.path.basename(text) in ("", ".", "..") or os.path.isdir(text)
 
 
+def some_name(text: str) -> str:
+    """An option's type: a file or folder. Refuses what a shell makes of a variable that is not set."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty")
+    return text
+
+
 def file_name(text: str) -> Path:
     """An option's type: a file to be written."""
+    some_name(text)
     if is_folder(text):
         raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
     return Path(text)

@@ -169,8 +169,9 @@ class Gateway:
         finally:
             if socket.application_state is not WebSocketState.CONNECTED:
                 claim.give_up()
-        status = wants_status(socket.scope["query_string"])
-        recording = self._begin_record(socket, session, persona, engine)
+        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
+        status = wants_status(query)
+        recording = self._begin_record(query, session, persona, engine)
         conversation = Conversation(socket, session, self._services, status=status, recording=recording)
         try:
             await conversation.run(persona, claim)
@@ -180,11 +181,10 @@ class Gateway:
                 self._records.finish(recording, metrics.cause(conversation.error))
 
     def _begin_record(
-        self, socket: WebSocket, session: str, persona: Persona, engine: Mapping[str, str]
+        self, query: Mapping[str, str], session: str, persona: Persona, engine: Mapping[str, str]
     ) -> Recording | None:
         if self._records is None:
             return None
-        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
         return self._records.begin(session, persona, query, engine) if self._records.wanted(query) else None
 
     async def _engine(self) -> Mapping[str, str]:

@@ -20,7 +20,7 @@ from personaplex.config import Pcm
 from personaplex.errors import PersonaplexError, ProtocolError
 from personaplex.session.events import AgentAudio, AudioHeard, Event, Failed
 
-FEED_BYTES = 4_096  # of Ogg decoded at a time: about a second, well under a frame's time to decode
+FEED_BYTES = 1_024  # of Ogg decoded at a time; a page of packets without content lasts 30 s in half of that
 UNDECODED_LIMIT = 524_288  # bytes of Ogg that may wait to be decoded: more than 8 s at 510 kb/s
 QUIET = 1e-6  # mean square of speech nobody misses: -60 dBFS
 HEARD_EVERY_S = 0.5  # between two AudioHeard while audio comes

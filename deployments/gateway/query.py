@@ -24,7 +24,7 @@ AUDIO_TOPK_LIMIT = 2_048
 SEED_LIMIT = 2**63 - 1
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
-_NUMBER = re.compile(r"-?[0-9]{1,32}(\.[0-9]{0,64})?([eE][+-]?[0-9]{1,3})?")
+_NUMBER = re.compile(r"-?([0-9]{1,32}(\.[0-9]{0,64})?|\.[0-9]{1,64})([eE][+-]?[0-9]{1,3})?")
 
 
 def read_query(query: bytes, limit: int) -> dict[str, str]:
@@ -38,9 +38,9 @@ def read_query(query: bytes, limit: int) -> dict[str, str]:
     return dict(reversed(pairs))
 
 
-def wants_status(query: bytes) -> bool:
-    """Whether the client asks for status messages before the handshake."""
-    return b"status=1" in query.split(b"&")
+def wants_status(query: Mapping[str, str]) -> bool:
+    """Whether the client asks to be told how it stands before the handshake. Any value but 1 is no."""
+    return query.get("status") == "1"
 
 
 def wants_record(query: Mapping[str, str]) -> bool:

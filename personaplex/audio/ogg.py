@@ -1,7 +1,8 @@
 """Ogg pages carrying one Opus stream: an incremental demuxer and a whole-page muxer (RFC 3533, RFC 7845).
 
 Knows bytes, no audio. The demuxer reads what strangers send. It holds at most one page and one unfinished
-packet, and it trusts neither granule positions nor sequence numbers, because real clients get both wrong.
+packet, none of whose tags are kept, however long (cover art), and it trusts neither granule positions nor
+sequence numbers, because real clients get both wrong.
 The muxer writes what the strictest known decoder accepts: every call gives exactly one whole page, OpusHead
 is page 0 with a single lacing value, OpusTags is page 1, audio starts at page 2.
 """
@@ -36,6 +37,7 @@ _HEADER = struct.Struct("<4sBBqIIIB")  # capture, version, type, granule, serial
 _HEAD = struct.Struct("<8sBBHIhB")  # "OpusHead", version, channels, pre-skip, input rate, gain, family
 _REVERSED_BITS = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 _NO_CRC = bytes(4)
+_TAGS = b"OpusTags"
 _VENDOR = b"personaplex"
 
 
@@ -196,16 +198,20 @@ class OggDemuxer:
         packet = self._partial if kind & CONTINUED and self._partial is not None else bytearray()
         self._partial = None
         begin = position
+        first = bool(kind & FIRST)
         for lace in self._buffer[start + _HEADER.size : position]:
             position += lace
             if len(packet) + position - begin > PACKET_LIMIT:
-                raise ProtocolError(f"Ogg packet of more than {PACKET_LIMIT} bytes")
+                packet += self._buffer[begin : begin + len(_TAGS)]
+                if not orphan and not packet.startswith(_TAGS):
+                    raise ProtocolError(f"Ogg packet of more than {PACKET_LIMIT} bytes")
+                packet, begin = packet[: len(_TAGS)], position
             if lace == 255:
                 continue
             packet += self._buffer[begin:position]
             if not orphan:
-                self._take(bytes(packet), bool(kind & FIRST), items)
-            packet, begin, orphan = bytearray(), position, False
+                self._take(bytes(packet), first, items)
+            packet, begin, orphan, first = bytearray(), position, False, False
         if segments and self._buffer[start + _HEADER.size + segments - 1] == 255 and not orphan:
             self._partial = packet + self._buffer[begin:position]
 
@@ -215,16 +221,18 @@ class OggDemuxer:
             items.append(parse_head(packet, self._serial))
         elif first:
             raise BadAudio("the Ogg stream is not Opus")
-        elif not packet.startswith(b"OpusTags"):
+        elif not packet.startswith(_TAGS):
             items.append(packet)
 
 
 def parse_head(packet: bytes, serial: int) -> Head:
-    """Reads an OpusHead packet. Raises BadAudio unless it describes mono or stereo Opus."""
+    """Reads an OpusHead packet. Raises BadAudio unless it describes mono or stereo Opus: channel mapping
+    family 0, or another one of a single stream, whose packets are the same (RFC 7845, section 5.1.1)."""
     if len(packet) < _HEAD.size:
         raise BadAudio("the OpusHead packet is too short")
     _, version, channels, pre_skip, _, gain, family = _HEAD.unpack_from(packet)
-    if version >> 4 or family != 0 or channels not in (1, 2):
+    streams = packet[_HEAD.size] if family and len(packet) > _HEAD.size else 1
+    if version >> 4 or channels not in (1, 2) or streams != 1:
         raise BadAudio(f"only mono or stereo Opus is understood, not {channels} channels in family {family}")
     return Head(serial=serial, channels=channels, pre_skip=pre_skip, gain=gain)
 
@@ -243,7 +251,7 @@ class OggMuxer:
         `pre_skip` is in samples at 48 kHz; `sample_rate` (Hz) is informative only.
         """
         head = _HEAD.pack(b"OpusHead", 1, 1, pre_skip, sample_rate, 0, 0)
-        tags = b"OpusTags" + struct.pack("<I", len(_VENDOR)) + _VENDOR + struct.pack("<I", 0)
+        tags = _TAGS + struct.pack("<I", len(_VENDOR)) + _VENDOR + struct.pack("<I", 0)
         return [self._page([head], 0, 0, FIRST), self._page([tags], 0, 1, 0)]
 
     def page(self, packets: Sequence[bytes], granule: int) -> bytes:

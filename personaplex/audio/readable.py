@@ -33,6 +33,7 @@ OTHER_SUFFIXES = frozenset((
 ))
 # fmt: on
 PIPE_LIMIT = 2**31  # bytes taken from a pipe
+COPY_LIMIT = 2**32 + 2**20  # bytes of a file that is mended in a copy: the longest read, in 64-bit samples
 CHUNK_LIMIT = 1_000  # chunks looked at in search of the samples; real files have some dozens
 
 _FOREIGN: Mapping[bytes, str] = {
@@ -52,7 +53,7 @@ Patches = dict[int, bytes]  # offset in the file -> what belongs there
 def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """The file at `path` with a descriptor that can seek and sizes that are right: itself, or a copy.
 
-    Raises OSError, and BadAudio for a pipe that does not end and a git-lfs pointer.
+    Raises OSError, and BadAudio for a pipe that does not end, a git-lfs pointer and a file too large to copy.
     """
     with ExitStack() as stack:
         file: BinaryIO = stack.enter_context(open(path, "rb"))
@@ -61,6 +62,9 @@ def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if file.read(23) == b"version https://git-lfs":
             raise BadAudio(f"the file {LFS_ADVICE}")
         if patches := _patches(file):
+            if file.seek(0, os.SEEK_END) > COPY_LIMIT:
+                size = f"more than {COPY_LIMIT >> 30} GiB"
+                raise BadAudio(f"its header does not say how long it is, and it has {size}: cut it up")
             copy = stack.enter_context(tempfile.TemporaryFile())
             file.seek(0)
             shutil.copyfileobj(file, copy)

@@ -18,6 +18,7 @@ from personaplex.audio.opus import PACKET_SAMPLES, OpusDecoder, OpusEncoder, pac
 from personaplex.config import BURST_S, CATCH_UP_RATE, FRAME_SIZE, SAMPLE_RATE, Pcm
 from personaplex.errors import BadAudio, ProtocolError
 
+SAVED_S = 60.0  # without audio from a peer, asleep or in the queue, that it may make up for at once
 LEAD_SPARE_S = 4.0  # beyond a burst, that a peer may be ahead of the clock: its device's start-up backlog
 CONCEAL_LIMIT_S = 2.0  # concealed audio in a row before the stream counts as unreadable
 NOT_OGG_AFTER_S = 0.9  # of bytes in which nothing looks like a page
@@ -55,12 +56,12 @@ class Transcoder:
         self._encoder = OpusEncoder()
         self._framer = Framer()
         self._clock = clock
-        self._started = clock() if clock else 0.0
         self._lead_s = burst_s + LEAD_SPARE_S
+        self._allowed_s = self._lead_s  # of audio that may come now, at `_accounted`
+        self._accounted = clock() if clock else 0.0
         self._astray_since: float | None = None
         self._skip = 0  # samples of the pre-skip still to discard
         self._last_samples = PACKET_SAMPLES  # duration of the last packet that had one
-        self._received = 0  # samples, before the pre-skip
         self._concealed = 0  # samples in a row
 
     @property
@@ -156,12 +157,14 @@ class Transcoder:
         return self._decoder.conceal(samples)
 
     def _account(self, samples: int) -> None:
-        """Law of real time: no more audio than a clock that is CATCH_UP_RATE fast has seen since the start,
-        and the lead. Once for each packet, with what is heard of it: a corrupt one may claim another duration
-        than the one concealed."""
-        self._received += samples
+        """Law of real time: a peer may send `_lead_s` of audio at once, and from then on what a clock that is
+        CATCH_UP_RATE fast has seen, of which up to SAVED_S are kept for it. Once for each packet, with what
+        is heard of it: a corrupt one may claim another duration than the one concealed."""
         if self._clock is None:
             return
-        allowed = (self._clock() - self._started) * CATCH_UP_RATE + self._lead_s
-        if self._received > allowed * SAMPLE_RATE:
+        now = self._clock()
+        earned = self._allowed_s + (now - self._accounted) * CATCH_UP_RATE
+        self._allowed_s = min(earned, self._lead_s + SAVED_S) - samples / SAMPLE_RATE
+        self._accounted = now
+        if self._allowed_s < 0:
             raise ProtocolError(f"audio came faster than real time by more than {self._lead_s:g} s")

@@ -38,7 +38,7 @@ from deployments.gateway.audio import UNDECODED_LIMIT
 from deployments.gateway.conversation import Conversation
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.leases import Claim, Waiter
-from deployments.gateway.query import SEED_LIMIT, persona_from, read_query
+from deployments.gateway.query import SEED_LIMIT, persona_from, read_query, wants_status
 from deployments.gateway.upstream import STALE_S, Services
 from deployments.settings import Settings
 from deployments.wire import messages
@@ -84,7 +84,31 @@ def test_an_empty_prompt_is_a_prompt_and_the_first_of_two_names_counts() -> None
 
 
 @pytest.mark.parametrize(
-    "text", ["nan", "inf", "-inf", "1e400", "10.1", "-0.0001", "1,5", "0x1", " 1", "1\n", "٣"]
+    ("query", "wanted"),
+    [
+        (b"status=1", True),
+        (b"text_prompt=a&status=%31", True),
+        (b"status=0&status=1", False),
+        (b"status=xyz", False),
+        (b"status=", False),
+        (b"text_prompt=%26status=1", False),
+        (b"", False),
+    ],
+)
+def test_status_is_read_like_every_other_name(query: bytes, wanted: bool) -> None:
+    assert wants_status(read_query(query, 100)) is wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0.7", 0.7), (".7", 0.7), ("1.", 1.0), ("7e-1", 0.7), (".5e0", 0.5)]
+)
+def test_numbers_as_programs_write_them(text: str, value: float) -> None:
+    assert persona_from({"text_temperature": text}).sampling.text_temperature == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [".", "-.", ".e1", "nan", "inf", "-inf", "1e400", "10.1", "-0.0001", "1,5", "0x1", " 1", "1\n", "٣"],
 )
 def test_numbers_are_read_strictly(text: str) -> None:
     with pytest.raises(BadParameter, match="text_temperature"):

@@ -16,7 +16,7 @@ import requests
 import uvicorn
 import uvicorn.config
 import websockets.sync.client
-from attackers import BINARY, CONT, PING, SOURCE, Raw, Target, endless_header, frame
+from attackers import BINARY, CONT, PING, SOURCE, TEXT, Raw, Target, endless_header, frame
 from ports import free_port
 
 from deployments import ingress
@@ -250,6 +250,37 @@ def test_who_reads_nothing_is_not_read(target: Target, application: Application)
             for _ in range(400):
                 raw.socket.sendall(frame(PING, bytes(125)) * 1_000)
             pytest.fail("52 MB of pings were taken")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [[f"X-{number}: a" for number in range(200)], ["X-A: " + "a" * 40_000], ["Content-Length: 5"]],
+    ids=["too many", "too long", "a body"],
+)
+def test_an_upgrade_that_cannot_be_read_is_answered(
+    target: Target, application: Application, headers: list[str]
+) -> None:
+    """Uvicorn waits for another one on the same connection, for ever."""
+    with Raw(target) as raw:
+        head = raw.upgrade(*headers)
+        assert head.startswith("HTTP/1.1 400"), head
+        body = ingress._BAD_UPGRADE.partition(b"\r\n\r\n")[2]
+        assert f"content-length: {len(body)}\r" in head
+        assert raw.socket.makefile("rb").read() == body, "and closed"
+    assert not application.scopes
+
+
+@pytest.mark.parametrize("pieces", [[b"\xff"], [b"\xc3", b"\xa9", b"\xc3"]])
+def test_text_that_is_none_is_one_close_and_no_traceback(
+    target: Target, pieces: list[bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Raw(target) as raw:
+        raw.upgrade()
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            raw.socket.sendall(frame(CONT if number else TEXT, piece, final=last))
+        assert raw.close_code() == 1007
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_a_head_without_an_end_is_cut(target: Target) -> None:

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -68,6 +69,7 @@ CLIENT = [
     Row("--input-wav user.wav --output-wav o --output-text ./o", 2, "would both write o"),
     Row("--input-wav user.wav --output-wav new/", 2, "new/ is a folder: name a file"),
     Row("--input-wav user.wav --output-text a", 2, "a is a folder: name a file"),
+    Row("--input-wav user.wav --output-text ''", 2, "--output-text: the name is empty"),
     Row("--input-wav user.wav --output-wav no/o.wav", 1, "no: no such folder"),
     Row("--input-wav user.wav --output-wav /proc/o.wav", 1, "/proc/o.wav: "),
     Row("--input-wav nobody.wav", 1, "nobody.wav: No such file or directory"),
@@ -202,6 +204,52 @@ def test_a_reader_that_goes_away_is_one_line() -> None:
     assert done.stderr.splitlines()[1:] == ["error: nobody reads the output any more"]
 
 
+CLOSED_STREAMS = """
+import os
+from pathlib import Path
+from personaplex import cli
+
+def command():
+    with open("out", "w") as file:
+        assert file.fileno() > 2
+        print("said")
+        cli.complain("said")
+        os.write(1, b"by a library")
+        file.write("mine")
+    return 0
+
+raise SystemExit(cli.run(command, "client"))
+"""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_failure_and_no_output_goes_elsewhere(closed: str) -> None:
+    command = [sys.executable, "-c", CLOSED_STREAMS]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
+    subprocess.run(shell, env=environment, check=True, timeout=30)
+    assert Path("out").read_text() == "mine"
+
+
+def test_a_full_stdout_after_the_work_is_no_refusal() -> None:
+    code = "from personaplex import cli; raise SystemExit(cli.run(lambda: print(1) or 0, 'client'))"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr) == (1, "error: stdout: No space left on device\n")
+
+
+def test_a_name_makes_no_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.complain("a\nerror: b\r\x1b[31m\u2028\u202ec.wav: é\u00a0ü")
+    assert capsys.readouterr().err == "error: a\\nerror: b\\r\\x1b[31m\\u2028\\u202ec.wav: é\u00a0ü\n"
+
+
 def test_ctrl_c_in_a_plan_is_one_line(monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
     def interrupted(options: argparse.Namespace) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -264,6 +312,26 @@ SERVER = [
 def test_the_server_is_refused_before_ray_starts(row: Row, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_serve", lambda *options: pytest.fail("it went on"))
     run_row(server.main, row, say, "" if "--model" in row.arguments else "--model echo")
+
+
+def test_of_two_servers_started_at_once_one_is_refused(monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
+    """Serve's proxies would share the port, and the two services each other's clients."""
+    with socket.create_server(("localhost", 0)) as probe:
+        port = probe.getsockname()[1]
+    row = Row(f"--port {port}", 2, f"cannot listen on localhost:{port}:")
+
+    def serve(*_: object) -> None:
+        run_row(server.main, row, say, "--model echo")  # before the first one listens
+        with socket.socket() as proxy:  # as Serve makes it
+            proxy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            proxy.bind(("localhost", port))
+            proxy.listen()
+            socket.create_connection(("localhost", port), timeout=1).close()
+
+    monkeypatch.setattr(command, "_serve", serve)
+    assert server.main(["--model", "echo", "--port", str(port)]) == 0
+    monkeypatch.setattr(command, "_serve", lambda *_: socket.create_server(("localhost", port)).close())
+    assert server.main(["--model", "echo", "--port", str(port), "--haproxy"]) == 0, "HAProxy shares nothing"
 
 
 def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
@@ -416,7 +484,8 @@ def here(options: argparse.Namespace, default: str, address: str) -> argparse.Na
 def test_the_servers_examples_work(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[tuple[object, ...]] = []
     monkeypatch.setattr(command, "_serve", lambda *options: served.append(options))
-    monkeypatch.setattr(command, "_check_port", lambda host, port: None)  # someone may listen there
+    # Someone may listen there.
+    monkeypatch.setattr(command, "_reserved", lambda host, port, shared: contextlib.nullcontext())
     Path("keys.txt").write_text("one\n")
     found = examples(server._parser())
     assert [server.main(words) for words in found] == [0] * len(found)

@@ -99,6 +99,10 @@ def notes() -> None:
 
 
 REFUSED = [
+    Row("--input-wav user.wav --output-wav ''", 2, "--output-wav: the name is empty"),
+    Row("--input-wav '' --output-wav agent.wav", 2, "--input-wav: the name is empty"),
+    Row(f"{ONE} --output-text ''", 2, "--output-text: the name is empty"),
+    Row(f"--input-wav user.wav --output-wav {'d/' * 1_500}agent.wav", 2, "too many folders in one another"),
     Row("--input-wav user.wav --output-wav user.wav", 2, "--output-wav user.wav would overwrite the input"),
     Row("--input-wav user.wav --output-wav rec/../user.wav", 2, "would overwrite the input user.wav"),
     Row("--input-wav rec/../user.wav --output-wav $PWD/user.wav", 2, "would overwrite"),

@@ -270,7 +270,7 @@ def test_the_query_is_what_is_read() -> None:
         with pytest.raises(query.BadParameter):
             query.persona_from({name: str(limit + 1)})
     assert query.SEED_LIMIT == 2**63 - 1
-    assert query.wants_status(b"status=1")
+    assert query.wants_status({"status": "1"})
 
 
 def test_kinds_and_rates_are_those_of_the_service() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import uvicorn
 import websockets
+from attackers import CLOSE, frame
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
@@ -26,6 +29,7 @@ TIMEOUT_S = 0.4
 
 class Quick(PromptHttp):
     timeout_s = TIMEOUT_S
+    read_s = linger_s = TIMEOUT_S
     pending_limit = 20
     pending: ClassVar[dict[PromptHttp, None]] = {}
 
@@ -49,7 +53,19 @@ async def _like_serve(scope: Scope, receive: Receive, send: Send) -> None:
     LEFT.set()
 
 
+OPEN: list[set[Any]] = []  # the server's connections
 LEFT = threading.Event()
+LARGE = 60_000  # bytes: more than sockets keep here, less than what makes uvicorn wait for its peer
+
+
+async def _large(request: Request) -> PlainTextResponse:
+    return PlainTextResponse(bytes(int(request.query_params["bytes"])))
+
+
+async def _pour(socket: WebSocket) -> None:
+    await socket.accept()
+    await socket.send_bytes(bytes(LARGE))
+    await socket.receive()
 
 
 async def _echo(socket: WebSocket) -> None:
@@ -61,6 +77,7 @@ async def _echo(socket: WebSocket) -> None:
 @contextlib.asynccontextmanager
 async def _server() -> AsyncIterator[int]:
     app = Starlette(routes=[Route("/", _hello, methods=["GET", "POST"]), WebSocketRoute("/ws", _echo)])
+    app.routes.extend([Route("/large", _large), WebSocketRoute("/pour", _pour)])
     app.routes.append(WebSocketRoute("/none", FitAnswers(_like_serve)))
     server = uvicorn.Server(
         uvicorn.Config(
@@ -70,8 +87,12 @@ async def _server() -> AsyncIterator[int]:
     running = asyncio.ensure_future(server.serve())
     while not server.started:  # noqa: ASYNC110 (uvicorn has no event for it)
         await asyncio.sleep(0.01)
+    listening = server.servers[0].sockets[0]
+    with socket.socket(fileno=os.dup(listening.fileno())) as small:
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)  # connections inherit it
+    OPEN[:] = [server.server_state.connections]
     try:
-        yield server.servers[0].sockets[0].getsockname()[1]
+        yield listening.getsockname()[1]
     finally:
         server.should_exit = True
         await running
@@ -161,6 +182,57 @@ def test_a_websocket_stays() -> None:
             assert await socket.recv() == b"still here"
 
     _run(scenario)
+
+
+UPGRADE = (
+    b"GET /pour HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: websocket\r\n"
+    b"sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET /large?bytes=9000000 HTTP/1.1\r\nhost: a\r\n\r\n",
+        f"GET /large?bytes={LARGE} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n".encode(),
+        UPGRADE + frame(CLOSE, b"\x03\xe8"),
+    ],
+    ids=["more than fits", "the rest of a closed one", "the rest of a closed WebSocket"],
+)
+def test_a_peer_that_reads_nothing_is_let_go(said: bytes) -> None:
+    """Asyncio would wait for it for ever, with what it does not read."""
+
+    async def scenario(port: int) -> float:
+        with socket.socket() as peer:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
+            peer.connect(("127.0.0.1", port))
+            head, _, rest = said.partition(b"\r\n\r\n")
+            peer.sendall(head + b"\r\n\r\n")
+            await asyncio.sleep(0.2)
+            peer.sendall(rest)
+            began = time.monotonic()
+            (connections,) = OPEN
+            assert connections
+            while connections:
+                assert time.monotonic() - began < 5
+                await asyncio.sleep(0.02)
+            return time.monotonic() - began
+
+    assert _run(scenario) > 0.5 * TIMEOUT_S - 0.2, "it had time to read"
+
+
+def test_a_peer_that_reads_slowly_gets_all() -> None:
+    async def scenario(port: int) -> int:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=2_048)
+        writer.write(b"GET /large?bytes=400000 HTTP/1.1\r\nhost: a\r\n\r\n")
+        read = 0
+        while read < 400_000:
+            read += len(await asyncio.wait_for(reader.read(20_000), 5))
+            await asyncio.sleep(0.05)
+        writer.close()
+        return read
+
+    assert _run(scenario) > 400_000
 
 
 def test_what_serve_answers_to_an_upgrade_is_an_answer(caplog: pytest.LogCaptureFixture) -> None:

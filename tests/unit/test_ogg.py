@@ -210,6 +210,43 @@ def test_streams_that_are_not_mono_or_stereo_opus(data: bytes, complaint: str) -
         OggDemuxer().feed(data)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("family", [1, 255])
+def test_a_mapped_head_of_one_stream_is_fine(channels: int, family: int) -> None:
+    """RFC 7845, section 5.1.1: the packets of one stream are the same whatever the mapping."""
+    mapping = bytes([1, channels - 1, *range(channels)])
+    packet = struct.pack("<8sBBHIhB", b"OpusHead", 1, channels, 312, 48_000, 0, family) + mapping
+    assert OggDemuxer().feed(page([len(packet)], packet, kind=FIRST)) == [Head(1, channels, 312)]
+    two = packet[:19] + bytes([2, 0, *range(channels)])
+    with pytest.raises(BadAudio, match="only mono or stereo Opus"):
+        OggDemuxer().feed(page([len(two)], two, kind=FIRST))
+
+
+@pytest.mark.parametrize("size", [8_192, 60_000, 65_025, 200_000])
+@pytest.mark.parametrize("feed", [65_600, 1_000])
+def test_tags_may_be_long(size: int, feed: int) -> None:
+    """A cover, for example; and no more of them is kept than of any packet."""
+    tags, pages = b"OpusTags" + bytes(size), b""
+    while tags:
+        body, tags = tags[: 255 * 255], tags[255 * 255 :]
+        laces = [255] * (len(body) // 255) + ([len(body) % 255] if len(body) < 255 * 255 else [])
+        pages += page(laces, body, kind=0 if not pages else CONTINUED)
+    if size + 8 == 255 * 255:
+        pages += page([0], b"", kind=CONTINUED)
+    data = head() + pages + page([5], b"hello")
+    demuxer, items = OggDemuxer(), []
+    for start in range(0, len(data), feed):
+        items += demuxer.feed(data[start : start + feed])
+        assert len(demuxer._partial or b"") <= PACKET_LIMIT
+    assert items[1:] == [b"hello"]
+
+
+def test_a_head_in_the_same_page_as_the_rest_is_understood() -> None:
+    packet = head()[28:]
+    data = page([len(packet), 8, 5], packet + b"OpusTags" + b"hello", kind=FIRST)
+    assert OggDemuxer().feed(data)[1:] == [b"hello"]
+
+
 def test_a_stereo_head_is_fine() -> None:
     assert OggDemuxer().feed(head(channels=2)) == [Head(1, 2, 312)]
 

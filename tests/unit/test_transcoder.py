@@ -16,7 +16,13 @@ import sphn
 
 from personaplex.audio.ogg import FIRST, OggDemuxer, OggMuxer, checksum
 from personaplex.audio.opus import OpusEncoder, packet_samples
-from personaplex.audio.transcoder import CONCEAL_LIMIT_S, LEAD_SPARE_S, NOT_OGG_AFTER_S, Transcoder
+from personaplex.audio.transcoder import (
+    CONCEAL_LIMIT_S,
+    LEAD_SPARE_S,
+    NOT_OGG_AFTER_S,
+    SAVED_S,
+    Transcoder,
+)
 from personaplex.config import BURST_S
 from personaplex.errors import BadAudio, PersonaplexError, ProtocolError
 
@@ -314,6 +320,21 @@ def test_audio_in_real_time_may_go_on_for_ever() -> None:
         transcoder.receive(page)
         now += 1.6
     assert transcoder.counters.frames_in == 20 * 20
+
+
+def test_silence_is_made_up_for_but_an_hour_of_it_is_not() -> None:
+    """Once, all that a peer had not sent could come at once: after an hour 12 s of work for a gateway."""
+    now = 100.0
+    transcoder = Transcoder(clock=lambda: now)
+    empty = stream([[b"\x19"] * 250])[2]  # packets of 120 ms without content: 30 s
+    transcoder.receive(b"".join(stream([packets_of(speech(1.6))])))
+    now += 25.0
+    transcoder.receive(empty)  # a phone that slept
+    now += 3_600.0
+    for _ in range(int((BURST_S + LEAD_SPARE_S + SAVED_S) / 30)):
+        transcoder.receive(empty)
+    with pytest.raises(ProtocolError, match="faster than real time"):
+        transcoder.receive(empty)
 
 
 def test_a_sound_card_whose_clock_is_fast_may_go_on_for_ever() -> None:

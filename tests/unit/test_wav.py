@@ -9,6 +9,7 @@ import os
 import random
 import struct
 import threading
+import time
 import wave
 from pathlib import Path
 
@@ -291,6 +292,20 @@ def test_nothing_is_allocated_for_what_a_header_claims(tmp_path: Path, claim: in
     (tmp_path / "a.flac").write_bytes(content)
     with memory_within(32), pytest.raises(BadAudio, match=reason):
         wav.read_wav(tmp_path / "a.flac")
+
+
+def test_a_header_without_sizes_in_front_of_too_much_is_not_copied(tmp_path: Path) -> None:
+    """A file of holes takes no room on a disk, and its copy all of it."""
+    path = tmp_path / "holes.wav"
+    soundfile.write(path, np.zeros(9), 24_000)
+    data = bytearray(path.read_bytes()[:44])
+    data[4:8] = data[40:44] = bytes(4)
+    path.write_bytes(data)
+    os.truncate(path, 2**40)
+    began = time.monotonic()
+    with pytest.raises(BadAudio, match="more than 4 GiB: cut it up"):
+        wav.read_wav(path)
+    assert time.monotonic() - began < 1
 
 
 def test_what_unpacks_to_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
