@@ -23,7 +23,7 @@ from personaplex.persona import VOICES
 from personaplex.record.folder import find_records, read_record
 from personaplex.record.format import Record
 from personaplex.record.transcript import words
-from personaplex.session.wire import Metadata
+from personaplex.session.moshi import Metadata
 
 SECONDS = 1.6
 PATIENT = {"burst_s": 20.0}  # a busy machine may be late: this is about what is kept, not when
