@@ -20,21 +20,23 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from personaplex.audio.wav import one_channel, read_wav, resample, write_wav
-from personaplex.config import AGENT, FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE, EngineConfig, frames_in
-from personaplex.engine.rerun import rerun, resume
+from personaplex.config import AGENT, FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE, USER, EngineConfig, frames_in
+from personaplex.engine.rerun import rerun
 from personaplex.errors import BadRecord, ConfigError
 from personaplex.files import replacing
 from personaplex.loading import Parts, Resolved, load_parts, resolve
 from personaplex.model.mimi import Mimi
 from personaplex.outputs import make_folder_of, refuse_overwriting, try_output, wav_bytes
-from personaplex.playback import check_codes, load_codec, spec, stereo
+from personaplex.playback import check_codes, load_codec, play, spec, stereo
 from personaplex.record.folder import read_record
 from personaplex.record.format import Event, Record
 from personaplex.record.options import parser
 from personaplex.record.page import render
 from personaplex.record.transcript import TEXT, as_json
+from personaplex.sessionlog import SessionLog
 from personaplex.text import Tokenizer
 
+_HEARD_FRAMES = 1_000  # 80 s: what the encoder is given of the user when a conversation goes on
 _ANY_LENGTH = 2**31  # tokens of a role text: it was short enough for the service
 
 
@@ -170,11 +172,15 @@ def _known(record: Record, found: Resolved) -> NDArray[np.int32]:
 def continued(
     record: Record, parts: Parts, found: Resolved, frames: int, user: NDArray[np.float32] | None
 ) -> Record:
-    """The record with `frames` more, in which the user says `user` [frames, 1920], or nothing."""
+    """The record with `frames` more, in which the user says `user` [frames, 1920], or nothing.
+
+    The encoder hears the user as Mimi renders them, and for the last frame silence: neither is in a record.
+    """
     kept = _known(record, found)
     engine = parts.engine(_config(found))
-    slot = engine.open(record.head.persona)
-    resume(engine, slot, kept)
+    heard = play(parts.model.mimi, kept[1:, USER])
+    sound = np.concatenate([heard, np.zeros((1, FRAME_SIZE), np.float32)])[-_HEARD_FRAMES:]
+    slot = engine.rebuild(SessionLog(record.head.persona, kept, record.forced[: len(kept)], sound))
     silence = np.zeros((1, FRAME_SIZE), np.float32)
     said = user if user is not None else np.repeat(silence, frames, axis=0)
     rows, events = [], [event for event in record.events if event.type != "end"]

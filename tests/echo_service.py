@@ -40,10 +40,12 @@ Handler = Callable[[ServerConnection], Awaitable[None]]
 LIMITS = Limits(session_s=60.0, idle_s=math.inf)
 
 
-async def echo(socket: ServerConnection, limits: Limits = LIMITS, *, status: bool = True) -> None:
+async def echo(
+    socket: ServerConnection, limits: Limits = LIMITS, *, status: bool = True, **details: object
+) -> None:
     """Says back what it hears and one word per frame, as a gateway would: queued, then live.
 
-    `status`: whether its client asked to be told so.
+    `status`: whether its client asked to be told so. `details`: more of the session's.
     """
     transcoder = Transcoder(clock=time.monotonic)
     core = SessionCore(transcoder.headers(), limits, time.monotonic(), status=status)
@@ -68,7 +70,7 @@ async def echo(socket: ServerConnection, limits: Limits = LIMITS, *, status: boo
                 case _:
                     await socket.send(bytes_of(command))
 
-    for event in (Queued(2), LeaseGranted(), Ready({"voice": "NATF2"})):
+    for event in (Queued(2), LeaseGranted(), Ready({"voice": "NATF2", **details})):
         await tell(event)
     while core.state is not CLOSED:
         due = core.deadline()

@@ -231,10 +231,6 @@ class Engine:
             raise BadParameter("the slot cannot be run again now")
         return self._model, self._state
 
-    def skip(self, slot: Slot, frames: int) -> None:
-        """Counts frames that a slot went through without `step`."""
-        self._state_of(slot).frames += frames
-
     def _state_or_none(self, slot: Slot) -> _SlotState | None:
         state = self._open[slot.index]
         return state if state is not None and state.slot == slot else None

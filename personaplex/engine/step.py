@@ -58,13 +58,9 @@ def step_codes(
     model: Model,
     state: EngineState,
     user_codes: Tensor,
-    forced: lm.LMInputs | None,
     active: Tensor,
 ) -> lm.LMOutput:
-    """`step` with user codes [N, 8] in place of sound; advances the language model, not the codec.
-
-    `forced` gives tokens of the frame that is generated, which then are not sampled.
-    """
-    out = lm.step(model.lm, state.lm, forced, state.sampling, active, CODEBOOKS)
+    """`step` with user codes [N, 8] in place of sound; advances the language model, not the codec."""
+    out = lm.step(model.lm, state.lm, None, state.sampling, active, CODEBOOKS)
     lm.append_user_codes(model.lm, state.lm, user_codes, active)
     return out

@@ -349,3 +349,26 @@ def luminance(colour: str) -> float:
     channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize(("record", "agrees"), [("allowed", True), ("allowed", False), ("always", False)])
+def test_being_recorded_is_a_choice_and_a_mark(browser: Chromium, record: str, agrees: bool) -> None:
+    async def tell(socket: Socket) -> None:
+        recorded = record == "always" or agrees
+        await echo(socket, **({"recorded": True} if recorded else {}))  # type: ignore[arg-type]
+
+    with WebService(tell, info={**INFO, "record": record}) as service:
+        browser.open(service.url)
+        browser.wait(READY)
+        assert browser.run("document.getElementById('record-field').hidden") == (record != "allowed")
+        assert browser.run("document.getElementById('always-recorded').hidden") == (record != "always")
+        if agrees:
+            browser.run("document.getElementById('record').click()")
+        browser.run(CONNECT)
+        browser.wait(state_is("Live"))
+        marked = agrees or record == "always"
+        assert browser.run("document.getElementById('recorded').hidden") != marked
+        browser.run(CONNECT)
+        browser.wait(state_is("Not connected"))
+        assert browser.run("document.getElementById('recorded').hidden")
+    assert [chat.get("record") for chat in service.chats] == ["1" if agrees else None]

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from personaplex import playback, replay
 from personaplex.config import FRAME_SIZE, EngineConfig, Sampling
 from personaplex.engine.engine import Engine
-from personaplex.engine.rerun import rerun, resume
-from personaplex.errors import BadParameter
+from personaplex.engine.rerun import rerun
 from personaplex.loading import ModelSpec, Parts, load_parts, resolve
 from personaplex.persona import Persona
 from personaplex.record.format import Event, Head, Row, pack_event, pack_head, pack_row, parse
@@ -195,39 +194,15 @@ def test_another_seed_is_another_conversation(capsys: pytest.CaptureFixture[str]
 
 
 def test_it_goes_on_as_it_would_have() -> None:
-    """The user's last frame is in no row, so from then on the user is another; the tokens that do not depend
-    on it yet, those of the first frame after the end, are the same. So is all that was forced."""
-    tokens = parse(conversation()[0]).tokens
-    whole, machine = conversation()[2], engine(2)
-    machine.open(Persona("NATF0", ""))
-    slot = machine.open(PERSONA)
-    resume(machine, slot, tokens)
-    machine.feed(slot, user()[FRAMES])
-    (out,) = machine.step()
-    assert out.frame == FRAMES
-    np.testing.assert_array_equal(out.tokens[:2], whole[FRAMES, :2])
-    machine.feed(slot, user()[FRAMES])
-    with pytest.raises(BadParameter, match="again"):
-        machine.internals(slot)
-
-
-def test_the_state_after_resume_is_the_state_after_stepping() -> None:
-    """Given the whole of the user, keys, values and tokens are bit for bit those of the live session, and
-    the decoder's sound goes on without a seam."""
-    whole, live, again = conversation()[2], engine(), engine()
-    slot, other = live.open(PERSONA), again.open(PERSONA)
-    for frame in user()[:FRAMES]:
-        live.feed(slot, frame)
-        live.step()
-    resume(again, other, whole[:FRAMES])
-    ours, theirs = again._state.lm, live._state.lm
-    held = int(theirs.ring.offset[0])
-    assert int(ours.ring.offset[0]) == held
-    assert (ours.ring.k[:, 0, :, :held] == theirs.ring.k[:, 0, :, :held]).all() or held > ours.ring.capacity
-    for mine, its in zip(
-        again._state.mimi.decoder.conv_state, live._state.mimi.decoder.conv_state, strict=True
-    ):
-        assert (mine == its).all()
+    """The user's last frame is in no row, so from then on the user is another. What does not depend on it,
+    the text and first codebook of the frame after the end, is as it was; so is all that was recorded."""
+    record, whole = parse(conversation()[0]), conversation()[2]
+    found = resolve(ModelSpec("tiny", device="cpu"))
+    longer = replay.continued(record, parts(), found, 5, None)
+    assert longer.frames.tolist() == list(range(FRAMES + 5))
+    np.testing.assert_array_equal(longer.tokens[:FRAMES], record.tokens)
+    np.testing.assert_array_equal(longer.tokens[FRAMES, :2], whole[FRAMES, :2])
+    assert longer.ended is None
 
 
 def test_a_continued_record_is_longer(say: Say) -> None:

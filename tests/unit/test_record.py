@@ -251,9 +251,10 @@ def test_what_was_flushed_can_be_read_while_it_is_written(tmp_path: Path) -> Non
 
 
 def test_a_killed_writer_leaves_what_it_flushed(tmp_path: Path) -> None:
+    here = Path(__file__).parent
     script = f"""
 import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(here), str(here.parent)]!r}
 from pathlib import Path
 from test_record import HEAD, RecordWriter, row
 writer = RecordWriter(Path({str(tmp_path)!r}), HEAD)

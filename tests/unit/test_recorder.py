@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from deployments.gateway.retention import (
 )
 from personaplex.errors import ConfigError
 from personaplex.persona import Persona
+from personaplex.record import writer
 from personaplex.record.folder import find_records, read_record
 from personaplex.record.format import Head, Record, Row
 from personaplex.record.transcript import words
@@ -124,12 +124,12 @@ def test_a_disk_that_fails_ends_one_record_and_no_session(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """/dev/full stands for the disk: it takes the file and none of its bytes."""
-    real = os.open
+    real = writer._create
 
-    def full(path: Any, *options: Any) -> int:
-        return real("/dev/full", os.O_WRONLY) if "full" in str(path) else real(path, *options)
+    def full(path: Path) -> int:
+        return os.open("/dev/full", os.O_WRONLY) if "full" in path.name else real(path)
 
-    monkeypatch.setattr(os, "open", full)
+    monkeypatch.setattr(writer, "_create", full)
     lost, kept = recorder.begin(head("full")), recorder.begin(head("kept"))
     with caplog.at_level(logging.WARNING):
         talk(lost, 5)

@@ -80,6 +80,8 @@ function describe(info) {
   const model = info.model ? `${info.model} · ` : "";
   $("service").textContent = info.slots ? `${model}${info.slots - info.used} of ${info.slots} places free` : "";
   $("key-field").hidden = !info.key_needed;
+  $("record-field").hidden = info.record !== "allowed";
+  $("always-recorded").hidden = info.record !== "always";
 }
 
 async function refresh() {
@@ -117,12 +119,14 @@ function connect() {
       $("mute").hidden = name !== "live";
       if (name === "live") liveSince = performance.now();
     },
+    recorded: () => ($("recorded").hidden = false),
     text: write,
     latency: (ms) => (latency = latency === null ? ms : latency + (ms - latency) / 16),
     spoken: (level) => showLevel($("you"), level),
     heard: hear,
     end: (message) => {
       session = null;
+      $("recorded").hidden = true;
       show("idle");
       complain(message);
       setBusy(false);

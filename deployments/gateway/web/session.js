@@ -33,7 +33,7 @@ export class Session {
 
   /**
    * Handlers: `state(name, detail)` with name `microphone`, `connecting`, `queued`, `warming` or `live`;
-   * `text(piece)`; `latency(ms)`; `spoken(level)`; `heard(report)`; `end(message)`, last of all, where the
+   * `recorded()` when the service keeps a record; `text(piece)`; `latency(ms)`; `spoken(level)`; `heard(report)`; `end(message)`, last of all, where the
    * message is null if the end was asked for.
    */
   constructor(url, handlers) {
@@ -125,6 +125,7 @@ export class Session {
   }
 
   #learn(details) {
+    if (details.type === "session" && details.recorded) this.#handlers.recorded();
     if (this.#live) return;
     if (details.type === "queue" && details.position > 0) this.#handlers.state("queued", details.position);
     else if (details.type === "queue" || details.type === "session") this.#handlers.state("warming");
