@@ -3,7 +3,8 @@
 The network is Mimi's encoder. Its first layers are collapsed, in training, into one bank of 128 filters of
 10 ms at 200 Hz, which `export` spreads over them again. The bank starts as quadrature pairs of band filters,
 each with both signs: ELU(x) + ELU(-x) is |x| for large x and x^2 / 2 for small, so the residual layer behind it
-sees band energies, and its own ELU, exponential for negative arguments, compresses them.
+sees band energies, and its own ELU, exponential for negative arguments, compresses them: two slopes a band, in channels
+the bank leaves empty.
 
 Codes are judged by the phones and the intent read from them, never by sound.
 """
@@ -25,7 +26,9 @@ from personaplex.training.nets import CausalConv, Residual, Transformer
 LABELS = (*grammar.INTENTS, grammar.UNKNOWN)
 BANK, TAPS, HOP = 128, 240, 120
 _BANDS = 24
-_GAIN = 60.0  # of the filters: a loud band of speech comes out near 10
+_GAIN = 250.0  # of the filters: a loud band of speech comes out near 20
+_SLOPES = (0.8, 0.08)  # of a band's two compressed energies: together near a logarithm over 40 dB
+_LOUDEST = 3.0  # factor of each of them
 LATENT = 64  # of each side of the quantiser
 CODES = 512
 PER_FRAME = 3  # phones read from one code
@@ -68,26 +71,32 @@ class Ear(nn.Module):
 
     @torch.no_grad()
     def _start_as_filters(self) -> None:
-        """Bands in the bank's first channels, smoothed and compressed energies in the residual layer."""
+        """Bands in the bank's first channels, their compressed energies in its last, and a look at those."""
         time = torch.arange(TAPS) / SAMPLE_RATE
         window = torch.hann_window(TAPS) * (2 / TAPS) * _GAIN
         mel = torch.linspace(_mel(150.0), _mel(6500.0), _BANDS)
         centres = 700 * (torch.exp(mel / 1127) - 1)
-        self.bank.bias.zero_()  # type: ignore[union-attr]
-        self.bank.weight.mul_(0.05)
         wide, narrow = self.residual.first, self.residual.second
-        wide.weight.mul_(0.05)
+        for part in (self.bank, wide, narrow):
+            assert part.bias is not None
+            part.bias.zero_()
+            part.weight.mul_(0.05)
+        self.bank.weight[4 * _BANDS :].zero_()
         for band, centre in enumerate(centres.tolist()):
-            lift = (1 + centre / 500) ** 1.3  # speech falls with frequency
+            lift = (1 + centre / 500) ** 1.6  # speech falls with frequency
             for phase in range(4):  # cosine, sine and their negatives
                 wave = torch.cos(2 * math.pi * centre * time - phase * math.pi / 2)
                 self.bank.weight[4 * band + phase, 0] = wave * window * lift
-            for unit, slope in enumerate((0.25, 0.025)):
+            for unit, slope in enumerate(_SLOPES):
                 wide.weight[2 * band + unit].zero_()
                 wide.weight[2 * band + unit, 4 * band : 4 * band + 4] = -slope / 3
-                wide.bias[2 * band + unit] = 0.0  # type: ignore[index]
-        assert narrow.bias is not None
-        narrow.bias.zero_()
+                narrow.weight[4 * _BANDS + band, 2 * band + unit] = _LOUDEST
+            narrow.bias[4 * _BANDS + band] = 2 * _LOUDEST  # type: ignore[index]
+        seen = slice(4 * _BANDS, 5 * _BANDS)
+        self.pool.weight.mul_(0.1)
+        self.pool.weight[:, seen].normal_(0, (16 * _BANDS) ** -0.5)
+        assert self.pool.bias is not None
+        self.pool.bias.copy_(-1.5 * _LOUDEST * self.pool.weight[:, seen].sum((1, 2)))  # about their mean
 
     def energies(self, wave: Tensor) -> Tensor:
         """wave [N, T] -> [N, BANK, T / 120]."""

@@ -169,11 +169,11 @@ class Shelf:
 
 
 def train(folder: Path, minutes: float, seed: int = 0) -> Ear:
-    """Trains for so many minutes in all, counting those of earlier runs."""
+    """Trains for so many minutes of a core in all, counting those of earlier runs."""
     torch.manual_seed(seed)
     ear = Ear(CONFIG.mimi, PHONES)
     heads = [p for n, p in ear.named_parameters() if "head" in n]
-    optimizer = optim.Optimizer(ear, muon=0.006, adam=2e-3, plain=[*heads, ear.bank.weight])
+    optimizer = optim.Optimizer(ear, muon=0.002, adam=1.5e-3, plain=[*heads, ear.bank.weight])
     path, spent, step = folder / "ear.pt", 0.0, 0
     if (state := optim.load(path)) is not None:
         ear.load_state_dict(state["ear"])
@@ -183,9 +183,9 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Ear:
     generator = torch.Generator().manual_seed(seed + step)
     shelf, noises = Shelf(folder / "callers"), Noises(rng)
     parts: list[dict[str, float]] = []
-    begun = saved = time.monotonic()
-    while spent + (time.monotonic() - begun) / 60 < minutes:
-        progress = (spent + (time.monotonic() - begun) / 60) / minutes
+    begun, saved = time.process_time(), time.monotonic()
+    while spent + (time.process_time() - begun) / 60 < minutes:
+        progress = (spent + (time.process_time() - begun) / 60) / minutes
         strength = min(1.0, 0.25 + 3 * progress)
         data = batch(shelf.draw(draw, BATCH), noises, shelf.utterances, rng, strength)
         if progress > _QUANTISE_FROM and not ear.fitted:
@@ -198,7 +198,7 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Ear:
         parts.append(part)
         if time.monotonic() - saved > 60:
             shelf.refresh()
-            now = spent + (time.monotonic() - begun) / 60
+            now = spent + (time.process_time() - begun) / 60
             state = {"ear": ear.state_dict(), "optimizer": optimizer.state_dict(), "minutes": now, "step": step}
             optim.save(path, state)
             means = {name: round(float(np.mean([p[name] for p in parts])), 3) for name in parts[0]}
