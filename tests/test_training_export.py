@@ -55,10 +55,12 @@ def model(
     ear, mouth, analysis, talker = parts
     folder: Path = tmp_path_factory.mktemp("talk")
     silence = torch.randn(64)
-    mimi = export.mimi_tensors(dict(ear.state_dict()), dict(mouth.state_dict()), analysis.books, silence, *halves)
+    mimi = export.mimi_tensors(
+        dict(ear.state_dict()), dict(mouth.state_dict()), analysis.books, silence, *halves
+    )
     lm = export.lm_tensors(dict(talker.lm.state_dict()), CONSTANT)
     export.write(folder, lm, mimi, b"not read here")
-    assert export.CONFIG == resolve(str(folder)).config
+    assert resolve(str(folder)).config == export.CONFIG
     return load_model(resolve(str(folder)), "cpu", torch.float32)
 
 
@@ -129,5 +131,7 @@ def test_the_model_predicts_what_the_talker_predicts(
         for level, logits in enumerate(output.audio_logits):
             block = slice(export.first_id(level), export.first_id(level) + CODES)
             assert torch.allclose(logits[0, block], depth[level, frame - 1, :CODES], atol=2e-2)
-            assert torch.allclose(logits[0, SILENCE_CODES[level]], depth[level, frame - 1, SILENCE], atol=2e-2)
+            assert torch.allclose(
+                logits[0, SILENCE_CODES[level]], depth[level, frame - 1, SILENCE], atol=2e-2
+            )
             assert (logits[0] < -30).sum() == 2048 - CODES - 1

@@ -1,7 +1,7 @@
 """First stage of the language model: copying from the role text, in text alone.
 
-`python -m personaplex.training.copying FOLDER MINUTES` goes on from `FOLDER/copying.pt`. It begins with pure
-repetition and goes on to dense, then to padded documents by what the losses have reached.
+`python -m personaplex.training.copying FOLDER MINUTES` goes on from `FOLDER/copying.pt`. It begins with
+pure repetition and goes on to dense, then to padded documents by what the losses have reached.
 """
 
 from __future__ import annotations
@@ -111,7 +111,10 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Talker:
             optim.save(path, {**state, "step": step, "stage": stage, "reached": reached})
             report = [exact_slots(talker, part) for part in (tests if stage else tests[:0])]
             shares = [{slot: f"{share:.2f} ({n})" for slot, (share, n) in part.items()} for part in report]
-            print(f"{now:.1f} min, step {step}, losses {[round(r, 2) for r in reached]}, exact {shares}", flush=True)
+            print(
+                f"{now:.1f} min, step {step}, losses {[round(r, 2) for r in reached]}, exact {shares}",
+                flush=True,
+            )
     state = {"talker": talker.state_dict(), "optimizer": optimizer.state_dict(), "minutes": minutes}
     optim.save(path, {**state, "step": step, "stage": stage, "reached": reached})
     return talker

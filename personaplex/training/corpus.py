@@ -1,8 +1,9 @@
-"""Shards of synthesised speech on disk: callers for the ear, the agent's sentences for the codec and the model.
+"""Shards of synthesised speech on disk: callers for the ear, the agent's sentences for the codec and the
+model.
 
-A shard is one `.npz`: all waves end to end as int16, their lengths, and what each says. Each is written whole,
-from a seed of its own, so that a broken run goes on where it stopped. `python -m personaplex.training.corpus
-callers|agent FOLDER SHARDS [FIRST]`.
+A shard is one `.npz`: all waves end to end as int16, their lengths, and what each says. Each is written
+whole, from a seed of its own, so that a broken run goes on where it stopped. `python -m
+personaplex.training.corpus callers|agent FOLDER SHARDS [FIRST]`.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def as_int16(wave: Array) -> NDArray[np.int16]:
 
 
 def as_float(wave: NDArray[np.int16]) -> Array:
-    return wave.astype(np.float32) / 32767
+    return np.asarray(wave / np.float32(32767), np.float32)
 
 
 MAKERS: dict[str, Callable[[Speaker, int], Iterator[Utterance]]] = {"callers": callers, "agent": agent}

@@ -1,8 +1,9 @@
 """What the language model is trained on: sequences of frames laid out as the engine lays out a session.
 
-Three kinds. `repetition`: random pieces said again, which teaches copying. `dense`: a role text, then answers
-one after the other without padding. `padded`: a role text, then talk in real time, silence of the agent while
-the caller speaks. The first two have no sound; a question stands there as a hint, the number of its intent.
+Three kinds. `repetition`: random pieces said again, which teaches copying. `dense`: a role text, then
+answers one after the other without padding. `padded`: a role text, then talk in real time, silence of the
+agent while the caller speaks. The first two have no sound; a question stands there as a hint, the number of
+its intent.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from personaplex.config import CODEBOOKS, SILENCE_FRAMES, TEXT_BOS, TEXT_EOS, TEXT_PAD
 from personaplex.training import grammar
-from personaplex.training.lm import SILENCE
+from personaplex.training.lm import SILENCE, START
 from personaplex.training.vocabulary import Pieces
 
 NOTHING = -1  # an audio token that embeds as zeros
@@ -105,9 +106,19 @@ def answer_pieces(pieces: Pieces, intent: str, known: grammar.Facts) -> list[tup
     return words
 
 
-def prompt(document: Document, draw: random.Random, pieces: Pieces, known: grammar.Facts, sound: bool, voice: Codes | None = None) -> None:
-    """The system prompt's phases: voice, silence, role text, silence."""
+def prompt(
+    document: Document,
+    draw: random.Random,
+    pieces: Pieces,
+    known: grammar.Facts,
+    sound: bool,
+    voice: Codes | None = None,
+) -> None:
+    """The system prompt's phases behind the start tokens: voice, silence, role text, silence."""
     role = pieces.prompt(grammar.role_text(draw, known))
+    if sound:
+        start = np.full((1, CODEBOOKS), START, np.int64)
+        document.add([pieces.size], 0.0, agent=start, user=start)
     phases = [SILENCE_FRAMES, len(role), SILENCE_FRAMES]
     texts = [[TEXT_PAD] * SILENCE_FRAMES, role, [TEXT_PAD] * SILENCE_FRAMES]
     if voice is not None:

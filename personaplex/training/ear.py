@@ -1,10 +1,10 @@
 """The user's side of the codec: any voice, any phase, noise and rooms -> codes that tell what is said.
 
 The network is Mimi's encoder. Its first layers are collapsed, in training, into one bank of 128 filters of
-10 ms at 200 Hz, which `export` spreads over them again. The bank starts as quadrature pairs of band filters,
-each with both signs: ELU(x) + ELU(-x) is |x| for large x and x^2 / 2 for small, so the residual layer behind it
-sees band energies, and its own ELU, exponential for negative arguments, compresses them: two slopes a band, in channels
-the bank leaves empty.
+10 ms at 200 Hz, which `export` spreads over them again. The bank starts as quadrature pairs of band
+filters, each with both signs: ELU(x) + ELU(-x) is |x| for large x and x^2 / 2 for small, so the residual
+layer behind it sees band energies, and its own ELU, exponential for negative arguments, compresses them:
+two slopes a band, in channels the bank leaves empty.
 
 Codes are judged by the phones and the intent read from them, never by sound.
 """
@@ -48,6 +48,7 @@ class Ear(nn.Module):
     """waveform [N, T] at 24 kHz -> latents [N, T / 1920, 2, LATENT], one row a side of the quantiser."""
 
     books: Tensor
+    fitted: Tensor
 
     def __init__(self, config: MimiConfig, phones: int) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
 """The trained parts as a checkpoint of this project: sizes, names and shapes of its own Mimi and LM.
 
-The ear and the mouth share codebooks without sharing a space: a codebook's vector holds the ear's in its first
-half and the mouth's, small, in its second, and either side's projections read one half. Training counts codes
-from 0; in the checkpoint each level's block of ids lies clear of the constant codes that prompts hold.
+The ear and the mouth share codebooks without sharing a space: a codebook's vector holds the ear's in its
+first half and the mouth's, small, in its second, and either side's projections read one half. Training
+counts codes from 0; in the checkpoint each level's block of ids lies clear of the constant codes that
+prompts hold.
 """
 
 from __future__ import annotations
@@ -103,7 +104,14 @@ def lm_tensors(trained: dict[str, Tensor], constant: float) -> dict[str, Tensor]
     return out
 
 
-def mimi_tensors(ear: dict[str, Tensor], mouth: dict[str, Tensor], books: Tensor, silence: Tensor, basis: Tensor, size: Tensor) -> dict[str, Tensor]:
+def mimi_tensors(
+    ear: dict[str, Tensor],
+    mouth: dict[str, Tensor],
+    books: Tensor,
+    silence: Tensor,
+    basis: Tensor,
+    size: Tensor,
+) -> dict[str, Tensor]:
     """The codec's tensors.
 
     books [8, CODES, LATENT] and silence [LATENT] are the mouth's; basis [coefficients, 960] and size
@@ -120,13 +128,17 @@ def mimi_tensors(ear: dict[str, Tensor], mouth: dict[str, Tensor], books: Tensor
     return out
 
 
-def _quantizer(ear: dict[str, Tensor], mouth: dict[str, Tensor], books: Tensor, silence: Tensor) -> dict[str, Tensor]:
+def _quantizer(
+    ear: dict[str, Tensor], mouth: dict[str, Tensor], books: Tensor, silence: Tensor
+) -> dict[str, Tensor]:
     width = silence.shape[0]
     read = mouth["mix"] @ torch.eye(width).repeat(4, 1) / _SMALL  # [dim, width]
     out = {}
     for side, into in (("first", ear["first_in.weight"]), ("rest", ear["rest_in.weight"])):
         out[f"quantizer.rvq_{side}.input_proj.weight"] = torch.cat([into, torch.zeros_like(into)])[..., None]
-        out[f"quantizer.rvq_{side}.output_proj.weight"] = torch.cat([torch.zeros_like(read), read], 1)[..., None]
+        out[f"quantizer.rvq_{side}.output_proj.weight"] = torch.cat([torch.zeros_like(read), read], 1)[
+            ..., None
+        ]
     for level in range(CODEBOOKS):
         vectors = torch.zeros(CONFIG.mimi.bins, 2 * width)
         vectors[:, 0] = _FAR
@@ -143,7 +155,8 @@ def _quantizer(ear: dict[str, Tensor], mouth: dict[str, Tensor], books: Tensor, 
 
 def _encoder(ear: dict[str, Tensor]) -> dict[str, Tensor]:
     """Samples side by side down to 200 Hz, then the ear's own layers."""
-    width, out = CONFIG.mimi.filters, {}
+    out: dict[str, Tensor] = {}
+    width = CONFIG.mimi.filters
     weight = torch.zeros(width, 1, CONFIG.mimi.kernel)
     weight[0, 0, -1] = _TINY_SAMPLE
     _put(out, "encoder.model.0", weight)
@@ -170,7 +183,8 @@ def _encoder(ear: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _decoder(mouth: dict[str, Tensor], basis: Tensor, size: Tensor) -> dict[str, Tensor]:
     """The mouth's last layer, the basis as the first transposed convolution, then samples in turn."""
-    width, out = 16 * CONFIG.mimi.filters, {}
+    out: dict[str, Tensor] = {}
+    width = 16 * CONFIG.mimi.filters
     scale = size * _TINY_COEFFICIENT
     _put(out, "decoder.model.0", mouth["last.weight"] * scale[:, None, None], mouth["last.bias"] * scale)
     first, *others = CONFIG.mimi.ratios

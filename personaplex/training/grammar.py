@@ -13,11 +13,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 
+
+def _bars(text: str) -> tuple[str, ...]:
+    return tuple(text.split("|"))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 UNKNOWN = "unknown"  # anything that is no question of ours
 
 _HELD_BACK_NAMES, _HELD_BACK_WORDINGS, _HELD_BACK_PRICES = 3, 7, 3
 
-_POLITE = "can you tell me|could you tell me|please tell me|tell me|i would like to know|i want to know|do you know|may i ask"
+_POLITE = (
+    "can you tell me|could you tell me|please tell me|tell me|i would like to know|i want to know|do you know"
+    "|may i ask"
+)
 
 KINDS = {
     "Bakery": "bakery",
@@ -33,24 +45,31 @@ KINDS = {
     "Motors": "car dealer",
     "Pizza": "pizza place",
 }
-ITEMS = (
-    "small plan|large pizza|compost bin|garden tour|single room|drone|birthday cake|check up|yearly pass|family ticket|"
-    "oil change|gift box|premium plan|first lesson|monthly service"
-).split("|")
-DAYS = tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split())
-_ADJECTIVES = (
-    "Green Blue Red Golden Silver Sunny Happy North South East West River Lake Ocean Mountain City Town Harbor Valley "
-    "Garden Forest Royal Grand Little Old New Bright Quick Prime First Star Moon Sun Sky Stone Iron Oak Maple Cedar Rose "
-    "Lily Eagle Falcon Wolf Lion Apple Cherry Lemon Olive Pearl Ruby Amber Crystal Summit Bridge Corner Central Pacific"
-).split()
-_ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl dr fl gr kr ph pr sh sl st th tr".split() + [""] * 4
-_VOWELS = "a e i o u a e i o ai ea ee ia io".split()
+ITEMS = _bars(
+    "small plan|large pizza|compost bin|garden tour|single room|drone|birthday cake|check up|yearly pass|"
+    "family ticket|oil change|gift box|premium plan|first lesson|monthly service"
+)
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+_ADJECTIVES = _words(
+    "Green Blue Red Golden Silver Sunny Happy North South East West River Lake Ocean Mountain City Town "
+    "Harbor Valley Garden Forest Royal Grand Little Old New Bright Quick Prime First Star Moon Sun Sky "
+    "Stone Iron Oak Maple Cedar Rose Lily Eagle Falcon Wolf Lion Apple Cherry Lemon Olive Pearl Ruby "
+    "Amber Crystal Summit Bridge Corner Central Pacific"
+)
+_ONSETS = (
+    *_words("b c d f g h j k l m n p r s t v w z br ch cl dr fl gr kr ph pr sh sl st th tr"),
+    "",
+    "",
+    "",
+    "",
+)
+_VOWELS = _words("a e i o u a e i o ai ea ee ia io")
 _CODAS = ["", "", "", "", "n", "r", "l", "s", "m", "x", "nd", "rt", "ck"]
-_UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+_UNITS = _words(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+)
+_TENS = _words("zero ten twenty thirty forty fifty sixty seventy eighty ninety")
 
 
 def _product(*parts: str) -> list[str]:
@@ -62,45 +81,66 @@ def _product(*parts: str) -> list[str]:
 QUESTIONS: dict[str, list[str]] = {
     "hello": [
         *_product(
-            "hello|hi|hey|good morning|good evening|good afternoon", "|there|is anybody there|are you there|again"
+            "hello|hi|hey|good morning|good evening|good afternoon",
+            "|there|is anybody there|are you there|again",
         ),
-        *"hello hello|yes hello|hello can you hear me|oh hello|hi good morning|hi hello|hey hello".split("|"),
+        *_bars("hello hello|yes hello|hello can you hear me|oh hello|hi good morning|hi hello|hey hello"),
     ],
     "name": [
-        *"what is your name|who are you|who am i speaking with|who am i talking to|may i have your name".split("|"),
-        *"who is this|your name please|what are you called|what should i call you|sorry who are you".split("|"),
-        *"what's your name|what is your name please|give me your name|say your name please".split("|"),
+        *_bars(
+            "what is your name|who are you|who am i speaking with|who am i talking to"
+            "|may i have your name|who is this|your name please|what are you called"
+            "|what should i call you|sorry who are you|what's your name|what is your name please"
+            "|give me your name|say your name please"
+        ),
         *_product(_POLITE, "your name|who you are|what your name is|who i am speaking with", "|please"),
     ],
     "firm": [
-        *"which company is this|where do you work|what company do you work for|who do you work for".split("|"),
-        *"which business is this|what firm is this|what is this business|what shop is this".split("|"),
-        *"what is your company called|what place is this|what company is this".split("|"),
-        *_product("what is the", "name of your company|name of your business|name of the company|company name"),
+        *_bars(
+            "which company is this|where do you work|what company do you work for|who do you work for"
+            "|which business is this|what firm is this|what is this business|what shop is this"
+            "|what is your company called|what place is this|what company is this"
+        ),
         *_product(
-            _POLITE, "the name of your company|which company this is|where you work|who you work for|your company name"
+            "what is the", "name of your company|name of your business|name of the company|company name"
+        ),
+        *_product(
+            _POLITE,
+            "the name of your company|which company this is|where you work|who you work for"
+            "|your company name",
         ),
     ],
     "price": [
-        *"how much is it|how much does it cost|what does it cost|what is the price|how much do you charge".split("|"),
-        *"what do i have to pay|how much is that|what is the price please|how much money is it".split("|"),
-        *"is it expensive|what do you charge|what are your prices|how much would it be".split("|"),
+        *_bars(
+            "how much is it|how much does it cost|what does it cost|what is the price"
+            "|how much do you charge|what do i have to pay|how much is that|what is the price please"
+            "|how much money is it|is it expensive|what do you charge|what are your prices"
+            "|how much would it be"
+        ),
         *_product("how much is the|what is the price of the|how much for the|how much does", "{item}"),
-        *_product(_POLITE, "the price|how much it is|what it costs|how much it costs|the price of the {item}"),
+        *_product(
+            _POLITE, "the price|how much it is|what it costs|how much it costs|the price of the {item}"
+        ),
     ],
     "open": [
-        *"when are you open|which days are you open|what days are you open|on which days can i come".split("|"),
-        *"are you open on weekends|are you open on sunday|are you open on saturday|when can i come".split("|"),
-        *"what are your opening days|what days can i come|are you open every day|are you open tomorrow".split("|"),
-        *"are you open today|are you closed on monday|which days of the week are you open".split("|"),
-        *_product(_POLITE, "the days you are open|which days you are open|when you are open|your opening days"),
+        *_bars(
+            "when are you open|which days are you open|what days are you open"
+            "|on which days can i come|are you open on weekends|are you open on sunday"
+            "|are you open on saturday|when can i come|what are your opening days"
+            "|what days can i come|are you open every day|are you open tomorrow|are you open today"
+            "|are you closed on monday|which days of the week are you open"
+        ),
+        *_product(
+            _POLITE, "the days you are open|which days you are open|when you are open|your opening days"
+        ),
     ],
     "bye": [
         *_product(
             "|thank you|okay|all right|that is all|well thanks",
-            "goodbye|bye bye|bye|see you|see you later|see you soon|have a nice day|good night|have a good day bye",
+            "goodbye|bye bye|bye|see you|see you later|see you soon|have a nice day|good night"
+            "|have a good day bye",
         ),
-        *"talk to you soon|i have to go|i will call you later|goodbye for now|that is all thank you".split("|"),
+        *_bars("talk to you soon|i have to go|i will call you later|goodbye for now|that is all thank you"),
     ],
 }
 INTENTS = tuple(QUESTIONS)

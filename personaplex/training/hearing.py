@@ -1,8 +1,8 @@
 """Training of the ear: `python -m personaplex.training.hearing FOLDER MINUTES` goes on from its checkpoint.
 
-FOLDER holds `callers/` (see corpus.py); the checkpoint is `FOLDER/ear.pt`. Losses: the phone of each moment, at
-25 Hz before and behind the transformer and from the codes, and the intent from the codes. Codebooks are fitted
-when a part of the time has passed and follow their clusters from then on.
+FOLDER holds `callers/` (see corpus.py); the checkpoint is `FOLDER/ear.pt`. Losses: the phone of each
+moment, at 25 Hz before and behind the transformer and from the codes, and the intent from the codes.
+Codebooks are fitted when a part of the time has passed and follow their clusters from then on.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class Noises:
         return wave[start : start + count]
 
 
-def disturbed(wave: np.ndarray, noises: Noises, others: list[Utterance], rng: np.random.Generator, strength: float) -> np.ndarray:
+def disturbed(
+    wave: np.ndarray, noises: Noises, others: list[Utterance], rng: np.random.Generator, strength: float
+) -> np.ndarray:
     """A caller's wave through a room, a microphone, a line and noise; `strength` 0 .. 1."""
     count = len(wave)
     spectrum = np.fft.rfft(wave)
@@ -88,7 +90,13 @@ def disturbed(wave: np.ndarray, noises: Noises, others: list[Utterance], rng: np
     return wave * np.float32(10 ** (rng.uniform(-14, 8) / 20))
 
 
-def batch(chosen: list[Utterance], noises: Noises, others: list[Utterance], rng: np.random.Generator, strength: float) -> Batch:
+def batch(
+    chosen: list[Utterance],
+    noises: Noises,
+    others: list[Utterance],
+    rng: np.random.Generator,
+    strength: float,
+) -> Batch:
     """Utterances behind up to 0.4 s of silence, disturbed, with their labels."""
     leads = rng.integers(0, int(0.4 * SAMPLE_RATE), len(chosen))
     frames = max(frames_of(lead + len(u.wave)) for lead, u in zip(leads, chosen, strict=True)) + 3
@@ -98,7 +106,9 @@ def batch(chosen: list[Utterance], noises: Noises, others: list[Utterance], rng:
         wave[row, lead : lead + len(u.wave)] = as_float(u.wave)
         wave[row] = disturbed(wave[row], noises, others, rng, strength)
         begin = lead / SAMPLE_RATE
-        early.append(phones_at(u.labels, (np.arange(2 * frames) + 0.5) / 25 - begin - 0.6 * _DELAY, LABEL_RATE))
+        early.append(
+            phones_at(u.labels, (np.arange(2 * frames) + 0.5) / 25 - begin - 0.6 * _DELAY, LABEL_RATE)
+        )
         times = (np.arange(PER_FRAME * frames) + 0.5) / (12.5 * PER_FRAME) - begin - _DELAY
         late.append(phones_at(u.labels, times, LABEL_RATE))
         ends.append(min(frames, frames_of(lead + len(u.wave)) + 2))
@@ -165,7 +175,10 @@ class Shelf:
     def draw(self, draw: random.Random, count: int) -> list[Utterance]:
         width = 400
         start = draw.randrange(max(1, len(self.utterances) - width))
-        return [self.utterances[min(len(self.utterances) - 1, start + draw.randrange(width))] for _ in range(count)]
+        return [
+            self.utterances[min(len(self.utterances) - 1, start + draw.randrange(width))]
+            for _ in range(count)
+        ]
 
 
 def train(folder: Path, minutes: float, seed: int = 0) -> Ear:
@@ -173,7 +186,7 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Ear:
     torch.manual_seed(seed)
     ear = Ear(CONFIG.mimi, PHONES)
     heads = [p for n, p in ear.named_parameters() if "head" in n]
-    optimizer = optim.Optimizer(ear, muon=0.002, adam=1.5e-3, plain=[*heads, ear.bank.weight])
+    optimizer = optim.Optimizer(ear, muon=0.002, adam=1.5e-3, plain=[*heads, *ear.bank.parameters()])
     path, spent, step = folder / "ear.pt", 0.0, 0
     if (state := optim.load(path)) is not None:
         ear.load_state_dict(state["ear"])
@@ -199,7 +212,12 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Ear:
         if time.monotonic() - saved > 60:
             shelf.refresh()
             now = spent + (time.process_time() - begun) / 60
-            state = {"ear": ear.state_dict(), "optimizer": optimizer.state_dict(), "minutes": now, "step": step}
+            state = {
+                "ear": ear.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "minutes": now,
+                "step": step,
+            }
             optim.save(path, state)
             means = {name: round(float(np.mean([p[name] for p in parts])), 3) for name in parts[0]}
             print(f"{now:.1f} min, step {step}, {len(shelf.utterances)} utterances: {means}", flush=True)
@@ -211,7 +229,14 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Ear:
 
 
 @torch.no_grad()
-def refit(ear: Ear, shelf: Shelf, noises: Noises, draw: random.Random, rng: np.random.Generator, generator: torch.Generator) -> None:
+def refit(
+    ear: Ear,
+    shelf: Shelf,
+    noises: Noises,
+    draw: random.Random,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+) -> None:
     """Codebooks by k-means on the latents of many disturbed utterances."""
     rows = [
         ear.latent(batch(shelf.draw(draw, 32), noises, shelf.utterances, rng, 0.7).wave)[0].flatten(0, 1)

@@ -1,8 +1,9 @@
 """The language model in its training form: the project's own modules, whole sequences, gradients.
 
 Audio tokens are counted within the training's own card: 0 .. CODES - 1 are codes, SILENCE is the one vector
-that prompts hold in place of the other speaker (the silence codes in the agent's streams, the sine codes in the
-user's), START the start token; -1 embeds as zeros. `export.py` knows which ids they have in the checkpoint.
+that prompts hold in place of the other speaker (the silence codes in the agent's streams, the sine codes in
+the user's), START the start token; -1 embeds as zeros. `export.py` knows which ids they have in the
+checkpoint.
 
 Channel 0 of the depth transformer is a constant that no layer writes to: its column in `linears` is a bias,
 by which ids that are never used are ruled out in the exported model.
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, STREAMS, LMConfig, TransformerConfig
+from personaplex.model.depth import DepthLayer
 from personaplex.model.layers import RMS_EPS, angles, rotate
 from personaplex.model.lm import LM
 
@@ -54,9 +56,7 @@ class Talker(nn.Module):
                 parameter.fill_(1.0)
             elif name.startswith("emb."):
                 parameter.normal_(0, 0.2)
-            elif name.startswith("text_emb"):
-                parameter.normal_(0, 0.5)
-            elif name.startswith("depformer_") and "emb" in name:
+            elif name.startswith("text_emb") or (name.startswith("depformer_") and "emb" in name):
                 parameter.normal_(0, 0.5)
             else:
                 parameter.normal_(0, parameter.shape[-1] ** -0.5)
@@ -134,7 +134,7 @@ class Talker(nn.Module):
         out = torch.stack([part.weight for part in lm.linears])
         return torch.bmm(x, out.transpose(1, 2))
 
-    def _depth_layer(self, layer: nn.Module, x: Tensor, config: TransformerConfig) -> Tensor:
+    def _depth_layer(self, layer: DepthLayer, x: Tensor, config: TransformerConfig) -> Tensor:
         """x [8, M, dim] through one layer, each step by its own weights."""
         attention = layer.self_attn
         into = attention.in_proj_weight.view(CODEBOOKS, 3 * config.dim, config.dim)

@@ -1,9 +1,10 @@
 """The agent's side of the codec: what a locked frame's codes are, and the decoder that sounds them.
 
-A frame's features are the log band energies of four quarters, the periods in it and how periodic it is; their
-principal components are quantised by a residual chain of eight codebooks. The decoder is Mimi's: the upsampling
-lays this and the last frame's vector out for each half frame, the transformer turns them into coefficients,
-and SEANet, by weights computed here, turns coefficients into samples over a fixed basis of half frames.
+A frame's features are the log band energies of four quarters, the periods in it and how periodic it is;
+their principal components are quantised by a residual chain of eight codebooks. The decoder is Mimi's: the
+upsampling lays this and the last frame's vector out for each half frame, the transformer turns them into
+coefficients, and SEANet, by weights computed here, turns coefficients into samples over a fixed basis of
+half frames.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ class Analysis:
         residual = centred @ components
         books = []
         for _ in range(CODEBOOKS):
-            sample = residual[torch.randint(len(residual), (min(len(residual), 40_000),), generator=generator)]
+            sample = residual[
+                torch.randint(len(residual), (min(len(residual), 40_000),), generator=generator)
+            ]
             book = k_means(sample, CODES, generator, rounds)
             residual = residual - book[_nearest(residual, book)]
             books.append(book)
@@ -103,7 +106,9 @@ class Analysis:
     def vectors(self, codes: Tensor) -> Tensor:
         """codes [..., 8] -> their sums [..., LATENT]; SILENCE gives the vector of silence at once."""
         quiet = (codes == SILENCE).all(-1, keepdim=True)
-        total = sum(book[code.clamp(max=CODES - 1)] for book, code in zip(self.books, codes.unbind(-1), strict=True))
+        total = sum(
+            book[code.clamp(max=CODES - 1)] for book, code in zip(self.books, codes.unbind(-1), strict=True)
+        )
         return torch.where(quiet, self.silence, total)
 
     @property
@@ -134,13 +139,13 @@ class Mouth(nn.Module):
     def __init__(self, config: MimiConfig) -> None:
         super().__init__()
         self.groups = config.dim // LATENT
-        assert config.dim == self.groups * LATENT and self.groups == 4
+        assert (config.dim, self.groups) == (4 * LATENT, 4)
         self.mix = nn.Parameter(torch.eye(config.dim))  # becomes the quantiser's output projection
         self.transformer = Transformer(config.transformer)
         self.last = CausalConv(config.dim, 16 * config.filters, 7)
 
     def halves(self, vectors: Tensor) -> Tensor:
-        """[N, T, LATENT] -> [N, 2 T, dim]: this and the last frame's vector, apart for even and odd halves."""
+        """[N, T, LATENT] -> [N, 2 T, dim]: this and the last frame's vector, even and odd halves apart."""
         wide = F.linear(torch.cat([vectors] * 4, -1), self.mix)
         now = wide.unflatten(-1, (4, LATENT))
         past = F.pad(now, (0, 0, 0, 0, 1, 0))[:, :-1]

@@ -1,7 +1,8 @@
-"""Networks of the codec in their training form: whole utterances, gradients, the checkpoint's parameter names.
+"""Networks of the codec in their training form: whole utterances, gradients, the checkpoint's parameter
+names.
 
-`Transformer` has the parameters of `MimiTransformer` and computes what it computes frame by frame, as long as
-an utterance is shorter than the ring (10 s).
+`Transformer` has the parameters of `MimiTransformer` and computes what it computes frame by frame, as long
+as an utterance is shorter than the ring (10 s).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": rate, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -74,7 +74,7 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = full * rate
             part.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         for part, _ in self.parts:
             part.step()

@@ -1,4 +1,5 @@
-"""Training of the mouth: `python -m personaplex.training.speaking FOLDER MINUTES` goes on from its checkpoint.
+"""Training of the mouth: `python -m personaplex.training.speaking FOLDER MINUTES` goes on from its
+checkpoint.
 
 FOLDER holds `agent/` (see corpus.py). Principal components, codebooks and the basis are fitted once, to
 `FOLDER/analysis.pt`; the decoder's checkpoint is `FOLDER/mouth.pt`.
@@ -39,7 +40,9 @@ class Fitted:
     @classmethod
     def load(cls, path: Path) -> Fitted:
         state = torch.load(path, weights_only=True)
-        return cls(Analysis(state["mean"], state["components"], state["books"]), state["basis"], state["size"])
+        return cls(
+            Analysis(state["mean"], state["components"], state["books"]), state["basis"], state["size"]
+        )
 
     def save(self, path: Path) -> None:
         optim.save(path, {**self.analysis.state_dict(), "basis": self.basis, "size": self.size})
@@ -138,14 +141,22 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Mouth:
         if time.monotonic() - saved > 60:
             saved = time.monotonic()
             optim.save(path, _state(mouth, optimizer, now, step))
-            print(f"{now:.1f} min, step {step}, loss {np.mean(losses):.2f}, unseen {quality(mouth, fitted, held):.1f} dB", flush=True)
+            unseen = quality(mouth, fitted, held)
+            print(
+                f"{now:.1f} min, step {step}, loss {np.mean(losses):.2f}, unseen {unseen:.1f} dB", flush=True
+            )
             losses = []
     optim.save(path, _state(mouth, optimizer, minutes, step))
     return mouth
 
 
 def _state(mouth: Mouth, optimizer: optim.Optimizer, minutes: float, step: int) -> dict[str, object]:
-    return {"mouth": mouth.state_dict(), "optimizer": optimizer.state_dict(), "minutes": minutes, "step": step}
+    return {
+        "mouth": mouth.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "minutes": minutes,
+        "step": step,
+    }
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Speech made here: one natural voice, taken apart into envelope, noise and pitch, and put together as any other.
+"""Speech made here: one natural voice, taken apart into envelope, noise and pitch, and put together as any
+other.
 
-hibari's network predicts, for every 12.5 ms, a harmonic and a noise spectrum and the pitch; its durations say
-when each phone is spoken. `free` makes a caller of them: pitch, formants, intonation, tilt and breath of any
-voice. `locked` makes the agent's speech: in every 80 ms frame a whole number of periods that starts at the
-frame's first sample, and the same noise in all frames, so that frames are alike and few numbers describe one.
+hibari's network predicts, for every 12.5 ms, a harmonic and a noise spectrum and the pitch; its durations
+say when each phone is spoken. `free` makes a caller of them: pitch, formants, intonation, tilt and breath
+of any voice. `locked` makes the agent's speech: in every 80 ms frame a whole number of periods that starts
+at the frame's first sample, and the same noise in all frames, so that frames are alike and few numbers
+describe one.
 
 Needs the `train` extra.
 """
@@ -207,7 +209,9 @@ def _warped(spectra: Array, voice: Voice) -> Array:
     if voice.formant == 1.0 and voice.wobble == (1.0, 1.0):
         return spectra
     knots = np.array([0.0, 0.15, 0.3, 0.6, 1.0])
-    sources = knots / np.array([1.0, voice.formant * voice.wobble[0], voice.formant * voice.wobble[1], voice.formant, 1.0])
+    sources = knots / np.array(
+        [1.0, voice.formant * voice.wobble[0], voice.formant * voice.wobble[1], voice.formant, 1.0]
+    )
     source = np.interp(np.linspace(0, 1, BINS), knots, np.maximum.accumulate(sources)) * (BINS - 1)
     source = np.clip(source, 0, BINS - 1.001)
     low = source.astype(int)

@@ -1,7 +1,9 @@
-"""Callers that no training hears: other synthesisers' voices, held-back wordings, the line's codec and noise.
+"""Callers that no training hears: other synthesisers' voices, held-back wordings, the line's codec and
+noise.
 
-The voices are flite's (`slt` a woman, `rms` and `awb` men), which the operating system's package provides. A
-caller is a wave with the moment the speech ends; `through_line` is Opus at 32 kb/s with noise at a given ratio.
+The voices are flite's (`slt` a woman, `rms` and `awb` men), which the operating system's package provides.
+A caller is a wave with the moment the speech ends; `through_line` is Opus at 32 kb/s with noise at a given
+ratio.
 """
 
 from __future__ import annotations

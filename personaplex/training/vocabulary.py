@@ -79,5 +79,7 @@ def cached(folder: Path) -> bytes:
 
 if __name__ == "__main__":
     pieces = Pieces(cached(Path(sys.argv[1])))
-    text = "You work for Pearl Clinic which is a clinic and your name is Ceertta. My name is Ceertta, price $8."
+    text = (
+        "You work for Pearl Clinic which is a clinic and your name is Ceertta. My name is Ceertta, price $8."
+    )
     print([pieces.model.id_to_piece(i) for i in pieces.prompt(text)])

@@ -1,0 +1,225 @@
+"""Second stage of the language model: talk with sound, from what copying has learned.
+
+`python -m personaplex.training.talking FOLDER MINUTES` goes on from `FOLDER/talk.pt`, or begins from
+`FOLDER/copying.pt`. It needs the bank (see bank.py). Documents without sound stay in the mix, or copying
+fades.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from personaplex.config import CODEBOOKS, TEXT_PAD
+from personaplex.training import copying, optim
+from personaplex.training.bank import Call, World, load_calls, load_ear, load_voices, load_worlds
+from personaplex.training.documents import (
+    HINTS,
+    Batch,
+    Codes,
+    Document,
+    answer_pieces,
+    prompt,
+    silence,
+)
+from personaplex.training.export import CONFIG
+from personaplex.training.lm import CODES, Talker, streams
+from personaplex.training.speaking import Fitted
+from personaplex.training.vocabulary import Pieces, cached
+
+_BATCH = 4
+_TURNS = 3
+_MIX = (0.08, 0.1, 0.12, 0.7)  # of repetition, dense, padded, talk
+_LEAD = 2  # frames by which a word's text leads its sound
+_WAITING, _FIRST_PIECE, _FIRST_OF_SLOT = 0.3, 2.0, 3.0
+_QUIET_AUDIBLE = 0.15  # share of the agent's silent frames that the depth transformer learns from
+
+
+@dataclass(frozen=True)
+class Bank:
+    worlds: list[World]
+    voices: dict[str, np.ndarray]
+    calls: dict[str, list[Call]]
+
+
+def talk(draw: random.Random, pieces: Pieces, bank: Bank, turns: int = _TURNS) -> Document:
+    """A session: voice, role text, then questions and answers in time."""
+    world = draw.choice(bank.worlds)
+    document = Document()
+    prompt(document, draw, pieces, world.known, sound=True, voice=draw.choice(list(bank.voices[world.voice])))
+    for turn in range(turns):
+        intent = draw.choice(list(world.answers))
+        call = draw.choice(bank.calls[intent])
+        if turn == 0 and draw.random() < 0.5:
+            _listen(document, _tail(call, draw, draw.randint(3, 40)))
+        _turn(document, draw, pieces, world, call)
+    return document
+
+
+def _turn(document: Document, draw: random.Random, pieces: Pieces, world: World, call: Call) -> None:
+    """The caller speaks, then the agent, then nobody for a while."""
+    said = world.answers[call.intent]
+    wait = call.spoken + draw.randint(2, 5)
+    _listen(document, call.codes[:wait])
+    text, weight, slot = answer_text(pieces, call.intent, world, said.words)
+    sounding = _LEAD - 1 + len(said.codes)  # the text begins before the sound
+    length = max(sounding, len(text)) + 1
+    agent = silence(length)
+    agent[_LEAD - 1 : sounding] = said.codes
+    audible = [1.0] * (sounding + 1) + [0.2] * (length - sounding - 1)
+    text += [TEXT_PAD] * (length - len(text))
+    weight += [_WAITING] * (length - len(weight))
+    slot += [0] * (length - len(slot))
+    document.add(text, weight, slot=slot, agent=agent, user=_tail(call, draw, length, wait), audible=audible)
+    _listen(document, _tail(call, draw, draw.randint(4, 20)))
+
+
+def answer_text(
+    pieces: Pieces, intent: str, world: World, starts: list[int]
+) -> tuple[list[int], list[float], list[int]]:
+    """The text stream of an answer: each word's pieces where the word begins, less the lead already given."""
+    text: list[int] = []
+    weight: list[float] = []
+    slot: list[int] = []
+    for (_, ids, place), start in zip(answer_pieces(pieces, intent, world.known), starts, strict=True):
+        gap = max(0, start - 1 - len(text))
+        first = _FIRST_OF_SLOT if place else _FIRST_PIECE if not text else 1.0
+        text += [TEXT_PAD] * gap + ids
+        weight += [_WAITING] * gap + [first] + [1.0] * (len(ids) - 1)
+        slot += [0] * gap + [place] * len(ids)
+    return text, weight, slot
+
+
+def _listen(document: Document, user: Codes) -> None:
+    """The agent is silent while `user` is heard."""
+    count = len(user)
+    document.add([TEXT_PAD] * count, _WAITING, agent=silence(count), user=user, audible=0.05)
+
+
+def _tail(call: Call, draw: random.Random, count: int, start: int | None = None) -> Codes:
+    """`count` frames of the caller's silence, from `start` or anywhere, over again where they end."""
+    quiet = call.codes[call.spoken + 4 :]
+    index = np.arange(count) + draw.randrange(len(quiet))
+    frames = quiet[index % len(quiet)]
+    if start is not None:
+        kept = (
+            call.codes[start : start + min(count, call.spoken + 4 - start)]
+            if start < call.spoken + 4
+            else quiet[:0]
+        )
+        frames = np.concatenate([kept, frames])[:count]
+    return frames
+
+
+def loss(talker: Talker, batch: Batch, draw: random.Random) -> tuple[Tensor, dict[str, float]]:
+    """(loss, its parts) of documents with sound."""
+    audio = streams(batch.agent, batch.user)
+    audio = torch.where(batch.agent[..., :1] < 0, -1, audio)  # padding behind the shorter documents
+    hidden = talker.temporal(batch.text[:, :-1], audio[:, :-1])
+    logits = talker.text_logits(hidden)
+    each = F.cross_entropy(logits.flatten(0, 1), batch.text[:, 1:].flatten(), reduction="none")
+    weight = batch.weight[:, 1:].flatten()
+    text = (each * weight).sum() / weight.sum()
+
+    audible = batch.audible[:, 1:]
+    valid = (audible > 0) & (audio[:, 1:, :CODEBOOKS] >= 0).all(-1)
+    chosen = valid & ((audible > 0.5) | (torch.rand(audible.shape) < _QUIET_AUDIBLE))
+    targets = audio[:, 1:, :CODEBOOKS][chosen]
+    targets = targets.clamp(max=CODES)
+    depth = talker.depth(hidden[chosen], batch.text[:, 1:][chosen], targets)
+    codes = F.cross_entropy(depth.flatten(0, 1), targets.t().flatten(), reduction="none").view(CODEBOOKS, -1)
+    loud = (targets < CODES).all(-1)
+    levels = codes[:, loud].mean(1)
+    parts = {"text": text, "first": levels[0], "second": levels[1], "last": levels[-1]}
+    slots = each.view(batch.slot[:, 1:].shape)[batch.slot[:, 1:] > 0]
+    parts["slots"] = slots.mean()
+    emphasis = torch.linspace(1.4, 0.6, CODEBOOKS)[:, None]
+    total = text + 0.25 * (codes * emphasis).mean()
+    return total, {name: float(value.detach()) for name, value in parts.items()}
+
+
+@torch.no_grad()
+def start_from(talker: Talker, folder: Path) -> None:
+    """Copying's weights, and audio tables that begin as projections of what their codes mean."""
+    state = optim.load(folder / "copying.pt")
+    if state is None:
+        raise FileNotFoundError("no copying.pt: train copying first")
+    talker.load_state_dict(state["talker"])
+    ear, fitted = load_ear(folder), Fitted.load(folder / "analysis.pt")
+    generator = torch.Generator().manual_seed(7)
+    for side, books in ((0, fitted.analysis.books), (1, ear.books)):
+        size = sum(book.var(0).sum() for book in books) ** 0.5
+        for width, tables in (
+            (CONFIG.lm.temporal.dim, talker.lm.emb),
+            (CONFIG.lm.depth.dim, talker.lm.depformer_emb),
+        ):
+            project = torch.randn(books.shape[2], width, generator=generator) / size * 0.6
+            if width == CONFIG.lm.depth.dim and side == 1:
+                continue
+            for level in range(CODEBOOKS if width != CONFIG.lm.depth.dim else CODEBOOKS - 1):
+                tables[side * CODEBOOKS + level].weight[:CODES] = books[level] @ project
+    talker.keep_constant()
+
+
+def train(folder: Path, minutes: float, seed: int = 0) -> Talker:
+    """Trains for so many minutes of a core in all, counting those of earlier runs."""
+    torch.manual_seed(seed)
+    pieces = Pieces(cached(folder))
+    bank = Bank(load_worlds(folder), load_voices(folder), load_calls(folder))
+    talker = Talker(CONFIG.lm, hints=len(HINTS))
+    optimizer = optim.Optimizer(talker, muon=0.6 * copying.MUON, adam=copying.ADAM, plain=talker.plain())
+    path, spent, step = folder / "talk.pt", 0.0, 0
+    if (state := optim.load(path)) is None:
+        start_from(talker, folder)
+    else:
+        talker.load_state_dict(state["talker"])
+        optimizer.load_state_dict(state["optimizer"])
+        spent, step = state["minutes"], state["step"]
+    draw = random.Random(seed + step)
+    held = random.Random(999)
+    tests = [Batch.of(copying.documents(2, held, pieces, unseen=True)) for _ in range(6)]
+    seen: list[dict[str, float]] = []
+    begun, saved = time.process_time(), time.monotonic()
+    while spent + (time.process_time() - begun) / 60 < minutes:
+        now = spent + (time.process_time() - begun) / 60
+        kind = draw.choices((0, 1, 2, 3), _MIX)[0]
+        if kind < 3:
+            total, _ = copying.text_loss(talker, Batch.of(copying.documents(kind, draw, pieces)))
+        else:
+            batch = Batch.of([talk(draw, pieces, bank) for _ in range(_BATCH)])
+            total, parts = loss(talker, batch, draw)
+            seen.append(parts)
+        optimizer.step(total, optim.schedule(now / minutes, warm=0.02, decay_from=0.3))
+        talker.keep_constant()
+        step += 1
+        if time.monotonic() - saved > 60 and seen:
+            saved = time.monotonic()
+            optim.save(path, _state(talker, optimizer, now, step))
+            means = {name: round(float(np.mean([p[name] for p in seen])), 2) for name in seen[0]}
+            exact = {s: f"{share:.2f} ({n})" for s, (share, n) in copying.exact_slots(talker, tests).items()}
+            print(f"{now:.1f} min, step {step}, losses {means}, copied {exact}", flush=True)
+            seen = []
+    optim.save(path, _state(talker, optimizer, minutes, step))
+    return talker
+
+
+def _state(talker: Talker, optimizer: optim.Optimizer, minutes: float, step: int) -> dict[str, object]:
+    return {
+        "talker": talker.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "minutes": minutes,
+        "step": step,
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]), float(sys.argv[2]))
