@@ -19,7 +19,18 @@ from personaplex.config import (
     TransformerConfig,
 )
 from personaplex.engine.script import compose
-from personaplex.training import copying, corpus, documents, export, grammar, hearing, optim, score, talking
+from personaplex.training import (
+    copying,
+    corpus,
+    documents,
+    export,
+    grammar,
+    hearing,
+    optim,
+    run,
+    score,
+    talking,
+)
 from personaplex.training.bank import Call, Said, World
 from personaplex.training.documents import Batch
 from personaplex.training.ear import LABELS, Ear, k_means, nearest
@@ -218,6 +229,34 @@ def test_the_talker_looks_at_the_past_only_and_keeps_its_constant(pieces: Pieces
     assert not torch.allclose(before[0, 25:], after[0, 25:], atol=1e-3)
 
 
+def test_activations_computed_again_give_the_same_gradients(pieces: Pieces) -> None:
+    batch, gradients = Batch.of([documents.dense(random.Random(0), pieces, turns=2)]), []
+    for frugal in (False, True):
+        torch.manual_seed(0)
+        talker = Talker(SMALL_LM, hints=8)
+        talker.frugal = frugal
+        copying.text_loss(talker, batch)[0].backward()
+        gradient = talker.lm.transformer.layers[0].self_attn.in_proj_weight.grad
+        assert gradient is not None
+        gradients.append(gradient)
+    assert torch.equal(*gradients)
+
+
+def test_a_run_that_broke_off_counts_what_was_spent(tmp_path: Path) -> None:
+    module = torch.nn.Linear(2, 2)
+    first = run.Run(tmp_path / "r.pt", 5.0, {"module": module}, stage=0)
+    first.record({"loss": 3.0})
+    first.record({"loss": 1.0})
+    first.extra["stage"] = 2
+    first.report({"share": 0.5})
+    again = run.Run(tmp_path / "r.pt", 5.0, {"module": torch.nn.Linear(2, 2)}, stage=0)
+    assert (again.step, again.extra["stage"]) == (2, 2)
+    assert again.now >= first.history[0]["minutes"] > 0
+    assert again.history[0]["loss"] == 2.0
+    restored = again.parts["module"].state_dict()["weight"]
+    assert torch.equal(restored, module.state_dict()["weight"])
+
+
 def test_the_talker_learns_one_dialogue_by_heart(pieces: Pieces) -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
@@ -229,7 +268,7 @@ def test_the_talker_learns_one_dialogue_by_heart(pieces: Pieces) -> None:
     batch = Batch.of([talking.talk(random.Random(0), pieces, bank, turns=1)])
     history = []
     for _ in range(40):
-        loss, parts = talking.loss(talker, batch, random.Random(0))
+        loss, parts = talking.loss(talker, batch)
         optimizer.step(loss, 1.0)
         talker.keep_constant()
         history.append(parts)
@@ -238,25 +277,25 @@ def test_the_talker_learns_one_dialogue_by_heart(pieces: Pieces) -> None:
 
 
 def test_an_optimiser_goes_on_from_its_checkpoint_as_if_never_stopped(tmp_path: Path) -> None:
-    def run(stop: int | None) -> torch.Tensor:
+    def trained(stop: int | None) -> torch.Tensor:
         torch.manual_seed(0)
         module = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ELU(), torch.nn.Linear(8, 3))
         optimizer = optim.Optimizer(module, muon=0.02, adam=1e-2)
         x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
         for step in range(8):
             if step == stop:
-                optim.save(tmp_path / "c.pt", {"m": module.state_dict(), "o": optimizer.state_dict()})
+                run.save(tmp_path / "c.pt", {"m": module.state_dict(), "o": optimizer.state_dict()})
                 module = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ELU(), torch.nn.Linear(8, 3))
                 optimizer = optim.Optimizer(module, muon=0.02, adam=1e-2)
-                state = optim.load(tmp_path / "c.pt")
+                state = run.load(tmp_path / "c.pt")
                 assert state is not None
                 module.load_state_dict(state["m"])
                 optimizer.load_state_dict(state["o"])
             optimizer.step(module(x).square().mean(), 1.0)
         return torch.cat([p.detach().flatten() for p in module.parameters()])
 
-    assert torch.equal(run(None), run(4))
-    assert optim.load(tmp_path / "none.pt") is None
+    assert torch.equal(trained(None), trained(4))
+    assert run.load(tmp_path / "none.pt") is None
 
 
 def test_muon_steps_are_orthogonal_matrix_by_matrix() -> None:

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE
-from personaplex.training import grammar, hearing, optim
+from personaplex.training import grammar, hearing
 from personaplex.training.ear import LABELS, Ear
 from personaplex.training.export import CONFIG
 from personaplex.training.mouth import features
+from personaplex.training.run import load as load_state
 from personaplex.training.speaking import Fitted
 from personaplex.training.synth import Speaker, Spoken, Voice, locked
 
@@ -146,7 +147,7 @@ def load_voices(folder: Path) -> dict[str, np.ndarray]:
 
 def load_ear(folder: Path) -> Ear:
     """The ear as trained so far. Raises FileNotFoundError before there is one."""
-    state = optim.load(folder / "ear.pt")
+    state = load_state(folder / "ear.pt")
     if state is None:
         raise FileNotFoundError("no ear.pt: train the ear first")
     ear = Ear(CONFIG.mimi, hearing.PHONES)

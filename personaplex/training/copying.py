@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -18,10 +17,12 @@ from torch import Tensor
 from personaplex.training import optim
 from personaplex.training.documents import HINTS, SLOTS, Batch, Document, dense, padded, repetition
 from personaplex.training.export import CONFIG
-from personaplex.training.lm import Talker, streams
+from personaplex.training.lm import Talker, precision, streams, training_device
+from personaplex.training.run import Part, Run
 from personaplex.training.vocabulary import Pieces, cached
 
 MUON, ADAM = 0.006, 2e-3
+KINDS = ("repetition", "dense", "padded")
 _BATCH = 6
 _REPETITION_DONE, _DENSE_DONE = 0.8, 0.6  # slot losses that end a stage
 _MIX = ((1.0, 0.0, 0.0), (0.3, 0.7, 0.0), (0.1, 0.25, 0.65))  # of repetition, dense, padded by stage
@@ -33,7 +34,7 @@ def text_loss(talker: Talker, batch: Batch) -> tuple[Tensor, Tensor]:
     inputs = torch.where(batch.agent[:, :-1, :1] < 0, -1, inputs)  # no start tokens where there is no sound
     hidden = talker.temporal(batch.text[:, :-1], inputs, batch.hints[:, :-1])
     each = F.cross_entropy(
-        talker.text_logits(hidden).flatten(0, 1), batch.text[:, 1:].flatten(), reduction="none"
+        talker.text_logits(hidden).flatten(0, 1).float(), batch.text[:, 1:].flatten(), reduction="none"
     ).view(batch.text[:, 1:].shape)
     weight = batch.weight[:, 1:]
     return (each * weight).sum() / weight.sum(), each
@@ -80,43 +81,30 @@ def _count(hits: list[bool], slots: list[int], right: dict[str, list[bool]]) -> 
 def train(folder: Path, minutes: float, seed: int = 0) -> Talker:
     """Trains for so many minutes of a core in all, counting those of earlier runs."""
     torch.manual_seed(seed)
-    pieces = Pieces(cached(folder))
-    talker = Talker(CONFIG.lm, hints=len(HINTS))
+    pieces, device = Pieces(cached(folder)), training_device()
+    talker = Talker(CONFIG.lm, hints=len(HINTS)).to(device)
+    talker.frugal = device.type == "cuda"
     optimizer = optim.Optimizer(talker, muon=MUON, adam=ADAM, plain=talker.plain())
-    path, spent, step, stage, reached = folder / "copying.pt", 0.0, 0, 0, [6.0, 6.0, 6.0]
-    if (state := optim.load(path)) is not None:
-        talker.load_state_dict(state["talker"])
-        optimizer.load_state_dict(state["optimizer"])
-        spent, step, stage, reached = state["minutes"], state["step"], state["stage"], state["reached"]
-    draw = random.Random(seed + step)
-    held = random.Random(999)
-    tests = [[Batch.of(documents(kind, held, pieces, unseen=True)) for _ in range(6)] for kind in (1, 2)]
-    begun, saved = time.process_time(), time.monotonic()
-    while spent + (time.process_time() - begun) / 60 < minutes:
-        now = spent + (time.process_time() - begun) / 60
+    parts: dict[str, Part] = {"talker": talker, "optimizer": optimizer}
+    run = Run(folder / "copying.pt", minutes, parts, stage=0, reached=[6.0, 6.0, 6.0])
+    draw, held = random.Random(seed + run.step), random.Random(999)
+    tests = [Batch.of(documents(2, held, pieces, unseen=True)).to(device) for _ in range(6)]
+    while run.progress < 1:
+        stage, reached = run.extra["stage"], run.extra["reached"]
         kind = draw.choices((0, 1, 2), _MIX[stage])[0]
-        batch = Batch.of(documents(kind, draw, pieces))
-        loss, each = text_loss(talker, batch)
-        optimizer.step(loss, optim.schedule(now / minutes, warm=0.005, decay_from=0.35))
+        batch = Batch.of(documents(kind, draw, pieces)).to(device)
+        with precision(device):
+            loss, each = text_loss(talker, batch)
+        optimizer.step(loss, optim.schedule(run.progress, warm=0.005, decay_from=0.35))
         talker.keep_constant()
-        step += 1
         slots = float(each.detach()[batch.slot[:, 1:] > 0].mean())
         reached[kind] = 0.97 * reached[kind] + 0.03 * slots
         if stage < 2 and reached[stage] < (_REPETITION_DONE, _DENSE_DONE)[stage]:
-            stage += 1
-            print(f"{now:.1f} min: stage {stage}", flush=True)
-        if time.monotonic() - saved > 60:
-            saved = time.monotonic()
-            state = {"talker": talker.state_dict(), "optimizer": optimizer.state_dict(), "minutes": now}
-            optim.save(path, {**state, "step": step, "stage": stage, "reached": reached})
-            report = [exact_slots(talker, part) for part in (tests if stage else tests[:0])]
-            shares = [{slot: f"{share:.2f} ({n})" for slot, (share, n) in part.items()} for part in report]
-            print(
-                f"{now:.1f} min, step {step}, losses {[round(r, 2) for r in reached]}, exact {shares}",
-                flush=True,
-            )
-    state = {"talker": talker.state_dict(), "optimizer": optimizer.state_dict(), "minutes": minutes}
-    optim.save(path, {**state, "step": step, "stage": stage, "reached": reached})
+            run.extra["stage"] += 1
+        run.record({KINDS[kind]: slots})
+        if run.due():
+            run.report({slot: right for slot, (right, _) in exact_slots(talker, tests).items()})
+    run.save()
     return talker
 
 

@@ -9,7 +9,7 @@ its intent.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -206,3 +206,6 @@ class Batch:
             codes("user"),
             rows("audible", 0.0, torch.float32),
         )
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, part.name).to(device) for part in fields(self)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from personaplex.training import optim
 from personaplex.training.corpus import Utterance, as_float, load
 from personaplex.training.ear import LABELS, PER_FRAME, Ear, frames_of, phones_at
 from personaplex.training.export import CONFIG
+from personaplex.training.run import Run
 from personaplex.training.synth import LABEL_RATE
 
 PHONES = 128  # more than the alphabet has
@@ -187,44 +187,24 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Ear:
     ear = Ear(CONFIG.mimi, PHONES)
     heads = [p for n, p in ear.named_parameters() if "head" in n]
     optimizer = optim.Optimizer(ear, muon=0.002, adam=1.5e-3, plain=[*heads, *ear.bank.parameters()])
-    path, spent, step = folder / "ear.pt", 0.0, 0
-    if (state := optim.load(path)) is not None:
-        ear.load_state_dict(state["ear"])
-        optimizer.load_state_dict(state["optimizer"])
-        spent, step = state["minutes"], state["step"]
-    draw, rng = random.Random(seed + step), np.random.default_rng(seed + step)
-    generator = torch.Generator().manual_seed(seed + step)
+    run = Run(folder / "ear.pt", minutes, {"ear": ear, "optimizer": optimizer})
+    draw, rng = random.Random(seed + run.step), np.random.default_rng(seed + run.step)
+    generator = torch.Generator().manual_seed(seed + run.step)
     shelf, noises = Shelf(folder / "callers"), Noises(rng)
-    parts: list[dict[str, float]] = []
-    begun, saved = time.process_time(), time.monotonic()
-    while spent + (time.process_time() - begun) / 60 < minutes:
-        progress = (spent + (time.process_time() - begun) / 60) / minutes
-        strength = min(1.0, 0.25 + 3 * progress)
+    while run.progress < 1:
+        strength = min(1.0, 0.25 + 3 * run.progress)
         data = batch(shelf.draw(draw, BATCH), noises, shelf.utterances, rng, strength)
-        if progress > _QUANTISE_FROM and not ear.fitted:
+        if run.progress > _QUANTISE_FROM and not ear.fitted:
             refit(ear, shelf, noises, draw, rng, generator)
-        loss, latents, part = losses(ear, data, 8 if draw.random() < 0.6 else draw.randint(1, 8))
-        optimizer.step(loss, optim.schedule(progress))
-        if ear.fitted and step % 3 == 0:
+        loss, latents, parts = losses(ear, data, 8 if draw.random() < 0.6 else draw.randint(1, 8))
+        optimizer.step(loss, optim.schedule(run.progress))
+        if ear.fitted and run.step % 3 == 0:
             ear.follow(latents.flatten(0, 1))
-        step += 1
-        parts.append(part)
-        if time.monotonic() - saved > 60:
+        run.record(parts)
+        if run.due():
+            run.report()
             shelf.refresh()
-            now = spent + (time.process_time() - begun) / 60
-            state = {
-                "ear": ear.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "minutes": now,
-                "step": step,
-            }
-            optim.save(path, state)
-            means = {name: round(float(np.mean([p[name] for p in parts])), 3) for name in parts[0]}
-            print(f"{now:.1f} min, step {step}, {len(shelf.utterances)} utterances: {means}", flush=True)
-            parts, saved = [], time.monotonic()
-    optim.save(
-        path, {"ear": ear.state_dict(), "optimizer": optimizer.state_dict(), "minutes": minutes, "step": step}
-    )
+    run.save()
     return ear
 
 

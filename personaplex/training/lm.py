@@ -11,17 +11,19 @@ by which ids that are never used are ruled out in the exported model.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from personaplex.config import CODEBOOKS, STREAMS, LMConfig, TransformerConfig
 from personaplex.model.depth import DepthLayer
 from personaplex.model.layers import RMS_EPS, angles, rotate
 from personaplex.model.lm import LM
+from personaplex.model.temporal import TemporalLayer
 
 CODES = 512
 SILENCE, START = CODES, CODES + 1
@@ -40,6 +42,7 @@ class Talker(nn.Module):
 
     def __init__(self, config: LMConfig, hints: int = 0) -> None:
         super().__init__()
+        self.frugal = False  # layers' activations are computed again on the way back, not kept
         self.config = training_config(config)
         self.lm = LM(self.config)
         self.hints = nn.Embedding(hints + 1, config.temporal.dim, padding_idx=0)  # of training only
@@ -105,19 +108,25 @@ class Talker(nn.Module):
         if hints is not None:
             x = x + self.hints(hints)
         config = self.config.temporal
-        turn = angles(config, torch.arange(text.shape[1])[None])
+        turn = angles(config, torch.arange(text.shape[1], device=text.device)[None])
         for layer in self.lm.transformer.layers:
-            attention = layer.self_attn
-            qkv = F.linear(_norm(x, layer.norm1.alpha), attention.in_proj_weight)
-            q, k, v = qkv.unflatten(-1, (3, config.heads, config.head_dim)).unbind(2)
-            q, k = rotate(q[:, :, None], *turn)[:, :, 0], rotate(k[:, :, None], *turn)[:, :, 0]
-            heads = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
-            )
-            x = x + F.linear(heads.transpose(1, 2).flatten(2), attention.out_proj.weight)
-            a, b = F.linear(_norm(x, layer.norm2.alpha), layer.gating.linear_in.weight).chunk(2, -1)
-            x = x + F.linear(F.silu(a) * b, layer.gating.linear_out.weight)
+            if self.frugal and torch.is_grad_enabled():
+                x = checkpoint(self._layer, layer, x, turn, use_reentrant=False)
+            else:
+                x = self._layer(layer, x, turn)
         return _norm(x, self.lm.out_norm.alpha)
+
+    def _layer(self, layer: TemporalLayer, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        config, attention = self.config.temporal, layer.self_attn
+        qkv = F.linear(_norm(x, layer.norm1.alpha), attention.in_proj_weight)
+        q, k, v = qkv.unflatten(-1, (3, config.heads, config.head_dim)).unbind(2)
+        q, k = rotate(q[:, :, None], *turn)[:, :, 0], rotate(k[:, :, None], *turn)[:, :, 0]
+        heads = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+        )
+        x = x + F.linear(heads.transpose(1, 2).flatten(2), attention.out_proj.weight)
+        a, b = F.linear(_norm(x, layer.norm2.alpha), layer.gating.linear_in.weight).chunk(2, -1)
+        return x + F.linear(F.silu(a) * b, layer.gating.linear_out.weight)
 
     def text_logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.lm.text_linear.weight)
@@ -150,6 +159,17 @@ class Talker(nn.Module):
         return x + torch.bmm(F.silu(a) * b, narrow.transpose(1, 2))
 
 
+def training_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """bfloat16 for the products on CUDA; float32 elsewhere, where bfloat16 may be many times slower."""
+    if device.type == "cuda":
+        return torch.autocast("cuda", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
 def delayed(codes: Tensor) -> Tensor:
     """codes [N, T, 8] by frames -> by positions: all but the first level one position later, START before."""
     late = torch.full_like(codes[:, :1, 1:], START)
@@ -169,7 +189,3 @@ def _rows(table: Tensor, tokens: Tensor) -> Tensor:
 
 def _norm(x: Tensor, alpha: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), alpha.flatten(), RMS_EPS)
-
-
-def entropy_of_uniform(card: int) -> float:
-    return math.log(card)

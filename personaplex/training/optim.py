@@ -1,10 +1,8 @@
-"""Muon for matrices and AdamW for the rest, and checkpoints that a broken run goes on from."""
+"""Muon for matrices and AdamW for the rest, and how their rates fall."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,18 +89,3 @@ def schedule(progress: float, warm: float = 0.01, decay_from: float = 0.4) -> fl
     """Relative learning rate at `progress` 0 .. 1 of a run: warm-up, level, straight down to 3 %."""
     down = 1.0 if progress < decay_from else 0.03 + 0.97 * (1 - progress) / (1 - decay_from)
     return max(1e-3, min(1.0, progress / warm)) * down
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint; the one before stays until the new one is whole."""
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
-
-
-def load(path: Path) -> dict[str, Any] | None:
-    """A checkpoint, or None where there is none yet."""
-    if not path.exists():
-        return None
-    state: dict[str, Any] = torch.load(path, weights_only=True)
-    return state

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 
 from personaplex.config import FRAME_SIZE
-from personaplex.training import copying, grammar, optim
+from personaplex.training import copying, grammar
 from personaplex.training.bank import VOICES, load_ear
 from personaplex.training.documents import HINTS, Batch
 from personaplex.training.ear import LABELS, Ear
 from personaplex.training.export import CONFIG
 from personaplex.training.lm import Talker
 from personaplex.training.mouth import Mouth, features
+from personaplex.training.run import load as load_state
 from personaplex.training.speaking import Fitted, render
 from personaplex.training.synth import Array, Speaker, locked
 from personaplex.training.unseen import Caller, callers, through_line
@@ -87,7 +88,7 @@ def transcript(wave: Array) -> str:
 
 def codec(folder: Path, count: int = 100) -> dict[str, float]:
     """Word error rates of locked and of decoded speech, on answers about unseen facts."""
-    fitted, state = Fitted.load(folder / "analysis.pt"), optim.load(folder / "mouth.pt")
+    fitted, state = Fitted.load(folder / "analysis.pt"), load_state(folder / "mouth.pt")
     assert state is not None, "train the mouth first"
     mouth = Mouth(CONFIG.mimi)
     mouth.load_state_dict(state["mouth"])
@@ -152,7 +153,7 @@ def _placed(caller: Caller, rng: np.random.Generator) -> Array:
 def copying_gate(folder: Path, batches: int = 20) -> dict[str, float]:
     """Values copied whole from unseen role texts, in padded text, teacher-forced."""
     name = "talk.pt" if (folder / "talk.pt").exists() else "copying.pt"
-    state = optim.load(folder / name)
+    state = load_state(folder / name)
     assert state is not None, "train copying first"
     talker = Talker(CONFIG.lm, hints=len(HINTS))
     talker.load_state_dict(state["talker"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +22,11 @@ from personaplex.training.corpus import as_float, load
 from personaplex.training.export import CONFIG
 from personaplex.training.lm import SILENCE
 from personaplex.training.mouth import HALF, Analysis, Mouth, basis, features
+from personaplex.training.run import Run, save
 
 _HELD_BACK = 60  # utterances of the first shard, never trained on
 _BATCH, _LENGTH = 16, 40  # utterances a step, frames of each
-_COMPRESS = 0.6  # power of a coefficient's size its error is divided by
+COMPRESS = 0.6  # power of a coefficient's size its error is divided by
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Fitted:
         )
 
     def save(self, path: Path) -> None:
-        optim.save(path, {**self.analysis.state_dict(), "basis": self.basis, "size": self.size})
+        save(path, {**self.analysis.state_dict(), "basis": self.basis, "size": self.size})
 
 
 @dataclass
@@ -106,7 +106,7 @@ def quality(mouth: Mouth, fitted: Fitted, rows: list[Frames]) -> float:
 @torch.no_grad()
 def render(mouth: Mouth, fitted: Fitted, codes: Tensor) -> Tensor:
     """codes [T, 8] -> wave [T * 1920]."""
-    out = mouth(fitted.analysis.vectors(codes)[None])[0] * fitted.size**_COMPRESS
+    out = mouth(fitted.analysis.vectors(codes)[None])[0] * fitted.size**COMPRESS
     return (out @ fitted.basis).flatten()
 
 
@@ -120,43 +120,22 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Mouth:
     codes = [fitted.analysis.codes(row.features) for row in trained]
     mouth = Mouth(CONFIG.mimi)
     optimizer = optim.Optimizer(mouth, muon=0.003, adam=1.5e-3)
-    path, spent, step = folder / "mouth.pt", 0.0, 0
-    if (state := optim.load(path)) is not None:
-        mouth.load_state_dict(state["mouth"])
-        optimizer.load_state_dict(state["optimizer"])
-        spent, step = state["minutes"], state["step"]
-    draw, losses = random.Random(seed + step), []
-    begun, saved = time.process_time(), time.monotonic()
-    while spent + (time.process_time() - begun) / 60 < minutes:
-        now = spent + (time.process_time() - begun) / 60
+    run = Run(folder / "mouth.pt", minutes, {"mouth": mouth, "optimizer": optimizer})
+    draw = random.Random(seed + run.step)
+    while run.progress < 1:
         chosen = [draw.randrange(len(trained)) for _ in range(_BATCH)]
         pairs = [sequence(trained[i], codes[i], draw) for i in chosen]
         vectors = fitted.analysis.vectors(torch.stack([pair[0] for pair in pairs]))
         wave = torch.stack([pair[1] for pair in pairs]).reshape(_BATCH, -1, HALF)
-        target = wave @ fitted.basis.t() / fitted.size**_COMPRESS
+        target = wave @ fitted.basis.t() / fitted.size**COMPRESS
         loss = (mouth(vectors + 0.02 * torch.randn_like(vectors)) - target).square().sum(-1).mean()
-        optimizer.step(loss, optim.schedule(now / minutes, decay_from=0.3))
-        step += 1
-        losses.append(float(loss.detach()))
-        if time.monotonic() - saved > 60:
-            saved = time.monotonic()
-            optim.save(path, _state(mouth, optimizer, now, step))
-            unseen = quality(mouth, fitted, held)
-            print(
-                f"{now:.1f} min, step {step}, loss {np.mean(losses):.2f}, unseen {unseen:.1f} dB", flush=True
-            )
-            losses = []
-    optim.save(path, _state(mouth, optimizer, minutes, step))
+        optimizer.step(loss, optim.schedule(run.progress, decay_from=0.3))
+        run.record({"loss": float(loss.detach())})
+        if run.due():
+            trained_on = quality(mouth, fitted, trained[:60])
+            run.report({"dB unseen": quality(mouth, fitted, held), "dB trained on": trained_on})
+    run.save()
     return mouth
-
-
-def _state(mouth: Mouth, optimizer: optim.Optimizer, minutes: float, step: int) -> dict[str, object]:
-    return {
-        "mouth": mouth.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "minutes": minutes,
-        "step": step,
-    }
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +30,9 @@ from personaplex.training.documents import (
     silence,
 )
 from personaplex.training.export import CONFIG
-from personaplex.training.lm import CODES, Talker, streams
+from personaplex.training.lm import CODES, Talker, precision, streams, training_device
+from personaplex.training.run import Run
+from personaplex.training.run import load as load_state
 from personaplex.training.speaking import Fitted
 from personaplex.training.vocabulary import Pieces, cached
 
@@ -119,29 +120,31 @@ def _tail(call: Call, draw: random.Random, count: int, start: int | None = None)
     return frames
 
 
-def loss(talker: Talker, batch: Batch, draw: random.Random) -> tuple[Tensor, dict[str, float]]:
+def loss(talker: Talker, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     """(loss, its parts) of documents with sound."""
     audio = streams(batch.agent, batch.user)
     audio = torch.where(batch.agent[..., :1] < 0, -1, audio)  # padding behind the shorter documents
     hidden = talker.temporal(batch.text[:, :-1], audio[:, :-1])
     logits = talker.text_logits(hidden)
-    each = F.cross_entropy(logits.flatten(0, 1), batch.text[:, 1:].flatten(), reduction="none")
+    each = F.cross_entropy(logits.flatten(0, 1).float(), batch.text[:, 1:].flatten(), reduction="none")
     weight = batch.weight[:, 1:].flatten()
     text = (each * weight).sum() / weight.sum()
 
     audible = batch.audible[:, 1:]
     valid = (audible > 0) & (audio[:, 1:, :CODEBOOKS] >= 0).all(-1)
-    chosen = valid & ((audible > 0.5) | (torch.rand(audible.shape) < _QUIET_AUDIBLE))
+    chosen = valid & ((audible > 0.5) | (torch.rand(audible.shape, device=audible.device) < _QUIET_AUDIBLE))
     targets = audio[:, 1:, :CODEBOOKS][chosen]
     targets = targets.clamp(max=CODES)
     depth = talker.depth(hidden[chosen], batch.text[:, 1:][chosen], targets)
-    codes = F.cross_entropy(depth.flatten(0, 1), targets.t().flatten(), reduction="none").view(CODEBOOKS, -1)
+    codes = F.cross_entropy(depth.flatten(0, 1).float(), targets.t().flatten(), reduction="none").view(
+        CODEBOOKS, -1
+    )
     loud = (targets < CODES).all(-1)
     levels = codes[:, loud].mean(1)
     parts = {"text": text, "first": levels[0], "second": levels[1], "last": levels[-1]}
     slots = each.view(batch.slot[:, 1:].shape)[batch.slot[:, 1:] > 0]
     parts["slots"] = slots.mean()
-    emphasis = torch.linspace(1.4, 0.6, CODEBOOKS)[:, None]
+    emphasis = torch.linspace(1.4, 0.6, CODEBOOKS, device=codes.device)[:, None]
     total = text + 0.25 * (codes * emphasis).mean()
     return total, {name: float(value.detach()) for name, value in parts.items()}
 
@@ -149,7 +152,7 @@ def loss(talker: Talker, batch: Batch, draw: random.Random) -> tuple[Tensor, dic
 @torch.no_grad()
 def start_from(talker: Talker, folder: Path) -> None:
     """Copying's weights, and audio tables that begin as projections of what their codes mean."""
-    state = optim.load(folder / "copying.pt")
+    state = load_state(folder / "copying.pt")
     if state is None:
         raise FileNotFoundError("no copying.pt: train copying first")
     talker.load_state_dict(state["talker"])
@@ -172,52 +175,34 @@ def start_from(talker: Talker, folder: Path) -> None:
 def train(folder: Path, minutes: float, seed: int = 0) -> Talker:
     """Trains for so many minutes of a core in all, counting those of earlier runs."""
     torch.manual_seed(seed)
-    pieces = Pieces(cached(folder))
+    pieces, device = Pieces(cached(folder)), training_device()
     bank = Bank(load_worlds(folder), load_voices(folder), load_calls(folder))
-    talker = Talker(CONFIG.lm, hints=len(HINTS))
+    talker = Talker(CONFIG.lm, hints=len(HINTS)).to(device)
+    talker.frugal = device.type == "cuda"
     optimizer = optim.Optimizer(talker, muon=0.6 * copying.MUON, adam=copying.ADAM, plain=talker.plain())
-    path, spent, step = folder / "talk.pt", 0.0, 0
-    if (state := optim.load(path)) is None:
+    run = Run(folder / "talk.pt", minutes, {"talker": talker, "optimizer": optimizer})
+    if not run.step:
         start_from(talker, folder)
-    else:
-        talker.load_state_dict(state["talker"])
-        optimizer.load_state_dict(state["optimizer"])
-        spent, step = state["minutes"], state["step"]
-    draw = random.Random(seed + step)
-    held = random.Random(999)
-    tests = [Batch.of(copying.documents(2, held, pieces, unseen=True)) for _ in range(6)]
-    seen: list[dict[str, float]] = []
-    begun, saved = time.process_time(), time.monotonic()
-    while spent + (time.process_time() - begun) / 60 < minutes:
-        now = spent + (time.process_time() - begun) / 60
+    draw, held = random.Random(seed + run.step), random.Random(999)
+    tests = [Batch.of(copying.documents(2, held, pieces, unseen=True)).to(device) for _ in range(6)]
+    while run.progress < 1:
         kind = draw.choices((0, 1, 2, 3), _MIX)[0]
         if kind < 3:
-            total, _ = copying.text_loss(talker, Batch.of(copying.documents(kind, draw, pieces)))
+            batch = Batch.of(copying.documents(kind, draw, pieces)).to(device)
+            with precision(device):
+                total, _ = copying.text_loss(talker, batch)
+            parts = {copying.KINDS[kind]: float(total.detach())}
         else:
-            batch = Batch.of([talk(draw, pieces, bank) for _ in range(_BATCH)])
-            total, parts = loss(talker, batch, draw)
-            seen.append(parts)
-        optimizer.step(total, optim.schedule(now / minutes, warm=0.02, decay_from=0.3))
+            batch = Batch.of([talk(draw, pieces, bank) for _ in range(_BATCH)]).to(device)
+            with precision(device):
+                total, parts = loss(talker, batch)
+        optimizer.step(total, optim.schedule(run.progress, warm=0.02, decay_from=0.3))
         talker.keep_constant()
-        step += 1
-        if time.monotonic() - saved > 60 and seen:
-            saved = time.monotonic()
-            optim.save(path, _state(talker, optimizer, now, step))
-            means = {name: round(float(np.mean([p[name] for p in seen])), 2) for name in seen[0]}
-            exact = {s: f"{share:.2f} ({n})" for s, (share, n) in copying.exact_slots(talker, tests).items()}
-            print(f"{now:.1f} min, step {step}, losses {means}, copied {exact}", flush=True)
-            seen = []
-    optim.save(path, _state(talker, optimizer, minutes, step))
+        run.record(parts)
+        if run.due():
+            run.report({slot: right for slot, (right, _) in copying.exact_slots(talker, tests).items()})
+    run.save()
     return talker
-
-
-def _state(talker: Talker, optimizer: optim.Optimizer, minutes: float, step: int) -> dict[str, object]:
-    return {
-        "talker": talker.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "minutes": minutes,
-        "step": step,
-    }
 
 
 if __name__ == "__main__":
