@@ -57,7 +57,6 @@ KNOWN = grammar.Facts("Ada Novak", "Pearl Bakery", "bakery", "gift box", 45, "Mo
 
 @pytest.fixture(scope="module")
 def pieces() -> Pieces:
-    pytest.importorskip("faker")
     return Pieces(train())
 
 
@@ -77,7 +76,6 @@ def test_held_back_wordings_and_names_are_apart_from_the_trained_ones() -> None:
         assert seen
         assert unseen
         assert not seen & unseen
-    pytest.importorskip("faker")
     draw = random.Random(0)
     names = {unseen: {grammar.name(draw, unseen) for _ in range(300)} for unseen in (False, True)}
     assert not names[False] & names[True]

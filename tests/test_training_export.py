@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from personaplex.config import CODEBOOKS, FRAME_SIZE, SILENCE_CODES, SINE_CODES
+from personaplex.config import CODEBOOKS, FRAME_SIZE, SILENCE_CODES, SINE_CODES, EngineConfig, Sampling
+from personaplex.engine.engine import Engine
 from personaplex.model import Model
 from personaplex.model.hub import resolve
 from personaplex.model.lm import LMInputs, step
 from personaplex.model.mimi import decode, encode
 from personaplex.model.sampling import Caps, SamplingState
 from personaplex.model.weights import load_model
-from personaplex.training import export
+from personaplex.persona import VOICES
+from personaplex.text import Tokenizer
+from personaplex.training import behaviour, export
+from personaplex.training.assemble import assemble
+from personaplex.training.documents import HINTS
 from personaplex.training.ear import Ear
+from personaplex.training.hearing import PHONES
 from personaplex.training.lm import CODES, CONSTANT, SILENCE, START, Talker, streams
 from personaplex.training.mouth import HALF, Analysis, Mouth, basis
+from personaplex.training.run import save
+from personaplex.training.speaking import Fitted
+from personaplex.training.unseen import Caller
+from personaplex.voices import VoiceLibrary
 
 FRAMES = 6
 
@@ -37,6 +48,49 @@ def parts() -> tuple[Ear, Mouth, Analysis, Talker]:
 def speech() -> torch.Tensor:
     torch.manual_seed(1)
     return torch.randn(1, FRAMES * FRAME_SIZE) * 0.1
+
+
+def test_checkpoints_become_a_model_that_takes_calls(
+    parts: tuple[Ear, Mouth, Analysis, Talker], tmp_path: Path
+) -> None:
+    """Every file of a training folder, assembled, loaded and spoken to; the same seed says the same."""
+    ear, mouth, _, _ = parts
+    rows = torch.randn(800, 163, generator=torch.Generator().manual_seed(5))
+    analysis = Analysis.fit(rows, torch.Generator().manual_seed(0), rounds=1)
+    shapes = basis(torch.randn(600, FRAME_SIZE), 256)
+    Fitted(analysis, shapes, torch.full((256,), 0.1)).save(tmp_path / "analysis.pt")
+    heard, talker = Ear(export.CONFIG.mimi, PHONES), Talker(export.CONFIG.lm, hints=len(HINTS))
+    heard.books.copy_(ear.books)
+    for name, part, module in (("ear", "ear", heard), ("mouth", "mouth", mouth), ("talk", "talker", talker)):
+        save(tmp_path / f"{name}.pt", {part: module.state_dict()})
+    samples = np.random.default_rng(0).integers(0, CODES, (2, 8, CODEBOOKS))
+    np.savez(tmp_path / "voices.npz", **dict.fromkeys(VOICES, samples))
+    assemble(tmp_path, tmp_path / "model")
+
+    checkpoint = resolve(str(tmp_path / "model"))
+    model = load_model(checkpoint, "cpu", torch.float32)
+    library = VoiceLibrary(checkpoint.config.lm, checkpoint.voices)
+    assert sorted(library.names()) == sorted(VOICES)
+    tokenizer = Tokenizer(checkpoint.tokenizer, size=320)
+    wave = speech()[0].numpy()
+    callers = [Caller(wave, "hello", "hello", "slt", False)] * 3
+    said = []
+    for _ in range(2):
+        engine = Engine(model, library, tokenizer, EngineConfig(slots=2))
+        said.append(behaviour.talks(engine, callers, Sampling(audio_seed=3, text_seed=3), after=4))
+    for first, second in zip(*said, strict=True):
+        assert first.end == FRAMES + 12
+        assert first.pcm.shape == (FRAMES + 16, FRAME_SIZE)
+        assert np.array_equal(first.pcm, second.pcm)
+        assert first.text == second.text
+
+
+def test_answers_are_told_by_their_words_and_names_by_their_sound() -> None:
+    assert behaviour.intent_of(" My name is Ada Novak.") == "name"
+    assert behaviour.intent_of("The gift box costs nine dollars.") == "price"
+    assert behaviour.intent_of("My dog is Ada.") is None
+    assert behaviour.sounds_like("Ceertta Owens", "My name is Cirta Owens.")
+    assert not behaviour.sounds_like("Ceertta Owens", "My name is Philip Marlow.")
 
 
 @pytest.fixture(scope="module")

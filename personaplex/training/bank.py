@@ -164,7 +164,9 @@ def heard(ear: Ear, wave: np.ndarray) -> np.ndarray:
 
 
 def make_callers(folder: Path, count: int = 4000, seed: int = 0) -> None:
-    """Runs `count` disturbed callers, all intents alike, through the ear."""
+    """Runs `count` disturbed callers, all intents alike, through the ear, unless that has been done."""
+    if (folder / "calls.npz").exists():
+        return
     ear = load_ear(folder)
     draw, rng = random.Random(seed), np.random.default_rng(seed)
     shelf, noises = hearing.Shelf(folder / "callers"), hearing.Noises(rng)

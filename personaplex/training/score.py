@@ -6,6 +6,7 @@ and the 95 % interval (Wilson). Whisper tiny.en is the judge of speech.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
 import sys
@@ -17,8 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from personaplex.config import FRAME_SIZE
-from personaplex.training import copying, grammar
+from personaplex.config import FRAME_SIZE, EngineConfig, Sampling
+from personaplex.engine.engine import Engine
+from personaplex.model.hub import resolve
+from personaplex.model.weights import load_model
+from personaplex.text import Tokenizer
+from personaplex.training import behaviour, copying, grammar
+from personaplex.training.assemble import assemble
 from personaplex.training.bank import VOICES, load_ear
 from personaplex.training.documents import HINTS, Batch
 from personaplex.training.ear import LABELS, Ear
@@ -30,6 +36,7 @@ from personaplex.training.speaking import Fitted, render
 from personaplex.training.synth import Array, Speaker, locked
 from personaplex.training.unseen import Caller, callers, through_line
 from personaplex.training.vocabulary import Pieces, cached
+from personaplex.voices import VoiceLibrary
 
 _SPOKEN_VOICES = ("NATF2", "NATM1", "VARF0", "VARM2")
 _NOISE = 20.0  # dB below the caller
@@ -166,7 +173,44 @@ def copying_gate(folder: Path, batches: int = 20) -> dict[str, float]:
     return {slot: right for slot, (right, _) in shares.items()}
 
 
-GATES: dict[str, Callable[[Path], Any]] = {"codec": codec, "ear": ear, "copying": copying_gate}
+def talk(folder: Path, per_intent: int = 4) -> None:
+    """Sessions of the assembled model: greedy, sampled, and sampled through a noisy line."""
+    model_folder = folder / "model"
+    assemble(folder, model_folder)
+    checkpoint = resolve(str(model_folder))
+    model = load_model(checkpoint, "cpu", torch.float32)
+    library = VoiceLibrary(checkpoint.config.lm, checkpoint.voices)
+    tokenizer = Tokenizer(checkpoint.tokenizer, size=checkpoint.config.lm.text_card)
+    made, rng = callers(per_intent, seed=1), np.random.default_rng(5)
+    noisy = [dataclasses.replace(c, wave=through_line(c.wave, _NOISE, rng)) for c in made]
+    for name, chosen, sampling in (
+        ("greedy", made, Sampling().greedy()),
+        ("sampled", made, Sampling()),
+        ("sampled, Opus, 20 dB", noisy, Sampling()),
+    ):
+        engine = Engine(model, library, tokenizer, EngineConfig(slots=4))
+        _tell(name, behaviour.talks(engine, chosen, sampling))
+
+
+def _tell(name: str, talks: list[behaviour.Talk]) -> None:
+    """Prints the shares of one round of talks."""
+    right = [t for t in talks if t.answered == t.caller.intent]
+    print(f"talk, {name}: intent {share([t in right for t in talks])}")
+    print(f"  silent while the caller speaks {share([t.silent_before for t in talks])}")
+    prompt = [t.delay is not None and 0.2 <= t.delay <= 1.2 for t in talks]
+    print(f"  answers 0.2 to 1.2 s after the end {share(prompt)}")
+    heard = {id(t): transcript(t.pcm[t.end :].flatten()) for t in right}
+    for field in ("name", "firm", "price", "first_day"):
+        asked = [t for t in right if field in behaviour.values_of(t)]
+        print(f"  {field} in its own text {share([t.wrote(field) for t in asked])}")
+        by_ear = [behaviour.sounds_like(behaviour.value(t.known, field), heard[id(t)]) for t in asked]
+        print(f"  {field} by ear {share(by_ear)}")
+    wrong = sum(errors(words(t.text), words(heard[id(t)])) for t in right)
+    total = sum(len(words(t.text)) for t in right)
+    print(f"  what it says against its text: WER {wrong / max(1, total):.2f}, {total} words", flush=True)
+
+
+GATES: dict[str, Callable[[Path], Any]] = {"codec": codec, "ear": ear, "copying": copying_gate, "talk": talk}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
