@@ -20,6 +20,8 @@ from personaplex.config import (
 )
 from personaplex.engine.script import compose
 from personaplex.training import (
+    bank,
+    behaviour,
     copying,
     corpus,
     documents,
@@ -192,8 +194,8 @@ def test_answers_in_sound_say_their_text_ahead_of_it(pieces: Pieces) -> None:
     codes = np.random.default_rng(0).integers(0, CODES, (30, CODEBOOKS))
     world = World(KNOWN, "NATF2", {"name": Said(codes, [1, 8, 12, 15, 20])})
     call = Call("name", 14, np.random.default_rng(1).integers(0, CODES, (50, CODEBOOKS)))
-    bank = talking.Bank([world], {"NATF2": codes[None, :12]}, {"name": [call]})
-    document = talking.talk(random.Random(0), pieces, bank, turns=1)
+    stock = talking.Bank([world], {"NATF2": codes[None, :12]}, {"name": [call]})
+    document = talking.talk(random.Random(0), pieces, stock, turns=1)
     batch = Batch.of([document])
     agent, text = batch.agent[0], batch.text[0]
     loud = ((agent != SILENCE) & (agent >= 0)).all(-1)
@@ -205,6 +207,55 @@ def test_answers_in_sound_say_their_text_ahead_of_it(pieces: Pieces) -> None:
     first = int((text[begin - 2 :] != TEXT_PAD).nonzero()[0]) + begin - 2
     assert first == begin - 1  # two frames before the word, which begins in the second frame of the sound
     assert not (text[first - 14 : first] != TEXT_PAD).any()
+
+
+def test_an_interrupted_answer_ends_and_the_next_question_is_answered(
+    pieces: Pieces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    codes = {intent: rng.integers(0, CODES, (30, CODEBOOKS)) for intent in ("name", "firm")}
+    said = {
+        "name": Said(codes["name"], [1, 8, 12, 15, 20]),
+        "firm": Said(codes["firm"], [1, 5, 9, 13, 16, 22]),
+    }
+    calls = {i: [Call(i, 14, rng.integers(0, CODES, (50, CODEBOOKS)))] for i in said}
+    stock = talking.Bank([World(KNOWN, "NATF2", said)], {"NATF2": codes["name"][None, :12]}, calls)
+    monkeypatch.setattr(talking, "_INTERRUPTED", 1.0)
+    for seed in range(12):
+        document = talking.talk(random.Random(seed), pieces, stock, turns=2)
+        batch = Batch.of([document])
+        agent, user = batch.agent[0], batch.user[0]
+        loud = ((agent != SILENCE) & (agent >= 0) & (agent <= CODES)).all(-1).tolist()
+        whole = [i for i in said if _holds(agent, codes[i])]
+        assert whole  # the last answer is said to its end
+        for intent, (call,) in calls.items():
+            for start in range(len(user) - 14):
+                if torch.equal(user[start : start + 14], torch.from_numpy(call.codes[:14])):
+                    assert not any(loud[start + 5 : start + 15]), (seed, intent)
+
+
+def _holds(agent: torch.Tensor, codes: np.ndarray) -> bool:
+    wanted = torch.from_numpy(codes)
+    return any(torch.equal(agent[i : i + len(wanted)], wanted) for i in range(len(agent)))
+
+
+def test_a_pause_falls_where_speech_is_softest() -> None:
+    time = np.arange(SAMPLE_RATE) / SAMPLE_RATE
+    speech = (np.sin(2 * np.pi * 300 * time) * np.where(np.abs(time - 0.6) < 0.02, 0.01, 0.5)).astype(
+        np.float32
+    )
+    wave = bank.paused(speech, 0.5)
+    assert len(wave) == len(speech) + SAMPLE_RATE // 2
+    quiet = np.nonzero(np.abs(wave) == 0)[0]
+    assert 0.57 < quiet[quiet > 100][0] / SAMPLE_RATE < 0.63
+
+
+def test_pitch_is_that_of_the_voice() -> None:
+    for factor in (0.6, 0.9, 1.3):
+        wave, periods = locked(vowel(), Voice(pitch=factor))
+        found = behaviour.pitch(wave)
+        assert found is not None
+        assert abs(found / (12.5 * periods[3]) - 1) < 0.03
 
 
 def test_the_talker_looks_at_the_past_only_and_keeps_its_constant(pieces: Pieces) -> None:
@@ -260,10 +311,10 @@ def test_the_talker_learns_one_dialogue_by_heart(pieces: Pieces) -> None:
     rng = np.random.default_rng(0)
     world = World(KNOWN, "NATF2", {"name": Said(rng.integers(0, CODES, (24, 8)), [1, 6, 9, 12, 18])})
     call = Call("name", 10, rng.integers(0, CODES, (40, CODEBOOKS)))
-    bank = talking.Bank([world], {"NATF2": rng.integers(0, CODES, (1, 6, 8))}, {"name": [call]})
+    stock = talking.Bank([world], {"NATF2": rng.integers(0, CODES, (1, 6, 8))}, {"name": [call]})
     talker = Talker(SMALL_LM, hints=8)
     optimizer = optim.Optimizer(talker, muon=copying.MUON, adam=copying.ADAM, plain=talker.plain())
-    batch = Batch.of([talking.talk(random.Random(0), pieces, bank, turns=1)])
+    batch = Batch.of([talking.talk(random.Random(0), pieces, stock, turns=1)])
     history = []
     for _ in range(40):
         loss, parts = talking.loss(talker, batch)

@@ -19,17 +19,19 @@ import torch
 
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE
 from personaplex.training import grammar, hearing
+from personaplex.training.corpus import as_float
 from personaplex.training.ear import LABELS, Ear
 from personaplex.training.export import CONFIG
 from personaplex.training.mouth import features
 from personaplex.training.run import load as load_state
 from personaplex.training.speaking import Fitted
-from personaplex.training.synth import Speaker, Spoken, Voice, locked
+from personaplex.training.synth import Array, Speaker, Spoken, Voice, locked
 
 WORLDS = 60  # of one shard
 SAMPLES = 3  # of each voice, for prompts
 SAMPLE_FRAMES = 12
 QUIET = 36  # frames of the caller's silence behind a question
+_PAUSED = 0.2  # share of callers with a pause inside
 _BEFORE = 1  # frames of an answer before its first word
 _SAMPLE_TEXTS = (
     "I am happy to talk to you.",
@@ -174,18 +176,29 @@ def make_callers(folder: Path, count: int = 4000, seed: int = 0) -> None:
     calls: dict[str, list[np.ndarray]] = {label: [] for label in LABELS}
     for index in range(count):
         label = LABELS[index % len(LABELS)]
-        said = draw.choice(by_intent[label])
+        speech = as_float(draw.choice(by_intent[label]).wave)
+        if draw.random() < _PAUSED:
+            speech = paused(speech, draw.uniform(0.3, 0.7))
         lead = draw.randrange(FRAME_SIZE)
-        wave = np.zeros(lead + len(said.wave) + QUIET * FRAME_SIZE, np.float32)
-        wave[lead : lead + len(said.wave)] = said.wave / 32767
+        wave = np.pad(speech, (lead, QUIET * FRAME_SIZE))
         wave = hearing.disturbed(wave, noises, shelf.utterances, rng, 0.8)
         codes = heard(ear, wave)
-        spoken = -(-(lead + len(said.wave)) // FRAME_SIZE)
+        spoken = -(-(lead + len(speech)) // FRAME_SIZE)
         calls[label].append(
             np.concatenate([np.full((1, 8), spoken), codes[: spoken + QUIET]]).astype(np.int16)
         )
     arrays = {f"{label}-{i}": c for label, rows in calls.items() for i, c in enumerate(rows)}
     np.savez(folder / "calls.npz", **arrays)  # type: ignore[arg-type]
+
+
+def paused(speech: Array, seconds: float) -> Array:
+    """The wave with a pause where it is softest in its middle half."""
+    width = SAMPLE_RATE // 50
+    quarter = len(speech) // 4
+    energy = np.convolve(np.square(speech), np.ones(width), "same")[quarter : 3 * quarter]
+    place = quarter + int(energy.argmin())
+    pause = np.zeros(int(seconds * SAMPLE_RATE), np.float32)
+    return np.concatenate([speech[:place], pause, speech[place:]])
 
 
 def load_calls(folder: Path) -> dict[str, list[Call]]:

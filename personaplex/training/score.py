@@ -25,7 +25,7 @@ from personaplex.model.weights import load_model
 from personaplex.text import Tokenizer
 from personaplex.training import behaviour, copying, grammar
 from personaplex.training.assemble import assemble
-from personaplex.training.bank import VOICES, load_ear
+from personaplex.training.bank import VOICES, load_ear, load_voices, paused
 from personaplex.training.documents import HINTS, Batch
 from personaplex.training.ear import LABELS, Ear
 from personaplex.training.export import CONFIG
@@ -93,12 +93,17 @@ def transcript(wave: Array) -> str:
     return " ".join(segment.text.strip() for segment in segments)
 
 
-def codec(folder: Path, count: int = 100) -> dict[str, float]:
-    """Word error rates of locked and of decoded speech, on answers about unseen facts."""
-    fitted, state = Fitted.load(folder / "analysis.pt"), load_state(folder / "mouth.pt")
+def _mouth(folder: Path) -> Mouth:
+    state = load_state(folder / "mouth.pt")
     assert state is not None, "train the mouth first"
     mouth = Mouth(CONFIG.mimi)
     mouth.load_state_dict(state["mouth"])
+    return mouth.eval()
+
+
+def codec(folder: Path, count: int = 100) -> dict[str, float]:
+    """Word error rates of locked and of decoded speech, on answers about unseen facts."""
+    fitted, mouth = Fitted.load(folder / "analysis.pt"), _mouth(folder)
     speaker, draw = Speaker(), random.Random(5)
     wrong = {"locked": 0, "decoded": 0}
     total = 0
@@ -110,7 +115,7 @@ def codec(folder: Path, count: int = 100) -> dict[str, float]:
             spoken, VOICES[_SPOKEN_VOICES[index % len(_SPOKEN_VOICES)]], index * 97 % FRAME_SIZE
         )
         codes = fitted.analysis.codes(torch.from_numpy(features(wave, periods)))
-        decoded = render(mouth.eval(), fitted, codes).numpy()
+        decoded = render(mouth, fitted, codes).numpy()
         total += len(words(text))
         for name, sound in (("locked", wave), ("decoded", decoded)):
             wrong[name] += errors(words(text), words(transcript(sound)))
@@ -181,6 +186,7 @@ def talk(folder: Path, per_intent: int = 4) -> None:
     model = load_model(checkpoint, "cpu", torch.float32)
     library = VoiceLibrary(checkpoint.config.lm, checkpoint.voices)
     tokenizer = Tokenizer(checkpoint.tokenizer, size=checkpoint.config.lm.text_card)
+    voices = _pitches(folder)
     made, rng = callers(per_intent, seed=1), np.random.default_rng(5)
     noisy = [dataclasses.replace(c, wave=through_line(c.wave, _NOISE, rng)) for c in made]
     for name, chosen, sampling in (
@@ -189,10 +195,27 @@ def talk(folder: Path, per_intent: int = 4) -> None:
         ("sampled, Opus, 20 dB", noisy, Sampling()),
     ):
         engine = Engine(model, library, tokenizer, EngineConfig(slots=4))
-        _tell(name, behaviour.talks(engine, chosen, sampling))
+        _tell(name, behaviour.talks(engine, chosen, sampling), voices)
+    pauses = [dataclasses.replace(c, wave=paused(c.wave, 0.5)) for c in made]
+    still = [t.silent_before for t in behaviour.talks(engine, pauses, Sampling())]
+    print(f"talk: no start in a pause inside the question {share(still)}")
+    pairs = zip(made, random.Random(3).sample(made, len(made)), strict=True)
+    cut = [behaviour.interrupted(engine, a, b, Sampling(), seed) for seed, (a, b) in enumerate(pairs)]
+    spoken = [c for c in cut if c.answered is not None]
+    print(f"talk: stops within 0.6 s {share([c.stopped is not None and c.stopped <= 0.6 for c in spoken])}")
+    print(f"talk: answers the new question {share([bool(c.answered) for c in spoken])}", flush=True)
 
 
-def _tell(name: str, talks: list[behaviour.Talk]) -> None:
+def _pitches(folder: Path) -> dict[str, float | None]:
+    """Fundamental frequency of each voice's prompt."""
+    fitted, mouth = Fitted.load(folder / "analysis.pt"), _mouth(folder)
+    voices = load_voices(folder)
+    return {
+        n: behaviour.pitch(render(mouth, fitted, torch.from_numpy(v[0])).numpy()) for n, v in voices.items()
+    }
+
+
+def _tell(name: str, talks: list[behaviour.Talk], voices: dict[str, float | None]) -> None:
     """Prints the shares of one round of talks."""
     right = [t for t in talks if t.answered == t.caller.intent]
     print(f"talk, {name}: intent {share([t in right for t in talks])}")
@@ -205,9 +228,15 @@ def _tell(name: str, talks: list[behaviour.Talk]) -> None:
         print(f"  {field} in its own text {share([t.wrote(field) for t in asked])}")
         by_ear = [behaviour.sounds_like(behaviour.value(t.known, field), heard[id(t)]) for t in asked]
         print(f"  {field} by ear {share(by_ear)}")
+    pairs = [(behaviour.pitch(t.pcm[t.end :].flatten()), voices[t.voice]) for t in right]
+    print(f"  pitch within 15 % of the voice's {share([_alike(*pair) for pair in pairs])}")
     wrong = sum(errors(words(t.text), words(heard[id(t)])) for t in right)
     total = sum(len(words(t.text)) for t in right)
     print(f"  what it says against its text: WER {wrong / max(1, total):.2f}, {total} words", flush=True)
+
+
+def _alike(pitch: float | None, wanted: float | None) -> bool:
+    return pitch is not None and wanted is not None and abs(pitch / wanted - 1) <= 0.15
 
 
 GATES: dict[str, Callable[[Path], Any]] = {"codec": codec, "ear": ear, "copying": copying_gate, "talk": talk}

@@ -39,6 +39,8 @@ from personaplex.training.vocabulary import Pieces, cached
 _BATCH = 4
 _TURNS = 3
 _MIX = (0.08, 0.1, 0.12, 0.7)  # of repetition, dense, padded, talk
+_INTERRUPTED = 0.2  # share of answers
+_STOPS = 5  # frames from an interruption's begin to silence
 _LEAD = 2  # frames by which a word's text leads its sound
 _WAITING, _FIRST_PIECE, _FIRST_OF_SLOT = 0.3, 2.0, 3.0
 _QUIET_AUDIBLE = 0.15  # share of the agent's silent frames that the depth transformer learns from
@@ -52,35 +54,62 @@ class Bank:
 
 
 def talk(draw: random.Random, pieces: Pieces, bank: Bank, turns: int = _TURNS) -> Document:
-    """A session: voice, role text, then questions and answers in time."""
+    """A session: voice, role text, then questions and answers in time; some answers are interrupted."""
     world = draw.choice(bank.worlds)
     document = Document()
     prompt(document, draw, pieces, world.known, sound=True, voice=draw.choice(list(bank.voices[world.voice])))
-    for turn in range(turns):
-        intent = draw.choice(list(world.answers))
-        call = draw.choice(bank.calls[intent])
-        if turn == 0 and draw.random() < 0.5:
-            _listen(document, _tail(call, draw, draw.randint(3, 40)))
-        _turn(document, draw, pieces, world, call)
+    calls = [draw.choice(bank.calls[draw.choice(list(world.answers))]) for _ in range(turns)]
+    if draw.random() < 0.5:
+        _listen(document, _tail(calls[0], draw, draw.randint(3, 40)))
+    heard = 0
+    for turn, call in enumerate(calls):
+        follower = calls[turn + 1] if turn + 1 < turns and draw.random() < _INTERRUPTED else None
+        heard = _turn(document, draw, pieces, world, call, heard, follower)
     return document
 
 
-def _turn(document: Document, draw: random.Random, pieces: Pieces, world: World, call: Call) -> None:
-    """The caller speaks, then the agent, then nobody for a while."""
+def _turn(
+    document: Document,
+    draw: random.Random,
+    pieces: Pieces,
+    world: World,
+    call: Call,
+    heard: int,
+    follower: Call | None,
+) -> int:
+    """The caller speaks, of whose words `heard` frames are over, then the agent, then nobody for a while.
+
+    With a `follower` the next question begins during the answer, which soon ends; how many of its frames are
+    over then is what is returned.
+    """
     said = world.answers[call.intent]
-    wait = call.spoken + draw.randint(2, 5)
-    _listen(document, call.codes[:wait])
+    wait = max(heard, call.spoken + draw.randint(2, 5))
+    _listen(document, call.codes[heard:wait])
     text, weight, slot = answer_text(pieces, call.intent, world, said.words)
     sounding = _LEAD - 1 + len(said.codes)  # the text begins before the sound
     length = max(sounding, len(text)) + 1
     agent = silence(length)
     agent[_LEAD - 1 : sounding] = said.codes
-    audible = [1.0] * (sounding + 1) + [0.2] * (length - sounding - 1)
-    text += [TEXT_PAD] * (length - len(text))
-    weight += [_WAITING] * (length - len(weight))
-    slot += [0] * (length - len(slot))
-    document.add(text, weight, slot=slot, agent=agent, user=_tail(call, draw, length, wait), audible=audible)
+    begun = length
+    if follower is not None:
+        begun = draw.randint(4, max(5, sounding - 8))
+        length = min(length, begun + _STOPS + 1, begun + follower.spoken)
+        agent[begun + _STOPS :] = silence(1)
+        kept = begun + _STOPS - _LEAD
+        text, weight, slot = text[:kept], weight[:kept], slot[:kept]
+    text = text[:length] + [TEXT_PAD] * (length - len(text))
+    weight = weight[:length] + [_WAITING] * (length - len(weight))
+    slot = slot[:length] + [0] * (length - len(slot))
+    user = _tail(call, draw, min(begun, length), wait)
+    if follower is not None:
+        user = np.concatenate([user, follower.codes[: length - len(user)]])
+    audible = [1.0] * min(length, sounding + 1)
+    audible += [0.2] * (length - len(audible))
+    document.add(text, weight, slot=slot, agent=agent[:length], user=user, audible=audible)
+    if follower is not None:
+        return length - min(begun, length)
     _listen(document, _tail(call, draw, draw.randint(4, 20)))
+    return 0
 
 
 def answer_text(
