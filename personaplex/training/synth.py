@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from personaplex.config import FRAME_SIZE, SAMPLE_RATE
+from personaplex.config import FRAME_SIZE
 
 Array = NDArray[np.float32]
 
@@ -35,6 +34,9 @@ _HOP = 300  # samples between the network's spectra
 _LOUDNESS = 0.08  # rms of a caller
 _LOCK_WINDOW, _LOCK_HOP = 1200, 240  # 8 hops a frame: the windows lie alike in all frames
 _LOWEST_PERIODS = 4
+# What hibari's own synthesis makes of an amplitude of one: of a harmonic, and of noise, whose 4 overlapping
+# windows are drawn apart from one another.
+_PULSE_GAIN, _NOISE_GAIN = 1 / 300, 1 / 30
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ def locked(spoken: Spoken, voice: Voice, shift: int = 0) -> tuple[Array, NDArray
     pitch = np.where((position > -0.5) & (position < len(f0) - 0.5), f0[near], 0.0)
     periods = _periods(pitch, frames)
     pulses = np.concatenate([_pulses(int(k)) for k in periods])
-    wave = _filtered(pulses, harmonic) + _filtered(np.tile(_frame_noise(), frames), noise, scale=2.0)
+    wave = _filtered(pulses, harmonic, _PULSE_GAIN)
+    wave += _filtered(np.tile(_frame_noise(), frames), noise, _NOISE_GAIN)
     level = np.sqrt(np.mean(np.square(wave))) + 1e-6
     return np.asarray(wave * np.float32(_LOUDNESS / level), np.float32), periods
 
@@ -256,7 +259,7 @@ def _frame_noise() -> Array:
     return np.asarray(np.random.default_rng(1).standard_normal(FRAME_SIZE), np.float32)
 
 
-def _filtered(excitation: Array, envelope: Array, scale: float = 1.0) -> Array:
+def _filtered(excitation: Array, envelope: Array, gain: float) -> Array:
     """Excitation through minimum-phase filters [601, hops + 1], one a hop."""
     log = np.minimum(envelope.T, 7.0)
     cepstrum = np.fft.irfft(log, axis=1)
@@ -269,7 +272,6 @@ def _filtered(excitation: Array, envelope: Array, scale: float = 1.0) -> Array:
     padded = np.pad(excitation, margin)
     blocks = np.lib.stride_tricks.sliding_window_view(padded, _LOCK_WINDOW)[::_LOCK_HOP]
     count = min(len(blocks), len(response))
-    gain = scale / (_LOCK_WINDOW / 2) if scale != 1.0 else 1 / (_LOCK_WINDOW / 4) * _LOCK_WINDOW / 600
     spectra = np.fft.rfft(blocks[:count] * window, axis=1) * response[:count] * gain
     rows = np.fft.irfft(spectra, _LOCK_WINDOW, axis=1) * window
     total, weight = np.zeros(len(padded)), np.zeros(len(padded))
@@ -278,13 +280,3 @@ def _filtered(excitation: Array, envelope: Array, scale: float = 1.0) -> Array:
         total[start : start + _LOCK_WINDOW] += row
         weight[start : start + _LOCK_WINDOW] += window * window
     return np.asarray((total / np.maximum(weight, 0.1))[margin : margin + len(excitation)], np.float32)
-
-
-def words_of(spoken: Spoken) -> Iterator[tuple[str, float]]:
-    """Words and when they begin."""
-    for word, start, _end in spoken.words:
-        yield word, start
-
-
-def seconds(wave: Array) -> float:
-    return len(wave) / SAMPLE_RATE
