@@ -14,7 +14,7 @@ from personaplex.model import Model
 from personaplex.model.hub import resolve
 from personaplex.model.lm import LMInputs, step
 from personaplex.model.mimi import decode, encode
-from personaplex.model.sampling import Caps, SamplingState
+from personaplex.model.sampling import SamplingState
 from personaplex.model.weights import load_model
 from personaplex.persona import VOICES
 from personaplex.text import Tokenizer
@@ -178,7 +178,7 @@ def test_the_model_predicts_what_the_talker_predicts(
     ids = torch.cat([text[..., None], export.to_ids(agent), export.to_ids(user)], dim=-1)
     for frame in range(FRAMES + 1):
         inputs = LMInputs(ids[:, frame], torch.ones_like(ids[:, frame], dtype=torch.bool))
-        output = step(model.lm, state, inputs, sampling, active, Caps(320, 2048), CODEBOOKS)
+        output = step(model.lm, state, inputs, sampling, active, CODEBOOKS)
         if frame == 0:
             continue
         assert torch.allclose(output.text_logits[0], expected[frame - 1], atol=2e-2)

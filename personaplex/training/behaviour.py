@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE, Sampling
-from personaplex.engine.engine import Engine, Slot
+from personaplex.engine.engine import Engine
+from personaplex.engine.interface import Slot
 from personaplex.persona import VOICES, Persona
 from personaplex.training import grammar
 from personaplex.training.synth import Array

@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from personaplex.config import CODEBOOKS, STREAMS, LMConfig, TransformerConfig
+from personaplex.kernels.constants import RMS_EPS
+from personaplex.kernels.kvring import Rope
+from personaplex.kernels.torch_reference import apply_rope
 from personaplex.model.depth import DepthLayer
-from personaplex.model.layers import RMS_EPS, angles, rotate
 from personaplex.model.lm import LM
+from personaplex.model.self_attention import rope
 from personaplex.model.temporal import TemporalLayer
 
 CODES = 512
@@ -108,7 +111,7 @@ class Talker(nn.Module):
         if hints is not None:
             x = x + self.hints(hints)
         config = self.config.temporal
-        turn = angles(config, torch.arange(text.shape[1], device=text.device)[None])
+        turn = rope(config, torch.arange(text.shape[1], device=text.device)[None])
         for layer in self.lm.transformer.layers:
             if self.frugal and torch.is_grad_enabled():
                 x = checkpoint(self._layer, layer, x, turn, use_reentrant=False)
@@ -116,11 +119,11 @@ class Talker(nn.Module):
                 x = self._layer(layer, x, turn)
         return _norm(x, self.lm.out_norm.alpha)
 
-    def _layer(self, layer: TemporalLayer, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def _layer(self, layer: TemporalLayer, x: Tensor, turn: Rope) -> Tensor:
         config, attention = self.config.temporal, layer.self_attn
         qkv = F.linear(_norm(x, layer.norm1.alpha), attention.in_proj_weight)
         q, k, v = qkv.unflatten(-1, (3, config.heads, config.head_dim)).unbind(2)
-        q, k = rotate(q[:, :, None], *turn)[:, :, 0], rotate(k[:, :, None], *turn)[:, :, 0]
+        q, k = apply_rope(q[:, :, None], turn)[:, :, 0], apply_rope(k[:, :, None], turn)[:, :, 0]
         heads = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
         )

@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
-from personaplex.model.layers import LAYER_NORM_EPS, angles, rotate
+from personaplex.kernels.kvring import Rope
+from personaplex.kernels.torch_reference import apply_rope
+from personaplex.model.layers import LAYER_NORM_EPS
+from personaplex.model.self_attention import rope
 
 
 class CausalConv(nn.Conv1d):
@@ -38,11 +41,11 @@ class SelfAttention(nn.Module):
         self.in_proj_weight = nn.Parameter(torch.randn(3 * config.dim, config.dim) * config.dim**-0.5)
         self.out_proj = Projection(config.dim, config.dim)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, turn: Rope) -> Tensor:
         """x [N, T, dim] -> [N, T, dim]."""
         config = self.config
         q, k, v = F.linear(x, self.in_proj_weight).unflatten(-1, (3, config.heads, config.head_dim)).unbind(2)
-        q, k = rotate(q[:, :, None], *turn)[:, :, 0], rotate(k[:, :, None], *turn)[:, :, 0]
+        q, k = apply_rope(q[:, :, None], turn)[:, :, 0], apply_rope(k[:, :, None], turn)[:, :, 0]
         heads = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
         )
@@ -67,7 +70,7 @@ class Layer(nn.Module):
         self.layer_scale_1 = Scale(config.dim, 0.4)
         self.layer_scale_2 = Scale(config.dim, 0.4)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, turn: Rope) -> Tensor:
         x = x + self.layer_scale_1.scale * self.self_attn(self.norm1(x), turn)
         return x + self.layer_scale_2.scale * self.linear2(F.gelu(self.linear1(self.norm2(x))))
 
@@ -88,7 +91,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [N, T, dim] at 25 Hz -> [N, T, dim]."""
-        turn = angles(self.config, torch.arange(x.shape[1], device=x.device)[None])
+        turn = rope(self.config, torch.arange(x.shape[1], device=x.device)[None])
         for layer in self.transformer.layers:
             x = layer(x, turn)
         return x
