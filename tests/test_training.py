@@ -185,6 +185,21 @@ def test_the_ear_learns_sounds_from_waves() -> None:
     assert last < 0.6 * first
 
 
+def test_speech_without_phones_counts_for_its_intent_only() -> None:
+    rng = np.random.default_rng(0)
+    wave = rng.integers(-3000, 3000, 9_600).astype(np.int16)
+    labelled = corpus.Utterance(wave, np.full(16, 2, np.uint8), "", "name")
+    bare = corpus.Utterance(wave, np.zeros(0, np.uint8), "", "name")
+    data = hearing.batch([labelled, bare], hearing.Noises(rng, seconds=2), [labelled], rng, 0.0)
+    assert (data.late[0] == 2).any()
+    assert (data.late[1] == hearing.UNLABELLED).all()
+    logits = torch.zeros(2, data.late.shape[1], 8)
+    logits[1] = torch.randn(data.late.shape[1], 8)
+    assert torch.isclose(hearing.phone_loss(logits, data.late), torch.tensor(8.0).log())
+    assert float(hearing.phone_loss(logits[1:], data.late[1:])) == 0.0
+    assert data.intent.tolist() == [1, 1]
+
+
 def test_a_document_is_laid_out_as_the_engine_lays_out_a_session(pieces: Pieces) -> None:
     draw = random.Random(1)
     voice = np.random.default_rng(0).integers(0, CODES, (9, CODEBOOKS))

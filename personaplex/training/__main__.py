@@ -17,7 +17,7 @@ from personaplex.training import bank, copying, corpus, hearing, speaking, talki
 from personaplex.training.assemble import assemble
 from personaplex.training.run import curves
 
-CALLER_SHARDS, AGENT_SHARDS, WORLD_SHARDS = 16, 16, 30
+CALLER_SHARDS, ROBOT_SHARDS, AGENT_SHARDS, WORLD_SHARDS = 16, 8, 16, 30
 EAR, MOUTH, COPYING, TALKING = 60, 40, 40, 120  # minutes
 
 
@@ -25,6 +25,7 @@ def stages(folder: Path) -> list[tuple[str, Callable[[], object]]]:
     """(name, what it runs), in order."""
     return [
         ("callers", lambda: corpus.make("callers", folder / "callers", CALLER_SHARDS)),
+        ("callers by espeak", lambda: corpus.make("robots", folder / "callers", ROBOT_SHARDS)),
         ("agent's speech", lambda: corpus.make("agent", folder / "agent", AGENT_SHARDS)),
         ("mouth", lambda: speaking.train(folder, MOUTH)),
         ("ear", lambda: hearing.train(folder, EAR)),

@@ -3,7 +3,7 @@ model.
 
 A shard is one `.npz`: all waves end to end as int16, their lengths, and what each says. Each is written
 whole, from a seed of its own, so that a broken run goes on where it stopped. `python -m
-personaplex.training.corpus callers|agent FOLDER SHARDS [FIRST]`.
+personaplex.training.corpus callers|robots|agent FOLDER SHARDS [FIRST]`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,13 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soxr
 from numpy.typing import NDArray
 
 from personaplex.config import SAMPLE_RATE
 from personaplex.training import grammar
-from personaplex.training.synth import LABEL_RATE, Array, Speaker, Voice, caller, free, locked
+from personaplex.training.synth import LABEL_RATE, LOUDNESS, Array, Speaker, Voice, caller, free, locked
 
 CALLER_SHARD, AGENT_SHARD = 400, 300  # sentences run through the network a shard
+ROBOT_SHARD = 1_000
+_ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
+_TIMBRES = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5", "klatt", "klatt2")
+_ESPEAK_RATE = 22_050
 OTHER = "other"  # speech for the phones' sake, in no dialogue
 _VOICINGS = 3
 
@@ -96,6 +102,39 @@ def callers(speaker: Speaker, seed: int) -> Iterator[Utterance]:
             yield Utterance(as_int16(wave), spoken.phones[start:end], text, intent)
 
 
+def robots(_speaker: Speaker, seed: int) -> Iterator[Utterance]:
+    """One shard of questions by espeak's voices, far from the natural one; without phones: for intents."""
+    draw = random.Random(seed)
+    for _ in range(ROBOT_SHARD):
+        intent = draw.choice((*grammar.INTENTS, grammar.UNKNOWN))
+        text = grammar.question(draw, intent, unseen=False)
+        wave = espeak(text, draw)
+        yield Utterance(as_int16(wave), np.zeros(0, np.uint8), text, intent)
+
+
+def espeak(text: str, draw: random.Random) -> Array:
+    """Speech at 24 kHz by one of espeak's voices, trimmed. Raises RuntimeError without espeak-ng."""
+    voice = f"{draw.choice(_ACCENTS)}+{draw.choice(_TIMBRES)}"
+    options = [
+        "-v",
+        voice,
+        "-s",
+        str(draw.randint(125, 205)),
+        "-p",
+        str(draw.randint(20, 75)),
+        "--stdout",
+        text,
+    ]
+    done = subprocess.run(["espeak-ng", *options], capture_output=True)
+    if done.returncode:
+        raise RuntimeError(f"espeak-ng failed: {done.stderr.decode(errors='replace').strip()}")
+    samples = np.frombuffer(done.stdout[44:], np.int16).astype(np.float32) / 32768  # behind the WAV's header
+    wave = soxr.resample(samples, _ESPEAK_RATE, SAMPLE_RATE).astype(np.float32)
+    loud = np.nonzero(np.abs(wave) > 0.02 * np.abs(wave).max())[0]
+    wave = wave[loud[0] : loud[-1] + 1]
+    return np.asarray(wave * (LOUDNESS / np.sqrt(np.mean(wave**2))), np.float32)
+
+
 def agent(speaker: Speaker, seed: int) -> Iterator[Utterance]:
     """One shard of the agent's sentences, locked, in voices around the agent's own."""
     draw = random.Random(seed)
@@ -127,7 +166,11 @@ def as_float(wave: NDArray[np.int16]) -> Array:
     return np.asarray(wave / np.float32(32767), np.float32)
 
 
-MAKERS: dict[str, Callable[[Speaker, int], Iterator[Utterance]]] = {"callers": callers, "agent": agent}
+MAKERS: dict[str, Callable[[Speaker, int], Iterator[Utterance]]] = {
+    "callers": callers,
+    "robots": robots,
+    "agent": agent,
+}
 
 
 def make(kind: str, folder: Path, shards: int, first: int = 0) -> None:

@@ -201,6 +201,8 @@ def frames_of(samples: int) -> int:
 
 def phones_at(labels: np.ndarray, times: np.ndarray, label_rate: int) -> np.ndarray:
     """Phone at each time in seconds; 0 outside."""
+    if not len(labels):
+        return np.zeros(len(times), np.int64)
     index = np.floor(times * label_rate).astype(int)
     inside = (index >= 0) & (index < len(labels))
     return np.where(inside, labels[np.clip(index, 0, len(labels) - 1)], 0).astype(np.int64)

@@ -25,6 +25,7 @@ from personaplex.training.export import CONFIG
 from personaplex.training.run import Run
 from personaplex.training.synth import LABEL_RATE
 
+UNLABELLED = -1
 PHONES = 128  # more than the alphabet has
 BATCH = 16
 _DELAY = 0.10  # seconds a phone's label lags its sound in the codes
@@ -111,6 +112,8 @@ def batch(
         )
         times = (np.arange(PER_FRAME * frames) + 0.5) / (12.5 * PER_FRAME) - begin - _DELAY
         late.append(phones_at(u.labels, times, LABEL_RATE))
+        if not len(u.labels):  # nobody knows its phones
+            early[-1][:], late[-1][:] = UNLABELLED, UNLABELLED
         ends.append(min(frames, frames_of(lead + len(u.wave)) + 2))
     intents = [_INTENTS.get(u.intent, -1) for u in chosen]
     return Batch(
@@ -149,10 +152,11 @@ def losses(ear: Ear, data: Batch, levels: int) -> tuple[Tensor, Tensor, dict[str
 
 
 def phone_loss(logits: Tensor, phones: Tensor) -> Tensor:
-    """Cross entropy in which silence counts less."""
-    each = F.cross_entropy(logits.flatten(0, 1), phones.flatten(), reduction="none")
-    weight = torch.where(phones.flatten() > 0, 1.0, 0.4)
-    return (each * weight).sum() / weight.sum()
+    """Cross entropy in which silence counts less and what is not labelled not at all."""
+    flat = phones.flatten()
+    each = F.cross_entropy(logits.flatten(0, 1), flat, reduction="none", ignore_index=UNLABELLED)
+    weight = torch.where(flat > 0, 1.0, 0.4) * (flat != UNLABELLED)
+    return (each * weight).sum() / weight.sum().clamp(min=1.0)
 
 
 class Shelf:
@@ -165,7 +169,7 @@ class Shelf:
         self.refresh()
 
     def refresh(self) -> None:
-        fresh = [p for p in sorted(self.folder.glob("callers-????.npz")) if p not in self.seen]
+        fresh = [p for p in sorted(self.folder.glob("*-????.npz")) if p not in self.seen]
         for path in fresh:
             self.utterances += [u for u in load(path) if len(u.wave) < _LONGEST * SAMPLE_RATE]
             self.seen.add(path)

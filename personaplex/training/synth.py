@@ -31,7 +31,7 @@ LABEL_RATE = 40  # phone labels a second
 _SILENT = "ˈˌ .,?!;:—…“”\"'"  # of the phoneme alphabet, what is no sound
 _DURATIONS = "/Cast_32_output_0"  # the tensor of durations inside hibari's graph, in 1/40 s
 _HOP = 300  # samples between the network's spectra
-_LOUDNESS = 0.08  # rms of a caller
+LOUDNESS = 0.08  # rms of a caller
 _LOCK_WINDOW, _LOCK_HOP = 1200, 240  # 8 hops a frame: the windows lie alike in all frames
 _LOWEST_PERIODS = 4
 # What hibari's own synthesis makes of an amplitude of one: of a harmonic, and of noise, whose 4 overlapping
@@ -167,7 +167,7 @@ def free(spoken: Spoken, voice: Voice, rng: np.random.Generator) -> Array:
         rng,
     )
     level = np.sqrt(np.mean(np.square(wave))) + 1e-6
-    return np.asarray(wave * np.float32(_LOUDNESS / level), np.float32)
+    return np.asarray(wave * np.float32(LOUDNESS / level), np.float32)
 
 
 def locked(spoken: Spoken, voice: Voice, shift: int = 0) -> tuple[Array, NDArray[np.int64]]:
@@ -190,7 +190,7 @@ def locked(spoken: Spoken, voice: Voice, shift: int = 0) -> tuple[Array, NDArray
     wave = _filtered(pulses, harmonic, _PULSE_GAIN)
     wave += _filtered(np.tile(_frame_noise(), frames), noise, _NOISE_GAIN)
     level = np.sqrt(np.mean(np.square(wave))) + 1e-6
-    return np.asarray(wave * np.float32(_LOUDNESS / level), np.float32), periods
+    return np.asarray(wave * np.float32(LOUDNESS / level), np.float32), periods
 
 
 def _tilt(voice: Voice) -> Array:
