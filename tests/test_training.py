@@ -337,6 +337,18 @@ def test_a_run_that_broke_off_counts_what_was_spent(tmp_path: Path) -> None:
     assert torch.equal(restored, module.state_dict()["weight"])
 
 
+def test_curves_show_the_runs_that_have_reported(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    paths = [tmp_path / "one.pt", tmp_path / "none.pt"]
+    run.curves(paths, tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+    reported = run.Run(paths[0], 5.0, {})
+    reported.record({"loss": 1.0})
+    reported.report({"share": 0.5})
+    run.curves(paths, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_talker_learns_one_dialogue_by_heart(pieces: Pieces) -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(0)

@@ -99,13 +99,16 @@ def load(path: Path) -> dict[str, Any] | None:
 
 
 def curves(paths: list[Path], out: Path) -> None:
-    """The losses and measures of several runs over their minutes, one panel a run, as a PNG."""
+    """Losses and measures of several runs over their minutes, one panel a run, as a PNG; none without any."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs = [(path.stem, state.get("history", [])) for path in paths if (state := load(path)) is not None]
+    states = [(path.stem, load(path) or {}) for path in paths]
+    runs = [(name, state["history"]) for name, state in states if state.get("history")]
+    if not runs:
+        return
     figure, panels = pyplot.subplots(len(runs), 1, figsize=(8, 3 * len(runs)), squeeze=False)
     for (name, history), panel in zip(runs, panels[:, 0], strict=True):
         for key in sorted({k for row in history for k in row} - {"minutes", "step"}):
