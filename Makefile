@@ -97,6 +97,17 @@ load: install
 observe: install promtool
 	$(BIN)/python -m loadtest.observe --once
 
+# The embedded talking model from nothing, and what it is worth; see docs/talk.md. Stages that are done are skipped.
+TALK ?= talk-training
+.PHONY: train-talk score-talk
+train-talk: install
+	$(BIN)/pip install --quiet -e '.[train]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m personaplex.training $(TALK)
+
+score-talk: install
+	$(BIN)/pip install --quiet -e '.[train]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m personaplex.training.score $(TALK)
+
 # The figures the documentation names; on an idle machine, please.
 bench: install
 	$(BIN)/python -m benchmarks.engine --output benchmarks/results/engine-cpu.json

@@ -1,0 +1,211 @@
+"""What the language model is trained on: sequences of frames laid out as the engine lays out a session.
+
+Three kinds. `repetition`: random pieces said again, which teaches copying. `dense`: a role text, then
+answers one after the other without padding. `padded`: a role text, then talk in real time, silence of the
+agent while the caller speaks. The first two have no sound; a question stands there as a hint, the number of
+its intent.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from personaplex.config import CODEBOOKS, SILENCE_FRAMES, TEXT_BOS, TEXT_EOS, TEXT_PAD
+from personaplex.training import grammar
+from personaplex.training.lm import SILENCE, START
+from personaplex.training.vocabulary import Pieces
+
+NOTHING = -1  # an audio token that embeds as zeros
+HINTS = {intent: index + 1 for index, intent in enumerate((*grammar.INTENTS, grammar.UNKNOWN))}
+SLOTS = ("name", "firm", "item", "price", "first_day", "last_day")
+_FIRST_OF_SLOT = 3.0  # weight of a copied value's first piece
+_WAITING = 0.3  # weight of padding
+Codes = np.ndarray
+
+
+@dataclass
+class Document:
+    """Frames of one sequence; the texts at `text[t]` are predicted from what stands before t."""
+
+    text: list[int] = field(default_factory=list)
+    hints: list[int] = field(default_factory=list)
+    weight: list[float] = field(default_factory=list)  # of the text's loss
+    slot: list[int] = field(default_factory=list)  # 0: no slot, else 1 + index in SLOTS
+    agent: list[Codes] = field(default_factory=list)  # [n, 8] each
+    user: list[Codes] = field(default_factory=list)
+    audible: list[float] = field(default_factory=list)  # weight of the audio's loss
+
+    def add(
+        self,
+        text: list[int],
+        weight: float | list[float],
+        *,
+        hint: int = 0,
+        slot: list[int] | None = None,
+        agent: Codes | None = None,
+        user: Codes | None = None,
+        audible: float | list[float] = 0.0,
+    ) -> None:
+        count = len(text)
+        self.text += text
+        self.hints += [hint] * count
+        self.weight += weight if isinstance(weight, list) else [weight] * count
+        self.slot += slot or [0] * count
+        self.agent.append(nothing(count) if agent is None else agent)
+        self.user.append(nothing(count) if user is None else user)
+        self.audible += audible if isinstance(audible, list) else [audible] * count
+        assert len(self.agent[-1]) == len(self.user[-1]) == count
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+def nothing(count: int) -> Codes:
+    return np.full((count, CODEBOOKS), NOTHING, np.int64)
+
+
+def silence(count: int) -> Codes:
+    return np.full((count, CODEBOOKS), SILENCE, np.int64)
+
+
+def repetition(draw: random.Random, pieces: Pieces, length: int = 160) -> Document:
+    """Groups of 3 to 24 pieces, random or names', each said two or three times."""
+    document = Document()
+    document.add([TEXT_BOS], 0.0)
+    while len(document) < length:
+        count = draw.choice((3, 4, 6, 8, 12, 16, 24))
+        group: list[int] = []
+        if draw.random() < 0.5:
+            group = [draw.randrange(TEXT_PAD + 1, pieces.size) for _ in range(count)]
+        while len(group) < count:
+            group += pieces.encode(grammar.name(draw, unseen=False))
+        document.add([TEXT_BOS, *group], 0.0)
+        for _ in range(draw.choice((1, 1, 2))):
+            document.add([TEXT_EOS, *group], [0.0] + [1.0] * len(group), slot=[0] + [1] * len(group))
+    return document
+
+
+def answer_pieces(pieces: Pieces, intent: str, known: grammar.Facts) -> list[tuple[str, list[int], int]]:
+    """(word, its pieces, slot) of an answer, word by word."""
+    values = {slot: getattr(known, slot) for slot in SLOTS}
+    values["price"] = grammar.spoken_number(known.price)
+    words = []
+    for part in grammar.ANSWERS[intent].split():
+        opened, closed = part.find("{"), part.find("}")
+        if opened < 0:
+            words.append((part, pieces.encode(part), 0))
+            continue
+        slot = part[opened + 1 : closed]
+        value = (part[:opened] + values[slot] + part[closed + 1 :]).split()
+        words += [(word, pieces.encode(word), 1 + SLOTS.index(slot)) for word in value]
+    return words
+
+
+def prompt(
+    document: Document,
+    draw: random.Random,
+    pieces: Pieces,
+    known: grammar.Facts,
+    sound: bool,
+    voice: Codes | None = None,
+) -> None:
+    """The system prompt's phases behind the start tokens: voice, silence, role text, silence."""
+    role = pieces.prompt(grammar.role_text(draw, known))
+    if sound:
+        start = np.full((1, CODEBOOKS), START, np.int64)
+        document.add([pieces.size], 0.0, agent=start, user=start)
+    phases = [SILENCE_FRAMES, len(role), SILENCE_FRAMES]
+    texts = [[TEXT_PAD] * SILENCE_FRAMES, role, [TEXT_PAD] * SILENCE_FRAMES]
+    if voice is not None:
+        document.add([TEXT_PAD] * len(voice), 0.0, agent=voice, user=silence(len(voice)))
+    for count, text in zip(phases, texts, strict=True):
+        codes = silence(count) if sound else None
+        document.add(text, 0.0, agent=codes, user=codes)
+
+
+def dense(draw: random.Random, pieces: Pieces, unseen: bool = False, turns: int = 10) -> Document:
+    """A role text and answers, each behind the hint of its question and before EOS."""
+    known = grammar.facts(draw, unseen)
+    document = Document()
+    prompt(document, draw, pieces, known, sound=False)
+    for _ in range(turns):
+        intent = _intent(draw)
+        document.add([TEXT_PAD], 0.0, hint=HINTS[intent])
+        for _word, ids, slot in answer_pieces(pieces, intent, known):
+            document.add(ids, _weights(ids, slot), slot=[slot] * len(ids))
+        document.add([TEXT_EOS], 1.0)
+    return document
+
+
+def padded(draw: random.Random, pieces: Pieces, unseen: bool = False, turns: int = 5) -> Document:
+    """Talk in time: a question lasts some frames, an answer's words as long as they are spoken."""
+    known = grammar.facts(draw, unseen)
+    document = Document()
+    prompt(document, draw, pieces, known, sound=False)
+    document.add([TEXT_PAD] * draw.randint(2, 20), _WAITING)
+    for _ in range(turns):
+        intent = _intent(draw)
+        heard = draw.randint(5, 25)
+        document.add([TEXT_PAD] * heard, _WAITING, hint=HINTS[intent])
+        document.add([TEXT_PAD] * draw.randint(3, 6), _WAITING)
+        for word, ids, slot in answer_pieces(pieces, intent, known):
+            document.add(ids, _weights(ids, slot), slot=[slot] * len(ids))
+            rest = max(0, round(len(word) * 0.7 + draw.random()) - len(ids))
+            document.add([TEXT_PAD] * rest, _WAITING)
+        document.add([TEXT_PAD] * draw.randint(8, 25), _WAITING)
+    return document
+
+
+def _intent(draw: random.Random) -> str:
+    return draw.choice(("hello", "name", "firm", "price", "open", "hello", "name", "firm", *HINTS))
+
+
+def _weights(ids: list[int], slot: int) -> list[float]:
+    return [_FIRST_OF_SLOT if slot else 1.0] + [1.0] * (len(ids) - 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents side by side; all [N, T], codes [N, T, 8]."""
+
+    text: Tensor
+    hints: Tensor
+    weight: Tensor
+    slot: Tensor
+    agent: Tensor
+    user: Tensor
+    audible: Tensor
+
+    @classmethod
+    def of(cls, documents: list[Document]) -> Batch:
+        longest = max(len(d) for d in documents)
+
+        def rows(name: str, fill: float, dtype: torch.dtype) -> Tensor:
+            out = torch.full((len(documents), longest), fill, dtype=dtype)
+            for row, document in zip(out, documents, strict=True):
+                row[: len(document)] = torch.tensor(getattr(document, name), dtype=dtype)
+            return out
+
+        def codes(name: str) -> Tensor:
+            out = torch.full((len(documents), longest, CODEBOOKS), NOTHING, dtype=torch.int64)
+            for row, document in zip(out, documents, strict=True):
+                row[: len(document)] = torch.from_numpy(np.concatenate(getattr(document, name)))
+            return out
+
+        return cls(
+            rows("text", TEXT_PAD, torch.int64),
+            rows("hints", 0, torch.int64),
+            rows("weight", 0.0, torch.float32),
+            rows("slot", 0, torch.int64),
+            codes("agent"),
+            codes("user"),
+            rows("audible", 0.0, torch.float32),
+        )
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, part.name).to(device) for part in fields(self)))

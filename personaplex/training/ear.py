@@ -1,0 +1,208 @@
+"""The user's side of the codec: any voice, any phase, noise and rooms -> codes that tell what is said.
+
+The network is Mimi's encoder. Its first layers are collapsed, in training, into one bank of 128 filters of
+10 ms at 200 Hz, which `export` spreads over them again. The bank starts as quadrature pairs of band
+filters, each with both signs: ELU(x) + ELU(-x) is |x| for large x and x^2 / 2 for small, so the residual
+layer behind it sees band energies, and its own ELU, exponential for negative arguments, compresses them:
+two slopes a band, in channels the bank leaves empty.
+
+Codes are judged by the phones and the intent read from them, never by sound.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from personaplex.config import CODEBOOKS, FRAME_SIZE, SAMPLE_RATE, MimiConfig
+from personaplex.training import grammar
+from personaplex.training.nets import CausalConv, Residual, Transformer
+
+LABELS = (*grammar.INTENTS, grammar.UNKNOWN)
+BANK, TAPS, HOP = 128, 240, 120
+_BANDS = 24
+_GAIN = 250.0  # of the filters: a loud band of speech comes out near 20
+_SLOPES = (0.8, 0.08)  # of a band's two compressed energies: together near a logarithm over 40 dB
+_LOUDEST = 3.0  # factor of each of them
+LATENT = 64  # of each side of the quantiser
+CODES = 512
+PER_FRAME = 3  # phones read from one code
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What is read for supervision; logits [N, T', phones] at 25 Hz twice and at 37.5 Hz, [N, intents]."""
+
+    front: Tensor
+    middle: Tensor
+    codes: Tensor
+    intent: Tensor
+
+
+class Ear(nn.Module):
+    """waveform [N, T] at 24 kHz -> latents [N, T / 1920, 2, LATENT], one row a side of the quantiser."""
+
+    books: Tensor
+    fitted: Tensor
+
+    def __init__(self, config: MimiConfig, phones: int) -> None:
+        super().__init__()
+        dim = config.dim
+        self.bank = nn.Conv1d(1, BANK, TAPS, HOP)
+        self.residual = Residual(BANK)
+        self.pool = CausalConv(BANK, 16 * config.filters, 16, 8)
+        self.last = CausalConv(16 * config.filters, dim, 3)
+        self.transformer = Transformer(config.transformer)
+        self.down = nn.Conv1d(dim, dim, 4, 2, bias=False)
+        self.first_in = nn.Linear(dim, LATENT, bias=False)
+        self.rest_in = nn.Linear(dim, LATENT, bias=False)
+        self.front_head = nn.Linear(dim, phones)
+        self.middle_head = nn.Linear(dim, phones)
+        self.wide = CausalConv(2 * LATENT, 256, 2)
+        self.code_head = nn.Linear(256, PER_FRAME * phones)
+        self.intent_head = nn.Linear(512, len(LABELS))
+        self.register_buffer("books", torch.zeros(CODEBOOKS, CODES, LATENT))
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+        self._start_as_filters()
+
+    @torch.no_grad()
+    def _start_as_filters(self) -> None:
+        """Bands in the bank's first channels, their compressed energies in its last, and a look at those."""
+        time = torch.arange(TAPS) / SAMPLE_RATE
+        window = torch.hann_window(TAPS) * (2 / TAPS) * _GAIN
+        mel = torch.linspace(_mel(150.0), _mel(6500.0), _BANDS)
+        centres = 700 * (torch.exp(mel / 1127) - 1)
+        wide, narrow = self.residual.first, self.residual.second
+        for part in (self.bank, wide, narrow):
+            assert part.bias is not None
+            part.bias.zero_()
+            part.weight.mul_(0.05)
+        self.bank.weight[4 * _BANDS :].zero_()
+        for band, centre in enumerate(centres.tolist()):
+            lift = (1 + centre / 500) ** 1.6  # speech falls with frequency
+            for phase in range(4):  # cosine, sine and their negatives
+                wave = torch.cos(2 * math.pi * centre * time - phase * math.pi / 2)
+                self.bank.weight[4 * band + phase, 0] = wave * window * lift
+            for unit, slope in enumerate(_SLOPES):
+                wide.weight[2 * band + unit].zero_()
+                wide.weight[2 * band + unit, 4 * band : 4 * band + 4] = -slope / 3
+                narrow.weight[4 * _BANDS + band, 2 * band + unit] = _LOUDEST
+            narrow.bias[4 * _BANDS + band] = 2 * _LOUDEST  # type: ignore[index]
+        seen = slice(4 * _BANDS, 5 * _BANDS)
+        self.pool.weight.mul_(0.1)
+        self.pool.weight[:, seen].normal_(0, (16 * _BANDS) ** -0.5)
+        assert self.pool.bias is not None
+        self.pool.bias.copy_(-1.5 * _LOUDEST * self.pool.weight[:, seen].sum((1, 2)))  # about their mean
+
+    def energies(self, wave: Tensor) -> Tensor:
+        """wave [N, T] -> [N, BANK, T / 120]."""
+        padded = F.pad(wave[:, None], (TAPS - HOP, 0))
+        out: Tensor = self.residual(self.bank(padded))
+        return out
+
+    def latent(self, wave: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> latents [N, T', 2, LATENT], and the 25 Hz columns before and behind the transformer."""
+        x = self.pool(F.elu(self.energies(wave)))
+        front = self.last(F.elu(x)).transpose(1, 2)
+        middle = self.transformer(front)
+        columns = middle.transpose(1, 2)
+        padded = torch.cat([columns[..., :1], columns[..., :1], columns], dim=-1)
+        down = self.down(padded).transpose(1, 2)
+        return torch.stack([self.first_in(down), self.rest_in(down)], dim=2), front, middle
+
+    def codes(self, latents: Tensor) -> Tensor:
+        """latents [..., 2, LATENT] -> [..., 8] int64."""
+        found = []
+        residual = latents[..., 0, :]
+        for level in range(CODEBOOKS):
+            if level == 1:
+                residual = latents[..., 1, :]
+            code = nearest(residual, self.books[level])
+            residual = residual - self.books[level][code]
+            found.append(code)
+        return torch.stack(found, dim=-1)
+
+    def vectors(self, codes: Tensor, levels: int = CODEBOOKS) -> Tensor:
+        """codes [..., 8] -> quantised latents [..., 2, LATENT]; levels from `levels` on are left out."""
+        first = self.books[0][codes[..., 0]]
+        rest = torch.zeros_like(first)
+        for level in range(1, levels):
+            rest = rest + self.books[level][codes[..., level]]
+        return torch.stack([first, rest], dim=-2)
+
+    def heads(self, latents: Tensor, front: Tensor, middle: Tensor, ends: Tensor) -> Heads:
+        """What is read from (quantised) latents; `ends` [N]: frames that count for the intent."""
+        wide = F.gelu(self.wide(latents.flatten(2).transpose(1, 2))).transpose(1, 2)
+        inside = (torch.arange(wide.shape[1], device=wide.device)[None] < ends[:, None])[..., None]
+        mean = (wide * inside).sum(1) / inside.sum(1)
+        most = wide.masked_fill(~inside, -1e4).amax(1)
+        return Heads(
+            self.front_head(front),
+            self.middle_head(middle),
+            self.code_head(wide).unflatten(-1, (PER_FRAME, -1)).flatten(1, 2),
+            self.intent_head(torch.cat([mean, most], dim=-1)),
+        )
+
+    @torch.no_grad()
+    def fit(self, latents: Tensor, generator: torch.Generator, rounds: int = 10) -> None:
+        """Codebooks by k-means on latents [M, 2, LATENT]."""
+        residual = latents[:, 0]
+        for level in range(CODEBOOKS):
+            if level == 1:
+                residual = latents[:, 1]
+            self.books[level] = k_means(residual, CODES, generator, rounds)
+            residual = residual - self.books[level][nearest(residual, self.books[level])]
+        self.fitted.fill_(True)
+
+    @torch.no_grad()
+    def follow(self, latents: Tensor, rate: float = 0.02) -> None:
+        """Codebooks a little towards the mean of what they quantise, latents [M, 2, LATENT]."""
+        residual = latents[:, 0]
+        for level in range(CODEBOOKS):
+            if level == 1:
+                residual = latents[:, 1]
+            book = self.books[level]
+            code = nearest(residual, book)
+            count = torch.bincount(code, minlength=CODES)[:, None].float()
+            mean = torch.zeros_like(book).index_add_(0, code, residual) / count.clamp(min=1)
+            residual = residual - book[code]
+            book.add_((mean - book) * (rate * count).clamp(max=0.3))
+
+
+def nearest(x: Tensor, book: Tensor) -> Tensor:
+    """x [..., D], book [K, D] -> index of the nearest row [...]."""
+    return (book.square().sum(1) / 2 - x @ book.t()).argmin(-1)
+
+
+def k_means(x: Tensor, count: int, generator: torch.Generator, rounds: int) -> Tensor:
+    """x [M, D] -> centres [count, D]; an empty cluster starts again at a random row."""
+    centres = x[torch.randint(len(x), (count,), generator=generator)].clone()
+    for _ in range(rounds):
+        code = nearest(x, centres)
+        total = torch.zeros_like(centres).index_add_(0, code, x)
+        size = torch.bincount(code, minlength=count)[:, None]
+        fresh = x[torch.randint(len(x), (count,), generator=generator)]
+        centres = torch.where(size > 0, total / size.clamp(min=1), fresh)
+    return centres
+
+
+def _mel(hertz: float) -> float:
+    return 1127 * math.log(1 + hertz / 700)
+
+
+def frames_of(samples: int) -> int:
+    return -(-samples // FRAME_SIZE)
+
+
+def phones_at(labels: np.ndarray, times: np.ndarray, label_rate: int) -> np.ndarray:
+    """Phone at each time in seconds; 0 outside."""
+    if not len(labels):
+        return np.zeros(len(times), np.int64)
+    index = np.floor(times * label_rate).astype(int)
+    inside = (index >= 0) & (index < len(labels))
+    return np.where(inside, labels[np.clip(index, 0, len(labels) - 1)], 0).astype(np.int64)

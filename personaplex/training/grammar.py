@@ -1,0 +1,290 @@
+"""What is said: role texts, questions in many wordings, and the answers to them.
+
+Everything comes from a seeded `random.Random`. Names, firms, prices and wordings are divided by a hash of
+their text: one part in ten is held back, and training never sees it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+
+def _bars(text: str) -> tuple[str, ...]:
+    return tuple(text.split("|"))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+UNKNOWN = "unknown"  # anything that is no question of ours
+
+_HELD_BACK_NAMES, _HELD_BACK_WORDINGS, _HELD_BACK_PRICES = 3, 7, 3
+
+_POLITE = (
+    "can you tell me|could you tell me|please tell me|tell me|i would like to know|i want to know|do you know"
+    "|may i ask"
+)
+
+KINDS = {
+    "Bakery": "bakery",
+    "Services": "waste management",
+    "Hotel": "hotel",
+    "Bank": "bank",
+    "Clinic": "clinic",
+    "Rentals": "drone rental company",
+    "Restaurant": "restaurant",
+    "Dental": "dental office",
+    "Travel": "travel agency",
+    "Books": "book shop",
+    "Motors": "car dealer",
+    "Pizza": "pizza place",
+}
+ITEMS = _bars(
+    "small plan|large pizza|compost bin|garden tour|single room|drone|birthday cake|check up|yearly pass|"
+    "family ticket|oil change|gift box|premium plan|first lesson|monthly service"
+)
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+_ADJECTIVES = _words(
+    "Green Blue Red Golden Silver Sunny Happy North South East West River Lake Ocean Mountain City Town "
+    "Harbor Valley Garden Forest Royal Grand Little Old New Bright Quick Prime First Star Moon Sun Sky "
+    "Stone Iron Oak Maple Cedar Rose Lily Eagle Falcon Wolf Lion Apple Cherry Lemon Olive Pearl Ruby "
+    "Amber Crystal Summit Bridge Corner Central Pacific"
+)
+_ONSETS = (
+    *_words("b c d f g h j k l m n p r s t v w z br ch cl dr fl gr kr ph pr sh sl st th tr"),
+    "",
+    "",
+    "",
+    "",
+)
+_VOWELS = _words("a e i o u a e i o ai ea ee ia io")
+_CODAS = ["", "", "", "", "n", "r", "l", "s", "m", "x", "nd", "rt", "ck"]
+_UNITS = _words(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+)
+_TENS = _words("zero ten twenty thirty forty fifty sixty seventy eighty ninety")
+
+
+def _product(*parts: str) -> list[str]:
+    """Every sentence made of one alternative of each part; alternatives are divided by bars."""
+    choices = (part.split("|") for part in parts)
+    return [" ".join(word for word in combination if word) for combination in itertools.product(*choices)]
+
+
+QUESTIONS: dict[str, list[str]] = {
+    "hello": [
+        *_product(
+            "hello|hi|hey|good morning|good evening|good afternoon",
+            "|there|is anybody there|are you there|again",
+        ),
+        *_bars("hello hello|yes hello|hello can you hear me|oh hello|hi good morning|hi hello|hey hello"),
+    ],
+    "name": [
+        *_bars(
+            "what is your name|who are you|who am i speaking with|who am i talking to"
+            "|may i have your name|who is this|your name please|what are you called"
+            "|what should i call you|sorry who are you|what's your name|what is your name please"
+            "|give me your name|say your name please"
+        ),
+        *_product(_POLITE, "your name|who you are|what your name is|who i am speaking with", "|please"),
+    ],
+    "firm": [
+        *_bars(
+            "which company is this|where do you work|what company do you work for|who do you work for"
+            "|which business is this|what firm is this|what is this business|what shop is this"
+            "|what is your company called|what place is this|what company is this"
+        ),
+        *_product(
+            "what is the", "name of your company|name of your business|name of the company|company name"
+        ),
+        *_product(
+            _POLITE,
+            "the name of your company|which company this is|where you work|who you work for"
+            "|your company name",
+        ),
+    ],
+    "price": [
+        *_bars(
+            "how much is it|how much does it cost|what does it cost|what is the price"
+            "|how much do you charge|what do i have to pay|how much is that|what is the price please"
+            "|how much money is it|is it expensive|what do you charge|what are your prices"
+            "|how much would it be"
+        ),
+        *_product("how much is the|what is the price of the|how much for the|how much does", "{item}"),
+        *_product(
+            _POLITE, "the price|how much it is|what it costs|how much it costs|the price of the {item}"
+        ),
+    ],
+    "open": [
+        *_bars(
+            "when are you open|which days are you open|what days are you open"
+            "|on which days can i come|are you open on weekends|are you open on sunday"
+            "|are you open on saturday|when can i come|what are your opening days"
+            "|what days can i come|are you open every day|are you open tomorrow|are you open today"
+            "|are you closed on monday|which days of the week are you open"
+        ),
+        *_product(
+            _POLITE, "the days you are open|which days you are open|when you are open|your opening days"
+        ),
+    ],
+    "bye": [
+        *_product(
+            "|thank you|okay|all right|that is all|well thanks",
+            "goodbye|bye bye|bye|see you|see you later|see you soon|have a nice day|good night"
+            "|have a good day bye",
+        ),
+        *_bars("talk to you soon|i have to go|i will call you later|goodbye for now|that is all thank you"),
+    ],
+}
+INTENTS = tuple(QUESTIONS)
+
+ANSWERS = {
+    "hello": "Hello, this is {firm}, {name} speaking.",
+    "name": "My name is {name}.",
+    "firm": "You are talking to {firm}.",
+    "price": "The {item} costs {price} dollars.",
+    "open": "We are open from {first_day} to {last_day}.",
+    "bye": "Goodbye, and have a nice day.",
+    UNKNOWN: "Sorry, could you say that again?",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one role text tells the agent."""
+
+    name: str
+    firm: str
+    kind: str
+    item: str
+    price: int  # dollars
+    first_day: str
+    last_day: str
+
+
+def held_back(text: str, remainder: int = _HELD_BACK_NAMES) -> bool:
+    """Whether `text` belongs to the tenth that training never sees."""
+    return zlib.crc32(text.lower().encode()) % 10 == remainder
+
+
+def wordings(intent: str, unseen: bool) -> list[str]:
+    """The questions of one intent: those trained on, or those held back."""
+    every = dict.fromkeys(QUESTIONS[intent])
+    return [text for text in every if held_back(text, _HELD_BACK_WORDINGS) == unseen]
+
+
+@cache
+def _people() -> tuple[str, ...]:
+    from faker.providers.person.en_US import Provider
+
+    first, last = list(Provider.first_names), list(Provider.last_names)
+    return tuple(sorted({name for name in first + last if name.isalpha() and 2 < len(name) < 11}))
+
+
+@cache
+def lexicon() -> tuple[str, ...]:
+    """Common English words, for speech that is no question."""
+    from faker.providers.lorem.en_US import Provider
+
+    return tuple(sorted({word for word in Provider.word_list if word.isalpha() and word.islower()}))
+
+
+def name(draw: random.Random, unseen: bool, real: float = 0.5) -> str:
+    """One name, a person's with probability `real`, else made of random syllables."""
+    while True:
+        word = draw.choice(_people()) if draw.random() < real else _syllables(draw)
+        if held_back(word) == unseen:
+            return word
+
+
+def _syllables(draw: random.Random) -> str:
+    while True:
+        word = "".join(
+            draw.choice(_ONSETS) + draw.choice(_VOWELS) + (draw.choice(_CODAS) if draw.random() < 0.5 else "")
+            for _ in range(draw.choice((1, 2, 2, 2, 3, 3)))
+        )[:10]
+        if len(word) > 2:
+            return word.capitalize()
+
+
+def firm(draw: random.Random, unseen: bool) -> tuple[str, str]:
+    """A firm's name and its kind of business."""
+    last = draw.choice(list(KINDS))
+    if unseen or draw.random() < 0.5:
+        words = [name(draw, unseen, real=0.8)]
+    elif draw.random() < 0.5:
+        words = [draw.choice(_ADJECTIVES)]
+    else:
+        words = [draw.choice(_ADJECTIVES), draw.choice(_ADJECTIVES)]
+    return " ".join([*words, last]), KINDS[last]
+
+
+def spoken_number(number: int) -> str:
+    """0 .. 999 in words."""
+    if number < 20:
+        return _UNITS[number]
+    if number < 100:
+        rest = "" if number % 10 == 0 else " " + _UNITS[number % 10]
+        return _TENS[number // 10] + rest
+    rest = "" if number % 100 == 0 else " " + spoken_number(number % 100)
+    return f"{_UNITS[number // 100]} hundred{rest}"
+
+
+def facts(draw: random.Random, unseen: bool) -> Facts:
+    """One agent's world; with `unseen`, of names, firms and prices held back from training."""
+    company, kind = firm(draw, unseen)
+    first_day, last_day = draw.sample(DAYS, 2)
+    while True:
+        price = draw.choice((draw.randint(2, 20), draw.randint(2, 99)))
+        if (price % 7 == _HELD_BACK_PRICES) == unseen:
+            break
+    person = name(draw, unseen, real=0.7)
+    if draw.random() < 0.3:
+        person = f"{person} {name(draw, unseen, real=0.7)}"
+    return Facts(person, company, kind, draw.choice(ITEMS), price, first_day, last_day)
+
+
+def role_text(draw: random.Random, known: Facts) -> str:
+    """A role text that states all facts, in one of several forms."""
+    opening = draw.choice(
+        (
+            f"You work for {known.firm} which is a {known.kind} and your name is {known.name}.",
+            f"You work for {known.firm} which is a {known.kind} and your name is {known.name}.",
+            f"Your name is {known.name}. You answer the phone for {known.firm}.",
+            f"You are {known.name} and you work at {known.firm}, a {known.kind}.",
+        )
+    )
+    amount = spoken_number(known.price)
+    price = draw.choice((f"The {known.item} costs {amount} dollars.", f"A {known.item} is {amount} dollars."))
+    days = draw.choice(
+        (f"Open from {known.first_day} to {known.last_day}.", f"Open {known.first_day} to {known.last_day}.")
+    )
+    details = [price, days]
+    draw.shuffle(details)
+    return f"{opening} Information: {' '.join(details)}"
+
+
+def question(draw: random.Random, intent: str, unseen: bool) -> str:
+    """A caller's sentence of one intent."""
+    if intent == UNKNOWN:
+        return " ".join(draw.sample(lexicon(), draw.randint(2, 6)))
+    return draw.choice(wordings(intent, unseen)).format(item=draw.choice(ITEMS))
+
+
+def answer(intent: str, known: Facts) -> str:
+    """What the agent says to a question of that intent."""
+    values = {field: getattr(known, field) for field in ("name", "firm", "item", "first_day", "last_day")}
+    return ANSWERS[intent].format(price=spoken_number(known.price), **values)
+
+
+def sentences(draw: random.Random, count: int, unseen: bool) -> Iterable[str]:
+    """`count` answers about ever new facts: what the agent's voice has to be able to say."""
+    for _ in range(count):
+        yield answer(draw.choice((*INTENTS, UNKNOWN)), facts(draw, unseen))

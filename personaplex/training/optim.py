@@ -1,0 +1,91 @@
+"""Muon for matrices and AdamW for the rest, and how their rates fall."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Muon's published iteration
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is made orthogonal, for matrices and convolutions (flattened to matrices).
+
+    `stacked` matrices of one parameter along its first axis are made orthogonal one by one.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], rate: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": rate, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["momentum"] = torch.zeros_like(param)
+                held = state["momentum"].mul_(group["momentum"]).add_(param.grad)
+                stacked = getattr(param, "stacked", 1)
+                update = param.grad + group["momentum"] * held
+                flat = update.reshape(stacked, param.shape[0] // stacked, -1)
+                scale = 0.2 * max(flat.shape[1:]) ** 0.5
+                step = orthogonal(flat).reshape(param.shape)
+                param.mul_(1 - 0.02 * group["lr"]).add_(step, alpha=-group["lr"] * scale)
+
+
+def orthogonal(matrices: Tensor, iterations: int = 4) -> Tensor:
+    """matrices [S, rows, columns] with all singular values near one."""
+    a, b, c = _NEWTON_SCHULZ
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.transpose(1, 2) if tall else matrices
+    x = x / (x.flatten(1).norm(dim=1)[:, None, None] + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.transpose(1, 2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.transpose(1, 2) if tall else x
+
+
+class Optimizer:
+    """Both optimisers with one relative rate."""
+
+    def __init__(
+        self, module: nn.Module, muon: float, adam: float, plain: Iterable[nn.Parameter] = ()
+    ) -> None:
+        kept = {id(p) for p in plain}
+        trained = [p for p in module.parameters() if p.requires_grad]
+        matrices = [p for p in trained if p.dim() >= 2 and id(p) not in kept]
+        rest = [p for p in trained if p.dim() < 2 or id(p) in kept]
+        self.parts: list[tuple[torch.optim.Optimizer, float]] = [
+            (Muon(matrices, muon), muon),
+            (torch.optim.AdamW(rest, adam, betas=(0.9, 0.98), weight_decay=0.01), adam),
+        ]
+        self.trained = trained
+
+    def step(self, loss: Tensor, rate: float) -> None:
+        """One step down `loss` at `rate` of the full learning rates."""
+        for part, full in self.parts:
+            for group in part.param_groups:
+                group["lr"] = full * rate
+            part.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        for part, _ in self.parts:
+            part.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [part.state_dict() for part, _ in self.parts]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for (part, _), state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+
+
+def schedule(progress: float, warm: float = 0.01, decay_from: float = 0.4) -> float:
+    """Relative learning rate at `progress` 0 .. 1 of a run: warm-up, level, straight down to 3 %."""
+    down = 1.0 if progress < decay_from else 0.03 + 0.97 * (1 - progress) / (1 - decay_from)
+    return max(1e-3, min(1.0, progress / warm)) * down

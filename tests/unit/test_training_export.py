@@ -1,0 +1,191 @@
+"""What is trained is what the server runs: the export into the project's own codec and language model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from personaplex.config import CODEBOOKS, FRAME_SIZE, SILENCE_CODES, SINE_CODES, EngineConfig, Sampling
+from personaplex.engine.engine import Engine
+from personaplex.model import Model
+from personaplex.model.hub import resolve
+from personaplex.model.lm import LMInputs, step
+from personaplex.model.mimi import decode, encode
+from personaplex.model.sampling import SamplingState
+from personaplex.model.weights import load_model
+from personaplex.persona import VOICES
+from personaplex.text import Tokenizer
+from personaplex.training import behaviour, export
+from personaplex.training.assemble import assemble
+from personaplex.training.documents import HINTS
+from personaplex.training.ear import Ear
+from personaplex.training.hearing import PHONES
+from personaplex.training.lm import CODES, CONSTANT, SILENCE, START, Talker, streams
+from personaplex.training.mouth import HALF, Analysis, Mouth, basis
+from personaplex.training.run import save
+from personaplex.training.speaking import Fitted
+from personaplex.training.unseen import Caller
+from personaplex.voices import VoiceLibrary
+
+FRAMES = 6
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[Ear, Mouth, Analysis, Talker]:
+    """Every part with random weights, the codebooks on the scale of what they quantise."""
+    torch.manual_seed(0)
+    ear, mouth, talker = Ear(export.CONFIG.mimi, 8), Mouth(export.CONFIG.mimi), Talker(export.CONFIG.lm)
+    with torch.no_grad():
+        latents = ear.latent(speech())[0]
+        ear.books.copy_(torch.randn_like(ear.books) * latents.std())
+    books = torch.randn(CODEBOOKS, CODES, 64)
+    return ear.eval(), mouth.eval(), Analysis(torch.zeros(10), torch.randn(10, 64), books), talker.eval()
+
+
+def speech() -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(1, FRAMES * FRAME_SIZE) * 0.1
+
+
+def test_checkpoints_become_a_model_that_takes_calls(
+    parts: tuple[Ear, Mouth, Analysis, Talker], tmp_path: Path
+) -> None:
+    """Every file of a training folder, assembled, loaded and spoken to; the same seed says the same."""
+    ear, mouth, _, _ = parts
+    rows = torch.randn(800, 163, generator=torch.Generator().manual_seed(5))
+    analysis = Analysis.fit(rows, torch.Generator().manual_seed(0), rounds=1)
+    shapes = basis(torch.randn(600, FRAME_SIZE), 256)
+    Fitted(analysis, shapes, torch.full((256,), 0.1)).save(tmp_path / "analysis.pt")
+    heard, talker = Ear(export.CONFIG.mimi, PHONES), Talker(export.CONFIG.lm, hints=len(HINTS))
+    heard.books.copy_(ear.books)
+    for name, part, module in (("ear", "ear", heard), ("mouth", "mouth", mouth), ("talk", "talker", talker)):
+        save(tmp_path / f"{name}.pt", {part: module.state_dict()})
+    samples = np.random.default_rng(0).integers(0, CODES, (2, 8, CODEBOOKS))
+    np.savez(tmp_path / "voices.npz", **dict.fromkeys(VOICES, samples))
+    assemble(tmp_path, tmp_path / "model")
+
+    checkpoint = resolve(str(tmp_path / "model"))
+    model = load_model(checkpoint, "cpu", torch.float32)
+    library = VoiceLibrary(checkpoint.config.lm, checkpoint.voices)
+    assert sorted(library.names()) == sorted(VOICES)
+    tokenizer = Tokenizer(checkpoint.tokenizer, size=320)
+    wave = speech()[0].numpy()
+    callers = [Caller(wave, "hello", "hello", "slt", False)] * 3
+    said = []
+    for _ in range(2):
+        engine = Engine(model, library, tokenizer, EngineConfig(slots=2))
+        said.append(behaviour.talks(engine, callers, Sampling(audio_seed=3, text_seed=3), after=4))
+    for first, second in zip(*said, strict=True):
+        assert first.end == FRAMES + 12
+        assert first.pcm.shape == (FRAMES + 16, FRAME_SIZE)
+        assert np.array_equal(first.pcm, second.pcm)
+        assert first.text == second.text
+
+
+def test_answers_are_told_by_their_words_and_names_by_their_sound() -> None:
+    assert behaviour.intent_of(" My name is Ada Novak.") == "name"
+    assert behaviour.intent_of("The gift box costs nine dollars.") == "price"
+    assert behaviour.intent_of("My dog is Ada.") is None
+    assert behaviour.sounds_like("Ceertta Owens", "My name is Cirta Owens.")
+    assert not behaviour.sounds_like("Ceertta Owens", "My name is Philip Marlow.")
+
+
+@pytest.fixture(scope="module")
+def halves() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(2)
+    vectors = basis(torch.randn(600, FRAME_SIZE), 256)
+    return vectors, torch.rand(256) * 0.5
+
+
+@pytest.fixture(scope="module")
+def model(
+    parts: tuple[Ear, Mouth, Analysis, Talker],
+    halves: tuple[torch.Tensor, torch.Tensor],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Model:
+    ear, mouth, analysis, talker = parts
+    folder: Path = tmp_path_factory.mktemp("talk")
+    silence = torch.randn(64)
+    mimi = export.mimi_tensors(
+        dict(ear.state_dict()), dict(mouth.state_dict()), analysis.books, silence, *halves
+    )
+    lm = export.lm_tensors(dict(talker.lm.state_dict()), CONSTANT)
+    export.write(folder, lm, mimi, b"not read here")
+    assert resolve(str(folder)).config == export.CONFIG
+    return load_model(resolve(str(folder)), "cpu", torch.float32)
+
+
+def test_a_block_of_codes_holds_no_constant_code() -> None:
+    for level in range(CODEBOOKS):
+        block = range(export.first_id(level), export.first_id(level) + CODES)
+        assert SILENCE_CODES[level] not in block
+        assert SINE_CODES[level] not in block
+        assert block.stop <= export.CONFIG.mimi.bins
+
+
+def test_the_codec_hears_what_the_ear_hears(parts: tuple[Ear, Mouth, Analysis, Talker], model: Model) -> None:
+    """Frame by frame through Mimi's own layers; float16 on disk moves a few codes of the last levels."""
+    ear = parts[0]
+    with torch.no_grad():
+        expected = export.to_ids(ear.codes(ear.latent(speech())[0]))[0]
+    state = model.mimi.allocate(1, torch.device("cpu"))
+    active = torch.ones(1, dtype=torch.bool)
+    pcm = speech().view(FRAMES, 1, FRAME_SIZE)
+    heard = torch.cat([encode(model.mimi, state.encoder, frame, active) for frame in pcm])
+    assert (heard == expected).float().mean() > 0.85
+    assert (heard[:, :2] == expected[:, :2]).all()
+
+
+def test_the_codec_says_what_the_mouth_says(
+    parts: tuple[Ear, Mouth, Analysis, Talker], halves: tuple[torch.Tensor, torch.Tensor], model: Model
+) -> None:
+    _, mouth, analysis, _ = parts
+    shapes, size = halves
+    codes = torch.randint(CODES, (FRAMES, CODEBOOKS), generator=torch.Generator().manual_seed(3))
+    vectors = sum(book[codes[:, level]] for level, book in enumerate(analysis.books))
+    assert isinstance(vectors, torch.Tensor)
+    with torch.no_grad():
+        expected = (mouth(vectors[None])[0] * size @ shapes).view(FRAMES, 2 * HALF)
+    state = model.mimi.allocate(1, torch.device("cpu"))
+    active = torch.ones(1, dtype=torch.bool)
+    said = torch.cat([decode(model.mimi, state.decoder, row[None], active) for row in export.to_ids(codes)])
+    error = (said - expected).square().mean() / expected.square().mean()
+    assert error < 1e-4
+
+
+def test_the_model_predicts_what_the_talker_predicts(
+    parts: tuple[Ear, Mouth, Analysis, Talker], model: Model
+) -> None:
+    """Teacher-forced frames through the engine's step give the training's logits, and rule out other ids."""
+    talker = parts[3]
+    generator = torch.Generator().manual_seed(4)
+    text = torch.randint(4, 320, (1, FRAMES + 1), generator=generator)
+    agent = torch.randint(CODES, (1, FRAMES + 1, CODEBOOKS), generator=generator)
+    user = torch.randint(CODES, (1, FRAMES + 1, CODEBOOKS), generator=generator)
+    agent[:, 3], text[:, 0], agent[:, 0], user[:, 0] = SILENCE, 320, START, START
+    audio = streams(agent, user)
+    with torch.no_grad():
+        hidden = talker.temporal(text, audio)
+        expected = talker.text_logits(hidden)[0]
+        depth = talker.depth(hidden[0, :-1], text[0, 1:], audio[0, 1:, :CODEBOOKS])
+
+    state = model.lm.allocate(1)
+    sampling = SamplingState.allocate(1, torch.device("cpu"))
+    active = torch.ones(1, dtype=torch.bool)
+    ids = torch.cat([text[..., None], export.to_ids(agent), export.to_ids(user)], dim=-1)
+    for frame in range(FRAMES + 1):
+        inputs = LMInputs(ids[:, frame], torch.ones_like(ids[:, frame], dtype=torch.bool))
+        output = step(model.lm, state, inputs, sampling, active, CODEBOOKS)
+        if frame == 0:
+            continue
+        assert torch.allclose(output.text_logits[0], expected[frame - 1], atol=2e-2)
+        for level, logits in enumerate(output.audio_logits):
+            block = slice(export.first_id(level), export.first_id(level) + CODES)
+            assert torch.allclose(logits[0, block], depth[level, frame - 1, :CODES], atol=2e-2)
+            assert torch.allclose(
+                logits[0, SILENCE_CODES[level]], depth[level, frame - 1, SILENCE], atol=2e-2
+            )
+            assert (logits[0] < -30).sum() == 2048 - CODES - 1
