@@ -35,6 +35,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from deployments.connections import FitAnswers, PromptHttp
+from personaplex.allowance import Allowance
 from personaplex.session.core import BYTE_BURST, BYTES_PER_S, MESSAGE_BURST, MESSAGES_PER_S
 from personaplex.session.moshi import MESSAGE_LIMIT
 
@@ -131,23 +132,6 @@ class Http(PromptHttp):
         if self._body_bytes > MESSAGE_LIMIT:
             raise ValueError("body too long")
         super().on_body(body)
-
-
-class Allowance:
-    """What may be spent: `burst` at once, `rate` a second on average; overdrawing it makes the next wait."""
-
-    def __init__(self, rate: float, burst: float) -> None:
-        self._rate, self._burst = rate, burst
-        self._left, self._at = burst, 0.0
-
-    def spend(self, amount: float) -> None:
-        self._left -= amount
-
-    def wait(self, now: float) -> float:
-        """Seconds until more may be spent; 0 when it may be now. `now`: seconds of a monotonic clock."""
-        self._left = min(self._burst, self._left + max(0.0, now - self._at) * self._rate)
-        self._at = now
-        return max(0.0, -self._left) / self._rate
 
 
 class WebSocket(WebSocketsSansIOProtocol):

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from personaplex.allowance import Allowance
 from personaplex.audio.framer import Framer
 from personaplex.audio.ogg import Head, OggDemuxer, OggMuxer
 from personaplex.audio.opus import PACKET_SAMPLES, OpusDecoder, OpusEncoder, packet_samples
@@ -57,8 +58,9 @@ class Transcoder:
         self._framer = Framer()
         self._clock = clock
         self._lead_s = burst_s + LEAD_SPARE_S
-        self._allowed_s = self._lead_s  # of audio that may come now, at `_accounted`
-        self._accounted = clock() if clock else 0.0
+        self._seconds = Allowance(
+            CATCH_UP_RATE, self._lead_s + SAVED_S, now=clock() if clock else 0.0, start=self._lead_s
+        )  # of audio that may come
         self._astray_since: float | None = None
         self._skip = 0  # samples of the pre-skip still to discard
         self._last_samples = PACKET_SAMPLES  # duration of the last packet that had one
@@ -162,9 +164,6 @@ class Transcoder:
         is heard of it: a corrupt one may claim another duration than the one concealed."""
         if self._clock is None:
             return
-        now = self._clock()
-        earned = self._allowed_s + (now - self._accounted) * CATCH_UP_RATE
-        self._allowed_s = min(earned, self._lead_s + SAVED_S) - samples / SAMPLE_RATE
-        self._accounted = now
-        if self._allowed_s < 0:
+        self._seconds.refill(self._clock())
+        if not self._seconds.spend(samples / SAMPLE_RATE):
             raise ProtocolError(f"audio came faster than real time by more than {self._lead_s:g} s")

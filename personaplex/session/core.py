@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
 
+from personaplex.allowance import Allowance
 from personaplex.config import BURST_S
 from personaplex.errors import (
     NoCapacity,
@@ -183,9 +184,8 @@ class SessionCore:
         self._last_sent = now
         self._audio_limit_s = 0.0  # for the next audio, and when it ends
         self._audio_due = float("inf")
-        self._refilled_at = now
-        self._messages_left = MESSAGE_BURST
-        self._bytes_left = BYTE_BURST
+        self._messages = Allowance(MESSAGES_PER_S, MESSAGE_BURST, now=now)
+        self._bytes = Allowance(BYTES_PER_S, BYTE_BURST, now=now)
 
     def receive(self, event: Event, now: float) -> list[Command]:
         """What to do about `event`, in order. Raises IllegalEvent for one that TABLE does not list."""
@@ -254,13 +254,11 @@ class SessionCore:
                 return self._tick(now)
 
     def _spend(self, size: int, now: float) -> None:
-        passed = now - self._refilled_at
-        self._messages_left = min(MESSAGE_BURST, self._messages_left + passed * MESSAGES_PER_S) - 1
-        self._bytes_left = min(BYTE_BURST, self._bytes_left + passed * BYTES_PER_S) - size
-        self._refilled_at = now
-        if self._messages_left < 0:
+        self._messages.refill(now)
+        self._bytes.refill(now)
+        if not self._messages.spend(1):
             raise ProtocolError(f"more than {MESSAGES_PER_S:g} messages per second")
-        if self._bytes_left < 0:
+        if not self._bytes.spend(size):
             raise ProtocolError(f"more than {BYTES_PER_S / 1_024:g} KiB per second")
 
     def _go_live_when_due(self, now: float) -> list[Command]:

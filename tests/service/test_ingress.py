@@ -23,7 +23,7 @@ from deployments import ingress
 from deployments.application import GATEWAY_ENVIRONMENT
 from deployments.command import ENVIRONMENT
 from deployments.gateway.app import warn_of_proxies_without_limits
-from deployments.ingress import FRAGMENT_LIMIT, HEAD_LIMIT, Allowance
+from deployments.ingress import FRAGMENT_LIMIT, HEAD_LIMIT
 from deployments.settings import PROXY_CALLBACK, Settings
 from personaplex.session.core import MESSAGE_BURST
 from personaplex.session.moshi import MESSAGE_LIMIT
@@ -319,18 +319,3 @@ def test_attackers_come_from_another_address(target: Target, application: Applic
     with Raw(target) as raw:
         raw.upgrade()
     assert application.scopes[0]["client"][0] == SOURCE
-
-
-def test_an_allowance_is_a_burst_and_then_a_rate() -> None:
-    allowance = Allowance(rate=10.0, burst=5.0)
-    assert allowance.wait(100.0) == 0
-    allowance.spend(7.0)
-    assert allowance.wait(100.0) == pytest.approx(0.2)
-    assert allowance.wait(100.1) == pytest.approx(0.1)
-    assert allowance.wait(100.2) == pytest.approx(0.0)
-    assert allowance.wait(99.0) == pytest.approx(0.0), "a clock that goes back gives nothing"
-    allowance.wait(1_000.0)
-    allowance.spend(5.0)
-    assert allowance.wait(1_000.0) == 0, "no more than the burst was saved"
-    allowance.spend(1.0)
-    assert allowance.wait(1_000.0) == pytest.approx(0.1)
