@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     )
     weights: Literal["auto", "int8"] = Field(
         "auto",
-        description="int8 quantises the temporal transformer's weights, 6.5 GB less for 7b at some cost in "
+        description="int8 quantises the temporal transformer's weights, 6.6 GB less for 7b at some cost in "
         "quality; auto leaves them as dtype.",
     )
     kv: Literal["auto", "int8"] = Field(
@@ -85,7 +85,7 @@ class Settings(BaseSettings):
         description="int8 halves the memory of a session's keys and values, for twice the slots and a little "
         "noise; auto keeps them as dtype.",
     )
-    graphs: bool = Field(True, description="On CUDA, replay ticks as recorded graphs.")
+    graphs: bool = Field(True, description="On CUDA, replay ticks as captured graphs.")
     voice_memory: Literal["device", "host"] = Field(
         "device", description="Where the prefixes of voices used last are kept: host saves GPU memory."
     )

@@ -215,6 +215,10 @@ def test_bytes_are_what_is_computed() -> None:
     assert f"The model takes {weights} in bfloat16, or {small.weights / 1e9:.1f} GB" in text
     assert f"Each session takes {session}, or {small.session / 1e9:.2f} GB" in text
     assert f"takes {weights} in bfloat16 and each session {session}," in " ".join(README.split())
+    saved = f"{(full.weights - small.weights) / 1e9:.1f} GB"
+    cluster = " ".join((ROOT / "docs" / "kubernetes.md").read_text().split())
+    assert f"`settings.weights: int8` takes {saved} off" in cluster
+    assert f"weights, {saved} less for 7b" in str(Settings.model_fields["weights"].description)
 
 
 def test_figures_are_those_of_the_results() -> None:

@@ -7,7 +7,7 @@ const $ = (id) => document.getElementById(id);
 const CUSTOM = ""; // value of the role list's entry for a text of one's own
 const NOTHING = "–";
 const FLOOR_DB = -60;
-const REFRESH_MS = 15_000; // of the number of free places, while not connected
+const REFRESH_MS = 15_000; // of the number of free slots, while not connected
 
 const STATES = {
   idle: ["idle", () => "Not connected"],
@@ -78,7 +78,7 @@ function choosePrompt() {
 
 function describe(info) {
   const model = info.model ? `${info.model} · ` : "";
-  $("service").textContent = info.slots ? `${model}${info.slots - info.used} of ${info.slots} places free` : "";
+  $("service").textContent = info.slots ? `${model}${info.slots - info.used} of ${info.slots} slots free` : "";
   $("key-field").hidden = !info.key_needed;
   $("record-field").hidden = info.record !== "allowed";
   $("always-recorded").hidden = info.record !== "always";

@@ -14,7 +14,7 @@ const CLOSE_WORDS = {
   1001: "The service is going away.",
   1006: "The connection to the service was lost.",
   1012: "The server running this conversation failed or is being replaced. Connect again.",
-  1013: "All places are taken. Try again in a moment.",
+  1013: "All slots are taken. Try again in a moment.",
 };
 
 export class Session {
