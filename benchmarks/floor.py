@@ -40,8 +40,8 @@ class LocalLink:
         self._links[self._session] = self
 
     def send_frame(self, kind: Kind, payload: bytes) -> None:
-        mark, frame = messages.unpack_frame(payload)
-        self._engine.push(self._session, frame, mark)
+        timestamp, frame = messages.unpack_frame(payload)
+        self._engine.push(self._session, frame, timestamp)
 
     def hear(self, kind: Kind, payload: bytes) -> None:
         self._on_message(cast(Link, self), kind, payload)
@@ -113,7 +113,7 @@ class FloorGateway(Gateway):
                 continue
             if isinstance(event, Reply):
                 said = event.output
-                reply = messages.Reply(said.frame, said.pcm, said.tokens, said.text, event.mark)
+                reply = messages.Reply(said.frame, said.pcm, said.tokens, said.text, event.timestamp)
                 link.hear(Kind.REPLY, messages.pack_reply(reply))
             elif isinstance(event, Ready):
                 link.hear(Kind.READY, messages.pack_ready(event.prefill_s))

@@ -320,4 +320,4 @@ def _pack(event: Event) -> bytes | None:
     if not isinstance(event, Reply):
         return None
     said = event.output
-    return messages.pack_reply(messages.Reply(said.frame, said.pcm, said.tokens, said.text, event.mark))
+    return messages.pack_reply(messages.Reply(said.frame, said.pcm, said.tokens, said.text, event.timestamp))

@@ -48,11 +48,11 @@ class Ready:
 
 @dataclass(frozen=True)
 class Reply:
-    """One agent frame, in answer to the user's frame pushed with `mark`."""
+    """One agent frame, in answer to the user's frame pushed with `timestamp`."""
 
     session: int
     output: Output
-    mark: int
+    timestamp: int
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ class EngineLoop:
             self._wake.notify()
         return number
 
-    def push(self, session: int, frame: Pcm, mark: int = 0) -> None:
-        """Hands over one user frame, float32 [1920], not written to again; `mark` comes back with its reply.
+    def push(self, session: int, frame: Pcm, timestamp: int = 0) -> None:
+        """Hands over one user frame, float32 [1920], not written to again; its reply carries `timestamp`.
         Without effect after `close`."""
         with self._wake:
             known = self._sessions.get(session)
@@ -205,7 +205,7 @@ class EngineLoop:
                 return
             queue = known.queue
             was_empty = not queue.frames
-            self.counters.frames_dropped += queue.put(PendingFrame(frame, self._clock(), mark))
+            self.counters.frames_dropped += queue.put(PendingFrame(frame, self._clock(), timestamp))
             if queue.live and was_empty:
                 self._silent -= 1
                 if self._silent == 0 or not self._gathering:
@@ -346,7 +346,7 @@ class EngineLoop:
         for output in outputs:
             number = slots[output.slot].queue.session
             self.counters.frames_late += now - fed[number].arrived > FRAME_SECONDS
-            events.append(Reply(number, output, fed[number].mark))
+            events.append(Reply(number, output, fed[number].timestamp))
         self.counters.ticks += 1
         self.counters.ticks_late += now - began > FRAME_SECONDS
         self._deliver(Batch("tick", tuple(events), now - began, len(work.step)))

@@ -24,11 +24,11 @@ from personaplex.config import CATCH_UP_RATE, FRAME_SECONDS
 
 @dataclass(frozen=True, slots=True)
 class PendingFrame:
-    """One user frame, float32 [1920], its arrival time, and the sender's number for it."""
+    """One user frame, float32 [1920], its arrival time, and the sender's timestamp."""
 
     pcm: npt.NDArray[np.float32]
     arrived: float
-    mark: int = 0
+    timestamp: int = 0
 
 
 @dataclass(slots=True)

@@ -154,10 +154,10 @@ def _open(loop: EngineLoop, ear: Ear, persona: Persona | None = None) -> int:
 def test_frames_come_back_in_order_with_their_marks(loop: EngineLoop, ear: Ear) -> None:
     session = _open(loop, ear)
     for number in range(10):
-        loop.push(session, _frame(number), mark=100 + number)
+        loop.push(session, _frame(number), timestamp=100 + number)
     ear.wait(lambda: len(ear.of(Reply)) == 10)
     replies = ear.of(Reply, session)
-    assert [reply.mark for reply in replies] == list(range(100, 110))
+    assert [reply.timestamp for reply in replies] == list(range(100, 110))
     assert [reply.output.frame for reply in replies] == list(range(10))
     assert [reply.output.pcm[0] for reply in replies] == [0.0, *range(9)]  # one frame late, as the model
 
