@@ -23,7 +23,7 @@ from deployments.wire import messages
 from deployments.wire.link import Link, OnLost, OnMessage
 from deployments.wire.messages import Grant, Kind, LeaseRequest
 from personaplex.engine.echo import EchoEngine
-from personaplex.engine.loop import Batch, EngineLoop, Ready, Reply
+from personaplex.engine.loop import Batch, EngineLoop, Opened, Stepped
 
 
 class LocalLink:
@@ -111,11 +111,11 @@ class FloorGateway(Gateway):
             link = self._links.get(getattr(event, "session", -1))
             if link is None:
                 continue
-            if isinstance(event, Reply):
+            if isinstance(event, Stepped):
                 said = event.output
                 reply = messages.Reply(said.frame, said.pcm, said.tokens, said.text, event.timestamp)
                 link.hear(Kind.REPLY, messages.pack_reply(reply))
-            elif isinstance(event, Ready):
+            elif isinstance(event, Opened):
                 link.hear(Kind.READY, messages.pack_ready(event.prefill_s))
 
 

@@ -30,7 +30,7 @@ from deployments.wire import messages
 from deployments.wire.link import Link, listen
 from deployments.wire.messages import Grant, Kind, LeaseRequest, Refusal, ReplicaStatus, SessionStatus
 from personaplex.engine.interface import Loaded, Stepper
-from personaplex.engine.loop import Batch, Closed, EngineLoop, Event, Faulted, Ready, Refused, Reply
+from personaplex.engine.loop import Batch, Closed, EngineEvent, EngineLoop, Faulted, Opened, Refused, Stepped
 from personaplex.errors import EngineFault, PersonaplexError, ProtocolError, SessionLost
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 UNAUTHENTICATED_SPARE = 16  # connections that have shown no lease, beyond two per slot
 
 _ANYWHERE = ("0.0.0.0", "::")
-_Packed = tuple[Event, bytes | None]
+_Packed = tuple[EngineEvent, bytes | None]
 
 
 @dataclass(eq=False)
@@ -235,10 +235,10 @@ class Replica:
     def _dispatch(self, batch: Batch, packed: list[_Packed]) -> None:
         for event, payload in packed:
             match event:
-                case Reply(session) if session in self._open:
+                case Stepped(session) if session in self._open:
                     assert payload is not None
                     self._reply(self._open[session], payload)
-                case Ready(session) if session in self._open:
+                case Opened(session) if session in self._open:
                     self._ready(self._open[session], event)
                 case Refused(session, error) if session in self._open:
                     self._end(self._open.pop(session), error)
@@ -248,7 +248,7 @@ class Replica:
                     self._fail()
         self._publish(batch)
 
-    def _ready(self, holder: _Holder, event: Ready) -> None:
+    def _ready(self, holder: _Holder, event: Opened) -> None:
         assert holder.link is not None
         holder.link.send(Kind.READY, messages.pack_ready(event.prefill_s))
 
@@ -316,8 +316,8 @@ def _node_address() -> str:
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
-def _pack(event: Event) -> bytes | None:
-    if not isinstance(event, Reply):
+def _pack(event: EngineEvent) -> bytes | None:
+    if not isinstance(event, Stepped):
         return None
     said = event.output
     return messages.pack_reply(messages.Reply(said.frame, said.pcm, said.tokens, said.text, event.timestamp))

@@ -33,7 +33,7 @@ USAGE_TICKS = 25  # between two readings of the engine's usage, while no session
 
 
 @dataclass(frozen=True)
-class Ready:
+class Opened:
     """The session's slot is live; `prefill_s` is the time since it was opened.
 
     `frame` is the number of its next output: 0, or where a rebuilt session goes on. `voice_digest`: see
@@ -47,7 +47,7 @@ class Ready:
 
 
 @dataclass(frozen=True)
-class Reply:
+class Stepped:
     """One agent frame, in answer to the user's frame pushed with `timestamp`."""
 
     session: int
@@ -77,7 +77,7 @@ class Faulted:
     error: EngineFault
 
 
-Event = Ready | Reply | Refused | Closed | Faulted
+EngineEvent = Opened | Stepped | Refused | Closed | Faulted
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Batch:
     """The events of one piece of work, how long it took and over how many slots it ran."""
 
     work: Literal["tick", "prefill", "rebuild", "control"]
-    events: tuple[Event, ...]
+    events: tuple[EngineEvent, ...]
     seconds: float = 0.0
     slots: int = 0
 
@@ -174,11 +174,11 @@ class EngineLoop:
             self._thread.join(timeout_s)
 
     def open(self, persona: Persona) -> int:
-        """A new session's number; Ready or Refused follows. Raises EngineFault when the engine has ended."""
+        """A new session's number; Opened or Refused follows. Raises EngineFault when the engine has ended."""
         return self._add(persona, None)
 
     def rebuild(self, log: SessionLog) -> int:
-        """`open` for a session that goes on from its log; Ready says at which frame.
+        """`open` for a session that goes on from its log; Opened says at which frame.
 
         Frames pushed before that wait as in any session.
         """
@@ -306,7 +306,7 @@ class EngineLoop:
         if work.opens or work.closes or work.chunk or self.counters.ticks % USAGE_TICKS == 0:
             self.usage = engine.usage
 
-    def _open(self, engine: Stepper, slots: dict[Slot, _Session], session: _Session) -> Event | None:
+    def _open(self, engine: Stepper, slots: dict[Slot, _Session], session: _Session) -> EngineEvent | None:
         try:
             if session.log is not None:
                 session.slot = engine.admit_rebuild(session.log)
@@ -325,7 +325,7 @@ class EngineLoop:
             self._waiting[_chunk_of(session)] += 1
         return None
 
-    def _close(self, engine: Stepper, slots: dict[Slot, _Session], session: _Session) -> Event:
+    def _close(self, engine: Stepper, slots: dict[Slot, _Session], session: _Session) -> EngineEvent:
         if session.slot is not None:
             engine.close(session.slot)
             del slots[session.slot]
@@ -342,11 +342,11 @@ class EngineLoop:
             fed[session.queue.session] = frame
         outputs = engine.step()
         now = self._clock()
-        events: list[Event] = []
+        events: list[EngineEvent] = []
         for output in outputs:
             number = slots[output.slot].queue.session
             self.counters.frames_late += now - fed[number].arrived > FRAME_SECONDS
-            events.append(Reply(number, output, fed[number].timestamp))
+            events.append(Stepped(number, output, fed[number].timestamp))
         self.counters.ticks += 1
         self.counters.ticks_late += now - began > FRAME_SECONDS
         self._deliver(Batch("tick", tuple(events), now - began, len(work.step)))
@@ -357,7 +357,7 @@ class EngineLoop:
         began = self._clock()
         slot = engine.prefill() if kind == "prefill" else engine.rebuild_chunk()
         now = self._clock()
-        events: tuple[Event, ...] = ()
+        events: tuple[EngineEvent, ...] = ()
         with self._wake:
             if kind == "rebuild":
                 self._rebuild_at = began + (now - began) / self._rebuild_share
@@ -369,7 +369,7 @@ class EngineLoop:
                     self._silent += not session.queue.frames
         if slot is not None:
             number, frame = session.queue.session, session.frame or 0
-            events = (Ready(number, now - session.opened, frame, engine.voice_digest(slot)),)
+            events = (Opened(number, now - session.opened, frame, engine.voice_digest(slot)),)
         self._deliver(Batch(kind, events, now - began, 1))
 
 

@@ -14,7 +14,7 @@ import pytest
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, STREAMS
 from personaplex.engine.echo import EchoEngine
 from personaplex.engine.interface import Slot
-from personaplex.engine.loop import Batch, Closed, EngineLoop, Event, Faulted, Ready, Refused, Reply
+from personaplex.engine.loop import Batch, Closed, EngineEvent, EngineLoop, Faulted, Opened, Refused, Stepped
 from personaplex.engine.schedule import CATCH_UP_RATE, FrameQueue, PendingFrame, plan
 from personaplex.errors import EngineFault, NoCapacity, PromptTooLong, UnknownVoice
 from personaplex.persona import Persona
@@ -111,7 +111,7 @@ class Ear:
             self._changed.notify_all()
 
     @property
-    def events(self) -> list[Event]:
+    def events(self) -> list[EngineEvent]:
         return [event for batch in self.batches for event in batch.events]
 
     def of(self, kind: type[Any], session: int | None = None) -> list[Any]:
@@ -147,7 +147,7 @@ def loop(ear: Ear) -> Iterator[EngineLoop]:
 
 def _open(loop: EngineLoop, ear: Ear, persona: Persona | None = None) -> int:
     session = loop.open(persona or Persona())
-    ear.wait(lambda: ear.of(Ready, session) or ear.of(Refused, session))
+    ear.wait(lambda: ear.of(Opened, session) or ear.of(Refused, session))
     return session
 
 
@@ -155,8 +155,8 @@ def test_frames_come_back_in_order_with_their_marks(loop: EngineLoop, ear: Ear) 
     session = _open(loop, ear)
     for number in range(10):
         loop.push(session, _frame(number), timestamp=100 + number)
-    ear.wait(lambda: len(ear.of(Reply)) == 10)
-    replies = ear.of(Reply, session)
+    ear.wait(lambda: len(ear.of(Stepped)) == 10)
+    replies = ear.of(Stepped, session)
     assert [reply.timestamp for reply in replies] == list(range(100, 110))
     assert [reply.output.frame for reply in replies] == list(range(10))
     assert [reply.output.pcm[0] for reply in replies] == [0.0, *range(9)]  # one frame late, as the model
@@ -166,7 +166,7 @@ def test_sessions_share_ticks(loop: EngineLoop, ear: Ear) -> None:
     sessions = [_open(loop, ear) for _ in range(4)]
     for session in sessions:
         loop.push(session, _frame())
-    ear.wait(lambda: len(ear.of(Reply)) == 4)
+    ear.wait(lambda: len(ear.of(Stepped)) == 4)
     assert [batch.slots for batch in ear.batches if batch.work == "tick"] == [4]
 
 
@@ -181,10 +181,10 @@ def test_frames_pushed_before_the_prompt_is_done_wait_for_it(ear: Ear) -> None:
     loop = _start(ear, lambda: Slow(1))
     session = loop.open(Persona())
     loop.push(session, _frame(1.0))
-    assert not ear.of(Reply)
+    assert not ear.of(Stepped)
     gate.set()
-    ear.wait(lambda: ear.of(Reply, session))
-    assert ear.events.index(ear.of(Ready)[0]) < ear.events.index(ear.of(Reply)[0])
+    ear.wait(lambda: ear.of(Stepped, session))
+    assert ear.events.index(ear.of(Opened)[0]) < ear.events.index(ear.of(Stepped)[0])
     loop.stop()
 
 
@@ -207,7 +207,7 @@ def test_a_long_prompt_runs_in_pieces_between_ticks(ear: Ear) -> None:
     loop = _start(ear, lambda: Pieces(2), gather_s=0.0)
     first = _open(loop, ear)
     _open(loop, ear)
-    ear.wait(lambda: len(ear.of(Reply, first)) == 20)
+    ear.wait(lambda: len(ear.of(Stepped, first)) == 20)
     assert order == ["piece", "tick"] * 20
     loop.stop()
 
@@ -223,7 +223,7 @@ def test_a_refused_session_holds_nothing(
     assert isinstance(ear.of(Refused, session)[0].error, error)
     loop.push(session, _frame())
     for _ in range(4):
-        assert ear.of(Ready, _open(loop, ear))
+        assert ear.of(Opened, _open(loop, ear))
 
 
 def test_slots_come_back_and_a_full_engine_says_so(loop: EngineLoop, ear: Ear) -> None:
@@ -231,11 +231,11 @@ def test_slots_come_back_and_a_full_engine_says_so(loop: EngineLoop, ear: Ear) -
     assert isinstance(ear.of(Refused, _open(loop, ear))[0].error, NoCapacity)
     loop.close(sessions[1])
     ear.wait(lambda: ear.of(Closed, sessions[1]))
-    assert ear.of(Ready, _open(loop, ear))
+    assert ear.of(Opened, _open(loop, ear))
     loop.close(sessions[1])  # closing twice takes nothing from the slot's new user
     loop.push(sessions[1], _frame())
     time.sleep(0.05)
-    assert not ear.of(Reply, sessions[1])
+    assert not ear.of(Stepped, sessions[1])
 
 
 def test_nothing_is_said_for_a_session_after_its_slot_is_free(loop: EngineLoop, ear: Ear) -> None:
@@ -285,9 +285,9 @@ def test_a_flood_is_dropped_and_counted(ear: Ear) -> None:
     for _ in range(500):
         loop.push(greedy, _frame())
     loop.push(other, _frame())
-    ear.wait(lambda: ear.of(Reply, other))
+    ear.wait(lambda: ear.of(Stepped, other))
     assert loop.counters.frames_dropped >= 480
-    assert len(ear.of(Reply, greedy)) <= 20
+    assert len(ear.of(Stepped, greedy)) <= 20
     loop.stop()
 
 
@@ -334,7 +334,7 @@ def test_a_stuck_engine_is_noticed_and_an_idle_one_is_not(ear: Ear) -> None:
     with pytest.raises(EngineFault, match="not answered"):
         loop.check(0.1)
     go_on.set()
-    ear.wait(lambda: ear.of(Reply, session))
+    ear.wait(lambda: ear.of(Stepped, session))
     loop.check(0.1)
     loop.stop()
 
@@ -366,7 +366,7 @@ def test_many_threads_may_talk_to_it(loop: EngineLoop, ear: Ear) -> None:
         lambda: len({event.session for event in ear.of(Closed)} | {e.session for e in ear.of(Refused)}) == 100
     )
     for _ in range(4):
-        assert ear.of(Ready, _open(loop, ear))
+        assert ear.of(Opened, _open(loop, ear))
 
 
 # rebuilds
@@ -382,11 +382,11 @@ def _log(frames: int = 3) -> SessionLog:
 def test_a_rebuilt_session_goes_on_at_its_frame(loop: EngineLoop, ear: Ear) -> None:
     session = loop.rebuild(_log(3))
     loop.push(session, _frame(3.0))  # waits in the inbox, if it is early
-    ear.wait(lambda: ear.of(Reply, session))
-    assert ear.of(Ready, session)[0].frame == 3
-    output = ear.of(Reply, session)[0].output
+    ear.wait(lambda: ear.of(Stepped, session))
+    assert ear.of(Opened, session)[0].frame == 3
+    output = ear.of(Stepped, session)[0].output
     assert (output.frame, output.pcm[0]) == (3, 2.0)
-    assert [batch.work for batch in ear.batches if ear.of(Ready)[0] in batch.events] == ["rebuild"]
+    assert [batch.work for batch in ear.batches if ear.of(Opened)[0] in batch.events] == ["rebuild"]
 
 
 def test_a_log_that_is_refused_holds_nothing(loop: EngineLoop, ear: Ear) -> None:
@@ -395,7 +395,7 @@ def test_a_log_that_is_refused_holds_nothing(loop: EngineLoop, ear: Ear) -> None
     ear.wait(lambda: ear.of(Refused, session))
     assert isinstance(ear.of(Refused, session)[0].error, UnknownVoice)
     for _ in range(4):
-        assert ear.of(Ready, _open(loop, ear))
+        assert ear.of(Opened, _open(loop, ear))
 
 
 class Chunks(EchoEngine):
@@ -438,8 +438,8 @@ def test_a_rebuild_runs_in_chunks_between_ticks_in_turn_with_a_prompt(ear: Ear) 
     first = _open(loop, ear)
     with loop._wake:  # both arrive together
         sessions = loop.open(Persona()), loop.rebuild(_log())
-    ear.wait(lambda: all(ear.of(Ready, session) for session in sessions))
-    ear.wait(lambda: len(ear.of(Reply, first)) == 12)
+    ear.wait(lambda: all(ear.of(Opened, session) for session in sessions))
+    ear.wait(lambda: len(ear.of(Stepped, first)) == 12)
     assert made[0].order == ["rebuild", "tick", "prompt", "tick"] * 6
     loop.stop()
 
@@ -458,7 +458,7 @@ def test_beside_live_sessions_a_rebuild_takes_its_share_of_the_time(ear: Ear, li
     if live:
         _open(loop, ear)
     session = loop.rebuild(_log())
-    ear.wait(lambda: ear.of(Ready, session))
+    ear.wait(lambda: ear.of(Opened, session))
     gaps = np.diff(starts)
     if live:
         assert gaps.min() >= 0.039
@@ -482,7 +482,7 @@ def test_closed_while_it_is_rebuilt(ear: Ear) -> None:
     loop.close(session)
     go_on.set()
     ear.wait(lambda: ear.of(Closed, session))
-    assert not ear.of(Ready, session)
+    assert not ear.of(Opened, session)
     assert loop._waiting == {"prefill": 0, "rebuild": 0}
-    assert ear.of(Ready, _open(loop, ear))
+    assert ear.of(Opened, _open(loop, ear))
     loop.stop()
