@@ -21,7 +21,7 @@ from deployments.parts import GatewaySettings
 from deployments.settings import Settings
 from deployments.wire import messages
 from deployments.wire.link import Link, OnLost, OnMessage
-from deployments.wire.messages import Grant, Kind, LeaseRequest
+from deployments.wire.messages import Grant, LeaseRequest, MessageKind
 from personaplex.engine.echo import EchoEngine
 from personaplex.engine.loop import Batch, EngineLoop, Opened, Stepped
 
@@ -34,16 +34,16 @@ class LocalLink:
         self._engine, self._links, self._on_message = engine, links, on_message
         self._session = -1
 
-    def send(self, kind: Kind, payload: bytes) -> None:
+    def send(self, kind: MessageKind, payload: bytes) -> None:
         persona = messages.unpack_open(payload)
         self._session = self._engine.open(persona)
         self._links[self._session] = self
 
-    def send_frame(self, kind: Kind, payload: bytes) -> None:
+    def send_frame(self, kind: MessageKind, payload: bytes) -> None:
         timestamp, frame = messages.unpack_frame(payload)
         self._engine.push(self._session, frame, timestamp)
 
-    def hear(self, kind: Kind, payload: bytes) -> None:
+    def hear(self, kind: MessageKind, payload: bytes) -> None:
         self._on_message(cast(Link, self), kind, payload)
 
     def close(self) -> None:
@@ -114,9 +114,9 @@ class FloorGateway(Gateway):
             if isinstance(event, Stepped):
                 said = event.output
                 reply = messages.Reply(said.frame, said.pcm, said.tokens, said.text, event.timestamp)
-                link.hear(Kind.REPLY, messages.pack_reply(reply))
+                link.hear(MessageKind.REPLY, messages.pack_reply(reply))
             elif isinstance(event, Opened):
-                link.hear(Kind.READY, messages.pack_ready(event.prefill_s))
+                link.hear(MessageKind.READY, messages.pack_ready(event.prefill_s))
 
 
 class NoFleet:

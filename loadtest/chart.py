@@ -11,7 +11,7 @@ from html import escape
 from typing import Literal
 
 Points = Sequence[tuple[float, float]]
-Kind = Literal["line", "steps", "dots", "bars"]
+Style = Literal["line", "steps", "dots", "bars"]
 
 WIDTH, HEIGHT = 720, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 24, 14, 40
@@ -35,7 +35,7 @@ svg .grid { stroke: var(--rule); } svg .series { fill: none; stroke-width: 1.6; 
 """
 
 
-def chart(x_label: str, y_label: str, series: Mapping[str, Points], kind: Kind = "line") -> str:
+def chart(x_label: str, y_label: str, series: Mapping[str, Points], style: Style = "line") -> str:
     """One SVG. Axes begin at zero; series without points are named in the legend only."""
     points = [point for one in series.values() for point in one]
     x_ticks = ticks(max((x for x, _ in points), default=1.0))
@@ -44,7 +44,7 @@ def chart(x_label: str, y_label: str, series: Mapping[str, Points], kind: Kind =
     parts += _axes(x_label, y_label, x_ticks, y_ticks)
     for number, (name, one) in enumerate(series.items()):
         placed = [(_x(x, x_ticks[-1]), _y(y, y_ticks[-1])) for x, y in one]
-        parts += _draw(placed, kind, f"var(--c{number % COLOURS})")
+        parts += _draw(placed, style, f"var(--c{number % COLOURS})")
         parts.append(
             f'<text x="{LEFT + 8 + 120 * number}" y="{TOP + 4}" style="fill: var(--c{number % COLOURS})">'
             f"{escape(name)}</text>"
@@ -84,17 +84,17 @@ def _axes(x_label: str, y_label: str, x_ticks: list[float], y_ticks: list[float]
     yield f'<text x="14" y="{y}" text-anchor="middle" transform="rotate(-90 14 {y})">{escape(y_label)}</text>'
 
 
-def _draw(points: list[tuple[float, float]], kind: Kind, colour: str) -> Iterator[str]:
+def _draw(points: list[tuple[float, float]], style: Style, colour: str) -> Iterator[str]:
     if not points:
         return
-    if kind == "dots":
+    if style == "dots":
         for x, y in points:
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.8" style="fill: {colour}; fill-opacity: .6"/>'
-    elif kind == "bars":
+    elif style == "bars":
         for x, y in points:
             size = f'width="2" height="{HEIGHT - BOTTOM - y:.1f}"'
             yield f'<rect x="{x - 1:.1f}" y="{y:.1f}" {size} style="fill: {colour}"/>'
     else:
-        form = "H{:.1f}V{:.1f}" if kind == "steps" else "L{:.1f} {:.1f}"
+        form = "H{:.1f}V{:.1f}" if style == "steps" else "L{:.1f} {:.1f}"
         path = "M{:.1f} {:.1f}".format(*points[0]) + "".join(form.format(x, y) for x, y in points[1:])
         yield f'<path class="series" d="{path}" style="stroke: {colour}"/>'

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from deployments.policy import Candidate, rank
 from personaplex.config import EngineConfig
 
-Kind = tuple[int, frozenset[str]]
+ReplicaKind = tuple[int, frozenset[str]]
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Replica:
     sessions: int = 0
     draining: bool = False
     voices: OrderedDict[str, None] = field(default_factory=OrderedDict)
-    kind: Kind | None = None  # among those with room; None when it takes no session
+    kind: ReplicaKind | None = None  # among those with room; None when it takes no session
     begun: float = 0.0  # sum of the moments its live sessions began
     live: int = 0
 
@@ -35,7 +35,7 @@ class Fleet:
 
     def __init__(self, slots: int, placement: str) -> None:
         self._slots, self._placement = slots, placement
-        self._kinds: dict[Kind, set[str]] = {}
+        self._kinds: dict[ReplicaKind, set[str]] = {}
         self.replicas: dict[str, Replica] = {}
 
     def add(self, replica: Replica) -> None:

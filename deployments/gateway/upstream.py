@@ -21,7 +21,7 @@ from deployments.gateway.tracing import Trace
 from deployments.metrics import Metrics
 from deployments.wire import messages
 from deployments.wire.link import Link, OnLost, OnMessage
-from deployments.wire.messages import Grant, Kind, LeaseRequest
+from deployments.wire.messages import Grant, LeaseRequest, MessageKind
 from personaplex.config import FRAME_SECONDS, Pcm, frames_in
 from personaplex.errors import ProtocolError
 from personaplex.persona import Persona
@@ -99,7 +99,7 @@ class Upstream:
         self._stats.note(replica=grant.replica, prompt_characters=len(persona.text_prompt))
         self._metrics.add(metrics.SESSIONS_ADMITTED)
         self._emit(LeaseGranted())
-        link.send(Kind.OPEN, messages.pack_open(grant.token, persona))
+        link.send(MessageKind.OPEN, messages.pack_open(grant.token, persona))
         self._details = {
             "session": self._session,
             "voice": persona.voice,
@@ -117,7 +117,7 @@ class Upstream:
             return
         assert self._link is not None
         dropped = self._link.dropped
-        self._link.send_frame(Kind.FRAME, messages.pack_frame(_micros() % 2**32, frame))
+        self._link.send_frame(MessageKind.FRAME, messages.pack_frame(_micros() % 2**32, frame))
         self._metrics.add(metrics.FRAMES_DROPPED, self._link.dropped - dropped, place="link_in")
 
     def stop(self) -> None:
@@ -177,17 +177,17 @@ class Upstream:
 
     # What the replica says
 
-    def _on_message(self, link: Link, kind: Kind, payload: bytes) -> None:
+    def _on_message(self, link: Link, kind: MessageKind, payload: bytes) -> None:
         if self._stopped:
             return
         match kind:
-            case Kind.REPLY:
+            case MessageKind.REPLY:
                 self._receive_reply(messages.unpack_reply(payload))
-            case Kind.READY:
+            case MessageKind.READY:
                 self._stats.phase("prefill", messages.unpack_ready(payload))
                 self._emit(Ready(self._details))
                 self._send_early()
-            case Kind.CLOSE:
+            case MessageKind.CLOSE:
                 self._emit(Failed(messages.unpack_error(payload)))
             case _:
                 raise ProtocolError("a message that does not belong here")

@@ -28,7 +28,7 @@ from deployments.replica.reporter import Reporter
 from deployments.settings import AUTO
 from deployments.wire import messages
 from deployments.wire.link import Link, listen
-from deployments.wire.messages import Grant, Kind, LeaseRequest, Refusal, ReplicaStatus, SessionStatus
+from deployments.wire.messages import Grant, LeaseRequest, MessageKind, Refusal, ReplicaStatus, SessionStatus
 from personaplex.engine.interface import Loaded, Stepper
 from personaplex.engine.loop import Batch, Closed, EngineEvent, EngineLoop, Faulted, Opened, Refused, Stepped
 from personaplex.errors import EngineFault, PersonaplexError, ProtocolError, SessionLost
@@ -177,20 +177,20 @@ class Replica:
         self._unauthenticated.pop(link).cancel()
         link.close(error)
 
-    def _message(self, link: Link, kind: Kind, payload: bytes) -> None:
+    def _message(self, link: Link, kind: MessageKind, payload: bytes) -> None:
         holder = self._linked.get(link)
         if holder is None:
             self._claim(link, kind, payload)
-        elif kind is Kind.FRAME and holder.number is not None:
+        elif kind is MessageKind.FRAME and holder.number is not None:
             timestamp, frame = messages.unpack_frame(payload)
             self._engine.push(holder.number, frame, timestamp)
-        elif kind is Kind.CLOSE:
+        elif kind is MessageKind.CLOSE:
             link.close()
         else:
             raise ProtocolError("a message that does not belong here")
 
-    def _claim(self, link: Link, kind: Kind, payload: bytes) -> None:
-        if kind is not Kind.OPEN:
+    def _claim(self, link: Link, kind: MessageKind, payload: bytes) -> None:
+        if kind is not MessageKind.OPEN:
             raise ProtocolError("the first message must open the session")
         token = messages.open_token(payload)
         if token not in self._unclaimed:
@@ -250,12 +250,12 @@ class Replica:
 
     def _ready(self, holder: _Holder, event: Opened) -> None:
         assert holder.link is not None
-        holder.link.send(Kind.READY, messages.pack_ready(event.prefill_s))
+        holder.link.send(MessageKind.READY, messages.pack_ready(event.prefill_s))
 
     def _reply(self, holder: _Holder, payload: bytes) -> None:
         assert holder.link is not None
         dropped = holder.link.dropped
-        holder.link.send_frame(Kind.REPLY, payload)
+        holder.link.send_frame(MessageKind.REPLY, payload)
         self._metrics.add(metrics.FRAMES_DROPPED, holder.link.dropped - dropped, place="link_out")
 
     def _fail(self) -> None:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
-from deployments.wire.messages import FRAME_BYTES, Kind, pack_error
+from deployments.wire.messages import FRAME_BYTES, MessageKind, pack_error
 from personaplex.errors import PersonaplexError, ProtocolError
 
 SOCKET_BYTES = 65_536  # the kernel's send buffer: 8 frames
@@ -26,7 +26,7 @@ MESSAGE_LIMIT = 65_536  # bytes; no message of this protocol comes near
 
 _LENGTH = struct.Struct("<I")
 
-OnMessage = Callable[["Link", Kind, bytes], None]
+OnMessage = Callable[["Link", MessageKind, bytes], None]
 OnLost = Callable[["Link"], None]
 
 
@@ -49,13 +49,13 @@ class Link(asyncio.Protocol):
     def open(self) -> bool:
         return self._transport is not None and not self._closing
 
-    def send(self, kind: Kind, payload: bytes) -> None:
+    def send(self, kind: MessageKind, payload: bytes) -> None:
         """Sends one message in order, however much is waiting. Without effect once the link is closed."""
         if self._transport is not None and not self._closing:
             self._flush()
             self._transport.write(_LENGTH.pack(len(payload) + 1) + bytes((kind,)) + payload)
 
-    def send_frame(self, kind: Kind, payload: bytes) -> None:
+    def send_frame(self, kind: MessageKind, payload: bytes) -> None:
         """Sends one FRAME or REPLY; while the peer does not read, only the newest `outbox` are kept."""
         if self._writable:
             self.send(kind, payload)
@@ -71,7 +71,7 @@ class Link(asyncio.Protocol):
         if self._transport is None or self._closing:
             self._closing = True
             return
-        self.send(Kind.CLOSE, b"{}" if error is None else pack_error(error))
+        self.send(MessageKind.CLOSE, b"{}" if error is None else pack_error(error))
         self._closing = True
         if self._writable:
             self._transport.close()
@@ -116,7 +116,7 @@ class Link(asyncio.Protocol):
             if len(self._received) < end:
                 break
             try:
-                kind = Kind(self._received[start + _LENGTH.size])
+                kind = MessageKind(self._received[start + _LENGTH.size])
             except ValueError as error:
                 raise ProtocolError("a message of an unknown kind") from error
             self._on_message(self, kind, bytes(self._received[start + _LENGTH.size + 1 : end]))

@@ -100,7 +100,7 @@ class ReplicaStatus:
         return len(self.sessions)
 
 
-class Kind(enum.IntEnum):
+class MessageKind(enum.IntEnum):
     OPEN = 1
     FRAME = 2
     CLOSE = 3

@@ -19,7 +19,7 @@ from personaplex.errors import ConfigError
 from personaplex.evaluation.speech import Span
 from personaplex.files import read_bounded
 
-Kind = Literal["pause", "turn", "backchannel", "interruption", "overlap", "service"]
+TaskKind = Literal["pause", "turn", "backchannel", "interruption", "overlap", "service"]
 
 TRUTH_FILE = "truth.json"  # beside samples of the synthetic set
 ROOTS = ("", "v1_0", "v1.0", "v1_5", "v1.5")
@@ -36,7 +36,7 @@ class Task:
 
     name: str
     title: str
-    kind: Kind
+    kind: TaskKind
     declared: int
     prompt: str
     inputs: Mapping[str, str] = field(default_factory=lambda: {"output": "input"})
@@ -78,7 +78,7 @@ class Sample:
     prompt: str | None = None
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> TaskKind:
         return TASKS[self.task].kind
 
     def recording(self, stem: str = "input") -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from personaplex.evaluation.dataset import TASKS, Dataset, Kind, counted
+from personaplex.evaluation.dataset import TASKS, Dataset, TaskKind, counted
 from personaplex.evaluation.statistics import Groups, distribution, mean, share
 
 Record = Mapping[str, Any]
@@ -49,7 +49,7 @@ def results(
     }
 
 
-def _figures(kind: Kind, records: Sequence[Record]) -> Figures:
+def _figures(kind: TaskKind, records: Sequence[Record]) -> Figures:
     scored = [one for one in records if not one["error"]]
     official, event = _OFFICIAL[kind], _EVENT[kind]
     unheard = [(one["id"], one["unheard"]) for one in scored if one.get("unheard") is not None]
@@ -137,7 +137,7 @@ _STOPPING: Mapping[str, Figure] = {
     "response": _of("event", "response", distribution),
     "answered": _of("event", "answered", share),
 }
-_OFFICIAL: Mapping[Kind, Mapping[str, Figure]] = {
+_OFFICIAL: Mapping[TaskKind, Mapping[str, Figure]] = {
     "pause": {"takeover": _ANSWER["takeover"]},
     "turn": _ANSWER,
     "backchannel": {
@@ -152,7 +152,7 @@ _OFFICIAL: Mapping[Kind, Mapping[str, Figure]] = {
     },
     "service": {"rating": _rating("naturalness"), "adherence": _rating("adherence")},
 }
-_EVENT: Mapping[Kind, Mapping[str, Figure]] = {
+_EVENT: Mapping[TaskKind, Mapping[str, Figure]] = {
     "pause": {"takeover": _of("event", "takeover", share), "nvidia": _of("event", "nvidia", share)},
     "turn": {"answered": _of("event", "answered", share), "latency": _of("event", "latency", distribution)},
     "backchannel": {

@@ -19,7 +19,7 @@ from websockets.http11 import Response
 
 from deployments.replica.replica import UNAUTHENTICATED_SPARE
 from deployments.wire import messages
-from deployments.wire.messages import Grant, Kind, LeaseRequest
+from deployments.wire.messages import Grant, LeaseRequest, MessageKind
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS
 from personaplex.persona import Persona
@@ -145,7 +145,7 @@ def test_a_lease_nobody_claims_expires(pair: Service) -> None:
     assert isinstance(grant, Grant)
     with socket.create_connection((grant.host, grant.port)) as stranger:
         opening = messages.pack_open(bytes(messages.TOKEN_BYTES), Persona())
-        stranger.sendall(struct.pack("<IB", 1 + len(opening), Kind.OPEN) + opening)
+        stranger.sendall(struct.pack("<IB", 1 + len(opening), MessageKind.OPEN) + opening)
         assert _farewell(stranger) == ("SessionLost", "the lease ran out; please connect again")
     pair.wait(lambda seen: sum(one.used for one in seen) == 1)
     assert 3.0 < pair.wait_idle(7.0) < 6.0
@@ -166,9 +166,9 @@ def test_connections_without_a_lease_are_bounded(pair: Service) -> None:
         with pytest.raises(BlockingIOError):
             strangers[1].recv(1)
         opening = messages.pack_open(grant.token, Persona())
-        strangers[-1].sendall(struct.pack("<IB", 1 + len(opening), Kind.OPEN) + opening)
+        strangers[-1].sendall(struct.pack("<IB", 1 + len(opening), MessageKind.OPEN) + opening)
         strangers[-1].settimeout(5.0)
-        assert strangers[-1].recv(5)[4] == Kind.READY
+        assert strangers[-1].recv(5)[4] == MessageKind.READY
     pair.wait_idle()
 
 
@@ -178,7 +178,7 @@ def _farewell(stranger: socket.socket) -> tuple[str, str]:
     data = b""
     while piece := stranger.recv(4_096):
         data += piece
-    assert data[4] == Kind.CLOSE
+    assert data[4] == MessageKind.CLOSE
     error = messages.unpack_error(data[5:])
     return type(error).__name__, str(error)
 

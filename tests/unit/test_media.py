@@ -17,7 +17,7 @@ from mutation import mutants
 
 from deployments.wire import messages
 from deployments.wire.link import MESSAGE_LIMIT, Link, connect, listen
-from deployments.wire.messages import Kind
+from deployments.wire.messages import MessageKind
 from personaplex.config import FRAME_SIZE, Sampling
 from personaplex.errors import (
     NoCapacity,
@@ -188,12 +188,12 @@ class End:
     """One end of a connection, and what it heard."""
 
     def __init__(self) -> None:
-        self.messages: list[tuple[Kind, bytes]] = []
+        self.messages: list[tuple[MessageKind, bytes]] = []
         self.news = asyncio.Event()
         self.lost = asyncio.Event()
         self.link = Link(self._message, lambda _: self.lost.set(), outbox=OUTBOX, stall_s=STALL_S)
 
-    def _message(self, link: Link, kind: Kind, payload: bytes) -> None:
+    def _message(self, link: Link, kind: MessageKind, payload: bytes) -> None:
         if payload == b"refuse":
             raise ProtocolError("no")
         self.messages.append((kind, payload))
@@ -234,14 +234,14 @@ def test_messages_arrive_in_order_and_a_close_says_why() -> None:
     async def run(server: End, port: int) -> None:
         client = await _connect(port)
         for number in range(50):
-            client.link.send(Kind.FRAME, str(number).encode())
+            client.link.send(MessageKind.FRAME, str(number).encode())
         client.link.close(SessionLost("so long"))
         await asyncio.wait_for(server.lost.wait(), 5)
-        assert server.messages[:50] == [(Kind.FRAME, str(number).encode()) for number in range(50)]
+        assert server.messages[:50] == [(MessageKind.FRAME, str(number).encode()) for number in range(50)]
         kind, payload = server.messages[50]
-        assert kind is Kind.CLOSE
+        assert kind is MessageKind.CLOSE
         assert str(messages.unpack_error(payload)) == "so long"
-        client.link.send(Kind.FRAME, b"")  # after the end: nothing happens
+        client.link.send(MessageKind.FRAME, b"")  # after the end: nothing happens
         client.link.close()
 
     _with_server(run)
@@ -251,7 +251,8 @@ def test_messages_may_come_in_any_pieces() -> None:
     async def run(server: End, port: int) -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         stream = b"".join(
-            struct.pack("<IB", 1 + len(body), Kind.FRAME) + body for body in (b"", b"a", b"b" * 9_000, b"c")
+            struct.pack("<IB", 1 + len(body), MessageKind.FRAME) + body
+            for body in (b"", b"a", b"b" * 9_000, b"c")
         )
         for start in range(0, len(stream), 997):
             writer.write(stream[start : start + 997])
@@ -271,7 +272,7 @@ def test_messages_may_come_in_any_pieces() -> None:
         struct.pack("<I", 0),
         struct.pack("<I", MESSAGE_LIMIT + 1),
         struct.pack("<IB", 1, 99),
-        struct.pack("<IB", 7, Kind.FRAME) + b"refuse",
+        struct.pack("<IB", 7, MessageKind.FRAME) + b"refuse",
         b"GET / HTTP/1.1\r\n\r\n",
     ],
 )
@@ -280,7 +281,7 @@ def test_nonsense_ends_the_connection(nonsense: bytes) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(nonsense)
         answer = await asyncio.wait_for(reader.read(), 5)
-        assert Kind(answer[4]) is Kind.CLOSE
+        assert MessageKind(answer[4]) is MessageKind.CLOSE
         assert isinstance(messages.unpack_error(answer[5:]), ProtocolError)
         await asyncio.wait_for(server.lost.wait(), 5)
         assert not server.messages
@@ -294,7 +295,7 @@ def test_a_peer_that_does_not_read_costs_a_bounded_queue() -> None:
         silent = socket.create_connection(("127.0.0.1", port))
         await asyncio.sleep(0.05)
         for number in range(2_000):
-            server.link.send_frame(Kind.REPLY, struct.pack("<I", number) + bytes(7_700))
+            server.link.send_frame(MessageKind.REPLY, struct.pack("<I", number) + bytes(7_700))
         assert len(server.link._outbox) == OUTBOX
         assert server.link.dropped > 1_000
         # When it reads again it gets the newest, in order, and what was dropped is missing in one place.
@@ -330,7 +331,7 @@ def test_a_peer_that_does_not_read_is_cut_off_on_close() -> None:
         silent = socket.create_connection(("127.0.0.1", port))
         await asyncio.sleep(0.05)
         for _ in range(2_000):
-            server.link.send_frame(Kind.REPLY, bytes(7_700))
+            server.link.send_frame(MessageKind.REPLY, bytes(7_700))
         server.link.close()
         assert server.link.dropped > 1_000, "frames nobody reads are not kept"
         await asyncio.wait_for(server.lost.wait(), 1)
