@@ -32,7 +32,6 @@ from personaplex.model.mimi import encode
 from personaplex.voices import Voice
 
 _DELAYED = torch.tensor(DELAYS, dtype=torch.bool)
-_UNDELAYED = ~_DELAYED
 
 
 @dataclass(frozen=True)

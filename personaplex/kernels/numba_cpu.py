@@ -103,7 +103,7 @@ def sample(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor) -> T
     return tokens
 
 
-_1, _2, _4, _5 = (f"float32[{'' if d == 1 else ','.join(':' * (d - 1)) + ','}::1]" for d in (1, 2, 4, 5))
+_1, _2, _5 = (f"float32[{'' if d == 1 else ','.join(':' * (d - 1)) + ','}::1]" for d in (1, 2, 5))
 
 
 @_kernel(f"void({_2}, {_2}, {_2}, int64, int64)")

@@ -134,11 +134,5 @@ def _lock(file: int) -> bool:
     return True
 
 
-def in_use(path: Path) -> bool:
-    """Whether a process is still writing, uploading or deleting this record. Raises OSError."""
-    with claimed(path) as ours:
-        return not ours
-
-
 def _failure(error: OSError) -> RecordingFailed:
     return RecordingFailed(f"the record cannot be written: {error.strerror or type(error).__name__}")

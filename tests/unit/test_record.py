@@ -24,7 +24,7 @@ from personaplex.errors import BadRecord, ConfigError, RecordingFailed
 from personaplex.persona import Persona
 from personaplex.record.folder import Filter, Unreadable, find_records, read_record, select
 from personaplex.record.format import MAGIC, Event, Head, Record, Row, pack_event, pack_head, pack_row, parse
-from personaplex.record.writer import RecordWriter, in_use, record_name
+from personaplex.record.writer import RecordWriter, claimed, record_name
 
 HEAD = Head(
     session="5e551011",
@@ -223,6 +223,11 @@ def test_heads_that_cannot_be_told_are_refused() -> None:
 
 
 # Writing
+
+
+def in_use(path: Path) -> bool:
+    with claimed(path) as ours:
+        return not ours
 
 
 def test_only_the_owner_may_read_it(tmp_path: Path) -> None:
