@@ -224,7 +224,7 @@ def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings
         vital = processes.named(set(processes.below(os.getpid())) - others, ("raylet", "gcs_server"))
         serve.start(http_options=http, logging_config={"log_level": "WARNING"})
         serve.run(build(settings), route_prefix=settings.route_prefix)
-        _greet(host, port, certificate is not None, settings)
+        _greet(host, port, certificate is not None)
         _wait_for_signal(vital)
         print("closing", flush=True)
         _close_sessions()
@@ -296,7 +296,7 @@ def _keep_token_private() -> None:
         raise ConfigError(f"Ray's token {token} cannot be made private: {error.strerror}") from error
 
 
-def _greet(host: str, port: int, secure: bool, settings: Settings) -> None:
+def _greet(host: str, port: int, secure: bool) -> None:
     lan = lan_address()
     print("Open " + " or ".join(addresses(host, port, secure, lan)), flush=True)
     if host not in ("localhost", "127.0.0.1", "::1") and not secure:

@@ -382,11 +382,6 @@ class Settings(BaseSettings):
         return tuple(map(network, self.unlimited_networks))
 
     @property
-    def proxies(self) -> int:
-        """Entries at the end of X-Forwarded-For that are our proxies' own."""
-        return proxies_in_front(self.trusted_proxies)
-
-    @property
     def guarded(self) -> bool:
         """Whether sessions need a key."""
         return bool(self.api_keys) or self.api_keys_file is not None
@@ -433,7 +428,8 @@ def all_keys(api_keys: Sequence[SecretStr], api_keys_file: Path | None) -> tuple
 
 
 def proxies_in_front(trusted_proxies: int | None) -> int:
-    """`trusted_proxies`, and what it is when unset: 1 in a process behind personaplex-haproxy, else 0."""
+    """How many entries at the end of X-Forwarded-For are our proxies' own: `trusted_proxies`, or when unset 1
+    in a process behind personaplex-haproxy, else 0."""
     return int(haproxy_adds_address()) if trusted_proxies is None else trusted_proxies
 
 

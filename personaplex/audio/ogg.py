@@ -99,7 +99,7 @@ class OggDemuxer:
                 position = start
                 break
             if self._is_intact(start, size):
-                self._read_page(start, size, items)
+                self._read_page(start, items)
                 position = start + size
             elif (packet := self._overlong_packet(start)) is not None:
                 self._take(packet, bool(self._buffer[start + 5] & FIRST), items)
@@ -188,7 +188,7 @@ class OggDemuxer:
         if self._junk > JUNK_LIMIT:
             raise ProtocolError(f"no usable Ogg page within {JUNK_LIMIT} bytes")
 
-    def _read_page(self, start: int, size: int, items: list[Head | bytes]) -> None:
+    def _read_page(self, start: int, items: list[Head | bytes]) -> None:
         _, _, kind, _, serial, _, _, segments = _HEADER.unpack_from(self._buffer, start)
         if serial != self._serial:
             self._serial, self._partial = serial, None

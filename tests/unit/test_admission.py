@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from deployments.addresses import caller_of, network
 from deployments.gateway.admission import LIMIT_RETRY_S, AccessControl, ClientInfo, refusal
 from deployments.gateway.reconnects import FIRST_WAIT_S, LIMIT, LONGEST_WAIT_S, REMEMBERED, Reconnects
-from deployments.settings import Settings
+from deployments.settings import Settings, proxies_in_front
 from personaplex.errors import (
     BadAudio,
     BadParameter,
@@ -233,12 +233,12 @@ def test_one_address_may_take_a_quarter_unless_said_otherwise(settings: dict[str
 
 
 def test_haproxy_of_ours_is_trusted_and_serves_own_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Settings(model="echo").proxies == 0
+    assert proxies_in_front(None) == 0
     monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", "1")
-    assert Settings(model="echo").proxies == 0
+    assert proxies_in_front(None) == 0
     monkeypatch.setenv("RAY_SERVE_HAPROXY_BINARY_PATH", "/opt/bin/personaplex-haproxy")
-    assert Settings(model="echo").proxies == 1
-    assert Settings(model="echo", trusted_proxies=0).proxies == 0
+    assert proxies_in_front(None) == 1
+    assert proxies_in_front(0) == 0
 
 
 def test_networks_are_checked_and_may_be_a_list() -> None:
