@@ -62,7 +62,6 @@ from personaplex.session.peer import (
     Show,
 )
 
-INTERRUPTED = cli.INTERRUPTED
 TAIL_S = 3.0  # longest wait for the last answers after a recording has ended
 _OPEN_TIMEOUT_S = 20.0
 _CLOSE_TIMEOUT_S = 2.0
@@ -274,7 +273,7 @@ def _talk(options: argparse.Namespace, url: str, said: Pcm | None) -> int:
     try:
         asyncio.run(_converse(options, url, said, kept))
     except KeyboardInterrupt:
-        code = INTERRUPTED if said is not None else 0
+        code = cli.INTERRUPTED if said is not None else 0
     except (PersonaplexError, OSError) as error:
         cli.complain(cli.reason(error))
         code = cli.FAILED

@@ -43,7 +43,6 @@ from personaplex.recordings import find_recordings
 from personaplex.text import Tokenizer
 from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, save_voice
 
-INTERRUPTED = cli.INTERRUPTED
 _ANY_LENGTH = 2**31  # tokens of a role text: whoever runs this may wait as long as they like
 
 

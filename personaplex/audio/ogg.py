@@ -1,8 +1,8 @@
 """Ogg pages carrying one Opus stream: an incremental demuxer and a whole-page muxer (RFC 3533, RFC 7845).
 
-Knows bytes, no audio. The demuxer reads what strangers send. It holds at most one page and one unfinished
-packet, none of whose tags are kept, however long (cover art), and it trusts neither granule positions nor
-sequence numbers, because real clients get both wrong.
+Knows bytes, no audio. The demuxer reads what untrusted peers send. It holds at most one page and one
+unfinished packet, none of whose tags are kept, however long (cover art), and it trusts neither granule
+positions nor sequence numbers, because real clients get both wrong.
 The muxer writes what the strictest known decoder accepts: every call gives exactly one whole page, OpusHead
 is page 0 with a single lacing value, OpusTags is page 1, audio starts at page 2.
 """

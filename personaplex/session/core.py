@@ -164,7 +164,7 @@ class Limits:
 
 
 class SessionCore:
-    """One session; `receive` is its only door. Times are seconds of one monotonic clock."""
+    """One session; `receive` is its only entry point. Times are seconds of one monotonic clock."""
 
     def __init__(self, headers: Sequence[bytes], limits: Limits, now: float, *, status: bool = False) -> None:
         """`headers`: header pages of the agent's Ogg stream. `now`: when the connection was accepted.

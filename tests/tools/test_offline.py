@@ -14,7 +14,7 @@ import pytest
 import soundfile
 from golden import GOLDEN, arrays
 
-from personaplex import loading, offline, sizing
+from personaplex import cli, loading, sizing
 from personaplex.config import PRESET_TINY
 from personaplex.errors import BadAudio, ConfigError
 from personaplex.loading import choose_device
@@ -267,7 +267,7 @@ def test_ctrl_c_leaves_no_half_written_file(tmp_path: Path) -> None:
             _, errors = process.communicate(timeout=30)
         finally:
             process.kill()
-    assert process.returncode == offline.INTERRUPTED
+    assert process.returncode == cli.INTERRUPTED
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert sorted(p.name for p in out.iterdir()) == ["a.json", "a.wav"]
