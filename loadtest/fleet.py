@@ -17,7 +17,7 @@ ReplicaKind = tuple[int, frozenset[str]]
 
 
 @dataclass
-class Replica:
+class SimulatedReplica:
     """One GPU. `voices` are those of its cache, the last used last; `since` is when it was asked for."""
 
     key: str
@@ -30,19 +30,19 @@ class Replica:
     live: int = 0
 
 
-class Fleet:
+class SimulatedFleet:
     """Replicas that are up. Keys are unique and sort by age."""
 
     def __init__(self, slots: int, placement: str) -> None:
         self._slots, self._placement = slots, placement
         self._kinds: dict[ReplicaKind, set[str]] = {}
-        self.replicas: dict[str, Replica] = {}
+        self.replicas: dict[str, SimulatedReplica] = {}
 
-    def add(self, replica: Replica) -> None:
+    def add(self, replica: SimulatedReplica) -> None:
         self.replicas[replica.key] = replica
         self._file(replica)
 
-    def place(self, voice: str) -> tuple[Replica, bool] | None:
+    def place(self, voice: str) -> tuple[SimulatedReplica, bool] | None:
         """Takes a slot for a session, and says whether its voice was cached; None when all are full."""
         candidates = [
             Candidate(min(keys), sessions, self._slots, voices=voices)
@@ -61,13 +61,13 @@ class Fleet:
         self._file(replica)
         return replica, cached
 
-    def leave(self, replica: Replica) -> None:
+    def leave(self, replica: SimulatedReplica) -> None:
         """Gives a slot back; a draining replica goes with its last session."""
         replica.sessions -= 1
         self._file(replica)
         self._remove_if_done(replica)
 
-    def drain(self, count: int) -> list[Replica]:
+    def drain(self, count: int) -> list[SimulatedReplica]:
         """Takes the `count` newest replicas out of service, as Serve does whatever their load."""
         newest = sorted((one for one in self.replicas.values() if not one.draining), key=lambda one: one.key)
         chosen = newest[len(newest) - count :]
@@ -81,7 +81,7 @@ class Fleet:
     def serving(self) -> int:
         return sum(not replica.draining for replica in self.replicas.values())
 
-    def _file(self, replica: Replica) -> None:
+    def _file(self, replica: SimulatedReplica) -> None:
         """Keeps `_kinds` in step with one replica."""
         if replica.kind is not None:
             keys = self._kinds[replica.kind]
@@ -93,6 +93,6 @@ class Fleet:
         if replica.kind is not None:
             self._kinds.setdefault(replica.kind, set()).add(replica.key)
 
-    def _remove_if_done(self, replica: Replica) -> None:
+    def _remove_if_done(self, replica: SimulatedReplica) -> None:
         if replica.draining and not replica.sessions:
             del self.replicas[replica.key]

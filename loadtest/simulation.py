@@ -27,7 +27,7 @@ from deployments.policy import GRACE_S
 from deployments.settings import Settings
 from loadtest.arrivals import Arrival
 from loadtest.autoscaler import Autoscaler, History
-from loadtest.fleet import Fleet, Replica
+from loadtest.fleet import SimulatedFleet, SimulatedReplica
 from personaplex.config import FRAME_RATE, FRAME_SECONDS
 from personaplex.engine.simulated import VOICE_POSITIONS, WINDOW, prompt_positions
 from personaplex.engine.steptimes import StepTimes
@@ -113,7 +113,7 @@ class Simulation:
         steps.tick(settings.slots, 0)
         self._settings, self._steps, self._timing = settings, steps, timing
         self._queue_limit = gateways * settings.queue_limit
-        self._fleet = Fleet(settings.slots, settings.placement)
+        self._fleet = SimulatedFleet(settings.slots, settings.placement)
         self._scaler = Autoscaler(settings, timing.push_s)
         self._load = History()
         self._forecast = Forecast([Session(arrival) for arrival in arrivals])
@@ -132,7 +132,7 @@ class Simulation:
     def run(self) -> Forecast:
         initial = self._settings.replicas_initial
         for _ in range(self._settings.replicas_min if initial is None else initial):
-            self._fleet.add(Replica(self._name(), 0.0))
+            self._fleet.add(SimulatedReplica(self._name(), 0.0))
         self._target = self._fleet.serving
         for session in self._forecast.sessions:
             self._at(session.arrival.at_s, partial(self._arrive, session))
@@ -200,19 +200,19 @@ class Simulation:
         self._at(end + self._timing.close_s, partial(self._leave, replica))
         return True
 
-    def _prompt_s(self, session: Session, replica: Replica, cached: bool) -> float:
+    def _prompt_s(self, session: Session, replica: SimulatedReplica, cached: bool) -> float:
         text = prompt_positions(PROMPTS[session.arrival.prompt].text)
         pieces = [text] if cached else [VOICE_POSITIONS, text]
         between = self._steps.tick(replica.live, self._context(replica)) if replica.live else 0.0
         return sum(self._steps.prefill(piece) + between for piece in pieces)
 
-    def _change_live(self, replica: Replica, began: float, change: int) -> None:
+    def _change_live(self, replica: SimulatedReplica, began: float, change: int) -> None:
         replica.live += change
         replica.begun += change * began
         if change < 0:
             self._forecast.live_seconds += self._now - began
 
-    def _leave(self, replica: Replica) -> None:
+    def _leave(self, replica: SimulatedReplica) -> None:
         self._held -= 1
         self._open -= 1
         self._fleet.leave(replica)
@@ -257,15 +257,15 @@ class Simulation:
             self._unwanted -= 1
             self._forecast.replica_seconds += self._now - asked
             return
-        self._fleet.add(Replica(self._name(), asked))
+        self._fleet.add(SimulatedReplica(self._name(), asked))
         self._serve_waiting()
 
-    def _settle(self, replica: Replica) -> None:
+    def _settle(self, replica: SimulatedReplica) -> None:
         """Books the time of a replica that is gone."""
         if replica.key not in self._fleet.replicas:
             self._forecast.replica_seconds += self._now - replica.since
 
-    def _context(self, replica: Replica) -> float:
+    def _context(self, replica: SimulatedReplica) -> float:
         """Positions that its live sessions remember, on average."""
         age = self._now - replica.begun / replica.live
         return min(float(WINDOW), VOICE_POSITIONS + FRAME_RATE * age)

@@ -22,7 +22,7 @@ from typing import Literal
 
 from personaplex.config import FRAME_SECONDS, Pcm
 from personaplex.engine.interface import Output, Slot, Stepper, Usage
-from personaplex.engine.schedule import FrameQueue, PendingFrame, Plan, plan
+from personaplex.engine.schedule import FrameQueue, PendingFrame, TickPlan, plan
 from personaplex.errors import EngineFault, PersonaplexError
 from personaplex.persona import Persona
 from personaplex.sessionlog import SessionLog
@@ -283,7 +283,7 @@ class EngineLoop:
             return "rebuild"
         return "prefill" if self._waiting["prefill"] else None
 
-    def _take(self, found: Plan, chunk: Literal["prefill", "rebuild"] | None, now: float) -> _Work:
+    def _take(self, found: TickPlan, chunk: Literal["prefill", "rebuild"] | None, now: float) -> _Work:
         work = _Work(self._opens, self._closes, chunk=chunk)
         self._last_chunk = chunk or self._last_chunk
         self._opens, self._closes = [], []

@@ -60,14 +60,14 @@ class FrameQueue:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TickPlan:
     """Either queues to step now, or the time to plan again (None: when something new arrives)."""
 
     step: tuple[FrameQueue, ...] = ()
     again_at: float | None = None
 
 
-def plan(queues: Iterable[FrameQueue], now: float, gather_s: float) -> Plan:
+def plan(queues: Iterable[FrameQueue], now: float, gather_s: float) -> TickPlan:
     """Applies the laws above to `queues` at `now`; changes nothing."""
     live = waiting = 0
     ready: list[FrameQueue] = []
@@ -84,7 +84,7 @@ def plan(queues: Iterable[FrameQueue], now: float, gather_s: float) -> Plan:
         else:
             later = min(later, allowed)
     if ready and (len(ready) == live or oldest + gather_s <= now):
-        return Plan(step=tuple(ready))
+        return TickPlan(step=tuple(ready))
     if ready:
-        return Plan(again_at=oldest + gather_s)
-    return Plan(again_at=later if waiting else None)
+        return TickPlan(again_at=oldest + gather_s)
+    return TickPlan(again_at=later if waiting else None)

@@ -112,9 +112,8 @@ class Piece:
     times: int = 1
 
 
-Plan = Callable[
-    [Shapes, Shapes], dict[str, Piece]
-]  # (expected, found) -> which expected tensor comes from which
+# (expected, found) -> which expected tensor comes from which
+MakePlan = Callable[[Shapes, Shapes], dict[str, Piece]]
 
 
 def codebook_plan(expected: Shapes, found: Shapes) -> dict[str, Piece]:
@@ -165,7 +164,7 @@ def _shapes(module: nn.Module) -> Shapes:
 
 
 def _read(
-    path: Path, expected: Shapes, device: torch.device, dtype: torch.dtype, make_plan: Plan
+    path: Path, expected: Shapes, device: torch.device, dtype: torch.dtype, make_plan: MakePlan
 ) -> dict[str, Tensor]:
     """All expected tensors from one safetensors file."""
     try:

@@ -16,7 +16,7 @@ from deployments.settings import Settings
 from loadtest import arrivals, plan
 from loadtest.arrivals import Arrival
 from loadtest.autoscaler import Autoscaler, History
-from loadtest.fleet import Fleet, Replica
+from loadtest.fleet import SimulatedFleet, SimulatedReplica
 from loadtest.planner import Goals, Prices, erlang_c, fewest_gpus, make
 from loadtest.simulation import Forecast, Simulation, Timing
 from personaplex.engine.simulated import VOICE_POSITIONS, prompt_positions
@@ -127,10 +127,10 @@ def test_the_simulation_waits_as_erlang_says(steps: StepTimes) -> None:
 
 @pytest.mark.parametrize("placement", ["pack", "spread"])
 def test_the_fleet_chooses_as_the_policy_does_over_all_replicas(placement: str) -> None:
-    fleet, chance = Fleet(3, placement), np.random.default_rng(1)
+    fleet, chance = SimulatedFleet(3, placement), np.random.default_rng(1)
     for number in range(9):
-        fleet.add(Replica(f"{number:02d}", 0.0))
-    held: list[Replica] = []
+        fleet.add(SimulatedReplica(f"{number:02d}", 0.0))
+    held: list[SimulatedReplica] = []
     for _ in range(400):
         voice = f"voice{chance.integers(40)}"
         if held and chance.random() < 0.5:
@@ -149,9 +149,9 @@ def test_the_fleet_chooses_as_the_policy_does_over_all_replicas(placement: str) 
 
 
 def test_a_draining_replica_takes_nobody_and_goes_with_its_last_session() -> None:
-    fleet = Fleet(2, "pack")
+    fleet = SimulatedFleet(2, "pack")
     for key in ("0", "1"):
-        fleet.add(Replica(key, 0.0))
+        fleet.add(SimulatedReplica(key, 0.0))
     first, _ = fleet.place("NATF0") or pytest.fail("no room")
     assert [one.key for one in fleet.drain(1)] == ["1"]  # the newest, and empty: gone at once
     assert list(fleet.replicas) == ["0"]
