@@ -204,7 +204,7 @@ def test_a_legal_sender_is_heard_whole(conversations: dict[str, Heard], name: st
     assert len(heard.numbers) >= shape.share * heard.expected
     assert heard.numbers == sorted(set(heard.numbers)), "in order, none twice"
     steps = np.diff(said(heard)) % TONES
-    assert set(steps) <= {0, 1, 2, 3}, "nothing of before comes again"
+    assert max(steps) < TONES // 2, "what is left out makes a step forward; nothing of before comes again"
     assert np.mean(steps == 1) > 0.9
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from golden import CONFIG, CPU, GOLDEN, arrays, build_lm, difference, model, with_context
 from safetensors.torch import load_file
+from sessions import library, speak, tokenizer
 
 from personaplex.config import SILENCE_CODES, SINE_CODES, STREAMS, USER, EngineConfig, ModelConfig
 from personaplex.engine.engine import Engine
@@ -256,8 +257,6 @@ def test_full_ring_shows_all_but_its_oldest_position() -> None:
 
 def test_a_voice_file_gives_the_codes_route_its_tokens() -> None:
     """Whole engine, greedy: the voice as codes and as embeddings speak the same."""
-    from test_engine import library, speak, tokenizer
-
     logs = []
     for embeddings in (False, True):
         engine = Engine(model(), library(), tokenizer(), EngineConfig(slots=1))
