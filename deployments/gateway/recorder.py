@@ -44,8 +44,9 @@ class Recording:
     def frame(self, row: Row, text: str) -> None:
         """A reply of the replica; its `time_s` is that of the monotonic clock here."""
         if self._began is None:
-            self._began = row.time_s
+            # The other thread makes the file once it sees that the session began: the head comes first.
             self._head = dataclasses.replace(self._head, began=time.time())
+            self._began = row.time_s
         at = row.time_s - self._began
         self._add(dataclasses.replace(row, time_s=at))
         if text:

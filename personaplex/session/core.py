@@ -23,7 +23,8 @@ Laws:
    is not audio only counts against that. Messages the protocol does not know are also counted (`ignored`),
    and end nothing.
 6. A peer must send audio that can be decoded: within `first_audio_s` of the handshake, then every `idle_s`.
-   Nothing else it sends counts, so that a byte now and then does not hold a slot; silence is audio.
+   For one that was heard before the handshake `idle_s` holds at once. Nothing else it sends counts, so that a
+   byte now and then does not hold a slot; silence is audio.
 7. Every end on our side is an error message, for people, and then a close with a code and a reason; where
    there was no room both say when to come back. After Close nothing is sent; what the engine still delivers
    is ignored.
@@ -182,6 +183,7 @@ class SessionCore:
         self._ready = False
         self._ends_at = float("inf")
         self._last_sent = now
+        self._heard = False  # any audio yet
         self._audio_limit_s = 0.0  # for the next audio, and when it ends
         self._audio_due = float("inf")
         self._messages = Allowance(MESSAGES_PER_S, MESSAGE_BURST, now=now)
@@ -200,7 +202,7 @@ class SessionCore:
                 commands = self._handle(event, now)
             except PersonaplexError as error:
                 commands = self._end(error)
-        assert self.state in allowed, (event, self.state)
+        assert self.state in allowed, (type(event).__name__, self.state)  # an event may be what was said
         if any(isinstance(command, Send) for command in commands):
             self._last_sent = now
         return commands
@@ -243,6 +245,7 @@ class SessionCore:
             case AgentText(text):
                 return [*map(SendText, self.pacer.add_text(text))] if text else []
             case AudioHeard():
+                self._heard = True
                 if self.state is LIVE:
                     self._await_audio(self._limits.idle_s, now)
                 return []
@@ -266,7 +269,8 @@ class SessionCore:
             return []
         self.state = LIVE
         self._ends_at = now + self._limits.session_s
-        self._await_audio(min(self._limits.first_audio_s, self._limits.idle_s), now)
+        idle_s = self._limits.idle_s
+        self._await_audio(idle_s if self._heard else min(self._limits.first_audio_s, idle_s), now)
         return [SendHandshake(), *map(SendAudio, self._headers), *self._details]
 
     def _tick(self, now: float) -> list[Command]:

@@ -367,6 +367,28 @@ def test_the_first_audio_is_due_sooner(first: float, idle: float, due: float) ->
     assert isinstance(core.error, SessionIdle)
 
 
+@pytest.mark.parametrize("state", [OPENING, PRIMING])
+def test_who_was_heard_before_the_handshake_has_begun(state: State) -> None:
+    """Its first audio is no longer due; it may fall silent for as long as any other."""
+    core = in_state(state, Limits(idle_s=60, first_audio_s=15))
+    core.receive(AudioHeard(), 2.0)
+    if state is OPENING:
+        core.receive(LeaseGranted(), 2.0)
+    core.receive(Ready(), 2.0)
+    core.receive(Tick(), 61.9)
+    assert core.state is LIVE
+    core.receive(Tick(), 62.0)
+    assert isinstance(core.error, SessionIdle)
+
+
+def test_a_fault_of_the_core_shows_nothing_that_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = in_state(LIVE)
+    monkeypatch.setattr(core, "_handle", lambda event, now: setattr(core, "state", OPENING) or [])
+    with pytest.raises(AssertionError) as caught:
+        core.receive(AgentText("private"), 3.0)
+    assert "private" not in str(caught.value)
+
+
 @pytest.mark.parametrize("state", [OPENING, PRIMING, LIVE])
 def test_a_lost_engine_is_not_the_clients_fault(state: State) -> None:
     assert closes(in_state(state).receive(EngineLost(), 2.0))[0].code == 1012
