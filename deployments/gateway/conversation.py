@@ -61,9 +61,7 @@ class Conversation:
         self._socket, self._session, self._services = socket, session, services
         self._stats = SessionStats(session, services.metrics, services.trace)
         self._upstream = Upstream(session, services, self._stats, self._on, self._on_agent_frame, recording)
-        self._audio = AudioStep(
-            services.limits.burst_s, services.metrics, self._on, self._upstream.send_frame
-        )
+        self._audio = AudioStep(services.limits, services.metrics, self._on, self._upstream.send_frame)
         headers = self._audio.transcoder.headers()
         self._core = SessionCore(headers, services.limits, self._stats.began, status=status)
         self._loop = asyncio.get_running_loop()

@@ -19,9 +19,9 @@ Laws:
    twice. What the shell keeps of it until LIVE is its own affair.
 4. In LIVE the peer is sent something every KEEP_ALIVE_S, if only a keep-alive. Agent pages leave by the
    Pacer, text right after the page it belongs to.
-5. A peer may send MESSAGES_PER_S and BYTES_PER_S on average, in bursts of MESSAGE_BURST and BYTE_BURST. What
-   is not audio only counts against that. Messages the protocol does not know are also counted (`ignored`),
-   and end nothing.
+5. A peer may send MESSAGES_PER_S and BYTES_PER_S on average, in bursts of MESSAGE_BURST and BYTE_BURST, which
+   grow with a `burst_s` beyond BURST_S. What is not audio only counts against that. Messages the protocol
+   does not know are also counted (`ignored`), and end nothing.
 6. A peer must send audio that can be decoded: within `first_audio_s` of the handshake, then every `idle_s`.
    For one that was heard before the handshake `idle_s` holds at once. Nothing else it sends counts, so that a
    byte now and then does not hold a slot; silence is audio.
@@ -163,6 +163,11 @@ class Limits:
     first_audio_s: float = 15.0  # the same from the handshake on; idle_s where that is less
     burst_s: float = BURST_S  # of audio that a peer may send at once
 
+    @property
+    def burst_share(self) -> float:
+        """What limits made for bursts of BURST_S are multiplied by, so that longer ones fit; at least 1."""
+        return max(1.0, self.burst_s / BURST_S)
+
 
 class SessionCore:
     """One session; `receive` is its only entry point. Times are seconds of one monotonic clock."""
@@ -186,8 +191,8 @@ class SessionCore:
         self._heard = False  # any audio yet
         self._audio_limit_s = 0.0  # for the next audio, and when it ends
         self._audio_due = float("inf")
-        self._messages = Allowance(MESSAGES_PER_S, MESSAGE_BURST, now=now)
-        self._bytes = Allowance(BYTES_PER_S, BYTE_BURST, now=now)
+        self._messages = Allowance(MESSAGES_PER_S, MESSAGE_BURST * limits.burst_share, now=now)
+        self._bytes = Allowance(BYTES_PER_S, BYTE_BURST * limits.burst_share, now=now)
 
     def receive(self, event: Event, now: float) -> list[Command]:
         """What to do about `event`, in order. Raises IllegalEvent for one that TABLE does not list."""

@@ -37,12 +37,13 @@ from deployments.application import build
 from deployments.gateway import app
 from deployments.gateway import conversation as module
 from deployments.gateway.app import PAGE, Gateway
-from deployments.gateway.audio import UNDECODED_LIMIT
+from deployments.gateway.audio import UNDECODED_LIMIT, AudioStep
 from deployments.gateway.conversation import Conversation
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.leases import Claim, Waiter
 from deployments.gateway.query import SEED_LIMIT, persona_from, read_query, wants_status
 from deployments.gateway.upstream import STALE_S, Services
+from deployments.metrics import Metrics
 from deployments.settings import Settings
 from deployments.wire import messages
 from deployments.wire.messages import Grant, MessageKind, pack_ready
@@ -51,6 +52,7 @@ from personaplex.config import FRAME_SIZE, Sampling
 from personaplex.errors import BadParameter, UnknownVoice
 from personaplex.persona import PROMPTS, VOICES, Persona
 from personaplex.session.core import HANDSHAKE_DELAY_S, IllegalEvent, Limits
+from personaplex.session.events import Event, Failed
 from personaplex.session.moshi import Audio, encode
 from personaplex.tokenlog import TokenLog
 
@@ -234,6 +236,22 @@ def test_audio_that_waits_to_be_decoded_is_bounded() -> None:
     caller = asyncio.run(run())
     assert caller.code == 1002
     assert "wait to be decoded" in caller.complaint
+
+
+def test_a_longer_burst_may_wait_to_be_decoded() -> None:
+    async def run() -> list[Event]:
+        told: list[Event] = []
+        step = AudioStep(Limits(burst_s=60), cast(Metrics, Nothing()), told.append, lambda frame: None)
+        for _ in range(10):
+            step.feed(bytes(UNDECODED_LIMIT))
+        assert not told
+        step.feed(bytes(UNDECODED_LIMIT))
+        step.stop()
+        return told
+
+    (failed,) = asyncio.run(run())
+    assert isinstance(failed, Failed)
+    assert "more than 5120 KiB" in str(failed.error)
 
 
 class Slot(Spy):

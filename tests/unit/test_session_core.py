@@ -429,6 +429,20 @@ def test_a_flood_of_bytes_is_refused_and_the_richest_opus_is_not() -> None:
     assert close.reason == "more than 64 KiB per second"
 
 
+@pytest.mark.parametrize(("burst_s", "share"), [(1.0, 1.0), (6.0, 1.0), (60.0, 10.0)])
+def test_a_longer_burst_may_have_more_messages_and_bytes(burst_s: float, share: float) -> None:
+    """60 s of 20 ms pages were refused for their number where the setting promised an answer to them."""
+    core = in_state(LIVE, Limits(session_s=math.inf, burst_s=burst_s))
+    for _ in range(int(server.MESSAGE_BURST * share)):
+        assert not core.receive(event_of(b"\x06"), 60.0)
+    assert closes(core.receive(event_of(b"\x06"), 60.0))[0].code == 1002
+    core, piece = in_state(LIVE, Limits(session_s=math.inf, burst_s=burst_s)), encode(Audio(bytes(65_535)))
+    for _ in range(int(server.BYTE_BURST * share) // len(piece)):
+        core.receive(event_of(piece), 60.0)
+    assert core.state is LIVE
+    assert closes(core.receive(event_of(piece), 60.0))[0].code == 1002
+
+
 @pytest.mark.parametrize("data", [b"\x04{", b"\x02\xff\xfe", b"\x03\x09", b"\x04" + b"[" * 90_000])
 def test_what_the_server_has_no_use_for_is_not_read(data: bytes) -> None:
     core = in_state(LIVE)
