@@ -78,7 +78,7 @@ from personaplex.session.pacer import Pacer
 HANDSHAKE_DELAY_S = 1.1
 KEEP_ALIVE_S = 5.0  # stock web clients leave after 10 s
 MESSAGES_PER_S = 500.0  # 400 is a page of one 2.5 ms packet per message
-MESSAGE_BURST = 2_000.0
+MESSAGE_BURST = 3_200.0  # more than 60 s of 20 ms pages, by a phone that slept
 BYTES_PER_S = 65_536.0  # 510 kb/s, the most Opus has, in pages of one 20 ms packet
 BYTE_BURST = 1_048_576.0  # more than 15 s at 510 kb/s
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from personaplex.audio.transcoder import SAVED_S
 from personaplex.errors import BadAudio, NoCapacity, ProtocolError, SessionIdle, SessionLost
 from personaplex.session import core as server
 from personaplex.session import peer as client
@@ -427,6 +428,15 @@ def test_a_flood_of_bytes_is_refused_and_the_richest_opus_is_not() -> None:
     (close,) = closes(core.receive(event_of(piece), now))
     assert close.code == 1002
     assert close.reason == "more than 64 KiB per second"
+
+
+def test_a_phone_that_slept_may_catch_up_in_the_smallest_usual_pages() -> None:
+    """60 s of 20 ms pages at 128 kb/s, at once: the transcoder allows them, so the budgets must."""
+    core = in_state(LIVE, Limits(session_s=math.inf, idle_s=math.inf))
+    page = encode(Audio(bytes(320)))
+    for _ in range(round(SAVED_S / 0.02)):
+        core.receive(event_of(page), 100.0)
+    assert core.state is LIVE
 
 
 @pytest.mark.parametrize(("burst_s", "share"), [(1.0, 1.0), (6.0, 1.0), (60.0, 10.0)])
