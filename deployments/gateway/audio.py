@@ -7,6 +7,7 @@ piece of the stream is decoded bit by bit, with other sessions in between.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,9 +18,11 @@ from deployments import metrics
 from deployments.metrics import Metrics
 from personaplex.audio.transcoder import NOT_OGG_AFTER_S, Transcoder
 from personaplex.config import Pcm
-from personaplex.errors import PersonaplexError, ProtocolError
+from personaplex.errors import PersonaplexError, ProtocolError, SessionLost
 from personaplex.session.core import Limits
 from personaplex.session.events import AgentAudio, AudioHeard, Event, Failed
+
+logger = logging.getLogger(__name__)
 
 FEED_BYTES = 1_024  # of Ogg decoded at a time; a page of packets without content lasts 30 s in half of that
 UNDECODED_LIMIT = 524_288  # bytes of Ogg that may wait to be decoded, times `burst_share`: 8 s at 510 kb/s
@@ -84,7 +87,11 @@ class AudioStep:
             return
         data = self._undecoded.popleft()
         self._undecoded_bytes -= len(data)
-        self._decode(data)
+        try:
+            self._decode(data)
+        except Exception:  # the root of a callback: nothing would be decoded any more, and nobody told
+            logger.exception("audio could not be decoded")
+            self._fail(SessionLost("the server failed; please connect again"))
         if self._undecoded:
             self._loop.call_soon(self._decode_next)
 

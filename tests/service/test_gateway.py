@@ -37,7 +37,7 @@ from deployments.application import build
 from deployments.gateway import app
 from deployments.gateway import conversation as module
 from deployments.gateway.app import PAGE, Gateway
-from deployments.gateway.audio import UNDECODED_LIMIT, AudioStep
+from deployments.gateway.audio import FEED_BYTES, UNDECODED_LIMIT, AudioStep
 from deployments.gateway.conversation import Conversation
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.leases import Claim, Waiter
@@ -49,7 +49,7 @@ from deployments.wire import messages
 from deployments.wire.messages import Grant, MessageKind, pack_ready
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SIZE, Sampling
-from personaplex.errors import BadParameter, UnknownVoice
+from personaplex.errors import BadParameter, SessionLost, UnknownVoice
 from personaplex.persona import PROMPTS, VOICES, Persona
 from personaplex.session.core import HANDSHAKE_DELAY_S, IllegalEvent, Limits
 from personaplex.session.events import Event, Failed
@@ -252,6 +252,29 @@ def test_a_longer_burst_may_wait_to_be_decoded() -> None:
     (failed,) = asyncio.run(run())
     assert isinstance(failed, Failed)
     assert "more than 5120 KiB" in str(failed.error)
+
+
+def test_a_decoder_that_fails_ends_the_session_in_words(caplog: pytest.LogCaptureFixture) -> None:
+    """Within a callback of the event loop, where nobody hears of it, nothing was decoded any more."""
+    sender = Transcoder()
+    pages = [*sender.headers(), *(sender.send(np.zeros(FRAME_SIZE, np.float32)) for _ in range(60))]
+
+    def stumble(frame: Any) -> None:
+        raise MemoryError
+
+    async def run() -> list[Event]:
+        told: list[Event] = []
+        step = AudioStep(Limits(), cast(Metrics, Nothing()), told.append, stumble)
+        step.feed(bytes(FEED_BYTES) + b"".join(pages))  # what stumbles comes after the first piece
+        for _ in range(20):
+            await asyncio.sleep(0)
+        step.stop()
+        return told
+
+    failed = asyncio.run(run())[0]
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, SessionLost)
+    assert "MemoryError" in caplog.text
 
 
 class Slot(Spy):
