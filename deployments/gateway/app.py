@@ -33,7 +33,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 import personaplex
 from deployments import ingress, logs, metrics
@@ -53,7 +53,7 @@ from deployments.parts import GatewaySettings
 from deployments.settings import all_keys, behind_haproxy, proxies_in_front, proxy_callback
 from deployments.wire.link import connect
 from deployments.wire.messages import LeaseRequest
-from personaplex.errors import ConfigError, NoCapacity, PersonaplexError
+from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, SessionLost
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
 from personaplex.tokenlog import TokenLog
@@ -160,25 +160,33 @@ class Gateway:
     async def _converse(
         self, socket: WebSocket, session: str, persona: Persona, caller: str, claim: Claim
     ) -> None:
+        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
         try:
-            engine = await self._engine() if self._records is not None else {}
+            engine = await self._engine(query)
             await socket.accept()
+            recording = self._begin_record(query, session, persona, engine)
         except _LEFT:
+            claim.give_up()
             logger.info("session %s ended: its client left before it began", session)
             return
-        finally:
-            if socket.application_state is not WebSocketState.CONNECTED:
-                claim.give_up()
-        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
-        status = wants_status(query)
-        recording = self._begin_record(query, session, persona, engine)
-        conversation = Conversation(socket, session, self._services, status=status, recording=recording)
+        except BaseException:  # a cancellation too; the socket's state does not tell, it changes too soon
+            claim.give_up()
+            raise
+        conversation: Conversation | None = None
         try:
+            conversation = Conversation(
+                socket, session, self._services, status=wants_status(query), recording=recording
+            )
             await conversation.run(persona, claim)
         finally:
-            self._reconnects.ended(caller, conversation.error, time.monotonic())
-            if recording is not None and self._records is not None:
-                self._records.finish(recording, metrics.cause(conversation.error))
+            claim.give_up()  # without effect where it is the conversation's
+            self._ended(caller, conversation, recording)
+
+    def _ended(self, caller: str, conversation: Conversation | None, recording: Recording | None) -> None:
+        error = SessionLost("it never began") if conversation is None else conversation.error
+        self._reconnects.ended(caller, error, time.monotonic())
+        if recording is not None and self._records is not None:
+            self._records.finish(recording, metrics.cause(error))
 
     def _begin_record(
         self, query: Mapping[str, str], session: str, persona: Persona, engine: Mapping[str, str]
@@ -187,7 +195,10 @@ class Gateway:
             return None
         return self._records.begin(session, persona, query, engine) if self._records.wanted(query) else None
 
-    async def _engine(self) -> Mapping[str, str]:
+    async def _engine(self, query: Mapping[str, str]) -> Mapping[str, str]:
+        """What a record says of its engine. Who is not recorded waits for no answer of the fleet."""
+        if self._records is None or not self._records.wanted(query):
+            return {}
         return next((one.engine for one in await self._fleet.describe()), {})
 
     async def _refuse(self, socket: WebSocket, session: str, error: PersonaplexError) -> None:

@@ -7,6 +7,7 @@ piece of the stream is decoded bit by bit, with other sessions in between.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,11 +18,14 @@ from deployments import metrics
 from deployments.metrics import Metrics
 from personaplex.audio.transcoder import NOT_OGG_AFTER_S, Transcoder
 from personaplex.config import Pcm
-from personaplex.errors import PersonaplexError, ProtocolError
+from personaplex.errors import PersonaplexError, ProtocolError, SessionLost
+from personaplex.session.core import Limits
 from personaplex.session.events import AgentAudio, AudioHeard, Event, Failed
 
+logger = logging.getLogger(__name__)
+
 FEED_BYTES = 1_024  # of Ogg decoded at a time; a page of packets without content lasts 30 s in half of that
-UNDECODED_LIMIT = 524_288  # bytes of Ogg that may wait to be decoded: more than 8 s at 510 kb/s
+UNDECODED_LIMIT = 524_288  # bytes of Ogg that may wait to be decoded, times `burst_share`: 8 s at 510 kb/s
 QUIET = 1e-6  # mean square of speech nobody misses: -60 dBFS
 HEARD_EVERY_S = 0.5  # between two AudioHeard while audio comes
 
@@ -31,12 +35,13 @@ class AudioStep:
 
     def __init__(
         self,
-        burst_s: float,
+        limits: Limits,
         published: Metrics,
         emit: Callable[[Event], None],
         on_frame: Callable[[Pcm], None],
     ) -> None:
-        self.transcoder = Transcoder(clock=time.monotonic, burst_s=burst_s)
+        self.transcoder = Transcoder(clock=time.monotonic, burst_s=limits.burst_s)
+        self._undecoded_limit = round(UNDECODED_LIMIT * limits.burst_share)
         self._metrics, self._emit, self._on_frame = published, emit, on_frame
         self._loop = asyncio.get_running_loop()
         self._stopped = False
@@ -50,8 +55,9 @@ class AudioStep:
         """Takes bytes of the client's stream, from its first byte on."""
         idle = not self._undecoded
         self._undecoded_bytes += len(data)
-        if self._undecoded_bytes > UNDECODED_LIMIT:
-            self._fail(ProtocolError(f"more than {UNDECODED_LIMIT // 1024} KiB of audio wait to be decoded"))
+        if self._undecoded_bytes > self._undecoded_limit:
+            words = f"more than {self._undecoded_limit // 1024} KiB of audio wait to be decoded"
+            self._fail(ProtocolError(words))
             return
         self._undecoded.extend(data[start : start + FEED_BYTES] for start in range(0, len(data), FEED_BYTES))
         if idle:
@@ -81,7 +87,11 @@ class AudioStep:
             return
         data = self._undecoded.popleft()
         self._undecoded_bytes -= len(data)
-        self._decode(data)
+        try:
+            self._decode(data)
+        except Exception:  # the root of a callback: nothing would be decoded any more, and nobody told
+            logger.exception("audio could not be decoded")
+            self._fail(SessionLost("the server failed; please connect again"))
         if self._undecoded:
             self._loop.call_soon(self._decode_next)
 

@@ -11,7 +11,8 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from typing import Any
 
 from ray.exceptions import TaskCancelledError
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
@@ -40,6 +41,7 @@ from personaplex.session.moshi import bytes_of, close_reason, event_of, event_of
 logger = logging.getLogger(__name__)
 
 UNSENT_LIMIT = 256  # messages a client may leave unread: 20 s of speech
+FAILED = "the server failed; please connect again"
 CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
 
 
@@ -59,9 +61,7 @@ class Conversation:
         self._socket, self._session, self._services = socket, session, services
         self._stats = SessionStats(session, services.metrics, services.trace)
         self._upstream = Upstream(session, services, self._stats, self._on, self._on_agent_frame, recording)
-        self._audio = AudioStep(
-            services.limits.burst_s, services.metrics, self._on, self._upstream.send_frame
-        )
+        self._audio = AudioStep(services.limits, services.metrics, self._on, self._upstream.send_frame)
         headers = self._audio.transcoder.headers()
         self._core = SessionCore(headers, services.limits, self._stats.began, status=status)
         self._loop = asyncio.get_running_loop()
@@ -88,28 +88,37 @@ class Conversation:
         finally:
             # Serve cancels a handler, more than once, when its client has gone: what frees things comes first
             # and awaits nothing, what has to wait goes on without us.
-            self._finish(tasks)
             claim.give_up()
+            self._finish(tasks)
             ending = asyncio.ensure_future(self._wind_up(tasks))
             self._services.ending.add(ending)
             ending.add_done_callback(self._services.ending.discard)
+            self._stats.close(self._core.error, self._core.pacer, self._audio.transcoder, self._core.ignored)
             await asyncio.shield(ending)
 
     # Tasks
 
     async def _read(self) -> None:
         try:
-            while True:
-                message = await self._socket.receive()
-                if message["type"] == "websocket.disconnect":
-                    break
+            while (message := await self._receive()) is not None:
                 data = message.get("bytes")
                 self._on(event_of_text(message["text"]) if data is None else event_of(data))
+        except Exception:  # a task root, and a fault of ours: what the connection raises ends in _receive
+            logger.exception("session %s failed", self._session)
+            self._on(Failed(SessionLost(FAILED)))
+        else:
+            self._on(PeerClosed())  # nobody is there any more, whatever the cause
+
+    async def _receive(self) -> MutableMapping[str, Any] | None:
+        """The client's next message; None when its connection is gone."""
+        try:
+            message = await self._socket.receive()
         except (WebSocketDisconnect, RuntimeError, TaskCancelledError):
-            pass  # RuntimeError: Starlette, when it was closed before; the last: Serve, whose client has left
-        except Exception as error:  # noqa: BLE001  a task root: Serve raises all sorts when its proxy is gone
+            return None  # RuntimeError: Starlette, when it was closed before; the last: Serve, client gone
+        except Exception as error:  # noqa: BLE001  Serve raises all sorts when its proxy is gone
             logger.warning("session %s: its connection is gone: %s", self._session, type(error).__name__)
-        self._on(PeerClosed())  # nobody is there any more, whatever the cause
+            return None
+        return None if message["type"] == "websocket.disconnect" else message
 
     async def _write(self) -> None:
         try:
@@ -137,7 +146,7 @@ class Conversation:
             self._on(EngineLost())
         except Exception:  # a task root: the client is told, the log has the reason
             logger.exception("session %s failed", self._session)
-            self._on(Failed(SessionLost("the server failed; please connect again")))
+            self._on(Failed(SessionLost(FAILED)))
 
     # Events and commands
 
@@ -197,13 +206,13 @@ class Conversation:
     # The end
 
     def _finish(self, tasks: Sequence[asyncio.Future[None]]) -> None:
+        self._on(PeerClosed())  # what still comes changes nothing, sets no timer and is not why it ended
         for task in tasks:
             task.cancel()
         if self._timer is not None:
             self._timer.cancel()
         self._upstream.close()
         self._services.live.discard(self._session)
-        self._stats.close(self._core.error, self._core.pacer, self._audio.transcoder, self._core.ignored)
 
     async def _wind_up(self, tasks: Sequence[asyncio.Future[None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)

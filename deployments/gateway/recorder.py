@@ -44,8 +44,9 @@ class Recording:
     def frame(self, row: Row, text: str) -> None:
         """A reply of the replica; its `time_s` is that of the monotonic clock here."""
         if self._began is None:
-            self._began = row.time_s
+            # The other thread makes the file once it sees that the session began: the head comes first.
             self._head = dataclasses.replace(self._head, began=time.time())
+            self._began = row.time_s
         at = row.time_s - self._began
         self._add(dataclasses.replace(row, time_s=at))
         if text:
@@ -84,10 +85,10 @@ class Recording:
             if self._writer is not None and (ended or failure is not None):
                 self._writer.close()
         except (RecordingFailed, BadRecord) as error:
-            failure = failure or RecordingFailed(str(error))
-            with self._lock:
-                self.failure = failure
-                self._waiting.clear()
+            failure = self._fail(failure or RecordingFailed(str(error)))
+        except Exception:  # of this record only, which ends with it
+            logger.exception("a record could not be written")
+            failure = self._fail(RecordingFailed("the record cannot be written: the server failed"))
         if failure is not None:
             logger.warning("session %s goes on unrecorded: %s", self._head.session, failure)
         elif not ended:
@@ -96,6 +97,14 @@ class Recording:
         if failure is not None:
             return FAILED
         return None if self._writer is None else KEPT
+
+    def _fail(self, failure: RecordingFailed) -> RecordingFailed:
+        with self._lock:
+            self.failure = failure
+            self._waiting.clear()
+        if self._writer is not None:
+            self._writer.abandon()
+        return failure
 
     @property
     def done(self) -> bool:

@@ -150,6 +150,8 @@ class Upstream:
         except OSError:
             lease.release()
             self._lease = None
+            self.close()  # it may have been there just too late; what it says next is of no account
+            self._link = None
             raise
         self._stats.phase("connect", time.monotonic() - began)
         return lease.grant, link

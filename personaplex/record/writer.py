@@ -72,6 +72,11 @@ class RecordWriter:
             raise _failure(error) from error
         self._let_go()
 
+    def abandon(self) -> None:
+        """Ends the record with what has been written. Idempotent, and never raises."""
+        if self._file is not None:
+            self._abandon()
+
     def _abandon(self) -> None:
         """Cuts off an entry that was written in part; a record that has not even a head goes."""
         assert self._file is not None

@@ -19,11 +19,12 @@ Laws:
    twice. What the shell keeps of it until LIVE is its own affair.
 4. In LIVE the peer is sent something every KEEP_ALIVE_S, if only a keep-alive. Agent pages leave by the
    Pacer, text right after the page it belongs to.
-5. A peer may send MESSAGES_PER_S and BYTES_PER_S on average, in bursts of MESSAGE_BURST and BYTE_BURST. What
-   is not audio only counts against that. Messages the protocol does not know are also counted (`ignored`),
-   and end nothing.
+5. A peer may send MESSAGES_PER_S and BYTES_PER_S on average, in bursts of MESSAGE_BURST and BYTE_BURST, which
+   grow with a `burst_s` beyond BURST_S. What is not audio only counts against that. Messages the protocol
+   does not know are also counted (`ignored`), and end nothing.
 6. A peer must send audio that can be decoded: within `first_audio_s` of the handshake, then every `idle_s`.
-   Nothing else it sends counts, so that a byte now and then does not hold a slot; silence is audio.
+   For one that was heard before the handshake `idle_s` holds at once. Nothing else it sends counts, so that a
+   byte now and then does not hold a slot; silence is audio.
 7. Every end on our side is an error message, for people, and then a close with a code and a reason; where
    there was no room both say when to come back. After Close nothing is sent; what the engine still delivers
    is ignored.
@@ -77,7 +78,7 @@ from personaplex.session.pacer import Pacer
 HANDSHAKE_DELAY_S = 1.1
 KEEP_ALIVE_S = 5.0  # stock web clients leave after 10 s
 MESSAGES_PER_S = 500.0  # 400 is a page of one 2.5 ms packet per message
-MESSAGE_BURST = 2_000.0
+MESSAGE_BURST = 3_200.0  # more than 60 s of 20 ms pages, by a phone that slept
 BYTES_PER_S = 65_536.0  # 510 kb/s, the most Opus has, in pages of one 20 ms packet
 BYTE_BURST = 1_048_576.0  # more than 15 s at 510 kb/s
 
@@ -162,6 +163,11 @@ class Limits:
     first_audio_s: float = 15.0  # the same from the handshake on; idle_s where that is less
     burst_s: float = BURST_S  # of audio that a peer may send at once
 
+    @property
+    def burst_share(self) -> float:
+        """What limits made for bursts of BURST_S are multiplied by, so that longer ones fit; at least 1."""
+        return max(1.0, self.burst_s / BURST_S)
+
 
 class SessionCore:
     """One session; `receive` is its only entry point. Times are seconds of one monotonic clock."""
@@ -182,10 +188,11 @@ class SessionCore:
         self._ready = False
         self._ends_at = float("inf")
         self._last_sent = now
+        self._heard = False  # any audio yet
         self._audio_limit_s = 0.0  # for the next audio, and when it ends
         self._audio_due = float("inf")
-        self._messages = Allowance(MESSAGES_PER_S, MESSAGE_BURST, now=now)
-        self._bytes = Allowance(BYTES_PER_S, BYTE_BURST, now=now)
+        self._messages = Allowance(MESSAGES_PER_S, MESSAGE_BURST * limits.burst_share, now=now)
+        self._bytes = Allowance(BYTES_PER_S, BYTE_BURST * limits.burst_share, now=now)
 
     def receive(self, event: Event, now: float) -> list[Command]:
         """What to do about `event`, in order. Raises IllegalEvent for one that TABLE does not list."""
@@ -200,7 +207,7 @@ class SessionCore:
                 commands = self._handle(event, now)
             except PersonaplexError as error:
                 commands = self._end(error)
-        assert self.state in allowed, (event, self.state)
+        assert self.state in allowed, (type(event).__name__, self.state)  # an event may be what was said
         if any(isinstance(command, Send) for command in commands):
             self._last_sent = now
         return commands
@@ -243,6 +250,7 @@ class SessionCore:
             case AgentText(text):
                 return [*map(SendText, self.pacer.add_text(text))] if text else []
             case AudioHeard():
+                self._heard = True
                 if self.state is LIVE:
                     self._await_audio(self._limits.idle_s, now)
                 return []
@@ -266,7 +274,8 @@ class SessionCore:
             return []
         self.state = LIVE
         self._ends_at = now + self._limits.session_s
-        self._await_audio(min(self._limits.first_audio_s, self._limits.idle_s), now)
+        idle_s = self._limits.idle_s
+        self._await_audio(idle_s if self._heard else min(self._limits.first_audio_s, idle_s), now)
         return [SendHandshake(), *map(SendAudio, self._headers), *self._details]
 
     def _tick(self, now: float) -> list[Command]:

@@ -155,7 +155,7 @@ class ClientCore:
             except PersonaplexError as error:
                 self.error, self.state = error, CLOSING
                 commands = [Close(error.close_code, close_reason(str(error)))]
-        assert self.state in allowed, (event, self.state)
+        assert self.state in allowed, (type(event).__name__, self.state)  # an event may be what was said
         return commands
 
     def deadline(self) -> float | None:

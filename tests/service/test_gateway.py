@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -15,7 +16,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -33,21 +34,25 @@ from starlette.websockets import WebSocket, WebSocketState
 from websockets.http11 import Response as Refused
 
 from deployments.application import build
+from deployments.gateway import app
+from deployments.gateway import conversation as module
 from deployments.gateway.app import PAGE, Gateway
-from deployments.gateway.audio import UNDECODED_LIMIT
+from deployments.gateway.audio import FEED_BYTES, UNDECODED_LIMIT, AudioStep
 from deployments.gateway.conversation import Conversation
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.leases import Claim, Waiter
 from deployments.gateway.query import SEED_LIMIT, persona_from, read_query, wants_status
 from deployments.gateway.upstream import STALE_S, Services
+from deployments.metrics import Metrics
 from deployments.settings import Settings
 from deployments.wire import messages
 from deployments.wire.messages import Grant, MessageKind, pack_ready
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SIZE, Sampling
-from personaplex.errors import BadParameter, UnknownVoice
+from personaplex.errors import BadParameter, SessionLost, UnknownVoice
 from personaplex.persona import PROMPTS, VOICES, Persona
-from personaplex.session.core import HANDSHAKE_DELAY_S, Limits
+from personaplex.session.core import HANDSHAKE_DELAY_S, IllegalEvent, Limits
+from personaplex.session.events import Event, Failed
 from personaplex.session.moshi import Audio, encode
 from personaplex.tokenlog import TokenLog
 
@@ -231,6 +236,45 @@ def test_audio_that_waits_to_be_decoded_is_bounded() -> None:
     caller = asyncio.run(run())
     assert caller.code == 1002
     assert "wait to be decoded" in caller.complaint
+
+
+def test_a_longer_burst_may_wait_to_be_decoded() -> None:
+    async def run() -> list[Event]:
+        told: list[Event] = []
+        step = AudioStep(Limits(burst_s=60), cast(Metrics, Nothing()), told.append, lambda frame: None)
+        for _ in range(10):
+            step.feed(bytes(UNDECODED_LIMIT))
+        assert not told
+        step.feed(bytes(UNDECODED_LIMIT))
+        step.stop()
+        return told
+
+    (failed,) = asyncio.run(run())
+    assert isinstance(failed, Failed)
+    assert "more than 5120 KiB" in str(failed.error)
+
+
+def test_a_decoder_that_fails_ends_the_session_in_words(caplog: pytest.LogCaptureFixture) -> None:
+    """Within a callback of the event loop, where nobody hears of it, nothing was decoded any more."""
+    sender = Transcoder()
+    pages = [*sender.headers(), *(sender.send(np.zeros(FRAME_SIZE, np.float32)) for _ in range(60))]
+
+    def stumble(frame: Any) -> None:
+        raise MemoryError
+
+    async def run() -> list[Event]:
+        told: list[Event] = []
+        step = AudioStep(Limits(), cast(Metrics, Nothing()), told.append, stumble)
+        step.feed(bytes(FEED_BYTES) + b"".join(pages))  # what stumbles comes after the first piece
+        for _ in range(20):
+            await asyncio.sleep(0)
+        step.stop()
+        return told
+
+    failed = asyncio.run(run())[0]
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, SessionLost)
+    assert "MemoryError" in caplog.text
 
 
 class Slot(Spy):
@@ -483,6 +527,181 @@ def test_a_session_that_ends_before_it_takes_its_slot_gives_it_back(turns: int) 
         await asyncio.wait_for(spy.released.wait(), 5)
 
     asyncio.run(run())
+
+
+def test_what_comes_after_a_cancelled_handler_is_not_why_the_session_ended() -> None:
+    """The link that closes with the session told it that its engine was lost, and its timer went on."""
+
+    async def run() -> None:
+        spy, ended = Spy(), asyncio.Event()
+        lost: Any = None
+
+        async def connect(grant: Grant, hear: Any, lose: Any) -> Any:
+            nonlocal lost
+            lost = lose
+            return spy
+
+        async def keep(*_: Any) -> None:
+            await ended.wait()
+
+        services = dataclasses.replace(_services(connect), keep=keep, limits=Limits(first_audio_s=0.2))
+        conversation = Conversation(cast(WebSocket, Silence()), "s", services)
+        handler = asyncio.ensure_future(conversation.run(Persona(), _claim(spy)))
+        await asyncio.wait_for(spy.connected.wait(), 5)
+        handler.cancel()
+        await asyncio.sleep(0)
+        lost(spy)
+        ended.set()
+        with pytest.raises(asyncio.CancelledError):
+            await handler
+        assert conversation.error is None
+
+    asyncio.run(run())
+
+
+def test_a_fault_of_ours_is_told_and_logged(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader took it for a client that had left, since an IllegalEvent is a RuntimeError."""
+
+    class Told(Caller):
+        closed = asyncio.Event()
+
+        async def close(self, code: int, reason: str = "") -> None:
+            await super().close(code, reason)
+            self.closed.set()
+
+    caller, slot = Told(b"\x06"), Slot()
+
+    def stumble(data: bytes) -> Any:
+        raise IllegalEvent("no such thing")
+
+    monkeypatch.setattr(module, "event_of", stumble)
+
+    async def during() -> None:
+        caller.may_speak.set()
+        await asyncio.wait_for(caller.closed.wait(), 5)
+
+    asyncio.run(_converse(caller, slot, Limits(), during))
+    assert caller.code == 1012
+    assert "IllegalEvent" in caplog.text
+
+
+def test_a_link_that_is_there_too_late_is_closed_and_of_no_account() -> None:
+    async def run() -> None:
+        late, good = Spy(), Spy()
+        tries, losers = [late, good], []
+
+        async def connect(grant: Grant, hear: Any, lose: Any) -> Any:
+            losers.append(lose)
+            spy = tries.pop(0)
+            if spy is late:
+                with contextlib.suppress(asyncio.CancelledError):  # there just as it was given up
+                    await asyncio.Event().wait()
+            return spy
+
+        conversation = Conversation(cast(WebSocket, Silence()), "s", _services(connect, good))
+        handler = asyncio.ensure_future(conversation.run(Persona(), _claim(late)))
+        await asyncio.wait_for(good.connected.wait(), 5)
+        assert late.closed
+        losers[0](late)
+        assert conversation.error is None
+        handler.cancel()
+        await asyncio.gather(handler, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+class Unwelcome(Silence):
+    """A socket whose client goes while it is accepted; Starlette takes it for connected by then."""
+
+    scope: ClassVar[dict[str, Any]] = {"query_string": b""}
+
+    def __init__(self, error: BaseException | None) -> None:
+        self._error, self.accepting = error, asyncio.Event()
+
+    async def accept(self) -> None:
+        self.accepting.set()
+        if self._error is None:
+            await asyncio.Event().wait()
+        else:
+            raise self._error
+
+
+def _gateway(services: Services | None = None) -> Any:
+    """A gateway as far as a session needs it, without records."""
+    gateway: Any = object.__new__(Gateway)
+    gateway._settings, gateway._records = Settings(), None
+    gateway._services, gateway._reconnects = services, Nothing()
+    return gateway
+
+
+@pytest.mark.parametrize("error", [None, OSError(), RuntimeError(), ValueError()])
+def test_a_client_that_goes_while_it_is_accepted_gives_its_slot_back(error: Exception | None) -> None:
+    async def run() -> None:
+        spy, socket = Spy(), Unwelcome(error)
+        converse = _gateway()._converse(socket, "s", Persona(), "caller", _claim(spy))
+        handler = asyncio.ensure_future(converse)
+        await asyncio.wait_for(socket.accepting.wait(), 5)
+        handler.cancel()
+        await asyncio.gather(handler, return_exceptions=True)
+        assert spy.released.is_set()
+
+    asyncio.run(run())
+
+
+def test_a_session_that_cannot_be_made_ends_its_record_and_gives_its_slot_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Welcome(Unwelcome):
+        async def accept(self) -> None:
+            pass
+
+    class Records:
+        open = 0
+        causes: ClassVar[list[str]] = []
+
+        def wanted(self, query: Any) -> bool:
+            return True
+
+        def begin(self, *_: Any) -> Any:
+            return object()
+
+        def finish(self, recording: Any, cause: str) -> None:
+            self.causes.append(cause)
+
+    def stumble(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    async def nobody() -> list[Any]:
+        return []
+
+    monkeypatch.setattr(app, "Conversation", stumble)
+
+    async def run() -> None:
+        spy, gateway = Spy(), _gateway()
+        gateway._records, gateway._fleet = Records(), SimpleNamespace(describe=nobody)
+        with pytest.raises(MemoryError):
+            await gateway._converse(Welcome(None), "s", Persona(), "caller", _claim(spy))
+        assert spy.released.is_set()
+        assert Records.causes == ["SessionLost"]
+
+    asyncio.run(run())
+
+
+def test_who_is_not_recorded_does_not_wait_for_the_fleet() -> None:
+    class Records:
+        def wanted(self, query: Any) -> bool:
+            return "record" in query
+
+    async def describe() -> list[Any]:
+        return [SimpleNamespace(engine={"model": "tiny"})]
+
+    gateway = _gateway()
+    gateway._records, gateway._fleet = Records(), SimpleNamespace(describe=describe)
+    assert asyncio.run(gateway._engine({"record": "1"})) == {"model": "tiny"}
+    gateway._fleet = None
+    assert asyncio.run(gateway._engine({})) == {}
 
 
 async def _forget(*_: Any) -> None:

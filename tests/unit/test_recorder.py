@@ -24,7 +24,7 @@ from deployments.gateway.retention import (
     Retention,
     store_at,
 )
-from personaplex.errors import ConfigError
+from personaplex.errors import BadRecord, ConfigError
 from personaplex.persona import Persona
 from personaplex.record import writer
 from personaplex.record.folder import find_records, read_record
@@ -142,6 +142,52 @@ def test_a_disk_that_fails_ends_one_record_and_no_session(
     assert "session full goes on unrecorded: the record cannot be written: No space left" in caplog.text
     assert str(lost.failure) == "the record cannot be written: No space left on device"
     assert only(tmp_path).head.session == "kept"
+
+
+@pytest.mark.parametrize("error", [BadRecord("it cannot be told"), ValueError("what nobody thought of")])
+def test_a_record_that_cannot_be_told_ends_and_is_let_go(
+    error: Exception,
+    recorder: Recorder,
+    tmp_path: Path,
+    told: Told,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its file stayed locked for as long as the gateway lived, and was neither uploaded nor deleted."""
+    real = RecordWriter.row
+
+    def row(writer: RecordWriter, row: Row) -> None:
+        if row.frame == 3:
+            raise error
+        real(writer, row)
+
+    monkeypatch.setattr(RecordWriter, "row", row)
+    recording = recorder.begin(head())
+    talk(recording, 5)
+    told.wait("failed")
+    talk(recording, 5)
+    recorder.finish(recording, "left")
+    assert recording.done
+    (path,) = (tmp_path / "records").iterdir()
+    with claimed(path) as ours:
+        assert ours
+    assert not recorder._open
+
+
+def test_a_record_is_dated_before_its_file_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer's thread may look at any moment: it found a session that had begun, in 1970."""
+    recording = Recording(tmp_path, head())
+    real = time.time
+
+    def look() -> float:
+        recording.write()
+        return real()
+
+    monkeypatch.setattr(module.time, "time", look)
+    talk(recording, 1)
+    monkeypatch.undo()
+    recording.end("left")
+    assert recording.write() == "kept"
+    assert only(tmp_path).head.began > 0
 
 
 def test_a_disk_that_hangs_holds_nobody_up(

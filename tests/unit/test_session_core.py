@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
+from personaplex.audio.transcoder import SAVED_S
 from personaplex.errors import BadAudio, NoCapacity, ProtocolError, SessionIdle, SessionLost
 from personaplex.session import core as server
 from personaplex.session import peer as client
@@ -367,6 +368,28 @@ def test_the_first_audio_is_due_sooner(first: float, idle: float, due: float) ->
     assert isinstance(core.error, SessionIdle)
 
 
+@pytest.mark.parametrize("state", [OPENING, PRIMING])
+def test_who_was_heard_before_the_handshake_has_begun(state: State) -> None:
+    """Its first audio is no longer due; it may fall silent for as long as any other."""
+    core = in_state(state, Limits(idle_s=60, first_audio_s=15))
+    core.receive(AudioHeard(), 2.0)
+    if state is OPENING:
+        core.receive(LeaseGranted(), 2.0)
+    core.receive(Ready(), 2.0)
+    core.receive(Tick(), 61.9)
+    assert core.state is LIVE
+    core.receive(Tick(), 62.0)
+    assert isinstance(core.error, SessionIdle)
+
+
+def test_a_fault_of_the_core_shows_nothing_that_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = in_state(LIVE)
+    monkeypatch.setattr(core, "_handle", lambda event, now: setattr(core, "state", OPENING) or [])
+    with pytest.raises(AssertionError) as caught:
+        core.receive(AgentText("private"), 3.0)
+    assert "private" not in str(caught.value)
+
+
 @pytest.mark.parametrize("state", [OPENING, PRIMING, LIVE])
 def test_a_lost_engine_is_not_the_clients_fault(state: State) -> None:
     assert closes(in_state(state).receive(EngineLost(), 2.0))[0].code == 1012
@@ -405,6 +428,29 @@ def test_a_flood_of_bytes_is_refused_and_the_richest_opus_is_not() -> None:
     (close,) = closes(core.receive(event_of(piece), now))
     assert close.code == 1002
     assert close.reason == "more than 64 KiB per second"
+
+
+def test_a_phone_that_slept_may_catch_up_in_the_smallest_usual_pages() -> None:
+    """60 s of 20 ms pages at 128 kb/s, at once: the transcoder allows them, so the budgets must."""
+    core = in_state(LIVE, Limits(session_s=math.inf, idle_s=math.inf))
+    page = encode(Audio(bytes(320)))
+    for _ in range(round(SAVED_S / 0.02)):
+        core.receive(event_of(page), 100.0)
+    assert core.state is LIVE
+
+
+@pytest.mark.parametrize(("burst_s", "share"), [(1.0, 1.0), (6.0, 1.0), (60.0, 10.0)])
+def test_a_longer_burst_may_have_more_messages_and_bytes(burst_s: float, share: float) -> None:
+    """60 s of 20 ms pages were refused for their number where the setting promised an answer to them."""
+    core = in_state(LIVE, Limits(session_s=math.inf, burst_s=burst_s))
+    for _ in range(int(server.MESSAGE_BURST * share)):
+        assert not core.receive(event_of(b"\x06"), 60.0)
+    assert closes(core.receive(event_of(b"\x06"), 60.0))[0].code == 1002
+    core, piece = in_state(LIVE, Limits(session_s=math.inf, burst_s=burst_s)), encode(Audio(bytes(65_535)))
+    for _ in range(int(server.BYTE_BURST * share) // len(piece)):
+        core.receive(event_of(piece), 60.0)
+    assert core.state is LIVE
+    assert closes(core.receive(event_of(piece), 60.0))[0].code == 1002
 
 
 @pytest.mark.parametrize("data", [b"\x04{", b"\x02\xff\xfe", b"\x03\x09", b"\x04" + b"[" * 90_000])
