@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -114,6 +115,7 @@ class Gateway:
         self._open = 0
         self._empty = asyncio.Event()  # no session is open
         self._empty.set()
+        asyncio.get_running_loop().set_exception_handler(report_failure)
         self._keeping = asyncio.ensure_future(self._metrics.keep())
         self._watching = asyncio.ensure_future(self._fleet.wait_close(uuid.uuid4().hex, self._close))
         warn_of_proxies_without_limits()
@@ -323,6 +325,13 @@ class Gateway:
             await asyncio.to_thread(log.save, folder / f"{session}.npz")
         except OSError:
             logger.exception("the tokens of session %s could not be saved", session)
+
+
+def report_failure(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """The event loop's exception handler. Ray cancels what a request has started when its client leaves, and
+    Serve's own calls among it, which nobody waits for any more: that is no failure."""
+    if not isinstance(context.get("exception"), TaskCancelledError):
+        loop.default_exception_handler(context)
 
 
 def warn_of_proxies_without_limits() -> None:

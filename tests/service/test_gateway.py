@@ -23,7 +23,7 @@ import pytest
 import ray
 import requests
 import websockets
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayTaskError, TaskCancelledError
 from serving import Heard, Service, connect, running, speech
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -36,7 +36,7 @@ from websockets.http11 import Response as Refused
 from deployments.application import build
 from deployments.gateway import app
 from deployments.gateway import conversation as module
-from deployments.gateway.app import PAGE, Gateway
+from deployments.gateway.app import PAGE, Gateway, report_failure
 from deployments.gateway.audio import FEED_BYTES, UNDECODED_LIMIT, AudioStep
 from deployments.gateway.conversation import Conversation
 from deployments.gateway.headers import SecurityHeaders
@@ -212,6 +212,28 @@ class Caller(Silence):
         if not self.code:
             self.code, self.complaint = code, reason
         await super().close(code, reason)
+
+
+class Reporter:
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def default_exception_handler(self, context: dict[str, Any]) -> None:
+        self.told.append(context.get("exception"))
+
+
+def test_calls_that_end_with_their_client_are_no_failure() -> None:
+    """Serve asks a replica for its queue while a client leaves: each such call was a traceback."""
+    cancelled, fault, loop = TaskCancelledError(), ValueError("a fault"), Reporter()
+    of_a_task = RayTaskError("f", "", TaskCancelledError()).as_instanceof_cause()
+    for context in (
+        {"exception": cancelled},
+        {"exception": of_a_task},
+        {"exception": fault},
+        {"message": "m"},
+    ):
+        report_failure(cast(Any, loop), context)
+    assert loop.told == [fault, None]
 
 
 def test_audio_that_waits_to_be_decoded_is_bounded() -> None:
