@@ -22,7 +22,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, SettingsError
 
 from deployments.addresses import Network, network
-from personaplex.config import BURST_S, EngineConfig, frames_in
+from personaplex.config import BURST_S, FRAME_SECONDS, REBUILD_AUDIO_S, EngineConfig, frames_in
 from personaplex.errors import ConfigError
 from personaplex.files import key_lines
 
@@ -141,6 +141,31 @@ class Settings(BaseSettings):
         gt=0,
         description="A tick longer than this makes the replica report itself unhealthy, and a gateway or "
         "replica that stands still for longer is given up by the other. A shorter stall is a gap.",
+    )
+    failover_after_s: float = Field(
+        1.5,
+        gt=0,
+        description="A replica that owes a session an answer for this long is silent: another one is looked "
+        "for. At most a third of stall_limit_s.",
+    )
+    rebuild_audio_s: float = Field(
+        REBUILD_AUDIO_S,
+        ge=FRAME_SECONDS,
+        le=300,
+        description="Seconds of the user's sound that gateways keep of each session, 96 kB each, and that a "
+        "replica runs to go on with it.",
+    )
+    rebuild_windows: int = Field(
+        4,
+        ge=1,
+        description="Context windows of a conversation that a replica runs to go on with it; what fits into "
+        "them is rebuilt exactly.",
+    )
+    rebuilds: int = Field(
+        16, ge=1, description="Sessions one replica rebuilds at once; of more the shortest come first."
+    )
+    rebuild_share: float = Field(
+        0.5, gt=0, le=1, description="Share of its time a replica spends on rebuilds beside live sessions."
     )
     burst_s: float = Field(
         BURST_S,
@@ -328,6 +353,8 @@ class Settings(BaseSettings):
             raise ValueError("weights=int8 leaves nothing for cpu_offload: choose one of the two")
         if self.record != "off" and self.record_dir is None:
             raise ValueError("record needs record_dir")
+        if self.stall_limit_s < 3 * self.failover_after_s:
+            raise ValueError("stall_limit_s is less than three times failover_after_s")
         if self.replicas_max < self.replicas_min:
             raise ValueError("replicas_max is less than replicas_min")
         if (
@@ -358,6 +385,9 @@ class Settings(BaseSettings):
             graphs=self.graphs,
             prompt_tokens=self.prompt_tokens,
             voice_memory=self.voice_memory,
+            rebuilds=self.rebuilds,
+            rebuild_windows=self.rebuild_windows,
+            rebuild_audio_s=self.rebuild_audio_s,
         )
 
     @property

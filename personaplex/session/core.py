@@ -25,7 +25,9 @@ Laws:
 6. A peer must send audio that can be decoded: within `first_audio_s` of the handshake, then every `idle_s`.
    For one that was heard before the handshake `idle_s` holds at once. Nothing else it sends counts, so that a
    byte now and then does not hold a slot; silence is audio.
-7. Every end on our side is an error message, for people, and then a close with a code and a reason; where
+7. A replica that is lost ends nothing while another one may go on: the peer hears a gap. One that asked for
+   `status` is told when it begins and when it ends.
+8. Every end on our side is an error message, for people, and then a close with a code and a reason; where
    there was no room both say when to come back. After Close nothing is sent; what the engine still delivers
    is ignored.
 """
@@ -53,10 +55,12 @@ from personaplex.session.events import (
     AudioHeard,
     Close,
     Command,
+    Continued,
     EngineLost,
     Event,
     Failed,
     FeedAudio,
+    Interrupted,
     LeaseGranted,
     PeerAudio,
     PeerClosed,
@@ -65,9 +69,11 @@ from personaplex.session.events import (
     Ready,
     Send,
     SendAudio,
+    SendContinued,
     SendDetails,
     SendError,
     SendHandshake,
+    SendInterrupted,
     SendKeepAlive,
     SendPlace,
     SendText,
@@ -109,7 +115,19 @@ def after(
     return allowed
 
 
-_LATE = (Queued, LeaseGranted, Ready, AgentAudio, AgentText, AudioHeard, Failed, EngineLost, Tick)
+_LATE = (
+    Queued,
+    LeaseGranted,
+    Ready,
+    AgentAudio,
+    AgentText,
+    AudioHeard,
+    Interrupted,
+    Continued,
+    Failed,
+    EngineLost,
+    Tick,
+)
 
 TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     OPENING: {
@@ -128,6 +146,8 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         PeerMessage: (PRIMING, CLOSING),
         AudioHeard: (PRIMING,),
         Ready: (PRIMING, LIVE),
+        Interrupted: (PRIMING,),
+        Continued: (PRIMING,),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
         Tick: (PRIMING, LIVE),
@@ -139,6 +159,8 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         AgentAudio: (LIVE,),
         AgentText: (LIVE,),
         AudioHeard: (LIVE,),
+        Interrupted: (LIVE,),
+        Continued: (LIVE,),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
         Tick: (LIVE, CLOSING),
@@ -254,6 +276,10 @@ class SessionCore:
                 if self.state is LIVE:
                     self._await_audio(self._limits.idle_s, now)
                 return []
+            case Interrupted():
+                return [SendInterrupted()] if self._status else []
+            case Continued(details):
+                return [SendContinued(details)] if self._status else []
             case Failed(error):
                 raise error
             case EngineLost():

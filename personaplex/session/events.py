@@ -89,6 +89,18 @@ class EngineLost:
 
 
 @dataclass(frozen=True)
+class Interrupted:
+    """The replica that holds the slot is gone or silent; another one is being looked for."""
+
+
+@dataclass(frozen=True)
+class Continued:
+    """The session goes on, there or elsewhere. `details` go to the client as metadata."""
+
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed; due at the core's `deadline()`."""
 
@@ -105,6 +117,8 @@ Event = (
     | AgentText
     | Failed
     | EngineLost
+    | Interrupted
+    | Continued
     | Tick
 )
 
@@ -143,6 +157,18 @@ class SendDetails:
 
 
 @dataclass(frozen=True)
+class SendInterrupted:
+    """The agent says nothing for a moment: its replica is gone or silent."""
+
+
+@dataclass(frozen=True)
+class SendContinued:
+    """The agent goes on; `details` say where."""
+
+    details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class SendError:
     """Why the session ends, in words for people."""
 
@@ -169,5 +195,15 @@ class Close:
     reason: str
 
 
-Send = SendHandshake | SendAudio | SendText | SendPlace | SendDetails | SendError | SendKeepAlive
+Send = (
+    SendHandshake
+    | SendAudio
+    | SendText
+    | SendPlace
+    | SendDetails
+    | SendInterrupted
+    | SendContinued
+    | SendError
+    | SendKeepAlive
+)
 Command = Send | FeedAudio | Close

@@ -31,9 +31,11 @@ from personaplex.session.events import (
     PeerMessage,
     Send,
     SendAudio,
+    SendContinued,
     SendDetails,
     SendError,
     SendHandshake,
+    SendInterrupted,
     SendKeepAlive,
     SendPlace,
     SendText,
@@ -180,6 +182,10 @@ def bytes_of(command: Send) -> bytes:
             return encode(Metadata({"type": "queue", "position": position}))
         case SendDetails(details):
             return encode(Metadata({"type": "session", **details}))
+        case SendInterrupted():
+            return encode(Metadata({"type": "interrupted"}))
+        case SendContinued(details):
+            return encode(Metadata({"type": "continued", **details}))
         case SendError(message):
             return encode(Error(message))
 

@@ -17,7 +17,7 @@ import websockets
 from serving import Client, Heard, Service, connect, running, speech
 from websockets.http11 import Response
 
-from deployments.replica.replica import UNAUTHENTICATED_SPARE
+from deployments.replica.sessions import UNAUTHENTICATED_SPARE
 from deployments.wire import messages
 from deployments.wire.messages import Grant, LeaseRequest, MessageKind
 from personaplex.audio.transcoder import Transcoder

@@ -30,17 +30,21 @@ from personaplex.session.events import (
     AudioHeard,
     Close,
     Command,
+    Continued,
     EngineLost,
     Event,
     Failed,
     FeedAudio,
+    Interrupted,
     LeaseGranted,
     PeerAudio,
     PeerClosed,
     PeerMessage,
     Queued,
     Ready,
+    SendContinued,
     SendError,
+    SendInterrupted,
     Tick,
 )
 from personaplex.session.moshi import (
@@ -93,6 +97,8 @@ EVERY_EVENT: list[Event] = [
     AudioHeard(),
     Failed(BadAudio("no sound")),
     EngineLost(),
+    Interrupted(),
+    Continued(),
     Tick(),
 ]
 EVERY_PEER_EVENT: list[PeerEvent] = [
@@ -505,6 +511,8 @@ def walk_events(dice: random.Random) -> list[Event]:
         Queued(dice.randrange(1, 9)),
         LeaseGranted(),
         Ready(),
+        Interrupted(),
+        Continued({"frame": 3}),
         AgentAudio(b"page", quiet=dice.random() < 0.5),
         AgentText(dice.choice(["", " hi"])),
         Tick(),
@@ -518,6 +526,15 @@ def walk_events(dice: random.Random) -> list[Event]:
         EngineLost(),
     ]
     return [*usual, dice.choice(rare)] if dice.random() < 0.1 else usual
+
+
+@pytest.mark.parametrize("state", [PRIMING, LIVE])
+def test_a_gap_is_told_to_those_who_asked_and_ends_nothing(state: State) -> None:
+    for status, told in ((False, []), (True, [SendInterrupted(), SendContinued({"frame": 3})])):
+        core = in_state(state, status=status)
+        heard = core.receive(Interrupted(), 2.1) + core.receive(Continued({"frame": 3}), 2.2)
+        assert heard == told
+        assert core.state is state
 
 
 # -- the client alone
