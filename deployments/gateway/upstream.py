@@ -50,7 +50,6 @@ from personaplex.session.core import Limits
 from personaplex.session.events import (
     AgentText,
     Continued,
-    EngineLost,
     Event,
     Failed,
     Interrupted,
@@ -315,18 +314,17 @@ class Upstream:
         if self._failover is not None and slot is self._failover.candidate:
             self._failover.ended(error)
         elif slot is self._current:
-            if error is None:
-                self._services.failovers.suspects.add(slot.replica)
-            elif not isinstance(error, SessionLost | EngineFault | UnknownVersion):
+            if error is not None and not isinstance(error, SessionLost | EngineFault | UnknownVersion):
                 self._emit(Failed(error))
                 return
+            self._services.failovers.suspects.add(slot.replica)
             self._lose(error)
 
     def _lose(self, error: PersonaplexError | None) -> None:
         """The current slot is gone."""
         self._losses += 1
         if self._losses > LOST_LIMIT:
-            self._emit(EngineLost() if error is None else Failed(error))
+            self._emit(Failed(error or SessionLost(LOST_WORDS)))
         elif self._failover is None:
             self._begin_failover(LOST)
         elif self._failover.candidate is not None and self._failover.candidate.ready:
