@@ -12,7 +12,8 @@ Laws:
    fault of the shell and raises IllegalEvent. What the peer does never raises: it closes the session.
 2. The handshake is sent once, on entering LIVE, followed by the two header pages of the agent's stream and
    the session's details. Stock clients take the first message for the handshake, so nothing comes before it;
-   but a client that asked for `status` gets its place in the queue, and the details once they are known.
+   but a client that asked for `status` gets its place in the queue, the details once they are known, and
+   every notice; others get no notices.
    LIVE waits for Ready and for HANDSHAKE_DELAY_S since the upgrade: a browser needs that to start its
    decoder. Clients that talk first wait for no handshake, so get it at once.
 3. Audio is handed on in order, whenever it comes: a client's stream starts with headers that cannot be had
@@ -69,8 +70,10 @@ from personaplex.session.events import (
     SendError,
     SendHandshake,
     SendKeepAlive,
+    SendNotice,
     SendPlace,
     SendText,
+    SessionNotice,
     Tick,
 )
 from personaplex.session.pacer import Pacer
@@ -109,13 +112,25 @@ def after(
     return allowed
 
 
-_LATE = (Queued, LeaseGranted, Ready, AgentAudio, AgentText, AudioHeard, Failed, EngineLost, Tick)
+_LATE = (
+    Queued,
+    LeaseGranted,
+    Ready,
+    AgentAudio,
+    AgentText,
+    AudioHeard,
+    SessionNotice,
+    Failed,
+    EngineLost,
+    Tick,
+)
 
 TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     OPENING: {
         PeerAudio: (OPENING, CLOSING),
         PeerMessage: (OPENING, CLOSING),
         AudioHeard: (OPENING,),
+        SessionNotice: (OPENING,),
         Queued: (OPENING,),
         LeaseGranted: (PRIMING,),
         Failed: (CLOSING,),
@@ -127,6 +142,7 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         PeerAudio: (PRIMING, LIVE, CLOSING),
         PeerMessage: (PRIMING, CLOSING),
         AudioHeard: (PRIMING,),
+        SessionNotice: (PRIMING,),
         Ready: (PRIMING, LIVE),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
@@ -139,6 +155,7 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         AgentAudio: (LIVE,),
         AgentText: (LIVE,),
         AudioHeard: (LIVE,),
+        SessionNotice: (LIVE,),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
         Tick: (LIVE, CLOSING),
@@ -254,6 +271,8 @@ class SessionCore:
                 if self.state is LIVE:
                     self._await_audio(self._limits.idle_s, now)
                 return []
+            case SessionNotice(kind, data):
+                return [SendNotice(kind, data)] if self._status else []
             case Failed(error):
                 raise error
             case EngineLost():

@@ -89,6 +89,14 @@ class EngineLost:
 
 
 @dataclass(frozen=True)
+class SessionNotice:
+    """Something happened that a client may want to know: `kind` names it, `data` says more, as JSON."""
+
+    kind: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed; due at the core's `deadline()`."""
 
@@ -105,6 +113,7 @@ Event = (
     | AgentText
     | Failed
     | EngineLost
+    | SessionNotice
     | Tick
 )
 
@@ -143,6 +152,14 @@ class SendDetails:
 
 
 @dataclass(frozen=True)
+class SendNotice:
+    """Something the client may want to know; see SessionNotice."""
+
+    kind: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class SendError:
     """Why the session ends, in words for people."""
 
@@ -169,5 +186,5 @@ class Close:
     reason: str
 
 
-Send = SendHandshake | SendAudio | SendText | SendPlace | SendDetails | SendError | SendKeepAlive
+Send = SendHandshake | SendAudio | SendText | SendPlace | SendDetails | SendNotice | SendError | SendKeepAlive
 Command = Send | FeedAudio | Close
