@@ -1,10 +1,10 @@
 """Where settings come from and which go together; the only file that reads environment variables.
 
 Contract: one flat, frozen model of what `fields` declares. A value comes from, first to last: an argument
-(`serve run deployments:build slots=8`, `args:` in a Serve config, a flag of `python -m personaplex.server`), a
-`PERSONAPLEX_<NAME>` environment variable, the default of the field. Unknown keys and unknown `PERSONAPLEX_*`
-variables are refused. Lists and maps are JSON in the environment; lists of keys, origins and networks may also
-be comma-separated. Knows no Ray and no torch.
+(`serve run deployments:build slots=8`, `args:` in a Serve config, a flag of `python -m personaplex.server`),
+a `PERSONAPLEX_<NAME>` environment variable, the default of the field. Unknown keys and unknown
+`PERSONAPLEX_*` variables are refused. Lists and maps are JSON in the environment; lists of keys, origins and
+networks may also be comma-separated. Knows no Ray and no torch.
 """
 
 from __future__ import annotations
