@@ -12,7 +12,8 @@ Laws:
    fault of the shell and raises IllegalEvent. What the peer does never raises: it closes the session.
 2. The handshake is sent once, on entering LIVE, followed by the two header pages of the agent's stream and
    the session's details. Stock clients take the first message for the handshake, so nothing comes before it;
-   but a client that asked for `status` gets its place in the queue, and the details once they are known.
+   but a client that asked for `status` gets its place in the queue, the details once they are known, and
+   every notice; others get no notices.
    LIVE waits for Ready and for HANDSHAKE_DELAY_S since the upgrade: a browser needs that to start its
    decoder. Clients that talk first wait for no handshake, so get it at once.
 3. Audio is handed on in order, whenever it comes: a client's stream starts with headers that cannot be had
@@ -71,9 +72,11 @@ from personaplex.session.events import (
     SendError,
     SendHandshake,
     SendKeepAlive,
+    SendNotice,
     SendPlace,
     SendText,
     SendUserText,
+    SessionNotice,
     Tick,
     UserText,
     UserTextLost,
@@ -123,6 +126,7 @@ _LATE = (
     UserText,
     UserTextLost,
     AudioHeard,
+    SessionNotice,
     Failed,
     EngineLost,
     Tick,
@@ -133,6 +137,7 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         PeerAudio: (OPENING, CLOSING),
         PeerMessage: (OPENING, CLOSING),
         AudioHeard: (OPENING,),
+        SessionNotice: (OPENING,),
         Queued: (OPENING,),
         LeaseGranted: (PRIMING,),
         Failed: (CLOSING,),
@@ -146,6 +151,7 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         AudioHeard: (PRIMING,),
         UserText: (PRIMING,),
         UserTextLost: (PRIMING,),
+        SessionNotice: (PRIMING,),
         Ready: (PRIMING, LIVE),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
@@ -160,6 +166,7 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         UserText: (LIVE,),
         UserTextLost: (LIVE,),
         AudioHeard: (LIVE,),
+        SessionNotice: (LIVE,),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
         Tick: (LIVE, CLOSING),
@@ -287,6 +294,8 @@ class SessionCore:
                 if self.state is LIVE:
                     self._await_audio(self._limits.idle_s, now)
                 return []
+            case SessionNotice(kind, data):
+                return [SendNotice(kind, data)] if self._status else []
             case Failed(error):
                 raise error
             case EngineLost():

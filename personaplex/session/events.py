@@ -107,6 +107,14 @@ class EngineLost:
 
 
 @dataclass(frozen=True)
+class SessionNotice:
+    """Something happened that a client may want to know: `kind` names it, `data` says more, as JSON."""
+
+    kind: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed; due at the core's `deadline()`."""
 
@@ -125,6 +133,7 @@ Event = (
     | UserTextLost
     | Failed
     | EngineLost
+    | SessionNotice
     | Tick
 )
 
@@ -170,6 +179,14 @@ class SendDetails:
 
 
 @dataclass(frozen=True)
+class SendNotice:
+    """Something the client may want to know; see SessionNotice."""
+
+    kind: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class SendError:
     """Why the session ends, in words for people."""
 
@@ -197,6 +214,14 @@ class Close:
 
 
 Send = (
-    SendHandshake | SendAudio | SendText | SendUserText | SendPlace | SendDetails | SendError | SendKeepAlive
+    SendHandshake
+    | SendAudio
+    | SendText
+    | SendUserText
+    | SendPlace
+    | SendDetails
+    | SendNotice
+    | SendError
+    | SendKeepAlive
 )
 Command = Send | FeedAudio | Close

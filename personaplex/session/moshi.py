@@ -35,6 +35,7 @@ from personaplex.session.events import (
     SendError,
     SendHandshake,
     SendKeepAlive,
+    SendNotice,
     SendPlace,
     SendText,
     SendUserText,
@@ -187,6 +188,8 @@ def bytes_of(command: Send) -> bytes:
             return encode(Metadata({"type": "queue", "position": position}))
         case SendDetails(details):
             return encode(Metadata({"type": "session", **details}))
+        case SendNotice(kind, data):
+            return encode(Metadata({"type": kind, **data}))
         case SendError(message):
             return encode(Error(message))
 

@@ -42,6 +42,7 @@ from personaplex.session.events import (
     Ready,
     SendError,
     SendUserText,
+    SessionNotice,
     Tick,
     UserText,
     UserTextLost,
@@ -100,6 +101,7 @@ EVERY_EVENT: list[Event] = [
     AudioHeard(),
     Failed(BadAudio("no sound")),
     EngineLost(),
+    SessionNotice("recording"),
     Tick(),
 ]
 EVERY_PEER_EVENT: list[PeerEvent] = [
@@ -259,6 +261,15 @@ def test_nothing_comes_before_the_handshake_unless_it_was_asked_for() -> None:
     assert core.receive(Queued(3), 1.0) == []
     assert core.receive(LeaseGranted(), 2.0) == []
     assert sent(core.receive(Ready(), 2.0))[0] == Handshake()
+
+
+def test_notices_go_to_those_who_asked_for_status_and_to_nobody_else() -> None:
+    notice = SessionNotice("recording", {"recorded": False})
+    for state in (OPENING, PRIMING, LIVE):
+        told = sent(in_state(state, status=True).receive(notice, 2.0))
+        assert told == [Metadata({"type": "recording", "recorded": False})]
+        assert in_state(state).receive(notice, 2.0) == [], "stock clients"
+    assert in_state(CLOSING, status=True).receive(notice, 2.0) == []
 
 
 def test_queue_positions_are_metadata() -> None:
