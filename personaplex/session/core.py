@@ -26,7 +26,9 @@ Laws:
 6. A peer must send audio that can be decoded: within `first_audio_s` of the handshake, then every `idle_s`.
    For one that was heard before the handshake `idle_s` holds at once. Nothing else it sends counts, so that a
    byte now and then does not hold a slot; silence is audio.
-7. Every end on our side is an error message, for people, and then a close with a code and a reason; where
+7. What the user said goes to peers that asked for it (`user_text`) as soon as it is known, but not before
+   the handshake. Nothing waits for it.
+8. Every end on our side is an error message, for people, and then a close with a code and a reason; where
    there was no room both say when to come back. After Close nothing is sent; what the engine still delivers
    is ignored.
 """
@@ -73,8 +75,11 @@ from personaplex.session.events import (
     SendNotice,
     SendPlace,
     SendText,
+    SendUserText,
     SessionNotice,
     Tick,
+    UserText,
+    UserTextLost,
 )
 from personaplex.session.pacer import Pacer
 
@@ -118,6 +123,8 @@ _LATE = (
     Ready,
     AgentAudio,
     AgentText,
+    UserText,
+    UserTextLost,
     AudioHeard,
     SessionNotice,
     Failed,
@@ -142,6 +149,8 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         PeerAudio: (PRIMING, LIVE, CLOSING),
         PeerMessage: (PRIMING, CLOSING),
         AudioHeard: (PRIMING,),
+        UserText: (PRIMING,),
+        UserTextLost: (PRIMING,),
         SessionNotice: (PRIMING,),
         Ready: (PRIMING, LIVE),
         Failed: (CLOSING,),
@@ -154,6 +163,8 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         PeerMessage: (LIVE, CLOSING),
         AgentAudio: (LIVE,),
         AgentText: (LIVE,),
+        UserText: (LIVE,),
+        UserTextLost: (LIVE,),
         AudioHeard: (LIVE,),
         SessionNotice: (LIVE,),
         Failed: (CLOSING,),
@@ -189,15 +200,25 @@ class Limits:
 class SessionCore:
     """One session; `receive` is its only entry point. Times are seconds of one monotonic clock."""
 
-    def __init__(self, headers: Sequence[bytes], limits: Limits, now: float, *, status: bool = False) -> None:
+    def __init__(
+        self,
+        headers: Sequence[bytes],
+        limits: Limits,
+        now: float,
+        *,
+        status: bool = False,
+        user_text: bool = False,
+    ) -> None:
         """`headers`: header pages of the agent's Ogg stream. `now`: when the connection was accepted.
-        `status`: the peer wants to know how it stands before the handshake."""
+        `status`: the peer wants to know how it stands before the handshake. `user_text`: it wants the
+        transcript of its own speech."""
         self.state = OPENING
         self.error: PersonaplexError | None = None  # why our side ended it
         self.ignored = 0  # messages the protocol does not know
         self.pacer = Pacer(limits.burst_s)
         self._status = status
-        self._details: list[Command] = []  # to be sent once live
+        self._user_text = user_text
+        self._details: list[Command] = []  # to be sent once live, with what the user said before
         self._headers = headers
         self._limits = limits
         self._handshake_at = now + HANDSHAKE_DELAY_S
@@ -259,13 +280,15 @@ class SessionCore:
                 self._ready = True
                 if self._status:
                     return [SendDetails(details), *self._go_live_when_due(now)]
-                self._details = [SendDetails(details)]
+                self._details.insert(0, SendDetails(details))
                 return self._go_live_when_due(now)
             case AgentAudio(page, quiet):
                 self.pacer.push(page, now, quiet)
                 return self._release(now)
             case AgentText(text):
                 return [*map(SendText, self.pacer.add_text(text))] if text else []
+            case UserText() | UserTextLost():
+                return self._tell_user_text(SendUserText(event)) if self._user_text else []
             case AudioHeard():
                 self._heard = True
                 if self.state is LIVE:
@@ -279,6 +302,12 @@ class SessionCore:
                 raise SessionLost("the server running this session failed; please connect again")
             case _:
                 return self._tick(now)
+
+    def _tell_user_text(self, command: SendUserText) -> list[Command]:
+        if self.state is LIVE:
+            return [command]
+        self._details.append(command)
+        return []
 
     def _spend(self, size: int, now: float) -> None:
         self._messages.refill(now)

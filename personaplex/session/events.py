@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from personaplex.errors import PersonaplexError
+from personaplex.words import Segment
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,23 @@ class AgentText:
 
 
 @dataclass(frozen=True)
+class UserText:
+    """What the user said, as the transcriber read it: some time after its end, in order of time."""
+
+    segment: Segment
+
+
+@dataclass(frozen=True)
+class UserTextLost:
+    """The user spoke from `start` to `end`, seconds as in `Segment`, and there will be no text of it: the
+    transcriber was `behind` or `unavailable`."""
+
+    start: float
+    end: float
+    reason: Literal["behind", "unavailable"]
+
+
+@dataclass(frozen=True)
 class Failed:
     """The session cannot start or go on: refused, bad audio, unknown voice, no capacity."""
 
@@ -111,6 +129,8 @@ Event = (
     | AgentAudio
     | AudioHeard
     | AgentText
+    | UserText
+    | UserTextLost
     | Failed
     | EngineLost
     | SessionNotice
@@ -135,6 +155,13 @@ class SendText:
     """Agent text, to be appended verbatim; never empty."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class SendUserText:
+    """What the user said, or that nobody can tell; only to peers that asked for it."""
+
+    heard: UserText | UserTextLost
 
 
 @dataclass(frozen=True)
@@ -186,5 +213,15 @@ class Close:
     reason: str
 
 
-Send = SendHandshake | SendAudio | SendText | SendPlace | SendDetails | SendNotice | SendError | SendKeepAlive
+Send = (
+    SendHandshake
+    | SendAudio
+    | SendText
+    | SendUserText
+    | SendPlace
+    | SendDetails
+    | SendNotice
+    | SendError
+    | SendKeepAlive
+)
 Command = Send | FeedAudio | Close
