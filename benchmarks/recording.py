@@ -3,8 +3,9 @@
     python -m benchmarks.recording [--sessions 8] [--seconds 15] [--rounds 5] [--output FILE]
 
 The engine does no maths (`echo`). One service lets its clients choose; rounds of recorded and unrecorded
-sessions take turns. `delay` and `CPU` are those of `benchmarks.serving`. The ratio is that of the medians; the spread is
-that of the rounds of one kind, least to greatest over their median: a ratio within it says nothing.
+sessions take turns. `delay` and `CPU` are those of `benchmarks.serving`. The ratio is that of the medians.
+The spread is that of the rounds of one kind, from least to greatest over their median; a ratio within it says
+nothing.
 """
 
 from __future__ import annotations
