@@ -208,10 +208,11 @@ class SessionCore:
         *,
         status: bool = False,
         user_text: bool = False,
+        handshake_delay_s: float = HANDSHAKE_DELAY_S,
     ) -> None:
         """`headers`: header pages of the agent's Ogg stream. `now`: when the connection was accepted.
         `status`: the peer wants to know how it stands before the handshake. `user_text`: it wants the
-        transcript of its own speech."""
+        transcript of its own speech. `handshake_delay_s`: 0 for one whose decoder runs already."""
         self.state = OPENING
         self.error: PersonaplexError | None = None  # why our side ended it
         self.ignored = 0  # messages the protocol does not know
@@ -221,7 +222,7 @@ class SessionCore:
         self._details: list[Command] = []  # to be sent once live, with what the user said before
         self._headers = headers
         self._limits = limits
-        self._handshake_at = now + HANDSHAKE_DELAY_S
+        self._handshake_at = now + handshake_delay_s
         self._queued = False
         self._ready = False
         self._ends_at = float("inf")
