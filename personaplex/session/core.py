@@ -25,7 +25,9 @@ Laws:
 6. A peer must send audio that can be decoded: within `first_audio_s` of the handshake, then every `idle_s`.
    For one that was heard before the handshake `idle_s` holds at once. Nothing else it sends counts, so that a
    byte now and then does not hold a slot; silence is audio.
-7. Every end on our side is an error message, for people, and then a close with a code and a reason; where
+7. A peer that says only after the upgrade what session it wants (`begin_s`) has that long for it, and a slot
+   is asked for once it has (Begun). One that is done (PeerEnds) gets a close with code 1000.
+8. Every end on our side is an error message, for people, and then a close with a code and a reason; where
    there was no room both say when to come back. After Close nothing is sent; what the engine still delivers
    is ignored.
 """
@@ -51,6 +53,7 @@ from personaplex.session.events import (
     AgentAudio,
     AgentText,
     AudioHeard,
+    Begun,
     Close,
     Command,
     EngineLost,
@@ -60,6 +63,7 @@ from personaplex.session.events import (
     LeaseGranted,
     PeerAudio,
     PeerClosed,
+    PeerEnds,
     PeerMessage,
     Queued,
     Ready,
@@ -109,23 +113,26 @@ def after(
     return allowed
 
 
-_LATE = (Queued, LeaseGranted, Ready, AgentAudio, AgentText, AudioHeard, Failed, EngineLost, Tick)
+_LATE = (Begun, Queued, LeaseGranted, Ready, AgentAudio, AgentText, AudioHeard, Failed, EngineLost, Tick)
 
 TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     OPENING: {
         PeerAudio: (OPENING, CLOSING),
         PeerMessage: (OPENING, CLOSING),
+        PeerEnds: (CLOSING,),
         AudioHeard: (OPENING,),
+        Begun: (OPENING,),
         Queued: (OPENING,),
         LeaseGranted: (PRIMING,),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
-        Tick: (OPENING,),
+        Tick: (OPENING, CLOSING),
         PeerClosed: (CLOSED,),
     },
     PRIMING: {
         PeerAudio: (PRIMING, LIVE, CLOSING),
         PeerMessage: (PRIMING, CLOSING),
+        PeerEnds: (CLOSING,),
         AudioHeard: (PRIMING,),
         Ready: (PRIMING, LIVE),
         Failed: (CLOSING,),
@@ -136,6 +143,7 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     LIVE: {
         PeerAudio: (LIVE, CLOSING),
         PeerMessage: (LIVE, CLOSING),
+        PeerEnds: (CLOSING,),
         AgentAudio: (LIVE,),
         AgentText: (LIVE,),
         AudioHeard: (LIVE,),
@@ -148,6 +156,7 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         **dict.fromkeys(_LATE, (CLOSING,)),
         PeerAudio: (CLOSING,),
         PeerMessage: (CLOSING,),
+        PeerEnds: (CLOSING,),
         PeerClosed: (CLOSED,),
     },
     CLOSED: {**dict.fromkeys(_LATE, (CLOSED,)), PeerClosed: (CLOSED,)},
@@ -162,6 +171,7 @@ class Limits:
     idle_s: float = 60.0  # without audio from the peer, while live
     first_audio_s: float = 15.0  # the same from the handshake on; idle_s where that is less
     burst_s: float = BURST_S  # of audio that a peer may send at once
+    bytes_per_s: float = BYTES_PER_S
 
     @property
     def burst_share(self) -> float:
@@ -172,9 +182,19 @@ class Limits:
 class SessionCore:
     """One session; `receive` is its only entry point. Times are seconds of one monotonic clock."""
 
-    def __init__(self, headers: Sequence[bytes], limits: Limits, now: float, *, status: bool = False) -> None:
-        """`headers`: header pages of the agent's Ogg stream. `now`: when the connection was accepted.
-        `status`: the peer wants to know how it stands before the handshake."""
+    def __init__(
+        self,
+        headers: Sequence[bytes],
+        limits: Limits,
+        now: float,
+        *,
+        status: bool = False,
+        handshake_delay_s: float = HANDSHAKE_DELAY_S,
+        begin_s: float = float("inf"),
+    ) -> None:
+        """`headers`: header pages of the agent's stream. `now`: when the connection was accepted. `status`:
+        the peer wants to know how it stands before the handshake. `begin_s`: law 7; leave it out where the
+        session is known at the upgrade."""
         self.state = OPENING
         self.error: PersonaplexError | None = None  # why our side ended it
         self.ignored = 0  # messages the protocol does not know
@@ -183,7 +203,8 @@ class SessionCore:
         self._details: list[Command] = []  # to be sent once live
         self._headers = headers
         self._limits = limits
-        self._handshake_at = now + HANDSHAKE_DELAY_S
+        self._handshake_at = now + handshake_delay_s
+        self._begin_s, self._begin_due = begin_s, now + begin_s
         self._queued = False
         self._ready = False
         self._ends_at = float("inf")
@@ -192,7 +213,7 @@ class SessionCore:
         self._audio_limit_s = 0.0  # for the next audio, and when it ends
         self._audio_due = float("inf")
         self._messages = Allowance(MESSAGES_PER_S, MESSAGE_BURST * limits.burst_share, now=now)
-        self._bytes = Allowance(BYTES_PER_S, BYTE_BURST * limits.burst_share, now=now)
+        self._bytes = Allowance(limits.bytes_per_s, BYTE_BURST * limits.burst_share, now=now)
 
     def receive(self, event: Event, now: float) -> list[Command]:
         """What to do about `event`, in order. Raises IllegalEvent for one that TABLE does not list."""
@@ -216,6 +237,8 @@ class SessionCore:
         """When the next Tick is due, or None when only an event can change anything."""
         if self.state is PRIMING and self._ready:
             return self._handshake_at
+        if self.state is OPENING and self._begin_due < float("inf"):
+            return self._begin_due
         if self.state is not LIVE:
             return None
         page = self.pacer.deadline()
@@ -231,6 +254,12 @@ class SessionCore:
             case PeerMessage(size, known):
                 self._spend(size, now)
                 self.ignored += not known
+                return []
+            case PeerEnds():
+                self.state = CLOSING
+                return [Close(1000, "")]
+            case Begun():
+                self._begin_due = float("inf")
                 return []
             case Queued(position):
                 self._queued = True
@@ -267,7 +296,7 @@ class SessionCore:
         if not self._messages.spend(1):
             raise ProtocolError(f"more than {MESSAGES_PER_S:g} messages per second")
         if not self._bytes.spend(size):
-            raise ProtocolError(f"more than {BYTES_PER_S / 1_024:g} KiB per second")
+            raise ProtocolError(f"more than {self._limits.bytes_per_s / 1_024:g} KiB per second")
 
     def _go_live_when_due(self, now: float) -> list[Command]:
         if self.state is not PRIMING or not self._ready or now < self._handshake_at:
@@ -280,6 +309,8 @@ class SessionCore:
 
     def _tick(self, now: float) -> list[Command]:
         if self.state is not LIVE:
+            if now >= self._begin_due:
+                raise SessionIdle(f"no session was begun for {self._begin_s:g} s")
             return self._go_live_when_due(now)
         if now >= self._ends_at:
             raise SessionExpired("the session reached its time limit")
@@ -305,4 +336,4 @@ class SessionCore:
         words = str(error)
         if isinstance(error, NoCapacity):
             words += f"; try again in {error.retry_after_s:g} s"
-        return [SendError(words), Close(error.close_code, words)]
+        return [SendError(words, error), Close(error.close_code, words)]

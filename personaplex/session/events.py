@@ -16,7 +16,7 @@ from personaplex.errors import PersonaplexError
 
 @dataclass(frozen=True)
 class PeerAudio:
-    """A piece of the peer's Ogg stream, not empty. `size`: bytes of the message it came in."""
+    """A piece of the peer's stream, not empty. `size`: bytes of the message it came in."""
 
     data: bytes
     size: int
@@ -29,6 +29,16 @@ class PeerMessage:
 
     size: int
     known: bool = True
+
+
+@dataclass(frozen=True)
+class PeerEnds:
+    """The peer has said that it is done, and was told so in its protocol's own way."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The peer has said what session it wants; it asks for a slot."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,8 @@ class AudioHeard:
 
 @dataclass(frozen=True)
 class AgentAudio:
-    """80 ms of agent speech: one whole Ogg page. `quiet` if leaving it out would not be heard."""
+    """80 ms of agent speech in the peer's format: of Ogg one whole page. `quiet` if leaving it out would not
+    be heard."""
 
     page: bytes
     quiet: bool = False
@@ -96,7 +107,9 @@ class Tick:
 Event = (
     PeerAudio
     | PeerMessage
+    | PeerEnds
     | PeerClosed
+    | Begun
     | Queued
     | LeaseGranted
     | Ready
@@ -116,7 +129,7 @@ class SendHandshake:
 
 @dataclass(frozen=True)
 class SendAudio:
-    """One Ogg page of the agent's stream."""
+    """80 ms of the agent's stream."""
 
     page: bytes
 
@@ -144,9 +157,10 @@ class SendDetails:
 
 @dataclass(frozen=True)
 class SendError:
-    """Why the session ends, in words for people."""
+    """Why the session ends, in words for people and as what was raised."""
 
     message: str
+    error: PersonaplexError | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -156,7 +170,7 @@ class SendKeepAlive:
 
 @dataclass(frozen=True)
 class FeedAudio:
-    """Hand these bytes of the peer's Ogg stream to the transcoder."""
+    """Hand these bytes of the peer's stream to the transcoder."""
 
     data: bytes
 
