@@ -1,4 +1,4 @@
-"""OpenAI's Live protocol: what clients' events mean, what is told back, and that all of it is of the types."""
+"""OpenAI's Live protocol: what clients' events mean, and that all that is told back is of the types."""
 
 from __future__ import annotations
 
