@@ -12,7 +12,8 @@ Laws:
    fault of the shell and raises IllegalEvent. What the peer does never raises: it closes the session.
 2. The handshake is sent once, on entering LIVE, followed by the two header pages of the agent's stream and
    the session's details. Stock clients take the first message for the handshake, so nothing comes before it;
-   but a client that asked for `status` gets its place in the queue, and the details once they are known.
+   but a client that asked for `status` gets its place in the queue, the details once they are known, and
+   every notice; others get no notices.
    LIVE waits for Ready and for HANDSHAKE_DELAY_S since the upgrade: a browser needs that to start its
    decoder. Clients that talk first wait for no handshake, so get it at once.
 3. Audio is handed on in order, whenever it comes: a client's stream starts with headers that cannot be had
@@ -25,9 +26,11 @@ Laws:
 6. A peer must send audio that can be decoded: within `first_audio_s` of the handshake, then every `idle_s`.
    For one that was heard before the handshake `idle_s` holds at once. Nothing else it sends counts, so that a
    byte now and then does not hold a slot; silence is audio.
-7. A peer that says only after the upgrade what session it wants (`begin_s`) has that long for it, and a slot
+7. What the user said goes to peers that asked for it (`user_text`) as soon as it is known, but not before
+   the handshake. Nothing waits for it.
+8. A peer that says only after the upgrade what session it wants (`begin_s`) has that long for it, and a slot
    is asked for once it has (Begun). One that is done (PeerEnds) gets a close with code 1000.
-8. Every end on our side is an error message, for people, and then a close with a code and a reason; where
+9. Every end on our side is an error message, for people, and then a close with a code and a reason; where
    there was no room both say when to come back. After Close nothing is sent; what the engine still delivers
    is ignored.
 """
@@ -73,9 +76,14 @@ from personaplex.session.events import (
     SendError,
     SendHandshake,
     SendKeepAlive,
+    SendNotice,
     SendPlace,
     SendText,
+    SendUserText,
+    SessionNotice,
     Tick,
+    UserText,
+    UserTextLost,
 )
 from personaplex.session.pacer import Pacer
 
@@ -113,7 +121,21 @@ def after(
     return allowed
 
 
-_LATE = (Begun, Queued, LeaseGranted, Ready, AgentAudio, AgentText, AudioHeard, Failed, EngineLost, Tick)
+_LATE = (
+    Begun,
+    Queued,
+    LeaseGranted,
+    Ready,
+    AgentAudio,
+    AgentText,
+    UserText,
+    UserTextLost,
+    AudioHeard,
+    SessionNotice,
+    Failed,
+    EngineLost,
+    Tick,
+)
 
 TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     OPENING: {
@@ -122,6 +144,7 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         PeerEnds: (CLOSING,),
         AudioHeard: (OPENING,),
         Begun: (OPENING,),
+        SessionNotice: (OPENING,),
         Queued: (OPENING,),
         LeaseGranted: (PRIMING,),
         Failed: (CLOSING,),
@@ -134,6 +157,9 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         PeerMessage: (PRIMING, CLOSING),
         PeerEnds: (CLOSING,),
         AudioHeard: (PRIMING,),
+        UserText: (PRIMING,),
+        UserTextLost: (PRIMING,),
+        SessionNotice: (PRIMING,),
         Ready: (PRIMING, LIVE),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
@@ -146,7 +172,10 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         PeerEnds: (CLOSING,),
         AgentAudio: (LIVE,),
         AgentText: (LIVE,),
+        UserText: (LIVE,),
+        UserTextLost: (LIVE,),
         AudioHeard: (LIVE,),
+        SessionNotice: (LIVE,),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
         Tick: (LIVE, CLOSING),
@@ -189,18 +218,20 @@ class SessionCore:
         now: float,
         *,
         status: bool = False,
+        user_text: bool = False,
         handshake_delay_s: float = HANDSHAKE_DELAY_S,
         begin_s: float = float("inf"),
     ) -> None:
         """`headers`: header pages of the agent's stream. `now`: when the connection was accepted. `status`:
-        the peer wants to know how it stands before the handshake. `begin_s`: law 7; leave it out where the
-        session is known at the upgrade."""
+        the peer wants to know how it stands before the handshake. `user_text`: it wants the transcript of its
+        own speech. `begin_s`: law 8; leave it out where the session is known at the upgrade."""
         self.state = OPENING
         self.error: PersonaplexError | None = None  # why our side ended it
         self.ignored = 0  # messages the protocol does not know
         self.pacer = Pacer(limits.burst_s)
         self._status = status
-        self._details: list[Command] = []  # to be sent once live
+        self._user_text = user_text
+        self._details: list[Command] = []  # to be sent once live, with what the user said before
         self._headers = headers
         self._limits = limits
         self._handshake_at = now + handshake_delay_s
@@ -271,24 +302,34 @@ class SessionCore:
                 self._ready = True
                 if self._status:
                     return [SendDetails(details), *self._go_live_when_due(now)]
-                self._details = [SendDetails(details)]
+                self._details.insert(0, SendDetails(details))
                 return self._go_live_when_due(now)
             case AgentAudio(page, quiet):
                 self.pacer.push(page, now, quiet)
                 return self._release(now)
             case AgentText(text):
                 return [*map(SendText, self.pacer.add_text(text))] if text else []
+            case UserText() | UserTextLost():
+                return self._tell_user_text(SendUserText(event)) if self._user_text else []
             case AudioHeard():
                 self._heard = True
                 if self.state is LIVE:
                     self._await_audio(self._limits.idle_s, now)
                 return []
+            case SessionNotice(kind, data):
+                return [SendNotice(kind, data)] if self._status else []
             case Failed(error):
                 raise error
             case EngineLost():
                 raise SessionLost("the server running this session failed; please connect again")
             case _:
                 return self._tick(now)
+
+    def _tell_user_text(self, command: SendUserText) -> list[Command]:
+        if self.state is LIVE:
+            return [command]
+        self._details.append(command)
+        return []
 
     def _spend(self, size: int, now: float) -> None:
         self._messages.refill(now)
