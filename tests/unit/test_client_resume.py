@@ -66,16 +66,19 @@ class Resumable:
         self.close_codes: list[int | None] = []
 
     async def __call__(self, socket: ServerConnection) -> None:
-        query = query_of(socket)
-        self.queries.append(query)
+        self.queries.append(query_of(socket))
+        with contextlib.suppress(ConnectionClosed):
+            await self._serve(socket, self.queries[-1])
+        self.close_codes.append(socket.close_code)
+
+    async def _serve(self, socket: ServerConnection, query: dict[str, str]) -> None:
         if "resume" not in query:
             await echo(socket, after=lambda n: self.end(socket) if n == CUT_AFTER else None, **self.ticket(1))
-        else:
-            frame = int(query["heard"]) + LOST
-            resumed = {"frame": frame, "lost_frames": LOST, "lost_text": " [lost]"}
-            details = {"resumed": resumed, **self.ticket(2)}
-            await echo(socket, frames_before=frame, handshake_delay_s=0.0, **details)
-        self.close_codes.append(socket.close_code)
+            return
+        frame = int(query["heard"]) + LOST
+        resumed = {"frame": frame, "lost_frames": LOST, "lost_text": " [lost]"}
+        details = {"resumed": resumed, **self.ticket(2)}
+        await echo(socket, frames_before=frame, handshake_delay_s=0.0, **details)
 
     def ticket(self, number: int) -> dict[str, object]:
         return {"resume": f"token-{number}", "grace_s": 10}
