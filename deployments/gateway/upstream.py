@@ -49,13 +49,12 @@ from personaplex.record.format import Row
 from personaplex.session.core import Limits
 from personaplex.session.events import (
     AgentText,
-    Continued,
     Event,
     Failed,
-    Interrupted,
     LeaseGranted,
     Queued,
     Ready,
+    SessionNotice,
 )
 from personaplex.sessionlog import SessionRecorder
 from personaplex.tokenlog import TokenLog
@@ -66,6 +65,7 @@ STALE_S = 2 * FRAME_SECONDS  # a frame that waited longer for its slot is late t
 UNANSWERED_LIMIT = 1_024  # frames: more than the queues between a gateway and an engine hold
 CAUGHT_UP = 2  # frames without an answer, of a replica that keeps up
 SETTLED_FRAMES = 25  # answered: whatever lost the replica before, the session is not to blame
+INTERRUPTED, CONTINUED = "interrupted", "continued"  # what clients are told that asked for status
 LEAVE_TIMEOUT_S = 2.0  # for a replica to say that a slot is free
 
 
@@ -349,7 +349,7 @@ class Upstream:
         self._search = asyncio.ensure_future(self._run(self._failover))
         if self._was_ready and not self._interrupted:
             self._interrupted = True
-            self._emit(Interrupted())
+            self._emit(SessionNotice(INTERRUPTED))
 
     async def _run(self, failover: Failover) -> None:
         try:
@@ -391,7 +391,8 @@ class Upstream:
     def _continue(self, slot: Slot, **details: Any) -> None:
         if self._interrupted:
             self._interrupted = False
-            self._emit(Continued({"generation": slot.generation, "frame": len(self.log), **details}))
+            told = {"generation": slot.generation, "frame": len(self.log), **details}
+            self._emit(SessionNotice(CONTINUED, told))
 
     def _notice_progress(self, frame: UserFrame | None) -> None:
         """After a reply of a silent replica, or of a new one that has not caught up."""

@@ -18,14 +18,14 @@ from sessions import PERSONAS, engine, speech
 from deployments.gateway.failover import LOST_LIMIT
 from deployments.gateway.leases import Claim
 from deployments.gateway.stats import SessionStats
-from deployments.gateway.upstream import Services, Upstream
+from deployments.gateway.upstream import CONTINUED, INTERRUPTED, Services, Upstream
 from deployments.metrics import FAILOVER_SECONDS, FAILOVERS
 from deployments.replica import sessions as replica_sessions
 from deployments.wire.messages import LeaseRequest, MessageKind
 from personaplex.engine.interface import Stepper
 from personaplex.errors import EngineFault, LogRefused, NoCapacity, SessionLost, UnknownVersion
 from personaplex.persona import Persona
-from personaplex.session.events import Continued, Event, Failed, Interrupted, Ready
+from personaplex.session.events import Event, Failed, Ready, SessionNotice
 
 AFTER_S = 0.4
 PACE_S = 0.02  # four times real time
@@ -62,6 +62,9 @@ class Talker:
 
     def of(self, kind: type[Any]) -> list[Any]:
         return [event for event in self.events if isinstance(event, kind)]
+
+    def told(self, kind: str) -> list[SessionNotice]:
+        return [notice for notice in self.of(SessionNotice) if notice.kind == kind]
 
     @property
     def error(self) -> Exception | None:
@@ -142,7 +145,7 @@ def test_three_kills_change_no_token() -> None:
             for talker in talkers:
                 await talker.answered(frames)
                 assert_unharmed(talker, engine(1), frames)
-                assert len(talker.of(Interrupted)) == len(talker.of(Continued)) == 3
+                assert len(talker.told(INTERRUPTED)) == len(talker.told(CONTINUED)) == 3
                 await talker.close()
             await all_free(fleet, lent)
 
@@ -177,7 +180,7 @@ def test_a_short_silence_is_a_gap() -> None:
             await speaking
             await talker.answered(40)
             assert_unharmed(talker, memory(), 40)
-            assert not talker.of(Interrupted)
+            assert not talker.told(INTERRUPTED)
             assert talker.replica == first.name
             await talker.close()
 
@@ -201,7 +204,7 @@ def test_after_a_long_silence_nothing_of_the_old_replica_is_heard() -> None:
             await talker.answered(90)
             assert_unharmed(talker, memory(), 90)
             await used(fleet, 0, 1)
-            assert len(talker.of(Interrupted)) == len(talker.of(Continued)) == 1
+            assert len(talker.told(INTERRUPTED)) == len(talker.told(CONTINUED)) == 1
             await talker.close()
 
     run(test)
@@ -217,13 +220,13 @@ def test_without_another_replica_a_long_silence_is_a_gap_too() -> None:
             (only,) = fleet.replicas
             only.freeze()
             speaking = asyncio.ensure_future(talker.speak(10, 90))
-            await until(lambda: talker.of(Interrupted))
+            await until(lambda: talker.told(INTERRUPTED))
             await asyncio.sleep(2 * AFTER_S)
             only.thaw()
             await speaking
             await talker.answered(90)
             assert_unharmed(talker, memory(), 90)
-            assert len(talker.of(Interrupted)) == len(talker.of(Continued)) == 1
+            assert len(talker.told(INTERRUPTED)) == len(talker.told(CONTINUED)) == 1
             await talker.close()
             await used(fleet, 0)
 
@@ -417,7 +420,7 @@ def test_a_replica_lost_before_the_slot_was_ready_costs_nobody_anything() -> Non
             await talker.answered(20)
             assert_unharmed(talker, memory(), 20)
             assert len(talker.of(Ready)) == 1
-            assert not talker.of(Interrupted)
+            assert not talker.told(INTERRUPTED)
             await talker.close()
 
     run(test)
