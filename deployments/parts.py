@@ -28,6 +28,8 @@ class _Part:
     burst_frames: int
     stall_limit_s: float
     lease_timeout_s: float
+    media_tls: Literal["off", "own", "files"]
+    media_tls_dir: Path | None
 
     @classmethod
     def of(cls: type[P], settings: Settings) -> P:

@@ -180,6 +180,14 @@ class Settings(BaseSettings):
     media_port_max: int = Field(
         0, ge=0, le=65_535, description="Last media port; unset with media_port_min 0."
     )
+    media_tls: Literal["off", "own", "files"] = Field(
+        "off",
+        description="TLS 1.3 between gateways and replicas: own makes certificates itself, files takes "
+        "tls.crt, tls.key and ca.crt in media_tls_dir. Both ends prove who they are with or without it.",
+    )
+    media_tls_dir: Path | None = Field(
+        None, description="Directory of the certificate for media_tls=files, on gateways and replicas."
+    )
     lease_timeout_s: float = Field(
         5.0, gt=0, description="A slot whose gateway does not connect within this time is freed."
     )
@@ -328,6 +336,8 @@ class Settings(BaseSettings):
             raise ValueError("weights=int8 leaves nothing for cpu_offload: choose one of the two")
         if self.record != "off" and self.record_dir is None:
             raise ValueError("record needs record_dir")
+        if self.media_tls == "files" and self.media_tls_dir is None:
+            raise ValueError("media_tls=files needs media_tls_dir")
         if self.replicas_max < self.replicas_min:
             raise ValueError("replicas_max is less than replicas_min")
         if (

@@ -50,10 +50,13 @@ from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
 from deployments.gateway.upstream import Services
+from deployments.keysync import KeySync
 from deployments.parts import GatewaySettings
 from deployments.settings import all_keys, behind_haproxy, proxies_in_front, proxy_callback
-from deployments.wire.link import connect
-from deployments.wire.messages import LeaseRequest
+from deployments.wire.handshake import GatewayHandshake
+from deployments.wire.link import Link, OnLost, OnMessage, connect
+from deployments.wire.messages import Grant, LeaseRequest
+from deployments.wire.tls import gateway_context
 from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, SessionLost
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
@@ -89,6 +92,8 @@ class Gateway:
             peer_is_proxy=behind_haproxy(),
         )
         self._reconnects = Reconnects()
+        self._keys = KeySync(fleet)
+        self._tls = None if settings.media_tls == "off" else gateway_context(settings.media_tls_dir)
         self._records = Records.of(settings, self._metrics)
         self._services = Services(
             leases=self._leases,
@@ -99,14 +104,7 @@ class Gateway:
                 first_audio_s=settings.first_audio_s,
                 burst_s=settings.burst_s,
             ),
-            connect=lambda grant, on_message, on_lost: connect(
-                grant.host,
-                grant.port,
-                on_message,
-                on_lost,
-                outbox=settings.burst_frames,
-                stall_s=settings.stall_limit_s,
-            ),
+            connect=self._connect,
             connect_timeout_s=settings.lease_timeout_s,
             keep=self._keep,
             changed=self._publish,
@@ -299,6 +297,18 @@ class Gateway:
             caller = f"{caller} {persona.voice} {hash(persona.text_prompt)}"
             self._reconnects.check(caller, time.monotonic())
             yield persona, caller
+
+    async def _connect(self, grant: Grant, on_message: OnMessage, on_lost: OnLost) -> Link:
+        return await connect(
+            grant.host,
+            grant.port,
+            on_message,
+            on_lost,
+            handshake=GatewayHandshake(await self._keys.known(), grant.replica),
+            outbox=self._settings.burst_frames,
+            stall_s=self._settings.stall_limit_s,
+            tls=self._tls,
+        )
 
     async def _free_slot(self) -> bool:
         return any(one.accepting and one.used < one.slots for one in await self._fleet.describe())

@@ -22,13 +22,16 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments import logs, metrics
+from deployments.keysync import KeySync
 from deployments.parts import ReplicaSettings
 from deployments.replica.models import load
 from deployments.replica.reporter import Reporter
 from deployments.settings import AUTO
 from deployments.wire import messages
+from deployments.wire.handshake import ReplicaHandshake
 from deployments.wire.link import Link, listen
 from deployments.wire.messages import Grant, LeaseRequest, MessageKind, Refusal, ReplicaStatus, SessionStatus
+from deployments.wire.tls import replica_context
 from personaplex.engine.interface import Loaded, Stepper
 from personaplex.engine.loop import Batch, Closed, EngineEvent, EngineLoop, Faulted, Opened, Refused, Stepped
 from personaplex.errors import EngineFault, PersonaplexError, ProtocolError, SessionLost
@@ -70,6 +73,7 @@ class Replica:
         self._open: dict[int, _Holder] = {}  # by the engine loop's number
         self._published: dict[str, int] = {}  # totals as last published
         self._accepting = True
+        self._certificate = b""  # digest of the media link's, over TLS
         self._engine = EngineLoop(
             self._load,
             self._from_engine,
@@ -79,9 +83,19 @@ class Replica:
         began = time.monotonic()
         started = asyncio.wrap_future(self._engine.start())
         self._slots = await asyncio.wait_for(started, settings.load_timeout_s)
+        self._keys = KeySync(fleet)
+        tls = None
+        if settings.media_tls != "off":
+            tls, self._certificate = await asyncio.to_thread(replica_context, settings.media_tls_dir)
         self._host = settings.media_host or _node_address()
+        await asyncio.wait_for(self._keys.known(), settings.load_timeout_s)
         self._server, self._port = await listen(
-            self._accept, self._host, settings.media_port_min, settings.media_port_max
+            self._accept,
+            self._host,
+            settings.media_port_min,
+            settings.media_port_max,
+            tls=tls,
+            tls_timeout_s=settings.lease_timeout_s,
         )
         self._reporter = Reporter(fleet, self._status, self._close_sessions)
         self._publish_slots()
@@ -117,6 +131,7 @@ class Replica:
     async def __del__(self) -> None:
         if hasattr(self, "_reporter"):
             self._keeping.cancel()
+            self._keys.close()
             await self._reporter.close()
             self._server.close()
             await asyncio.to_thread(self._engine.stop)
@@ -161,6 +176,8 @@ class Replica:
         link = Link(
             self._message,
             self._lost,
+            handshake=ReplicaHandshake(self._keys.keyring, self._name),
+            certificate=self._certificate,
             outbox=self._settings.burst_frames,
             stall_s=self._settings.stall_limit_s,
         )

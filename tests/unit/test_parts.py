@@ -89,6 +89,8 @@ BOTH: dict[str, Any] = {
     "stall_limit_s": 70.0,
     "burst_s": 7.0,
     "lease_timeout_s": 7.0,
+    "media_tls": "own",
+    "media_tls_dir": Path("tls"),
     "target_utilisation": 0.5,
     "upscale_delay_s": 7.0,
     "downscale_delay_s": 7.0,
