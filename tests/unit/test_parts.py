@@ -94,6 +94,8 @@ BOTH: dict[str, Any] = {
     "burst_s": 7.0,
     "rebuild_audio_s": 7.0,
     "lease_timeout_s": 7.0,
+    "media_tls": "own",
+    "media_tls_dir": Path("tls"),
     "target_utilisation": 0.5,
     "upscale_delay_s": 7.0,
     "downscale_delay_s": 7.0,
