@@ -71,6 +71,11 @@ class Settings(BaseSettings):
     mimi_weight: Path | None = Field(None, description="Codec weights; replaces the repository's.")
     tokenizer: Path | None = Field(None, description="Text tokenizer model; replaces the repository's.")
     voice_prompt_dir: Path | None = Field(None, description="Directory of voices; replaces the repository's.")
+    lora: Path | None = Field(
+        None,
+        description="Adapter (LoRA) of personaplex.finetune, merged into the weights it was trained on; on "
+        "any others it is refused.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where replicas compute.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Number type of weights and caches; auto is bfloat16 on CUDA, float32 on the CPU."
@@ -324,6 +329,8 @@ class Settings(BaseSettings):
     def _check_together(self) -> Settings:
         if (self.model == "simulated") != (self.step_times is not None):
             raise ValueError("step_times belongs to the simulated model, and the simulated model needs it")
+        if self.lora is not None and self.model in ("echo", "simulated"):
+            raise ValueError(f"lora needs a model with weights, and {self.model} has none")
         if self.weights == "int8" and self.cpu_offload:
             raise ValueError("weights=int8 leaves nothing for cpu_offload: choose one of the two")
         if self.record != "off" and self.record_dir is None:

@@ -51,6 +51,7 @@ def _resolve(settings: ReplicaSettings) -> Resolved:
             mimi_weight=settings.mimi_weight,
             tokenizer=settings.tokenizer,
             voice_prompt_dir=settings.voice_prompt_dir,
+            lora=settings.lora,
             device=settings.device,
             dtype=settings.dtype,
             weights=settings.weights,
