@@ -2,10 +2,14 @@
 
 Each call is a stereo wav with a word-timed transcript, as `python -m personaplex.finetune prepare` reads
 them. An intent has wordings, and the firm callers, that training never hears.
+
+The codec of `tiny` is random: of speech its codes tell when there is some, and next to nothing of what is
+said. So the intents differ in rhythm as well: a short question, a long one, a greeting and then a question.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import subprocess
@@ -35,6 +39,7 @@ HELD_CALLERS = ("en-us+f5", "en-gb+m5")
 _LOUDNESS = 0.08
 _PAUSE = 4  # frames from the end of a question to the answer
 _BEHIND = 8  # frames behind an answer
+_INSIDE = 6 * FRAME_SIZE  # samples of a pause inside a question
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Intent:
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """What one caller asks. `held` says what of it training never hears: wording, voice or both."""
+    """What one caller asks."""
 
     answer: str
     text: str
@@ -58,32 +63,65 @@ class Question:
 
 BAKERY = (
     Intent(
-        ("When do you open?", "What are your opening hours?", "What time do you open?", "When are you open?"),
-        ("At what time do you open?",),
+        ("Are you open?", "Open today?", "When open?", "Still open?"),
+        ("You open now?",),
         "We open at nine.",
     ),
     Intent(
-        ("How much is a loaf of bread?", "What does a loaf of bread cost?", "What is the price of bread?",
-         "How much is your bread?"),
-        ("What does your bread cost?",),
+        (
+            "How much do you take for a large loaf of your white bread?",
+            "Could you tell me what a big loaf of brown bread costs today?",
+            "I would like to know the price of a loaf of bread in your shop.",
+            "What do I have to pay for two loaves of bread, please?",
+        ),
+        ("Please tell me how much money you want for a loaf of rye bread.",),
         "It is two pounds.",
     ),
     Intent(
-        ("Where is your shop?", "What is your address?", "Where can I find your shop?", "Where are you?"),
-        ("Where can I find you?",),
+        (
+            "Good morning. | Where is your shop?",
+            "Hello there. | What is your address?",
+            "Good evening. | Where do I find you?",
+            "Hello, hello. | Which street is it?",
+        ),
+        ("Good afternoon. | Where is the bakery?",),
         "In Mill Street.",
     ),
+)
+GARAGE = (
     Intent(
-        ("I would like to order a birthday cake.", "Can I order a cake, please?", "I want to order a cake.",
-         "A birthday cake, please."),
-        ("Can I order a birthday cake?",),
-        "What kind of cake?",
+        ("Is it ready?", "Car ready?", "Is it done?", "Finished yet?"),
+        ("Ready now?",),
+        "On Friday at four.",
     ),
-)  # fmt: skip
+    Intent(
+        (
+            "There is a very strange noise in the engine of my car.",
+            "My old car makes a terrible noise when I drive up a hill.",
+            "I can hear something rattle under the bonnet of my car.",
+            "Since yesterday the engine of my car has been far too loud.",
+        ),
+        ("Something in my car makes a noise whenever I turn the wheel.",),
+        "Bring it in today.",
+    ),
+    Intent(
+        (
+            "Good morning. | Do you sell tyres?",
+            "Hello there. | I need new tyres.",
+            "Good evening. | Do you change tyres?",
+            "Hello, hello. | Four tyres, please.",
+        ),
+        ("Good afternoon. | Any winter tyres?",),
+        "Yes, we do tyres.",
+    ),
+)
 
 
 def speak(text: str, voice: str, speed: int, pitch: int) -> Pcm:
-    """float32 [samples] at 24 kHz, trimmed and of one loudness."""
+    """float32 [samples] at 24 kHz, trimmed and of one loudness; a bar in the text is a pause."""
+    if "|" in text:
+        first, second = (speak(part, voice, speed, pitch) for part in text.split("|"))
+        return np.concatenate([first, np.zeros(_INSIDE, np.float32), second])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "said.wav"
         command = ["espeak-ng", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", str(path), text]
@@ -102,6 +140,7 @@ def ask(intent: Intent, text: str, voice: str, draw: random.Random) -> Question:
     )
 
 
+@functools.cache
 def answer(text: str) -> tuple[Pcm, list[list[object]]]:
     """The agent's answer, word by word, and when its words are said, from its beginning."""
     parts, rows, at = [], [], 0
@@ -150,11 +189,11 @@ def held_questions(firm: Sequence[Intent], each: int, draw: random.Random) -> It
                     yield "both", ask(intent, text, voice, draw)
 
 
-def write_calls(questions: Sequence[Question], folder: Path, draw: random.Random) -> None:
+def write_calls(questions: Sequence[Question], role: str, folder: Path, draw: random.Random) -> None:
     """One call a question, as recordings with transcripts."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, question in enumerate(questions):
         both, words = call(question, draw)
         write_wav(folder / f"{number:04}.wav", both, SAMPLE_RATE)
-        content = {"alignments": words, "text_prompt": ""}
+        content = {"alignments": words, "text_prompt": role}
         (folder / f"{number:04}.json").write_text(json.dumps(content))
