@@ -1,0 +1,85 @@
+"""Sessions that nobody is connected to, each as its log, for as long as their clients may come back.
+
+A session is detached when its client or its gateway was lost. It takes no steps and holds no slot: what is
+left of it is its log. Whoever shows the right counter takes the log; it stays here until the session goes on
+elsewhere (`confirm`), so that a taker which is lost on the way costs nothing. Taken again, it belongs to the
+last taker. Pure but for its memory; used by one thread.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from deployments.wire.messages import SessionStatus
+from personaplex.errors import ResumeRefused
+from personaplex.sessionlog import SessionLog
+
+
+@dataclass
+class Kept:
+    """A detached session. `generation`: of the slot it had last. `held`: of the token that its client is
+    known to hold; that of the last slot is as good. `texts`: what the agent said of late, with its
+    frames."""
+
+    log: SessionLog
+    generation: int
+    held: int
+    texts: tuple[tuple[int, str], ...]
+    since: float
+    taker: object | None = None
+
+    def takes(self, counter: int) -> bool:
+        return counter in (self.generation, self.held)
+
+
+class Detached:
+    """The detached sessions of one process, by name."""
+
+    def __init__(self, grace_s: float, limit: int, clock: Callable[[], float]) -> None:
+        """`grace_s`: how long each is kept. `limit`: how many; beyond it the oldest goes."""
+        self._grace_s, self._limit, self._clock = grace_s, limit, clock
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def statuses(self) -> tuple[SessionStatus, ...]:
+        """Name, seconds since it was detached, and generation of each."""
+        now = self._clock()
+        return tuple(
+            SessionStatus(session, round(now - kept.since, 1), kept.generation)
+            for session, kept in self._kept.items()
+        )
+
+    def keep(
+        self, session: str, log: SessionLog, generation: int, held: int, texts: Iterable[tuple[int, str]] = ()
+    ) -> None:
+        """From now on `session` is kept; see Kept."""
+        self._kept[session] = Kept(log, generation, held, tuple(texts), self._clock())
+        self._kept.move_to_end(session)
+        while len(self._kept) > self._limit:
+            self._kept.popitem(last=False)
+
+    def take(self, session: str, counter: int, taker: object) -> Kept:
+        """The session, for `taker`. Raises ResumeRefused for one that is not here and for another counter."""
+        self.expire()
+        kept = self._kept.get(session)
+        if kept is None or not kept.takes(counter):
+            raise ResumeRefused
+        kept.taker = taker
+        return kept
+
+    def confirm(self, session: str, taker: object) -> None:
+        """The session goes on at `taker`, unless somebody else took it since."""
+        kept = self._kept.get(session)
+        if kept is not None and kept.taker is taker:
+            del self._kept[session]
+
+    def expire(self) -> None:
+        """Forgets those whose time is over."""
+        until = self._clock() - self._grace_s
+        for session in [session for session, kept in self._kept.items() if kept.since <= until]:
+            del self._kept[session]
