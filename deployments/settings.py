@@ -102,8 +102,6 @@ class Settings(BaseSettings, Fields):
     def _check_together(self) -> Settings:
         if (self.model == "simulated") != (self.step_times is not None):
             raise ValueError("step_times belongs to the simulated model, and the simulated model needs it")
-        if self.lora is not None and self.model in ("echo", "simulated"):
-            raise ValueError(f"lora needs a model with weights, and {self.model} has none")
         if self.weights == "int8" and self.cpu_offload:
             raise ValueError("weights=int8 leaves nothing for cpu_offload: choose one of the two")
         if self.record != "off" and self.record_dir is None:
