@@ -117,6 +117,13 @@ RESUMES = Series(
     "(no slot, or none that could go on).",
     ("outcome",),
 )
+MOVES = Series(
+    "personaplex_moves",
+    "counter",
+    "Sessions to be brought from a replica that goes to another one, by outcome: continued, refused (none "
+    "knows its log), no_capacity, failed; after the last three they stayed.",
+    ("outcome",),
+)
 DETACHED = Series(
     "personaplex_sessions_detached", "gauge", "Sessions without a slot whose clients may come back."
 )
@@ -252,6 +259,7 @@ def gateway_metrics(page: bool = False) -> Metrics:
         FAILOVERS,
         FAILOVER_SECONDS,
         RESUMES,
+        MOVES,
         page=page,
     )
 

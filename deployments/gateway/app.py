@@ -51,6 +51,7 @@ from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
 from deployments.gateway.resumes import Resumes, Taken
+from deployments.gateway.router import watch_replicas
 from deployments.gateway.upstream import Services
 from deployments.keysync import KeySync
 from deployments.parts import GatewaySettings
@@ -123,6 +124,7 @@ class Gateway:
             failovers=failovers,
             resumes=self._make_resumes(),
         )
+        watch_replicas(self._services.moves.running)
         self._open = 0
         self._empty = asyncio.Event()  # no session is open
         self._empty.set()
