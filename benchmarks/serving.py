@@ -2,10 +2,10 @@
 
     python -m benchmarks.serving [--sessions 1 16 64] [--seconds 20] [--rounds 1] [--gateways 1] [--output F]
 
-The engine does no maths (`echo`), so only the serving path is measured. The floor is the same gateway with
-the engine inside its process (`floor.py`): no replica, no lease, no media link. Both stand behind Serve's
-HAProxy on one machine, which the clients share; they take turns. Clients send one page of 80 ms speech every
-80 ms, each at a phase of its own.
+The engine does no maths (`echo`), so only the serving path is measured. The floor is the same conversation
+with the engine inside the gateway's process (`floor.py`): no replica, no lease, no media link. Both stand
+behind Serve's HAProxy on one machine, which the clients share; they take turns. Clients send one page of
+80 ms speech every 80 ms, each at a phase of its own.
 
 - delay: from sending the page that completes a user frame to receiving the page that answers it, with pacing
 - on time: the answer arrives before the next one is due (80 ms); after a stall of the machine a session stays

@@ -9,8 +9,10 @@ import urllib.request
 import ray
 from serving import Service
 
+from deployments import metrics
 from deployments.metrics import Series
 
+HELD = (metrics.SESSIONS_OPEN, metrics.SESSIONS_LIVE, metrics.SESSIONS_QUEUED, metrics.CALLERS)  # by sessions
 _SAMPLE = re.compile(r"(\w+)(?:\{([^}]*)\})? (\S+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -35,6 +37,12 @@ def value(samples: Samples, series: Series, **labels: str) -> float:
         if key in samples:
             return samples[key]
     return 0.0
+
+
+def gauges(service: Service, *wanted: Series) -> dict[str, float]:
+    """Gauges by name as the gateway has them now, from its own page; KeyError where one is not there."""
+    samples = parse(service.get("metrics").text, ())
+    return {one.name: samples[one.name, frozenset()] for one in wanted}
 
 
 class Fleet:

@@ -40,7 +40,7 @@ from personaplex.session.moshi import bytes_of, close_reason, event_of, event_of
 
 logger = logging.getLogger(__name__)
 
-UNSENT_LIMIT = 256  # messages a client may leave unread: 20 s of speech
+UNSENT_LIMIT = 256  # messages a client may leave unread, times `burst_share`: 20 s of speech
 FAILED = "the server failed; please connect again"
 CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
 
@@ -66,6 +66,7 @@ class Conversation:
         self._core = SessionCore(headers, services.limits, self._stats.began, status=status)
         self._loop = asyncio.get_running_loop()
         self._unsent: deque[bytes] = deque()
+        self._unsent_limit = round(UNSENT_LIMIT * services.limits.burst_share)
         self._close: Close | None = None
         self._writable = asyncio.Event()  # something is unsent, or the end has come
         self._closed = asyncio.Event()
@@ -159,7 +160,7 @@ class Conversation:
         for command in self._core.receive(event, time.monotonic()):
             self._do(command)
         self._notice_change()
-        if len(self._unsent) > UNSENT_LIMIT and self._close is None:
+        if len(self._unsent) > self._unsent_limit and self._close is None:
             self._unsent.clear()
             self._on(Failed(ClientError("the client does not read what it is sent")))
 

@@ -67,6 +67,8 @@ async def troubled_session(service: Service) -> None:
         async with connect(service) as second:
             await second.until(lambda heard: heard.queue)
             assert value(page(service), metrics.SESSIONS_QUEUED) == 1
+            assert value(page(service), metrics.SESSIONS_OPEN) == 2
+            assert value(page(service), metrics.TASKS) > 2
             frames = np.split(speech(1.6), 20)
             for number, frame in enumerate(frames):
                 data = first.transcoder.send(frame)
@@ -112,7 +114,14 @@ def test_every_series_of_a_live_service_moves(service: Service) -> None:
         (metrics.VOICE_CACHE, {"result": "hit"}),
         (metrics.LOAD_SECONDS, {}),
     )
-    for series in (metrics.SESSIONS_LIVE, metrics.SESSIONS_QUEUED, metrics.SLOTS_USED, metrics.DEVICE_BYTES):
+    gateway = (
+        metrics.SESSIONS_OPEN,
+        metrics.SESSIONS_LIVE,
+        metrics.SESSIONS_QUEUED,
+        metrics.CALLERS,
+        metrics.TASKS,
+    )
+    for series in (*gateway, metrics.SLOTS_USED, metrics.DEVICE_BYTES):
         assert ("ray_" + series.name, frozenset()) in samples
     assert value(samples, metrics.SESSIONS_ADMITTED) == 3  # the unknown voice, too, got as far as a slot
     assert value(samples, metrics.TICKS_LATE) == value(samples, metrics.TICK_SECONDS)

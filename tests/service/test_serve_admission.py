@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import ray
 from attackers import BINARY, SOURCE, Raw, Target, frame
+from exported import HELD, gauges
 from serving import Client, Service, connect, running, speech
 
 from deployments.connections import REQUEST_TIMEOUT_S
@@ -133,6 +134,7 @@ def service(cluster: str) -> Iterator[Service]:
         idle_limit_s=4.0,
         unlimited_networks="127.0.0.1",
         log_level="info",
+        metrics_page=True,
     ) as service:
         yield service
 
@@ -242,13 +244,7 @@ def test_upgrades_that_are_cut_leave_nothing(service: Service) -> None:
     with _logged() as lines:
         asyncio.run(_undisturbed(service, attack))
         assert service.wait_idle(5.0) < 5.0
-        census = service.handle("gateway").census.remote().result(timeout_s=10)
-        assert {name: census[name] for name in ("sessions", "live", "queued", "counted")} == {
-            "sessions": 0,
-            "live": 0,
-            "queued": 0,
-            "counted": 0,
-        }
+        assert gauges(service, *HELD) == {one.name: 0 for one in HELD}
     assert not [line for line in lines if "Traceback" in line or "Exception" in line]
     assert len([line for line in lines if "session" in line]) <= 310 * rounds, (
         "one line for each, and the neighbour's"
