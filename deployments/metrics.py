@@ -107,7 +107,7 @@ RECORDS = Series(
     "personaplex_records",
     "counter",
     "Records, by result: kept, failed (the disk was full, gone or too slow; the session went on unrecorded), "
-    "uploaded, upload_failed (tried again), expired.",
+    "uploaded, upload_failed (tried again), expired, look_failed (the folder could not be looked after).",
     ("result",),
 )
 

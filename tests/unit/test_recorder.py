@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 
 from deployments.gateway import recorder as module
+from deployments.gateway import retention as retention_module
 from deployments.gateway.recorder import Recorder, Recording
 from deployments.gateway.retention import (
     EVERY_S,
     EXPIRED,
     LONGEST_RETRY_S,
+    LOOK_FAILED,
+    RETRY_S,
     UPLOAD_FAILED,
     UPLOADED,
     Limits,
@@ -299,6 +302,45 @@ def test_a_store_out_of_reach_is_tried_again_and_nothing_is_lost(tmp_path: Path,
     assert seen == [path]
     assert not path.exists()
     assert told.results == [UPLOAD_FAILED] * 12 + [UPLOADED]
+
+
+def test_a_record_that_the_store_refuses_holds_no_other_back(tmp_path: Path, told: Told) -> None:
+    refused = finished(tmp_path, "a")
+    seen: list[str] = []
+
+    def store(path: Path) -> None:
+        if path == refused:
+            raise PermissionError("not this one")
+        seen.append(path.name)
+
+    retention = Retention(tmp_path, NO_LIMIT, told, store)
+    assert retention.upload() == RETRY_S
+    for number in range(3):
+        done = finished(tmp_path, f"b{number}")
+        assert retention.upload() == EVERY_S, "the store is there"
+        assert seen[-1] == done.name
+    assert [retention.upload() for _ in range(2)] == [RETRY_S, 2 * RETRY_S]
+    assert refused.exists()
+    assert told.results == [UPLOAD_FAILED] + [UPLOADED, UPLOAD_FAILED] * 3 + [UPLOAD_FAILED] * 2
+
+
+def test_a_fault_of_ours_is_logged_and_counted_and_the_next_look_comes(
+    tmp_path: Path, told: Told, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention_module, "EVERY_S", 0.01)
+    retention, looks = Retention(tmp_path, NO_LIMIT, told), threading.Semaphore(0)
+
+    def stumble(now: float) -> int:
+        looks.release()
+        raise MemoryError
+
+    monkeypatch.setattr(retention, "expire", stumble)
+    retention.start()
+    assert looks.acquire(timeout=5)
+    assert looks.acquire(timeout=5), "a second time"
+    retention.stop()
+    assert told.results[0] == LOOK_FAILED
+    assert "MemoryError" in caplog.text
 
 
 def test_a_full_store_leaves_no_half_a_record(tmp_path: Path, told: Told) -> None:
