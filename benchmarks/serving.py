@@ -37,7 +37,7 @@ import numpy as np
 import uvloop
 
 from benchmarks.caller import Caller, framed
-from benchmarks.machine import machine, publish
+from benchmarks.machine import cpu_seconds, machine, publish, stolen_seconds
 from loadtest.listener import Listener
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
@@ -83,9 +83,9 @@ async def _calls(
         for caller in callers
     ]
     await asyncio.sleep(WARM_UP_S)
-    before = (_cpu_seconds(processes), time.process_time(), _stolen_seconds())
+    before = (cpu_seconds(processes), time.process_time(), stolen_seconds())
     await asyncio.sleep(len(pages) * FRAME_SECONDS - WARM_UP_S)
-    after = (_cpu_seconds(processes), time.process_time(), _stolen_seconds())
+    after = (cpu_seconds(processes), time.process_time(), stolen_seconds())
     await asyncio.gather(*talking)
     return callers, [end - begin for begin, end in zip(before, after, strict=True)]
 
@@ -115,20 +115,6 @@ def measure(url: str, count: int, stream: Stream, processes: Sequence[int]) -> d
     result["clients_cpu_ms_per_session_second"] = round(1_000 * clients / (count * seconds), 2)
     result["stolen_share"] = round(stolen / (seconds * (os.cpu_count() or 1)), 3)
     return result
-
-
-def _cpu_seconds(processes: Sequence[int]) -> float:
-    ticks = 0
-    for pid in processes:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _stolen_seconds() -> float:
-    """What the machine's host has taken from all its cores."""
-    fields = Path("/proc/stat").read_text().split(maxsplit=9)
-    return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def _processes(app: str) -> list[int]:

@@ -193,7 +193,7 @@ def _logged() -> Iterator[list[str]]:
 
 
 def test_connections_that_ask_for_nothing_are_closed(service: Service) -> None:
-    """A thousand at any time: half say nothing, half send their request byte by byte; all come back at once."""
+    """A thousand at any time: half say nothing, half send their request byte by byte, and all come back."""
     target = _target(service)
 
     def attack() -> dict[str, float]:
