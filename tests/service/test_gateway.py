@@ -36,12 +36,12 @@ from websockets.http11 import Response as Refused
 from deployments import metrics
 from deployments.application import build
 from deployments.gateway import app
-from deployments.gateway import conversation as module
 from deployments.gateway.app import PAGE, Gateway, report_failure
 from deployments.gateway.audio import UNDECODED_LIMIT, AudioStep
 from deployments.gateway.conversation import UNSENT_LIMIT, Conversation
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.leases import Claim, Waiter
+from deployments.gateway.protocols import moshi
 from deployments.gateway.query import SEED_LIMIT, persona_from, read_query, wants_status
 from deployments.gateway.upstream import STALE_S, Services
 from deployments.metrics import Metrics
@@ -647,7 +647,7 @@ def test_a_fault_of_ours_is_told_and_logged(
     def stumble(data: bytes) -> Any:
         raise IllegalEvent("no such thing")
 
-    monkeypatch.setattr(module, "event_of", stumble)
+    monkeypatch.setattr(moshi, "event_of", stumble)
 
     async def during() -> None:
         caller.may_speak.set()
