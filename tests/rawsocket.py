@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
+CONT, TEXT, BINARY, CLOSE, PING = 0, 1, 2, 8, 9
 SOURCE = "127.0.0.2"  # another loopback address than the neighbours'
 
 
