@@ -45,7 +45,7 @@ EVERY_S = 0.25  # between two looks at memory
 
 
 @dataclass(frozen=True)
-class Stream:
+class PagedSpeech:
     """Framed headers and pages of speech in packets of 20 ms, and how many frames a service makes of it."""
 
     headers: list[bytes]
@@ -53,7 +53,7 @@ class Stream:
     frames: int
 
     @classmethod
-    def make(cls, page_s: float, seconds: float) -> Stream:
+    def make(cls, page_s: float, seconds: float) -> PagedSpeech:
         speech = np.concatenate(Transcoder().receive(RECORDING.read_bytes()))
         pcm = np.resize(speech, round(seconds * SAMPLE_RATE))
         encoder, muxer = OpusEncoder(), OggMuxer(1)
@@ -83,7 +83,7 @@ def processes(since: float) -> Watched:
 
 
 async def measure(
-    url: str, sessions: int, stream: Stream, page_s: float, together: bool, watched: Watched
+    url: str, sessions: int, stream: PagedSpeech, page_s: float, together: bool, watched: Watched
 ) -> dict[str, Any]:
     """One run."""
     pids = [process.pid for group in watched.values() for process in group]
@@ -138,7 +138,7 @@ def main() -> None:
         watched = processes(began)
         idle = resident(watched)
         for page_s, together in RUNS:
-            stream = Stream.make(page_s, options.seconds)
+            stream = PagedSpeech.make(page_s, options.seconds)
             run = uvloop.run(measure(url, options.sessions, stream, page_s, together, watched))
             for name, size in idle.items():
                 run[f"{name}_mb"] = round(run[f"{name}_mb"] - size / 1e6, 1)

@@ -45,7 +45,7 @@ def gauges(service: Service, *wanted: Series) -> dict[str, float]:
     return {one.name: samples[one.name, frozenset()] for one in wanted}
 
 
-class Fleet:
+class FleetMetrics:
     """The series of one application, as Prometheus would read them from Ray on this machine."""
 
     def __init__(self, service: Service) -> None:

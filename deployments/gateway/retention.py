@@ -31,7 +31,7 @@ Store = Callable[[Path], None]  # brings one file to its place; raises what it l
 
 
 @dataclass(frozen=True)
-class Limits:
+class RetentionLimits:
     """How old, in seconds, and how many bytes in all; 0 is no limit."""
 
     age_s: float
@@ -72,7 +72,7 @@ class Retention:
     """Looks after one folder. `tell` hears of each record that went, on a thread of its own."""
 
     def __init__(
-        self, folder: Path, limits: Limits, tell: Callable[[str], None], store: Store | None = None
+        self, folder: Path, limits: RetentionLimits, tell: Callable[[str], None], store: Store | None = None
     ) -> None:
         self._folder, self._limits, self._tell, self._store = folder, limits, tell, store
         self._retry_s = RETRY_S

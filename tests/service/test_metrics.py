@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exported import Fleet, Samples, parse, value
+from exported import FleetMetrics, Samples, parse, value
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -89,7 +89,7 @@ async def troubled_session(service: Service) -> None:
 
 def test_every_series_of_a_live_service_moves(service: Service) -> None:
     asyncio.run(troubled_session(service))
-    samples = Fleet(service).wait(
+    samples = FleetMetrics(service).wait(
         (metrics.SESSIONS_ADMITTED, {}),
         (metrics.SESSIONS_REFUSED, {"cause": "UnknownVoice"}),
         (metrics.SESSIONS_ENDED, {"cause": "left"}),
@@ -134,7 +134,7 @@ def test_slots_and_positions_are_seen_while_they_are_held(service: Service) -> N
             await client.until(lambda heard: heard.live)
             await client.speak(speech(0.8))
             return await asyncio.to_thread(
-                Fleet(service).wait, (metrics.SLOTS_USED, {}), (metrics.POSITIONS, {})
+                FleetMetrics(service).wait, (metrics.SLOTS_USED, {}), (metrics.POSITIONS, {})
             )
 
     samples = asyncio.run(hold())
@@ -152,7 +152,7 @@ def test_gauges_stay_while_nothing_changes(service: Service) -> None:
     (replica,) = service.replicas()
     started = Path(f"/proc/{replica.pid}").stat().st_ctime
     time.sleep(max(0.0, started + FORGOTTEN_S - time.time()))
-    samples = Fleet(service).read()
+    samples = FleetMetrics(service).read()
     assert value(samples, metrics.LOAD_SECONDS) > 0
     assert value(samples, metrics.SLOTS_TOTAL) == 1
     assert ("ray_" + metrics.SESSIONS_LIVE.name, frozenset()) in samples

@@ -23,8 +23,8 @@ from deployments.gateway.retention import (
     RETRY_S,
     UPLOAD_FAILED,
     UPLOADED,
-    Limits,
     Retention,
+    RetentionLimits,
     store_at,
 )
 from personaplex.errors import BadRecord, ConfigError, RecordingFailed
@@ -35,7 +35,7 @@ from personaplex.record.format import Head, Record, Row
 from personaplex.record.transcript import words
 from personaplex.record.writer import RecordWriter, claimed
 
-NO_LIMIT = Limits(0, 0)
+NO_LIMIT = RetentionLimits(0, 0)
 
 
 def head(session: str = "5e55") -> Head:
@@ -242,7 +242,7 @@ def test_old_records_go_and_others_stay(tmp_path: Path, told: Told) -> None:
     os.utime(other, (0, 0))
     writer = RecordWriter(tmp_path, Head("open", 1e9, Persona()))
     os.utime(writer.path, (0, 0))
-    assert Retention(tmp_path, Limits(100, 0), told).expire(time.time()) == 1
+    assert Retention(tmp_path, RetentionLimits(100, 0), told).expire(time.time()) == 1
     assert told.results == [EXPIRED]
     assert {path.name for path in tmp_path.iterdir()} == {young.name, other.name, writer.path.name}
     assert not old.exists()
@@ -252,11 +252,11 @@ def test_old_records_go_and_others_stay(tmp_path: Path, told: Told) -> None:
 def test_beyond_the_bytes_the_oldest_go(tmp_path: Path, told: Told) -> None:
     paths = [finished(tmp_path, f"s{age}", age, frames=100) for age in (1, 3, 2)]
     limit = sum(path.stat().st_size for path in paths) - 1
-    assert Retention(tmp_path, Limits(0, limit), told).expire(time.time()) == 1
+    assert Retention(tmp_path, RetentionLimits(0, limit), told).expire(time.time()) == 1
     assert [path.exists() for path in paths] == [True, False, True]
-    assert Retention(tmp_path, Limits(0, limit), told).expire(time.time()) == 0
+    assert Retention(tmp_path, RetentionLimits(0, limit), told).expire(time.time()) == 0
     assert Retention(tmp_path, NO_LIMIT, told).expire(time.time()) == 0
-    assert Retention(tmp_path / "missing", Limits(1, 1), told).expire(time.time()) == 0
+    assert Retention(tmp_path / "missing", RetentionLimits(1, 1), told).expire(time.time()) == 0
 
 
 # Upload
@@ -362,7 +362,7 @@ def test_a_store_that_hangs_holds_up_neither_writing_nor_deleting(tmp_path: Path
         release.wait(30)
 
     finished(tmp_path, "a", 200)
-    retention = Retention(tmp_path, Limits(100, 0), told, hang)
+    retention = Retention(tmp_path, RetentionLimits(100, 0), told, hang)
     retention._limits = NO_LIMIT  # until the upload has begun
     retention.start()
     assert reached.wait(10)
@@ -371,7 +371,9 @@ def test_a_store_that_hangs_holds_up_neither_writing_nor_deleting(tmp_path: Path
     talk(recording, 3)
     recorder.finish(recording, "left")
     assert recording.wait(5)
-    assert Retention(tmp_path, Limits(100, 0), told).expire(time.time() + 1_000) == 1, "b; a is in use"
+    assert Retention(tmp_path, RetentionLimits(100, 0), told).expire(time.time() + 1_000) == 1, (
+        "b; a is in use"
+    )
     retention.stop()
     release.set()
     assert recorder.close(5)
