@@ -28,6 +28,8 @@ from personaplex.session.core import HANDSHAKE_DELAY_S
 from personaplex.session.moshi import Audio
 
 GAP_S = 0.5
+QUIET_S = 2.0
+AFTERMATH_S = 0.5  # of an attack
 SLOTS = 8
 FIRST_AUDIO_S = 1.5
 KEY = "X-API-Key: right"
@@ -153,22 +155,23 @@ async def _undisturbed(service: Service, attack: Callable[[], Any]) -> Any:
 
 
 async def _excess(service: Service, attack: Callable[[], Any]) -> tuple[Any, float]:
-    """One round: what `attack` returns, and how far the neighbour's longest gap is over the bound."""
+    """One round: what `attack` returns, and how far the neighbour's longest gap is over the bound. Its quiet
+    gap, which a busy machine makes, is the longest of QUIET_S before and as long after."""
     async with connect(service) as client:
         await client.headers()
         await client.until(lambda heard: heard.live)
         talking = asyncio.ensure_future(_talk_on(client))
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(QUIET_S)
         began = time.monotonic()
         result = await asyncio.to_thread(attack)
-        ended = time.monotonic()
-        await asyncio.sleep(0.5)
+        ended = time.monotonic() + AFTERMATH_S
+        await asyncio.sleep(AFTERMATH_S + QUIET_S)
         talking.cancel()
         assert not client.ended
     heard = np.array([at for at, message in client.heard.messages if isinstance(message, Audio)][2:])
-    quiet = np.diff(heard[heard < began]).max()
-    gaps = np.diff(heard[(heard > began - 0.2) & (heard < ended + 0.5)])
-    return result, float(gaps.max() - max(GAP_S, 3 * quiet))
+    gaps, ends = np.diff(heard), heard[1:]
+    attacked = (ends > began) & (heard[:-1] < ended)
+    return result, float(gaps[attacked].max() - max(GAP_S, 3 * gaps[~attacked].max()))
 
 
 async def _talk_on(client: Client) -> None:
