@@ -180,8 +180,8 @@ def _linger(raw: Raw, until: float) -> None:
 def attackers(
     attacks: Sequence[Attack], target: Target, connections: int, seconds: float
 ) -> Iterator[tuple[Callable[[], None], Callable[[], dict[str, float]]]]:
-    """Attackers in a process of their own, so that their work is not the neighbours': what lets them loose, and
-    what waits for their own count. Floods have the lowest priority; a crowd works little and takes its time."""
+    """Attackers in a process of their own, so that their work is not the neighbours': what lets them loose,
+    and what waits for their own count. Floods have the lowest priority; a crowd works little."""
     niceness = "0" if set(attacks) <= set(CROWDS) else "19"
     names = ",".join(attack.__name__ for attack in attacks)
     arguments = [names, target.host, str(target.port), target.path, str(connections), str(seconds)]
