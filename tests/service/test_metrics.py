@@ -164,7 +164,7 @@ def test_names_are_prometheus_names_and_labels_are_closed_sets() -> None:
         assert not series.name.endswith("_total"), "Prometheus adds it"
         assert (series.kind == "histogram") == bool(series.buckets)
         assert list(series.buckets) == sorted(series.buckets)
-        assert set(series.labels) <= {"cause", "phase", "place", "kind", "result"}
+        assert set(series.labels) <= {"cause", "phase", "place", "kind", "result", "outcome"}
     assert FRAME_SECONDS in metrics.TICK_BUCKETS
     assert FRAME_SECONDS in metrics.LATENCY_BUCKETS
 
