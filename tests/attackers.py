@@ -2,14 +2,17 @@
 
 The attacks are plain functions over a host, a port and a path; each returns when it was refused, when it ran
 out of things to send, or at `until` (seconds of the monotonic clock). None of them shows a key. FLOODS say
-too much, CROWDS say nothing.
+too much, CROWDS say nothing, CUTS begin and leave.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import random
 import selectors
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -99,12 +102,25 @@ def slow_headers(target: Target, until: float) -> None:
     _crowd(target, until, head, b"a")
 
 
+def cut_upgrades(target: Target, until: float) -> None:
+    """Upgrades, one after the other, cut at any moment of the way, half of them by a reset."""
+    draw = random.Random(1)
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError), Raw(target) as raw:
+            raw.ask_for_websocket()
+            time.sleep(draw.random() * 0.02)
+            if draw.random() < 0.5:
+                linger = struct.pack("ii", 1, 0)
+                raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
 Attack = Callable[[Target, float], None]
 FLOODS: tuple[Attack, ...] = (
     *(deflate_bomb, big_messages, small_frames, empty_fragments, pings, large_audio),
     *(endless_header, endless_body, pipeline),
 )
 CROWDS: tuple[Attack, ...] = (half_open, slow_headers)
+CUTS: tuple[Attack, ...] = (cut_upgrades,)
 
 
 def assault(attacks: Sequence[Attack], target: Target, connections: int, seconds: float) -> None:
@@ -181,8 +197,8 @@ def attackers(
     attacks: Sequence[Attack], target: Target, connections: int, seconds: float
 ) -> Iterator[tuple[Callable[[], None], Callable[[], dict[str, float]]]]:
     """Attackers in a process of their own, so that their work is not the neighbours': what lets them loose,
-    and what waits for their own count. Floods have the lowest priority; a crowd works little."""
-    niceness = "0" if set(attacks) <= set(CROWDS) else "19"
+    and what waits for their own count. Floods have the lowest priority; the others work little."""
+    niceness = "19" if set(attacks) & set(FLOODS) else "0"
     names = ",".join(attack.__name__ for attack in attacks)
     arguments = [names, target.host, str(target.port), target.path, str(connections), str(seconds)]
     with subprocess.Popen(
@@ -212,7 +228,7 @@ def attackers(
 
 def _main() -> None:
     names, host, port, path, connections, seconds = sys.argv[1:]
-    chosen = [attack for attack in (*FLOODS, *CROWDS) if attack.__name__ in names.split(",")]
+    chosen = [attack for attack in (*FLOODS, *CROWDS, *CUTS) if attack.__name__ in names.split(",")]
     print("ready", flush=True)
     sys.stdin.readline()
     assault(chosen, Target(host, int(port), path), int(connections), float(seconds))

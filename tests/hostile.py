@@ -28,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it
 
-from attackers import CROWDS, FLOODS, Attack, attackers
+from attackers import CROWDS, CUTS, FLOODS, Attack, attackers
 from hosted import (
     GATEWAY,
     PROXY,
@@ -265,6 +265,7 @@ PARTS: dict[str, Callable[[Hosted], Figures]] = {  # in this order: the last one
     "floods": _floods,
     "mixed": lambda host: _named("all", flood(host, FLOODS, connections=2, seconds=2 * FLOOD_S)),
     "crowds": lambda host: _named("crowds", flood(host, CROWDS, connections=1, seconds=CROWD_S)),
+    "cuts": lambda host: _named("cuts", flood(host, CUTS, connections=1, seconds=2 * FLOOD_S)),
     "queue": lambda host: queue_cpu(host) | wait_after_a_slot_is_free(host),
     "stall": lambda host: stall(host, REPLICA) | stall(host, GATEWAY),
     "proxy": kill_proxy,

@@ -57,13 +57,16 @@ class Raw:
         lines = [f"{method} {self.target.path} HTTP/1.1", f"Host: {self.target.host}", *headers]
         self.socket.sendall("\r\n".join([*lines, "", ""] if end else [*lines, ""]).encode())
 
-    def upgrade(self, *headers: str) -> str:
-        """Asks for a WebSocket; the head of the answer."""
+    def ask_for_websocket(self, *headers: str) -> None:
         key = base64.b64encode(os.urandom(16)).decode()
         self.request(
             *("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"),
             *(f"Sec-WebSocket-Key: {key}", *headers),
         )
+
+    def upgrade(self, *headers: str) -> str:
+        """Asks for a WebSocket; the head of the answer."""
+        self.ask_for_websocket(*headers)
         return self.head()
 
     def pour(self, data: bytes) -> None:

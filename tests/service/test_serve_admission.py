@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
-import socket
-import struct
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from attackers import CROWDS, attackers
+from attackers import CROWDS, CUTS, attackers
 from exported import HELD, gauges
 from rawsocket import BINARY, Raw, Target, frame
 from serving import Client, Service, connect, running, speech
@@ -214,34 +211,23 @@ def test_connections_that_ask_for_nothing_are_closed(service: Service) -> None:
 
 
 def test_upgrades_that_are_cut_leave_nothing(service: Service) -> None:
-    """Three hundred, cut at any moment of the way."""
-    target = _target(service)
-
-    rounds = 0
+    """Hundreds in 4 s."""
+    made = 0
 
     def attack() -> None:
-        nonlocal rounds
-        rounds += 1
-        draw = random.Random(1)
-        for number in range(300):
-            with contextlib.suppress(OSError), Raw(target) as raw:
-                raw.request(
-                    *("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"),
-                    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
-                )
-                time.sleep(draw.random() * 0.02)
-                if number % 2:  # a reset instead of an end
-                    linger = struct.pack("ii", 1, 0)
-                    raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        nonlocal made
+        with attackers(CUTS, _target(service), 1, 4.0) as (start, report):
+            start()
+            made += int(report()["connections"])
 
     with _logged() as lines:
         asyncio.run(_undisturbed(service, attack))
         assert service.wait_idle(5.0) < 5.0
         assert gauges(service, *HELD) == {one.name: 0 for one in HELD}
+    assert made > 100
     assert not [line for line in lines if "Traceback" in line or "Exception" in line]
-    assert len([line for line in lines if "session" in line]) <= 310 * rounds, (
-        "one line for each, and the neighbour's"
-    )
+    sessions = [line for line in lines if "session" in line]
+    assert len(sessions) <= made + 10, "one line for each, and the neighbours'"
 
 
 def test_a_slot_is_for_those_who_speak(service: Service) -> None:
