@@ -83,6 +83,7 @@ class ReplicaSettings(_Part):
     mimi_weight: Path | None
     tokenizer: Path | None
     voice_prompt_dir: Path | None
+    lora: Path | None
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
     weights: Literal["auto", "int8"]
