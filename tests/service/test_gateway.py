@@ -421,7 +421,7 @@ def test_what_a_client_may_leave_unread_grows_with_its_bursts(burst_s: float, li
         conversation = Conversation(cast(WebSocket, caller), "s", services)
         handler = asyncio.ensure_future(conversation.run(Persona(), _claim(spy)))
         await asyncio.wait_for(spy.connected.wait(), 5)
-        spy.hear(spy, MessageKind.READY, pack_ready(0.1))
+        spy.hear(spy, MessageKind.READY, pack_ready(SlotReady(0.1)))
         await asyncio.sleep(HANDSHAKE_DELAY_S + 0.1)  # the handshake is on its way, headers and details wait
         for _ in range(limit - 3):
             conversation._on(AgentText("a"))
