@@ -1,8 +1,8 @@
-"""A conversation of two synthetic speakers, staged for the page's tests: the user speaks from a wav file that the
-browser takes for its microphone, the agent by a script, and at times both at once.
+"""A conversation of two synthetic speakers, staged for the page's tests.
 
-`Staged` is a chat for WebService; `microphone(path)` writes the user's wav. Times are seconds from the first frame of
-the user.
+The user speaks from a wav file that the browser takes for its microphone (`microphone` writes it), the agent
+by a script, and at times both at once. `Staged` is a chat for WebService. Times are seconds from the first
+frame of the user.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE
 from personaplex.evaluation.vad import RATE
 from personaplex.session.moshi import Audio, Handshake, Metadata, Text, decode, encode
-
 
 
 class Line(NamedTuple):
@@ -65,7 +64,7 @@ def microphone(path: Path) -> Path:
 
 
 class Staged:
-    """One chat after another, each answered by the script; `heard` is what came of the user, float32 frames."""
+    """One chat after another, each answered by the script; `heard` are the user's frames."""
 
     def __init__(self, *, words: bool = True, details: dict[str, Any] = DETAILS) -> None:
         self.heard: list[np.ndarray] = []

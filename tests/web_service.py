@@ -35,8 +35,15 @@ from personaplex.persona import VOICES
 
 PAGE = Path(__file__).parent.parent / "deployments" / "gateway" / "web"
 INFO = {
-    **{"version": "0.1.0", "model": "7b", "replicas": 1, "slots": 4, "used": 1, "queued": 0},
-    **{"session_limit_s": 1_800.0, "key_needed": False, "record": "off"},
+    "version": "0.1.0",
+    "model": "7b",
+    "replicas": 1,
+    "slots": 4,
+    "used": 1,
+    "queued": 0,
+    "session_limit_s": 1_800.0,
+    "key_needed": False,
+    "record": "off",
 }
 OWN_VOICE = "own:9f86d081884c7d65"
 
@@ -79,7 +86,7 @@ class WebService:
         port: int = 0,
         voices: tuple[str, ...] = VOICES,
     ) -> None:
-        """With a `refusal` every upgrade is refused in these words, with `status`. All three may be changed."""
+        """With a `refusal` every upgrade is refused in these words, with `status`."""
         self.chats: list[dict[str, str]] = []
         self.uploads: list[bytes] = []
         self.forgotten: list[str] = []

@@ -19,13 +19,13 @@ export function isToy(model) {
   return model === "tiny" || model === "echo";
 }
 
-/** The address of a conversation with `persona`: {voice, text, sampling, record, key}. */
-export function chatUrl({ voice, text, sampling = {}, record = false, key = "" }) {
+/** The address of a conversation with a persona: {voice, role: {text}, sampling, record, key}. */
+export function chatUrl({ voice, role, sampling = {}, record = false, key = "" }) {
   const url = new URL("api/chat", document.baseURI);
   url.protocol = url.protocol.replace("http", "ws");
   const query = url.searchParams;
   if (voice) query.set("voice_prompt", voice);
-  query.set("text_prompt", text);
+  query.set("text_prompt", role.text);
   for (const [name, value] of Object.entries(sampling)) {
     if (value !== "" && value !== null && value !== undefined) query.set(name, value);
   }

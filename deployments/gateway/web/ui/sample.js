@@ -100,7 +100,7 @@ export class Sample {
       this.#session.send(muxer.page(packets, ++pages * PER_PAGE * PACKET));
       packets = [];
     }, (error) => this.#end.reject(error));
-    this.#session = new Session(chatUrl({ voice: this.voice, text: ROLE, key: this.#options.key }), {
+    this.#session = new Session(chatUrl({ voice: this.voice, role: { text: ROLE }, key: this.#options.key }), {
       state: (state) => {
         if (state !== "live") return;
         for (const page of muxer.headers(0, RATE)) this.#session.send(page);

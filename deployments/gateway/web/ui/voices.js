@@ -11,6 +11,7 @@ const PUBLISHED = /^(NAT|VAR)[FM][0-4]$/;
 export class Voices {
   #voices = [];
   #chosen = null;
+  #first = null; // of the service's own choice
   #advised = [];
   #own = null; // {name, seconds}
   #sample = null;
@@ -22,9 +23,8 @@ export class Voices {
   }
 
   fill({ voices, default: first }) {
-    this.#voices = voices;
-    const kept = voices.some(({ name }) => name === settings.get("voice"));
-    this.#chosen = kept ? settings.get("voice") : first;
+    [this.#voices, this.#first] = [voices, first];
+    this.#chosen = this.#known(settings.get("voice")) ?? first;
     this.draw();
   }
 
@@ -40,13 +40,13 @@ export class Voices {
 
   /** Voices that suit the role; the best is taken unless one was chosen by hand. */
   advise(names) {
-    this.#advised = names.filter((name) => this.#voices.some((voice) => voice.name === name));
+    this.#advised = names.filter((name) => this.#known(name));
     if (settings.get("voice") === null && this.#advised.length) this.#chosen = this.#advised[0];
     this.draw();
   }
 
   use(name) {
-    if (!this.#voices.some((voice) => voice.name === name) && name !== this.#own?.name) return;
+    if (!this.#known(name) && name !== this.#own?.name) return;
     this.#chosen = name;
     if (name !== this.#own?.name) settings.set("voice", name);
     this.draw();
@@ -57,9 +57,13 @@ export class Voices {
   own(voice) {
     this.#own = voice;
     if (voice) this.#chosen = voice.name;
-    else if (!this.#voices.some(({ name }) => name === this.#chosen)) this.#chosen = settings.get("voice") ?? this.#voices[0]?.name;
+    else if (!this.#known(this.#chosen)) this.#chosen = this.#known(settings.get("voice")) ?? this.#advised[0] ?? this.#first;
     this.draw();
     this.#changed();
+  }
+
+  #known(name) {
+    return this.#voices.some((voice) => voice.name === name) ? name : null;
   }
 
   label(name) {
