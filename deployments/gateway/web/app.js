@@ -39,10 +39,10 @@ function talkWith(persona) {
 
 /** A conversation with the persona of another one; with its seeds too where `seeds`. */
 function again(talk, seeds) {
-  if (view.going) return;
+  if (view.going) return notice("busy", t("talk.busy"));
   start.use(talk);
   const persona = { ...start.persona(), role: talk.role, voice: talk.voice, sampling: { ...talk.sampling } };
-  delete persona.sampling.seed;
+  for (const name of ["seed", "text_seed", "audio_seed"]) delete persona.sampling[name];
   if (seeds) Object.assign(persona.sampling, { text_seed: talk.text_seed, audio_seed: talk.audio_seed });
   talkWith(persona);
 }
@@ -50,6 +50,7 @@ function again(talk, seeds) {
 function route() {
   const [name, id] = location.hash.slice(1).split("/");
   const wanted = name === "history" ? "history" : view.going || after ? "talk" : "start";
+  document.body.dataset.view = wanted;
   for (const one of ["start", "talk", "history"]) $(one).hidden = one !== wanted;
   for (const one of ["talk", "history"]) {
     const here = (name === "history" ? "history" : "talk") === one;

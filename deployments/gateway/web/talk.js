@@ -41,6 +41,7 @@ export class Talk {
   #url;
   #devices;
   #keep;
+  #muted = false;
   #over = false;
 
   /**
@@ -64,6 +65,7 @@ export class Talk {
       played: (report) => this.#played(report),
       failed: () => this.#microphoneTaken(),
     });
+    this.#sound.muted = this.#muted;
     const failed = (error) => this.#end({ kind: "sound", key: "sound.codec", words: error.message });
     try {
       await this.#sound.open(this.#devices);
@@ -101,6 +103,7 @@ export class Talk {
   }
 
   set muted(muted) {
+    this.#muted = muted;
     if (this.#sound) this.#sound.muted = muted;
   }
 

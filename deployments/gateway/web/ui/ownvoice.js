@@ -132,13 +132,24 @@ export class OwnVoice {
     this.draw();
   }
 
-  #choose(file) {
+  async #choose(file) {
     if (!file) return;
     const size = bytes(file.size);
     const large = file.size > this.#limits.bytes;
     this.#status = large ? t("own.large", { name: file.name, size, most: bytes(this.#limits.bytes) }) : "";
-    this.#file = large ? null : { blob: file, words: t("own.unread", { name: file.name, size }) };
+    this.#file = large ? null : { blob: file, words: await this.#describe(file, size) };
     this.draw();
+  }
+
+  async #describe(file, size) {
+    try {
+      const context = new OfflineAudioContext(1, 1, RATE);
+      const sound = await context.decodeAudioData(await file.arrayBuffer());
+      const level = decibels(sound.getChannelData(0).reduce((sum, one) => sum + one * one, 0) / sound.length);
+      return t("own.read", { name: file.name, seconds: sound.duration.toFixed(1), level: Math.round(level) });
+    } catch {
+      return t("own.unread", { name: file.name, size }); // the service reads more than browsers do
+    }
   }
 
   async #send() {

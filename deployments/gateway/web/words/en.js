@@ -69,6 +69,7 @@ export default {
   "own.forget": "Forget it",
   "own.voice": "Own voice",
   "own.recorded": "Recorded: {seconds} s, level {level} dB",
+  "own.read": "{name}: {seconds} s, level {level} dB",
   "own.unread": "{name}, {size}",
   "own.large": "{name} has {size}; at most {most} are accepted.",
   "own.failed": "The recording cannot be used: {words}",
@@ -145,6 +146,7 @@ export default {
   "talk.left": "{time} left",
   "talk.recorded": "Recorded by the service",
   "talk.unrecorded": "The service has stopped recording.",
+  "talk.busy": "A conversation is going on. End it first.",
   "talk.window": "The conversation has become long: the model forgets its beginning from now on.",
   "talk.ending": "The conversation ends in {time}.",
 

@@ -83,6 +83,7 @@ export default {
   "own.forget": "立即删除",
   "own.voice": "自己的声音",
   "own.recorded": "已录：{seconds} 秒，电平 {level} dB",
+  "own.read": "{name}：{seconds} 秒，电平 {level} dB",
   "own.unread": "{name}，{size}",
   "own.large": "{name} 有 {size}，最多接受 {most}。",
   "own.failed": "录音无法使用：{words}",
@@ -159,6 +160,7 @@ export default {
   "talk.left": "剩余 {time}",
   "talk.recorded": "服务正在录制",
   "talk.unrecorded": "服务已停止录制。",
+  "talk.busy": "有一个对话正在进行，请先结束它。",
   "talk.window": "对话已经很长：模型从现在起会忘记开头。",
   "talk.ending": "对话将在 {time}后结束。",
 
