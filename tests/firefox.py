@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -39,6 +40,7 @@ class Firefox:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="firefox-", ignore_cleanup_errors=True)
         self._process: subprocess.Popen[bytes] | None = None
+        self._connections = contextlib.ExitStack()
         self._socket: ClientConnection | None = None
         self._ids = 0
         self._tab = ""
@@ -69,8 +71,7 @@ class Firefox:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._socket is not None:
-            self._socket.close()
+        self._connections.close()
         if self._process is not None:
             self._process.terminate()
             self._process.wait(20)
@@ -115,7 +116,7 @@ class Firefox:
         end = time.monotonic() + START_TIMEOUT_S
         while True:
             try:
-                return connect(address, max_size=None, proxy=None)
+                return self._connections.enter_context(connect(address, max_size=None, proxy=None))
             except OSError:
                 assert self._process is not None
                 assert self._process.poll() is None, "Firefox ended"

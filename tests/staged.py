@@ -1,13 +1,12 @@
 """A conversation of two synthetic speakers, staged for the page's tests.
 
 The user speaks from a wav file that the browser takes for its microphone (`microphone` writes it), the agent
-by a script, and at times both at once. `Staged` is a chat for WebService. Times are seconds from the first
-frame of the user.
+by a script, and at times both at once. `Staged` is a chat for WebService. Times of the script count from a
+second before the user's first word, wherever in the stream that comes.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import time
@@ -44,6 +43,8 @@ USER = (
 )
 AGENT = (Line(3.0, "six"), Line(5.0, "fourteen", until=7.6), Line(10.0, "seven"), Line(16.4, "eight"))
 SECONDS = 20.0
+LOUD = 0.02  # a frame of the user with this peak is speech
+FRAMES = 1 / FRAME_SECONDS  # a second
 DETAILS = {"session": "4f6c1d09a3e24b57", "voice": "NATF2", "text_seed": 90210, "audio_seed": 90210}
 
 
@@ -78,40 +79,42 @@ class Staged:
         for page in transcoder.headers():
             await socket.send(encode(Audio(page)))
         await socket.send(encode(Metadata({"type": "session", **self._details})))
-        spoken = iter(self._pieces())
-        piece, number = next(spoken, None), 0
+        told: list[tuple[float, Text | Metadata]] | None = None
+        number = 0
         with contextlib.suppress(ConnectionClosed):
             while True:
                 message = decode(await socket.recv())
                 assert isinstance(message, Audio)
                 for frame in transcoder.receive(message.data):
                     self.heard.append(frame)
-                    await socket.send(encode(Audio(transcoder.send(self._frame(number)))))
+                    if told is None and np.abs(frame).max() > LOUD:
+                        begin = number - round(USER[0].start * FRAMES)
+                        told = self._pieces(begin * FRAME_SECONDS)
+                    script = None if told is None else number - begin
+                    await socket.send(encode(Audio(transcoder.send(self._frame(script)))))
                     number += 1
-                    while piece is not None and piece[0] <= number * FRAME_SECONDS:
-                        await socket.send(encode(piece[1]))
-                        piece = next(spoken, None)
-                await asyncio.sleep(0)
+                    while told and told[0][0] <= number * FRAME_SECONDS:
+                        await socket.send(encode(told.pop(0)[1]))
 
-    def _frame(self, number: int) -> np.ndarray:
-        at = number * FRAME_SIZE
+    def _frame(self, script: int | None) -> np.ndarray:
         frame = np.zeros(FRAME_SIZE, np.float32)
+        at = len(self._agent) if script is None else script * FRAME_SIZE
         part = self._agent[at : at + FRAME_SIZE]
         frame[: len(part)] = part
         self.sent.append(frame)
         return frame
 
-    def _pieces(self) -> list[tuple[float, Text | Metadata]]:
-        """What is written down, in the order of the times at which it is told."""
+    def _pieces(self, begin: float) -> list[tuple[float, Text | Metadata]]:
+        """What is written down and when it is told, in order; the script's zero is at `begin`."""
         told: list[tuple[float, Text | Metadata]] = []
         for line in AGENT:
             words = TEXTS[line.name].split()
             for number, word in enumerate(words):
                 at = line.start + lasts(line.name) * number / len(words)
                 if at < line.end:
-                    told.append((at, Text(f" {word}")))
+                    told.append((begin + at, Text(f" {word}")))
         for line in USER if self._words else ():
-            times = {"start_ms": round(1e3 * line.start), "end_ms": round(1e3 * line.end)}
+            times = {"start_ms": round(1e3 * (begin + line.start)), "end_ms": round(1e3 * (begin + line.end))}
             heard = {"type": "user_text", "text": TEXTS[line.name], **times, "words": []}
-            told.append((line.end + 0.4, Metadata(heard)))
+            told.append((begin + line.end + 0.4, Metadata(heard)))
         return sorted(told, key=lambda piece: piece[0])

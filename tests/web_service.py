@@ -104,7 +104,8 @@ class WebService:
             Route("/api/voices/{voice}", self._forget_voice, methods=["DELETE"]),
             Route("/api/prompts", self._serve_prompts),
             Route("/api/tokens", self._count_tokens, methods=["POST"]),
-            Mount("/", GZipMiddleware(StaticFiles(directory=PAGE, html=True))),
+            Mount("/vendor", StaticFiles(directory=PAGE / "vendor")),
+            Mount("/", GZipMiddleware(StaticFiles(directory=PAGE, html=True), compresslevel=6)),
         ]
         policy = Settings.model_fields["content_security_policy"].default
         headers = Middleware(SecurityHeaders, policy=policy, hsts_s=0)

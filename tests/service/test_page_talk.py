@@ -13,7 +13,7 @@ from views import Views
 
 from personaplex.config import SAMPLE_RATE
 
-pytestmark = pytest.mark.skipif(chromium.found() is None, reason="no Chromium here")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(chromium.found() is None, reason="no Chromium here")]
 
 
 def test_a_talk_with_the_echo(echo_app: Service) -> None:

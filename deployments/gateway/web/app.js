@@ -10,6 +10,7 @@ import { HistoryView } from "./ui/history.js";
 import { notice } from "./ui/notices.js";
 import { Start } from "./ui/start.js";
 import { TalkView } from "./ui/talk.js";
+import { voiceName } from "./ui/words.js";
 
 const REFRESH_MS = 15_000; // of what the service says
 const THEMES = ["auto", "light", "dark"];
@@ -22,7 +23,7 @@ let lastTalk = null; // its record, or its persona where none was kept
 i18n.apply();
 const history = await openHistory();
 const start = new Start(history, talkWith);
-const view = new TalkView(({ persona, talk }) => {
+const view = new TalkView(refresh, ({ persona, talk }) => {
   after = true;
   lastTalk = talk ?? persona;
   refresh();
@@ -33,7 +34,7 @@ function talkWith(persona) {
   after = false;
   location.hash = "#talk";
   const kept = settings.get("keep") ? history : null;
-  view.start(persona, { info, title: persona.role.label, voice: persona.voice, history: kept });
+  view.start(persona, { info, title: persona.role.label, voice: voiceName(persona.voice), history: kept });
   route();
 }
 
@@ -65,7 +66,7 @@ function route() {
 function describe() {
   const { model, slots, used, queued } = info;
   if (!slots) return t("service.none");
-  const places = view.going && used > 0
+  const places = view.holds && used > 0
     ? t("service.yours", { used, slots })
     : used >= slots ? t("service.full", { slots }) : t("service.free", { free: slots - used, slots });
   return [model, places, queued > 0 && t("service.waiting", { queued })].filter(Boolean).join(" · ");

@@ -72,7 +72,7 @@ export class SpeechDetector {
   static ONSET_S = 0.08;
   static HANGOVER_S = 0.4;
   static RISE_DB_PER_S = 3;
-  static LATE_S = 0.15; // between the levels of two devices
+  static LATE_S = 0.3; // between the levels of two devices
 
   #floor = -55;
   #since = null; // loud since

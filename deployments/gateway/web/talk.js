@@ -47,8 +47,8 @@ export class Talk {
   /**
    * `url`: of the chat; `devices`: {microphone, loudspeaker, echo, noise, gain}; `keep`: null, or {history, talk} to
    * write it down. Handlers: `state(name, detail)` as Session's and "microphone"; `details(object)`;
-   * `entry(entry, index)` of the transcript; `level(side, db)`; `metadata(object)`; `notice(key)` of something that
-   * changed on the way; `end(ending)`, once.
+   * `entry(entry, index)` of the transcript; `metadata(object)`; `notice(key)` of something that changed on the way;
+   * `end(ending)`, once.
    */
   constructor(url, devices, keep, handlers) {
     this.#url = url;
@@ -193,7 +193,6 @@ export class Talk {
 
   #captured({ samples, frame, level }) {
     const db = decibels(level);
-    this.#handlers.level("user", db);
     if (this.#zero === null || this.#over) return;
     const seconds = (frame - this.#zero) / RATE;
     this.#note("user", seconds, PACKET / RATE, db);
@@ -253,7 +252,6 @@ export class Talk {
     this.#note("agent", (frame - this.#zero) / RATE, 1_024 / RATE, db);
     for (const [at, place] of marks) this.#recorder?.mark("heard", (at - this.#zero) / RATE, place);
     this.timing.buffer({ stored, target, underruns, dropped });
-    this.#handlers.level("agent", db);
   }
 
   async #end(ending) {

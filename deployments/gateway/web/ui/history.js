@@ -8,6 +8,7 @@ import { clock } from "../transcript.js";
 import { $, ask, bytes, h, icon, moment, paint } from "./dom.js";
 import { notice } from "./notices.js";
 import { TalkPlayer } from "./player.js";
+import { voiceName } from "./words.js";
 
 export class HistoryView {
   #history;
@@ -80,7 +81,7 @@ export class HistoryView {
     return h("li", {}, h("a", { href: `#history/${talk.id}`, class: "talk-row", "aria-current": talk.id === this.#chosen && "true" },
       avatar,
       h("span", { class: "name" }, title(talk)),
-      h("span", { class: "excerpt" }, `${talk.voice ?? ""} · ${moment(talk.started)}`),
+      h("span", { class: "excerpt" }, `${voiceName(talk.voice)} · ${moment(talk.started)}`),
       h("span", { class: "length" }, clock(talk.seconds), note && h("span", { class: "badge" }, note))));
   }
 
@@ -103,7 +104,7 @@ export class HistoryView {
       h("button", { id, type: "button", class: kind, onclick: action }, icon(name), h("span", {}, words));
     const head = h("div", { class: "persona" }, avatar, h("div", {},
       h("h2", { id: "talk-name" }, title(talk)),
-      h("p", { class: "hint" }, `${talk.voice ?? ""} · ${moment(talk.started)} · ${clock(talk.seconds)}`)),
+      h("p", { class: "hint" }, `${voiceName(talk.voice)} · ${moment(talk.started)} · ${clock(talk.seconds)}`)),
     button("rename", "pen", t("history.rename"), () => this.#rename(talk)));
     const stage = h("div", { class: "stage" });
     const actions = h("div", { class: "row actions" },

@@ -10,6 +10,7 @@ import { OwnVoice } from "./ownvoice.js";
 import { Roles } from "./roles.js";
 import { SoundCheck } from "./soundcheck.js";
 import { Voices } from "./voices.js";
+import { voiceName } from "./words.js";
 
 const SAMPLING = { text_temperature: 0.7, text_topk: 25, audio_temperature: 0.8, audio_topk: 250 };
 const SWITCHES = { keep: "keep", "push-to-talk": "pushToTalk", shortcuts: "shortcuts" };
@@ -79,7 +80,7 @@ export class Start {
 
   #offerSamples() {
     const { model } = this.#info;
-    this.#voices.offer({ shown: Boolean(model) && model !== "echo", model, history: this.#history, key: $("key").value });
+    this.#voices.offer({ shown: Boolean(model) && model !== "echo", model, history: this.#history });
   }
 
   #tell() {
@@ -139,6 +140,6 @@ export class Start {
     paint($("start-avatar"), voice);
     const [role, words] = $("start-summary").children;
     role.textContent = this.#roles.role.label;
-    words.textContent = t("start.voice", { voice: this.#voices.label(voice) });
+    words.textContent = t("start.voice", { voice: voiceName(voice) });
   }
 }

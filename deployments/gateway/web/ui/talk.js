@@ -24,17 +24,19 @@ export class TalkView {
   #info;
   #lanes = null;
   #figures;
+  #words; // the view of the transcript
   #timer;
   #awake = new Awake();
   #push;
+  #changed;
   #ended;
   #endsAt = null; // seconds of the conversation
   #title;
   #state = ["over"];
 
-  /** `ended(ending)` when it is over, for the page. */
-  constructor(ended) {
-    this.#ended = ended;
+  /** `changed()` when it becomes live, `ended(ending)` when it is over, for the page. */
+  constructor(changed, ended) {
+    [this.#changed, this.#ended] = [changed, ended];
     this.#push = new PushToTalk({ hold: (held) => this.#showMute(held), end: () => this.end(), mute: () => this.#toggleMute() });
     $("mute").addEventListener("click", () => this.#toggleMute());
     $("end").addEventListener("click", () => this.end());
@@ -49,6 +51,11 @@ export class TalkView {
     return this.#talk !== null;
   }
 
+  /** Whether it holds a slot of the service. */
+  get holds() {
+    return this.#talk?.live ?? false;
+  }
+
   /** Begins a conversation. `info` of the service; `title` of the role; `history` to write it into, or null. */
   start(persona, { info, title, voice, history }) {
     this.#persona = persona;
@@ -59,7 +66,6 @@ export class TalkView {
       state: (name, detail) => this.#show(name, detail),
       details: (details) => this.#learn(details),
       entry: (entry, index) => this.#words.show(entry, index, talk.transcript.entries),
-      level: () => {},
       metadata: (metadata) => this.#hear(metadata),
       notice: (key) => notice("talk", t(key)),
       end: (ending) => this.#end(ending),
@@ -75,14 +81,12 @@ export class TalkView {
     talk.start();
   }
 
-  #words;
-
   #dress() {
     clear("end", "talk", "sample");
     const [title, voice] = this.#title;
     $("talk-title").textContent = title;
     paint($("talk-avatar"), this.#persona.voice ?? "");
-    $("talk-avatar").title = voice;
+    $("talk-voice").textContent = t("start.voice", { voice });
     this.#words = new TranscriptView($("transcript"));
     this.#figures = new Figures($("figures"));
     $("session-line").textContent = t("session.waiting");
@@ -130,7 +134,10 @@ export class TalkView {
     $("state").textContent = name === "queued" && wait > 0
       ? t("state.queuedFor", { position, time: roughly(wait) })
       : t(`state.${name}`, { position });
-    if (name === "live") this.#showMute();
+    if (name === "live") {
+      this.#showMute();
+      this.#changed();
+    }
   }
 
   #learn(details) {

@@ -5,6 +5,7 @@ import { t } from "../i18n.js";
 import { $, h, icon, paint } from "./dom.js";
 import { notice } from "./notices.js";
 import { Sample } from "./sample.js";
+import { voiceName } from "./words.js";
 
 const PUBLISHED = /^(NAT|VAR)[FM][0-4]$/;
 
@@ -28,7 +29,7 @@ export class Voices {
     this.draw();
   }
 
-  /** `{shown, model, history, key}`: whether samples can be made, and by what. */
+  /** `{shown, model, history}`: whether samples can be made, and by what. */
   offer(samples) {
     this.#samples = samples;
     this.draw();
@@ -66,10 +67,6 @@ export class Voices {
     return this.#voices.some((voice) => voice.name === name) ? name : null;
   }
 
-  label(name) {
-    return name?.startsWith("own:") ? t("own.voice") : name;
-  }
-
   stop() {
     this.#sample?.stop();
   }
@@ -96,13 +93,13 @@ export class Voices {
     input.addEventListener("change", () => this.use(name));
     const advised = this.#advised.includes(name) && h("span", { class: "advised" }, t("voice.advised"));
     const label = h("label", { class: "voice" }, input, avatar,
-      h("span", { class: "name" }, this.label(name)), h("span", { class: "excerpt" }, manner(name)), advised);
+      h("span", { class: "name" }, voiceName(name)), h("span", { class: "excerpt" }, manner(name)), advised);
     return h("div", { class: "voice-row" }, label, this.#samples.shown && this.#hear(name));
   }
 
   #hear(name) {
     const playing = this.#sample?.voice === name;
-    const words = (key) => t(`voice.${key}`, { voice: this.label(name) });
+    const words = (key) => t(`voice.${key}`, { voice: voiceName(name) });
     const button = h("button", { type: "button", class: "hear", id: `hear-${name}`, "aria-label": words(playing ? "stop" : "hear") });
     button.title = button.getAttribute("aria-label");
     button.append(icon(playing ? "stop" : "play"));
@@ -120,7 +117,7 @@ export class Voices {
   }
 
   async #start(name) {
-    const sample = new Sample(name, this.#samples);
+    const sample = new Sample(name, { ...this.#samples, key: $("key").value });
     this.#sample = sample;
     this.draw();
     try {

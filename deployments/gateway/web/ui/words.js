@@ -1,7 +1,11 @@
-// What is said of the end of a conversation.
+// What is said of the end of a conversation, and of its voice.
 
 import { t } from "../i18n.js";
 import { clock } from "../transcript.js";
+
+export function voiceName(voice) {
+  return voice?.startsWith("own:") ? t("own.voice") : voice ?? "";
+}
 
 /** Whether an end is an ordinary one. */
 export function isOrdinary({ kind }) {
