@@ -102,6 +102,7 @@ class Replica:
                 "dtype": self._settings.dtype,
                 "weights": self._settings.weights,
                 "kv": self._settings.kv,
+                "lora": self._settings.lora.name if self._settings.lora else "",
             },
         )
 

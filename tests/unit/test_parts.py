@@ -60,6 +60,7 @@ REPLICA: dict[str, Any] = {
     "mimi_weight": Path("codec"),
     "tokenizer": Path("tokenizer"),
     "voice_prompt_dir": Path("voices"),
+    "lora": Path("adapter"),
     "device": "cpu",
     "dtype": "float32",
     "weights": "int8",
