@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import socket
 import threading
 from collections.abc import Awaitable, Callable
@@ -26,7 +27,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
-from websockets.exceptions import ConnectionClosedOK
+from websockets.exceptions import ConnectionClosed, ConnectionClosedOK
 
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
@@ -112,7 +113,8 @@ class WebService:
         application = Starlette(routes=routes, middleware=[headers])
         config = uvicorn.Config(application, log_level="warning", ws="websockets-sansio")
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve([self._listener])))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
 
     def __enter__(self) -> WebService:
         self._thread.start()
@@ -125,13 +127,23 @@ class WebService:
         self._thread.join(10)
         assert not self._thread.is_alive()
 
+    def call(self, function: Callable[[], object]) -> None:
+        """Calls `function` in the service's own thread."""
+        assert self._loop is not None, "use it in a with block"
+        self._loop.call_soon_threadsafe(function)
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._server.serve([self._listener])
+
     async def _serve_chat(self, socket: WebSocket) -> None:
         self.chats.append(dict(socket.query_params))
         if self.refusal:
             await socket.send_denial_response(PlainTextResponse(self.refusal, status_code=self.status))
             return
         await socket.accept()
-        await self.chat(Socket(socket))
+        with contextlib.suppress(ConnectionClosed):
+            await self.chat(Socket(socket))
 
     async def _serve_admission(self, request: Request) -> Response:
         if self.refusal:

@@ -217,6 +217,28 @@ def test_a_lost_connection_is_resumed(page: Views, service: WebService) -> None:
     page.browser.console.clear()  # the browser's own lines about the status
 
 
+def test_a_replica_that_is_replaced_is_told(page: Views, service: WebService) -> None:
+    go_on = asyncio.Event()
+
+    async def gap(socket: Any) -> None:
+        await socket.send(b"\x00")
+        await socket.send(encode(Metadata({"type": "interrupted"})))
+        await go_on.wait()
+        await socket.send(encode(Metadata({"type": "continued", "generation": 1, "frame": 20})))
+        await socket.send(encode(Metadata({"type": "ending", "in_s": 60})))
+        while True:
+            await socket.recv()
+
+    service.chat = gap
+    page.click("#connect")
+    page.wait("state.textContent === 'One moment, the connection is being restored'")
+    service.call(go_on.set)
+    page.live()
+    page.wait("document.getElementById('notice-ending')")
+    assert page.text("#notice-ending p") == "The conversation ends in 60 s."
+    page.end()
+
+
 def test_a_used_token_ends_it(page: Views, service: WebService) -> None:
     async def breaks(socket: Any) -> None:
         await socket.send(b"\x00")
