@@ -180,9 +180,9 @@ class Gateway:
             else:
                 await self._converse(socket, session, persona, caller, claim, taken)
 
-    async def _take(self, socket: WebSocket) -> Taken | None:
+    async def _take(self, connection: HTTPConnection) -> Taken | None:
         """The session that the client comes back to, None for a new one. Raises ResumeRefused."""
-        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
+        query = read_query(connection.scope["query_string"], self._settings.query_limit_bytes)
         token = query.get("resume")
         if token is None:
             return None
@@ -286,6 +286,8 @@ class Gateway:
                     self._leases.queue_full and not await self._free_slot()
                 ):
                     raise NoCapacity("every slot is taken and the queue is full")
+                if (taken := await self._take(request)) is not None:
+                    taken.give_back()
         except PersonaplexError as error:
             return refusal(error)
         return Response(status_code=204, headers={"cache-control": "no-store"})
