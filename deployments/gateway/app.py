@@ -39,7 +39,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 import personaplex
 from deployments import ingress, logs, metrics
-from deployments.gateway import tracing
+from deployments.gateway import tracing, watchers
 from deployments.gateway.admission import AccessControl, ClientInfo, refusal
 from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Comeback, Conversation
 from deployments.gateway.failover import Failovers
@@ -52,7 +52,6 @@ from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
 from deployments.gateway.resumes import Resumes, Taken
-from deployments.gateway.router import watch_replicas
 from deployments.gateway.upstream import Services
 from deployments.keysync import KeySync
 from deployments.parts import GatewaySettings
@@ -125,7 +124,7 @@ class Gateway:
             failovers=failovers,
             resumes=self._make_resumes(),
         )
-        watch_replicas(self._services.moves.running)
+        watchers.watch_replicas(self._services.moves.running)
         self._open = 0
         self._empty = asyncio.Event()  # no session is open
         self._empty.set()

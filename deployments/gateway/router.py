@@ -12,24 +12,15 @@ slot that a session of this gateway gave back needs no question.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
+from deployments.gateway import watchers
 from deployments.policy import Candidate, rank
 from deployments.wire.messages import LeaseRequest
 
 LOOK_EVERY_S = 0.2
-
-
-_watchers: list[Callable[[frozenset[str]], None]] = []
-
-
-def watch_replicas(changed: Callable[[frozenset[str]], None]) -> None:
-    """From now on `changed` is told, on the router's event loop, which replicas there are to choose from, by
-    name, whenever that changes. A process has one router of sessions and one gateway."""
-    _watchers.append(changed)
 
 
 class SessionRouter(FIFOMixin, RequestRouter):
@@ -42,9 +33,7 @@ class SessionRouter(FIFOMixin, RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Serve's own; tells the watchers."""
         super().update_replicas(replicas)
-        names = frozenset(replica.replica_id.unique_id for replica in replicas)
-        for changed in _watchers:
-            changed(names)
+        watchers.tell(frozenset(replica.replica_id.unique_id for replica in replicas))
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
