@@ -25,9 +25,6 @@ P = TypeVar("P", bound="_Part")
 class _Part:
     log_level: Literal["debug", "info", "warning", "error"]
     log_format: Literal["text", "json"]
-    burst_frames: int
-    stall_limit_s: float
-    lease_timeout_s: float
 
     @classmethod
     def of(cls: type[P], settings: Settings) -> P:
@@ -39,6 +36,9 @@ class _Part:
 class GatewaySettings(_Part):
     """What a gateway reads; see `Settings` for each."""
 
+    burst_frames: int
+    stall_limit_s: float
+    lease_timeout_s: float
     queue_limit: int
     queue_timeout_s: float
     session_limit_s: float
@@ -66,12 +66,18 @@ class GatewaySettings(_Part):
     record_keep_days: float
     record_keep_bytes: int
     record_upload: str
+    transcription: Literal["off", "on"]
+    transcription_backlog_s: float
+    transcribers_max: int
 
 
 @dataclass(frozen=True)
 class ReplicaSettings(_Part):
     """What a replica reads; see `Settings` for each."""
 
+    burst_frames: int
+    stall_limit_s: float
+    lease_timeout_s: float
     model: str
     step_times: Path | None
     hf_repo: str
@@ -94,3 +100,12 @@ class ReplicaSettings(_Part):
     media_host: str
     media_port_min: int
     media_port_max: int
+
+
+@dataclass(frozen=True)
+class TranscriberSettings(_Part):
+    """What a transcriber reads; see `Settings` for each."""
+
+    transcription_model: str
+    transcription_language: str
+    transcriber_num_cpus: float

