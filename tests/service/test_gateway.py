@@ -37,7 +37,7 @@ from deployments.application import build
 from deployments.gateway import app
 from deployments.gateway import conversation as module
 from deployments.gateway.app import PAGE, Gateway, report_failure
-from deployments.gateway.audio import FEED_BYTES, UNDECODED_LIMIT, AudioStep
+from deployments.gateway.audio import UNDECODED_LIMIT, AudioStep
 from deployments.gateway.conversation import Conversation
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.leases import Claim, Waiter
@@ -263,7 +263,13 @@ def test_audio_that_waits_to_be_decoded_is_bounded() -> None:
 def test_a_longer_burst_may_wait_to_be_decoded() -> None:
     async def run() -> list[Event]:
         told: list[Event] = []
-        step = AudioStep(Limits(burst_s=60), cast(Metrics, Nothing()), told.append, lambda frame: None)
+        step = AudioStep(
+            Transcoder(burst_s=60),
+            Limits(burst_s=60),
+            cast(Metrics, Nothing()),
+            told.append,
+            lambda frame: None,
+        )
         for _ in range(10):
             step.feed(bytes(UNDECODED_LIMIT))
         assert not told
@@ -286,8 +292,8 @@ def test_a_decoder_that_fails_ends_the_session_in_words(caplog: pytest.LogCaptur
 
     async def run() -> list[Event]:
         told: list[Event] = []
-        step = AudioStep(Limits(), cast(Metrics, Nothing()), told.append, stumble)
-        step.feed(bytes(FEED_BYTES) + b"".join(pages))  # what stumbles comes after the first piece
+        step = AudioStep(Transcoder(), Limits(), cast(Metrics, Nothing()), told.append, stumble)
+        step.feed(bytes(Transcoder.feed_bytes) + b"".join(pages))  # what stumbles comes after the first piece
         for _ in range(20):
             await asyncio.sleep(0)
         step.stop()
