@@ -1,8 +1,8 @@
 """Sentences said by synthetic voices, with the true time of every word: espeak-ng, Flite and hibari.
 
-The first two come from the system's libraries (Debian: `espeak-ng`, `flite`), by ctypes, since their commands tell no
-times; hibari, one natural voice that `personaplex.training.synth` changes into any, from the extra `train`. Sound is
-mono float32 at 24 kHz, at one loudness.
+The first two come from the system's libraries (Debian: `espeak-ng`, `flite`), by ctypes, since their
+commands tell no times; hibari, one natural voice that `personaplex.training.synth` changes into any, from
+the extra `train`. Sound is mono float32 at 24 kHz, at one loudness.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -205,7 +206,7 @@ def _espeak_say(voice: str, text: str) -> tuple[Pcm, list[Word]]:
     pcm = np.concatenate(pieces).astype(np.float32) / 32_768
     marks = [
         starts[0],
-        *(mark for before, mark in zip(starts, starts[1:], strict=False) if mark[0] > before[0]),
+        *(mark for before, mark in pairwise(starts) if mark[0] > before[0]),
     ]
     ends = [*(sample for _, sample in marks[1:]), len(pcm)]
     words = [

@@ -143,6 +143,7 @@ def _fleet() -> serve.Deployment:
 
 
 def _transcriber(settings: Settings) -> serve.Deployment:
+    waiting: dict[str, Any] = {"max_backoff_s": LONGEST_RETRY_S}
     return serve.deployment(
         name="transcriber",
         max_ongoing_requests=AT_ONCE,
@@ -155,7 +156,7 @@ def _transcriber(settings: Settings) -> serve.Deployment:
             downscale_delay_s=settings.downscale_delay_s,
             look_back_period_s=settings.autoscaling_lookback_s,
         ),
-        request_router_config=RequestRouterConfig(max_backoff_s=LONGEST_RETRY_S),
+        request_router_config=RequestRouterConfig(**waiting),
         ray_actor_options={
             "num_cpus": settings.transcriber_num_cpus,
             "resources": settings.transcriber_resources,

@@ -196,8 +196,8 @@ class Fields(BaseModel):
     )
     transcription_model: str = Field(
         "",
-        description="Whisper model: a name that faster-whisper knows (base.en, small, ...) or downloads, or a "
-        "directory; empty is the embedded tiny.en.",
+        description="Whisper model: a name that faster-whisper knows or downloads (base.en, small, ...), or "
+        "a directory; empty is the embedded tiny.en.",
     )
     transcription_language: str = Field(
         "en",

@@ -115,8 +115,8 @@ TRANSCRIPTION_BACKLOG = Series(
 TRANSCRIPTION_DROPPED = Series(
     "personaplex_transcription_dropped_seconds",
     "counter",
-    "Speech without a text, by reason: behind (transcribers cannot keep up), unavailable (there is none, or it "
-    "did not answer), detector (the gateway had no time to listen).",
+    "Speech without a text, by reason: behind (transcribers cannot keep up), unavailable (there is none, or "
+    "it did not answer), detector (the gateway had no time to listen).",
     ("reason",),
 )
 

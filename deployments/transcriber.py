@@ -1,8 +1,8 @@
 """The transcriber deployment: Whisper on CPUs, a piece of speech at a time.
 
 It starts at once and loads its model beside: while there is none it says so, tries again, and answers every
-call with Unready. So a model that is missing or wrong stops no deployment and no call. It runs niced, and what
-it reads is neither logged nor kept.
+call with Unready. So a model that is missing or wrong stops no deployment and no call. It runs niced, and
+what it reads is neither logged nor kept.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Transcriber:
             return await asyncio.get_running_loop().run_in_executor(
                 self._worker, self._read, self._whisper, speech
             )
-        except Exception as error:  # CTranslate2's own; what it says may hold no word of the user
+        except Exception as error:  # noqa: BLE001  CTranslate2's own; what it says may hold no word of the user
             logger.error("a piece of speech could not be read: %s", type(error).__name__)
             return Unreadable()
 

@@ -44,20 +44,24 @@ from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Conversation
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
 from deployments.gateway.leases import Claim, Leases
+from deployments.gateway.listening import Listening
 from deployments.gateway.observer import Observer
-from deployments.gateway.query import persona_from, read_query, wants_status
+from deployments.gateway.query import allows_transcription, persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
+from deployments.gateway.transcripts import Transcripts
 from deployments.gateway.upstream import Services
 from deployments.parts import GatewaySettings
 from deployments.settings import all_keys, behind_haproxy, proxies_in_front, proxy_callback
 from deployments.wire.link import connect
 from deployments.wire.messages import LeaseRequest
+from deployments.wire.speech import Answer
 from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, SessionLost
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
 from personaplex.tokenlog import TokenLog
+from personaplex.transcription.listener import Speech
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +74,13 @@ class Gateway:
     """Made by Serve, one per process, with handles to the replicas and to the fleet."""
 
     def __init__(
-        self, settings: GatewaySettings, replicas: DeploymentHandle[Any], fleet: DeploymentHandle[Any]
+        self,
+        settings: GatewaySettings,
+        replicas: DeploymentHandle[Any],
+        fleet: DeploymentHandle[Any],
+        transcribers: DeploymentHandle[Any] | None = None,
     ) -> None:
+        """`transcribers`: none with transcription=off."""
         logs.configure(settings.log_level, settings.log_format)
         self._settings = settings
         self._fleet = Observer(fleet)
@@ -111,6 +120,7 @@ class Gateway:
             keep=self._keep,
             changed=self._publish,
             trace=tracing.connect() if settings.tracing else None,
+            transcripts=None if transcribers is None else self._transcripts(transcribers),
         )
         self._open = 0
         self._empty = asyncio.Event()  # no session is open
@@ -120,6 +130,19 @@ class Gateway:
         self._watching = asyncio.ensure_future(self._fleet.wait_close(uuid.uuid4().hex, self._close))
         warn_of_proxies_without_limits()
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
+
+    def _transcripts(self, transcribers: DeploymentHandle[Any]) -> Transcripts:
+        async def transcribe(speech: Speech) -> Answer:
+            answer: Answer = await transcribers.transcribe.remote(speech)
+            return answer
+
+        return Transcripts(
+            transcribe,
+            self._metrics,
+            Listening(self._settings.burst_frames),
+            backlog_s=self._settings.transcription_backlog_s,
+            transcribers=self._settings.transcribers_max,
+        )
 
     def __serve_build_asgi_app__(self) -> Starlette:
         routes: list[BaseRoute] = [
@@ -176,8 +199,14 @@ class Gateway:
             raise
         conversation: Conversation | None = None
         try:
+            status = wants_status(query)
             conversation = Conversation(
-                socket, session, self._services, status=wants_status(query), recording=recording
+                socket,
+                session,
+                self._services,
+                status=status,
+                recording=recording,
+                transcribe=allows_transcription(query) and (status or recording is not None),
             )
             await conversation.run(persona, claim)
         finally:
@@ -188,7 +217,20 @@ class Gateway:
         error = SessionLost("it never began") if conversation is None else conversation.error
         self._reconnects.ended(caller, error, time.monotonic())
         if recording is not None and self._records is not None:
-            self._records.finish(recording, metrics.cause(error))
+            recording.over()
+            finishing = asyncio.ensure_future(self._finish_record(self._records, recording, conversation))
+            self._services.ending.add(finishing)
+            finishing.add_done_callback(self._services.ending.discard)
+
+    async def _finish_record(
+        self, records: Records, recording: Recording, conversation: Conversation | None
+    ) -> None:
+        error = SessionLost("it never began") if conversation is None else conversation.error
+        try:
+            if conversation is not None:
+                await conversation.last_words()
+        finally:
+            records.finish(recording, metrics.cause(error))
 
     def _begin_record(
         self, query: Mapping[str, str], session: str, persona: Persona, engine: Mapping[str, str]
@@ -252,6 +294,7 @@ class Gateway:
                 "session_limit_s": self._settings.session_limit_s,
                 "key_needed": self._settings.guarded,
                 "record": self._settings.record,
+                "transcription": self._settings.transcription,
             }
         )
 
@@ -308,6 +351,8 @@ class Gateway:
         self._leases.close()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._empty.wait(), CLOSE_TIMEOUT_S)
+        if self._services.transcripts is not None:
+            self._services.transcripts.close()
         if self._records is not None:
             await self._records.close()
 

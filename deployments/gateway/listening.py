@@ -1,7 +1,7 @@
 """The gateway's ear: users' frames to pieces of speech, on one thread for all sessions.
 
-A session hands over its frames after they were sent to the replica, and waits for nothing: they are put into a
-bounded queue, and when the thread has no time the oldest are dropped and counted. The thread has a low
+A session hands over its frames after they were sent to the replica, and waits for nothing: they are put into
+a bounded queue, and when the thread has no time the oldest are dropped and counted. The thread has a low
 priority, so that it never keeps the event loop from a core.
 """
 
@@ -38,7 +38,8 @@ class Ear:
         self.on_speech, self._on_dropped, self._limit = on_speech, on_dropped, limit
 
     def hear(self, number: int, frame: Pcm) -> None:
-        """Takes frame `number` of the conversation, float32 [1920] at 24 kHz, which nobody changes any more."""
+        """Takes frame `number` of the conversation, float32 [1920] at 24 kHz, which nobody changes any
+        more."""
         if len(self.frames) >= self._limit:
             with contextlib.suppress(IndexError):  # the thread was quicker
                 self.frames.popleft()
@@ -60,8 +61,8 @@ class Listening:
         self._thread.start()
 
     def open(self, on_speech: Callable[[Speech], None], on_dropped: Callable[[float], None]) -> Ear:
-        """A session begins. `on_speech` takes each piece of its speech, `on_dropped` seconds of sound that the
-        thread had no time for."""
+        """A session begins. `on_speech` takes each piece of its speech, `on_dropped` seconds of sound that
+        the thread had no time for."""
         ear = Ear(self._limit, on_speech, on_dropped)
         with self._lock:
             self._ears[ear] = lambda: None

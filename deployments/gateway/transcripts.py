@@ -7,14 +7,15 @@ Laws:
    busy, which Serve's autoscaling sees. The rest waits here.
 3. Of what waits beyond `backlog_s`, in seconds of speech or of time, the oldest pieces are dropped whole,
    counted, and their sessions told.
-4. A transcriber that is not ready, not there or does not answer is asked again; trouble and its end are a line
-   of the log each. No line, no metric and no error holds a word.
+4. A transcriber that is not ready, not there or does not answer is asked again. Trouble is a line of the log,
+   and so is its end. No line, no metric and no error holds a word.
 5. A session hears of its pieces in order, whatever the order of the answers.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -148,7 +149,7 @@ class Transcripts:
         except (RayError, RayServeException, OSError, asyncio.TimeoutError) as error:
             self._try_again(piece, _words(error))
             return
-        except Exception as error:  # a task's root; what it says may hold a word of the user
+        except Exception as error:  # noqa: BLE001  a task's root; what it says may hold a word of the user
             logger.error("speech could not be sent to a transcriber: %s", type(error).__name__)
             self._lose(piece, "unavailable")
             return
@@ -207,16 +208,20 @@ class Transcript:
         self._ear.hear(number, frame)
         self._listening.wake()
 
-    async def finish(self, timeout_s: float) -> None:
-        """The session is over: waits, up to `timeout_s`, for the words of what was said last. To be called once."""
+    def end(self) -> None:
+        """No frame comes any more. What was said last is told once it is read, unless `close` comes first."""
         self._listening.end(self._ear, self._on_end)
-        try:
+
+    async def settled(self, timeout_s: float) -> None:
+        """After `end`: until everything was told, or `timeout_s` passed; then closes."""
+        with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._settled.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            pass
-        finally:
-            self.closed = True
-            self._queue.forget(self)
+        self.close()
+
+    def close(self) -> None:
+        """Nothing is told any more, and nothing is asked for this session. Idempotent."""
+        self.closed = True
+        self._queue.forget(self)
 
     def tell(self) -> None:
         """Tells what is known, up to the first piece that is not."""

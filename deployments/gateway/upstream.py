@@ -18,6 +18,7 @@ from deployments.gateway.leases import Claim, Lease, Leases
 from deployments.gateway.recorder import Recording
 from deployments.gateway.stats import SessionStats
 from deployments.gateway.tracing import Trace
+from deployments.gateway.transcripts import Transcripts
 from deployments.metrics import Metrics
 from deployments.wire import messages
 from deployments.wire.link import Link, OnLost, OnMessage
@@ -56,6 +57,7 @@ class Services:
     keep: Callable[[str, TokenLog], Awaitable[None]]  # called at the end with the session's name and tokens
     changed: Callable[[], None]  # called when a session went live or joined or left the queue
     trace: Trace | None = None
+    transcripts: Transcripts | None = None  # of what users say; None with transcription=off
     live: set[str] = field(default_factory=set)  # names of the sessions past their handshake
     ending: set[asyncio.Future[None]] = field(default_factory=set)  # sessions that are being wound up
 
@@ -71,14 +73,18 @@ class Upstream:
         emit: Callable[[Event], None],
         on_frame: Callable[[int, Pcm, bool], None],
         recording: Recording | None = None,
+        on_sent: Callable[[int, Pcm], None] | None = None,
     ) -> None:
-        """`on_frame(number, pcm, stale)` takes the agent's frames; `stale` ones answer frames that waited for
-        the slot."""
+        """`on_sent(number, pcm)` gets each frame of the user once it is on its way to the model, which hears
+        it as its frame `number`; what else happens to it must not touch it. `on_frame(number, pcm, stale)`
+        takes the agent's frames; `stale` ones answer frames that waited for the slot."""
         self.log = TokenLog()
         self._session, self._services, self._stats, self._emit = session, services, stats, emit
         self._on_frame = on_frame
         self._metrics = services.metrics
         self._recording = recording
+        self._on_sent = on_sent
+        self._sent = 0  # frames of the user, less those the link dropped
         self._link: Link | None = None
         self._lease: Lease | None = None
         self._details: dict[str, Any] = {}
@@ -108,6 +114,8 @@ class Upstream:
         }
         if self._recording is not None:
             self._details["recorded"] = True
+        if self._on_sent is not None:
+            self._details["transcription"] = True
 
     def send_frame(self, frame: Pcm) -> None:
         """Sends one frame of the user; while the slot is not ready the newest burst is kept for it."""
@@ -118,7 +126,11 @@ class Upstream:
         assert self._link is not None
         dropped = self._link.dropped
         self._link.send_frame(MessageKind.FRAME, messages.pack_frame(_micros() % 2**32, frame))
-        self._metrics.add(metrics.FRAMES_DROPPED, self._link.dropped - dropped, place="link_in")
+        dropped = self._link.dropped - dropped
+        self._metrics.add(metrics.FRAMES_DROPPED, dropped, place="link_in")
+        self._sent += 1 - dropped
+        if self._on_sent is not None:
+            self._on_sent(self._sent - 1, frame)
 
     def stop(self) -> None:
         """Stops both directions; later messages are ignored."""

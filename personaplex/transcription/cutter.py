@@ -1,7 +1,8 @@
 """Where to cut a stream into pieces of speech, from one probability a window. Pure: no sound, no clock.
 
-Speech begins at ENTER and ends END_S after it last was LEAVE or more, so that a comma does not end a sentence.
-What goes on for LONGEST_S is cut at its least likely window of the last CUT_S: at a breath, if there is one.
+Speech begins at ENTER and ends END_S after it last was LEAVE or more, so that a comma does not end a
+sentence. What goes on for LONGEST_S is cut at its least likely window of the last CUT_S: at a breath, if
+there is one.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def windows(seconds: float) -> int:
 
 @dataclass(frozen=True)
 class Piece:
-    """Windows `start` to `end` (excluded). `spoken` are the runs of windows in it at LEAVE or more. `resumed`: it
-    goes on, without a pause, from the piece before; `cut`: so does the next from this one."""
+    """Windows `start` to `end` (excluded). `spoken` are the runs of windows in it at LEAVE or more.
+    `resumed`: it goes on, without a pause, from the piece before; `cut`: so does the next from this one."""
 
     start: int
     end: int

@@ -1,8 +1,8 @@
 """One user's sound, heard as it comes and cut into pieces of speech for the transcriber.
 
-Frames of 80 ms at 24 kHz become windows of 32 ms at 16 kHz. A window no louder than the room gets probability
-0 for nothing; the others go to Silero's network, or, where that is not installed, are judged by their loudness.
-Knows no clock: times are those of the frames.
+Frames of 80 ms at 24 kHz become windows of 32 ms at 16 kHz. A window no louder than the room gets
+probability 0 for nothing; the others go to Silero's network, or, where that is not installed, are judged by
+their loudness. Knows no clock: times are those of the frames.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LOUD_RMS = 3e-3
 @dataclass(frozen=True, eq=False)
 class Speech:
     """Sound for the transcriber: int16 [samples] at 16 kHz, its first sample at `begin` seconds of the
-    conversation. Somebody speaks from `start` to `end`, and in the `spoken` spans between; `waited` is how much
-    was heard after `end` before this was known."""
+    conversation. Somebody speaks from `start` to `end`, and in the `spoken` spans between; `waited` is how
+    much was heard after `end` before this was known."""
 
     pcm: Pcm16 = field(repr=False)
     begin: float

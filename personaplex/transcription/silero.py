@@ -1,7 +1,7 @@
 """Silero's speech detector by onnxruntime and numpy: without its package, and without torch.
 
-Its model comes in two packages, as two graphs of the same network: `silero-vad` and `faster-whisper`. Neither is
-imported; their files are found and read.
+Its model comes in two packages, as two graphs of the same network: `silero-vad` and `faster-whisper`.
+Neither is imported; their files are found and read.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Silero:
 
 
 def windows_of(pcm: Pcm) -> Pcm:
-    """float32 [samples] at 16 kHz, that begins with CONTEXT samples of before, as [n, 64 + 512]; n is how many
-    whole windows there are."""
+    """float32 [samples] at 16 kHz, that begins with CONTEXT samples of before, as [n, 64 + 512]; n is how
+    many whole windows there are."""
     count = (len(pcm) - CONTEXT) // WINDOW
     if count <= 0:
         return np.zeros((0, CONTEXT + WINDOW), np.float32)

