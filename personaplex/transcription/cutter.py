@@ -70,7 +70,7 @@ class Cutter:
 
     def _end(self) -> Piece | None:
         assert self._start is not None
-        piece = _piece(self._start, self._row, self._resumed, cut=False)
+        piece = piece_of(self._start, self._row, self._resumed, cut=False)
         self._start, self._row, self._resumed = None, [], False
         return piece
 
@@ -78,13 +78,13 @@ class Cutter:
         assert self._start is not None
         tail = self._row[-windows(CUT_S) :]
         place = len(self._row) - len(tail) + min(range(len(tail)), key=lambda i: (tail[i], -i))
-        piece = _piece(self._start, self._row[:place], self._resumed, cut=True)
+        piece = piece_of(self._start, self._row[:place], self._resumed, cut=True)
         self._start, self._row, self._resumed = self._start + place, self._row[place:], True
         return piece
 
 
-def _piece(start: int, row: list[float], resumed: bool, cut: bool) -> Piece | None:
-    """None where hardly anything was speech."""
+def piece_of(start: int, row: list[float], resumed: bool = False, cut: bool = False) -> Piece | None:
+    """The piece that probabilities from window `start` on make; None where hardly anything was speech."""
     runs: list[tuple[int, int]] = []
     for number, probability in enumerate(row, start):
         if probability < LEAVE:

@@ -40,6 +40,7 @@ class Speech:
     end: float
     spoken: tuple[tuple[float, float], ...]
     waited: float = 0.0
+    judged: bool = True
 
     @property
     def seconds(self) -> float:
@@ -140,6 +141,7 @@ class Listener:
             start=self._at(piece.spoken[0][0]),
             end=self._at(piece.spoken[-1][1]),
             spoken=tuple((self._at(start), self._at(end)) for start, end in piece.spoken),
+            judged=self._silero is not None,
             waited=(self._windows - piece.spoken[-1][1]) * WINDOW / RATE,
         )
 

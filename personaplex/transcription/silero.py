@@ -66,6 +66,8 @@ class Silero:
     def run(self, windows: Pcm, state: State) -> tuple[Sequence[float], State]:
         """Probabilities of speech in consecutive `windows`, float32 [n, 64 + 512] at 16 kHz, and the state
         after them. `state` is that before them."""
+        if not len(windows):
+            return [], state
         if self._whole:  # windows in a row, in one call
             h, c = state
             found, h, c = self._session.run(None, {"input": windows, "h": h, "c": c})

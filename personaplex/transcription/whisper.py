@@ -19,8 +19,9 @@ import numpy as np
 
 from personaplex.config import Pcm
 from personaplex.errors import ConfigError
+from personaplex.transcription.cutter import piece_of
 from personaplex.transcription.listener import Speech
-from personaplex.transcription.silero import RATE
+from personaplex.transcription.silero import CONTEXT, FASTER_WHISPER, RATE, WINDOW, Silero, find, windows_of
 from personaplex.words import Segment, Word
 
 EXTRA = "transcribing needs: pip install 'personaplex-serve[transcribe]'"
@@ -29,6 +30,7 @@ NO_SPEECH = 0.6  # Whisper's own figure, above which an unsure piece is none
 UNSURE, ABSURD = -1.0, -1.6  # mean log probability of a piece: out if also no speech, out in any case
 REPETITIVE = 2.4  # characters per compressed byte: a phrase again and again
 TOKENS, TOKENS_PER_S = 12, 12.0  # at most: twice a fast speaker's; a phrase again and again has no end
+MISSED_S = 0.8  # of speech without a word at the end: Whisper stopped too early
 NEAR_S = 0.25  # how far from speech a word may stand
 
 Spans = Sequence[tuple[float, float]]  # seconds
@@ -59,7 +61,11 @@ def embedded_model() -> Path:
 def check_installed(model: str) -> None:
     """Raises ConfigError when `model` (see Options) cannot be loaded on this machine, as far as can be told
     without loading it: a name may still have to be downloaded."""
-    if importlib.util.find_spec("faster_whisper") is None:
+    try:
+        installed = importlib.util.find_spec("faster_whisper") is not None
+    except ValueError:  # something of this name without a file
+        installed = False
+    if not installed:
         raise ConfigError(EXTRA)
     if not model:
         embedded_model()
@@ -83,6 +89,8 @@ class Whisper:
             )
         except Exception as error:  # of the hub, the file system, CTranslate2: none has a kind of its own
             raise ConfigError(f"faster-whisper cannot load {name!r}: {_line(error)}") from error
+        path = find(FASTER_WHISPER)
+        self._detector = None if path is None else Silero(path, EXTRA)
         self._language = options.language or None
         if self._language is None and not self._model.model.is_multilingual:
             self._language = "en"
@@ -95,10 +103,14 @@ class Whisper:
     def read(self, speech: Speech) -> Segment | None:
         """What is said in a piece of speech; None where it is nothing."""
         sound = speech.pcm.astype(np.float32) / np.float32(32_768)
-        spoken = [(start - speech.begin, end - speech.begin) for start, end in speech.spoken]
+        spoken: Spans = [(start - speech.begin, end - speech.begin) for start, end in speech.spoken]
+        if not speech.judged and self._detector is not None:
+            spoken = spoken_in(sound, self._detector)
+            if not spoken:
+                return None
         found = self._believed(sound, spoken)
-        if found is None:  # once more, with care: five beams, and no phrase three times
-            found = self._believed(sound, spoken, beam_size=5, no_repeat_ngram_size=4) or []
+        if found is None or _stops_early(found, spoken):  # once more, with care
+            found = self._believed(sound, spoken, beam_size=5, no_repeat_ngram_size=4) or found
         if not found:
             return None
         return Segment.of(
@@ -108,10 +120,10 @@ class Whisper:
     def _believed(self, sound: Pcm, spoken: Spans, **options: Any) -> list[Word] | None:
         """The words in one piece of speech; None where Whisper wrote nothing, or nothing to be believed."""
         most = TOKENS + round(TOKENS_PER_S * len(sound) / RATE)
-        pieces = list(self._pieces(sound, without_timestamps=True, max_new_tokens=most, **options))
-        if not pieces or not all(map(_believable, pieces)):
+        pieces = list(self._pieces(sound, max_new_tokens=most, **options))
+        if not all(map(_believable, pieces)):
             return None
-        return within([word for piece in pieces for word in _words(piece)], spoken)
+        return within([word for piece in pieces for word in _words(piece)], spoken) or None
 
     def _pieces(self, pcm: Pcm, **options: Any) -> Iterable[Any]:
         defaults: dict[str, Any] = {
@@ -125,6 +137,15 @@ class Whisper:
         return pieces
 
 
+def spoken_in(pcm: Pcm, detector: Silero) -> Spans:
+    """When somebody speaks in float32 [samples] at 16 kHz; nothing where that is too short to be speech."""
+    padded = np.pad(pcm, (CONTEXT, -len(pcm) % WINDOW))
+    row, _ = detector.run(windows_of(padded), detector.start())
+    piece = piece_of(0, list(row))
+    window_s = WINDOW / RATE
+    return [] if piece is None else [(start * window_s, end * window_s) for start, end in piece.spoken]
+
+
 def within(words: Sequence[Word], spoken: Spans) -> list[Word]:
     """The words that are near speech, not outside of its first beginning and last end.
 
@@ -135,11 +156,17 @@ def within(words: Sequence[Word], spoken: Spans) -> list[Word]:
     begin, end = spoken[0][0], spoken[-1][1]
     kept = []
     for word in words:
-        if min(max(start - word.end, word.start - stop) for start, stop in spoken) > NEAR_S:
+        near = min(max(start - word.end, word.start - stop) for start, stop in spoken) <= NEAR_S
+        if not near or word.start >= end:
             continue
         start = min(max(word.start, begin), end)
         kept.append(Word(word.text, start, max(start, min(word.end, end))))
     return kept
+
+
+def _stops_early(words: Sequence[Word], spoken: Spans) -> bool:
+    """Whether somebody goes on speaking for longer than a word behind the last one."""
+    return bool(spoken) and spoken[-1][1] - words[-1].end > MISSED_S
 
 
 def _believable(piece: Any) -> bool:
