@@ -6,14 +6,10 @@ The agent's text is the model's own; the user's is there where the service trans
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable, Iterator
 
-from personaplex.config import FRAME_SECONDS
 from personaplex.record.format import Record
-from personaplex.words import Word, from_json
-
-_SPACE = re.compile(r"\s")
+from personaplex.words import Word, from_json, spelled
 
 TEXT = "text"  # type of the events that carry the agent's: `frame` and `text`
 USER_TEXT = "user_text"  # and the user's: a segment as words.as_json has it
@@ -30,20 +26,8 @@ def user_words(record: Record) -> list[Word]:
 
 
 def words(record: Record) -> list[Word]:
-    """The agent's words in order, each with the times of the frames that spell it. A piece of text that
-    begins with a space begins a word."""
-    found: list[Word] = []
-    spelling = False  # the last word may go on
-    for frame, piece in _pieces(record):
-        start, end = round(frame * FRAME_SECONDS, 2), round((frame + 1) * FRAME_SECONDS, 2)
-        for number, part in enumerate(_SPACE.split(piece)):
-            spelling = spelling and number == 0
-            if part and spelling:
-                found[-1] = Word(found[-1].text + part, found[-1].start, end)
-            elif part:
-                found.append(Word(part, start, end))
-                spelling = True
-    return found
+    """The agent's words in order, each with the times of the frames that spell it."""
+    return spelled(_pieces(record))
 
 
 def as_json(record: Record) -> dict[str, object]:

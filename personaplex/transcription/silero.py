@@ -30,11 +30,19 @@ State = tuple[npt.NDArray[np.float32], ...]
 def find(*places: tuple[str, Path]) -> Path | None:
     """The first model among `places` (package, file in it) that is installed."""
     for package, file in places:
-        spec = importlib.util.find_spec(package)  # finds, does not import
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            if (Path(folder) / file).is_file():
-                return Path(folder) / file
+        for folder in folders(package):
+            if (folder / file).is_file():
+                return folder / file
     return None
+
+
+def folders(package: str) -> list[Path]:
+    """Where an installed package's files are; it is found, not imported."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # a module of this name that has no file
+        return []
+    return [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
 
 
 class Silero:

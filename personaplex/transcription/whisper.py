@@ -7,7 +7,6 @@ and so are words where the detector heard nobody.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,16 @@ from personaplex.config import Pcm
 from personaplex.errors import ConfigError
 from personaplex.transcription.cutter import piece_of
 from personaplex.transcription.listener import Speech
-from personaplex.transcription.silero import CONTEXT, FASTER_WHISPER, RATE, WINDOW, Silero, find, windows_of
+from personaplex.transcription.silero import (
+    CONTEXT,
+    FASTER_WHISPER,
+    RATE,
+    WINDOW,
+    Silero,
+    find,
+    folders,
+    windows_of,
+)
 from personaplex.words import Segment, Word
 
 EXTRA = "transcribing needs: pip install 'personaplex-serve[transcribe]'"
@@ -30,6 +38,7 @@ NO_SPEECH = 0.6  # Whisper's own figure, above which an unsure piece is none
 UNSURE, ABSURD = -1.0, -1.6  # mean log probability of a piece: out if also no speech, out in any case
 REPETITIVE = 2.4  # characters per compressed byte: a phrase again and again
 TOKENS, TOKENS_PER_S = 12, 12.0  # at most: twice a fast speaker's; a phrase again and again has no end
+LATE_S = 0.06  # by which its times of words are behind the sound, see benchmarks/results/words.json
 MISSED_S = 0.8  # of speech without a word at the end: Whisper stopped too early
 NEAR_S = 0.25  # how far from speech a word may stand
 
@@ -51,21 +60,16 @@ class Options:
 def embedded_model() -> Path:
     """The folder of Whisper tiny.en. Raises ConfigError when its package is not installed."""
     package, folder = EMBEDDED
-    spec = importlib.util.find_spec(package)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        if (Path(place) / folder / "model.bin").is_file():
-            return Path(place) / folder
+    for place in folders(package):
+        if (place / folder / "model.bin").is_file():
+            return place / folder
     raise ConfigError(f"the embedded model is not installed; {EXTRA}")
 
 
 def check_installed(model: str) -> None:
     """Raises ConfigError when `model` (see Options) cannot be loaded on this machine, as far as can be told
     without loading it: a name may still have to be downloaded."""
-    try:
-        installed = importlib.util.find_spec("faster_whisper") is not None
-    except ValueError:  # something of this name without a file
-        installed = False
-    if not installed:
+    if not folders("faster_whisper"):
         raise ConfigError(EXTRA)
     if not model:
         embedded_model()
@@ -110,7 +114,7 @@ class Whisper:
                 return None
         found = self._believed(sound, spoken)
         if found is None or _stops_early(found, spoken):  # once more, with care
-            found = self._believed(sound, spoken, beam_size=5, no_repeat_ngram_size=4) or found
+            found = self._believed(sound, spoken, beam_size=5) or found
         if not found:
             return None
         return Segment.of(
@@ -130,6 +134,7 @@ class Whisper:
             "language": self._language,
             "beam_size": 1,
             "temperature": 0.0,
+            "no_repeat_ngram_size": 6,  # a phrase again and again, but not "no, no, no"
             "condition_on_previous_text": False,
             "word_timestamps": True,
         }
@@ -176,7 +181,7 @@ def _believable(piece: Any) -> bool:
 
 def _words(piece: Any) -> list[Word]:
     return [
-        Word(text, float(word.start), float(word.end))
+        Word(text, max(0.0, float(word.start) - LATE_S), max(0.0, float(word.end) - LATE_S))
         for word in piece.words or ()
         if (text := word.word.strip()) and math.isfinite(word.start) and math.isfinite(word.end)
     ]

@@ -267,7 +267,7 @@ def test_a_transcriber_that_hangs_holds_a_place_for_a_while(monkeypatch: pytest.
         room = Room()
         session = room.open()
         await room.say(session, 1.0)
-        while len(room.oracle.calls) < 2 or room.oracle.calls[-1][1].done():  # until it is asked again
+        while len(room.oracle.calls) < 2 or room.oracle.calls[-1][1].done():  # noqa: ASYNC110  until it is asked again
             await asyncio.sleep(0.001)
         room.oracle.answer(len(room.oracle.calls) - 1)
         await settle()
