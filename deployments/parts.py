@@ -39,8 +39,11 @@ class GatewaySettings(_Part):
     burst_frames: int
     stall_limit_s: float
     lease_timeout_s: float
+    resume_grace_s: float
+    rebuild_audio_s: float
     queue_limit: int
     queue_timeout_s: float
+    failover_after_s: float
     session_limit_s: float
     idle_limit_s: float
     first_audio_s: float
@@ -78,6 +81,8 @@ class ReplicaSettings(_Part):
     burst_frames: int
     stall_limit_s: float
     lease_timeout_s: float
+    resume_grace_s: float
+    rebuild_audio_s: float
     model: str
     step_times: Path | None
     hf_repo: str
@@ -95,6 +100,7 @@ class ReplicaSettings(_Part):
     prompt_tokens: int
     engine_config: EngineConfig
     gather_s: float
+    rebuild_share: float
     replica_num_cpus: float
     load_timeout_s: float
     media_host: str

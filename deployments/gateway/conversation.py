@@ -88,7 +88,7 @@ class Conversation:
             self._on,
             self._on_agent_frame,
             recording,
-            None if self._transcript is None else self._transcript.hear,
+            on_heard=None if self._transcript is None else self._transcript.hear,
         )
         self._audio = AudioStep(
             protocol.transcoder, services.limits, services.metrics, self._on, self._upstream.send_frame
