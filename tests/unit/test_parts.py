@@ -103,6 +103,7 @@ BOTH: dict[str, Any] = {
     "stall_limit_s": 70.0,
     "burst_s": 7.0,
     "rebuild_audio_s": 7.0,
+    "resume_grace_s": 7.0,
     "lease_timeout_s": 7.0,
 }
 ALL: dict[str, Any] = {
