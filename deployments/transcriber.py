@@ -25,7 +25,7 @@ from personaplex.transcription.whisper import Options, Whisper
 logger = logging.getLogger(__name__)
 
 AT_ONCE = 2  # calls a transcriber takes: the one it works on and the next
-NICE = 10  # below gateways and replicas of the same machine
+NICE = 5  # below gateways and replicas of the same machine
 RETRY_S, LONGEST_RETRY_S = 2.0, 60.0  # between two tries to load the model
 
 

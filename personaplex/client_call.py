@@ -26,7 +26,6 @@ from personaplex.client_io import (
     refusal,
 )
 from personaplex.client_resume import LEAVE_CODE, LOST_CODES, Ticket, pauses, resume_url, worth_retrying
-from personaplex.client_transcript import Transcript
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, Pcm
 from personaplex.errors import PersonaplexError, SessionLost
 from personaplex.session.events import Close, PeerClosed, Tick
@@ -47,6 +46,7 @@ from personaplex.session.peer import (
     Send,
     Show,
 )
+from personaplex.transcript import Transcript
 
 TAIL_S = 3.0  # longest wait for the last answers after a recording has ended
 HEADER_PAGES = 2  # of the agent's stream, before its first frame

@@ -20,7 +20,6 @@ from websockets.http11 import Response
 from personaplex import cli
 from personaplex.audio.recorder import Recorder, Rhythm
 from personaplex.audio.wav import one_channel, read_wav, resample, write_wav
-from personaplex.client_transcript import Transcript
 from personaplex.config import SAMPLE_RATE, Pcm
 from personaplex.errors import (
     BadAudio,
@@ -39,6 +38,7 @@ from personaplex.errors import (
 )
 from personaplex.files import replacing
 from personaplex.outputs import file_name, refuse_overwriting, try_output
+from personaplex.transcript import Transcript
 
 # Of opening a connection; see `refusal`. ImportError: a SOCKS proxy needs a package of its own.
 CONNECT_ERRORS = (OSError, InvalidHandshake, InvalidURI, InvalidProxy, ImportError)

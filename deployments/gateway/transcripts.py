@@ -7,8 +7,8 @@ Laws:
    busy, which Serve's autoscaling sees. The rest waits here.
 3. Of what waits beyond `backlog_s`, in seconds of speech or of time, the oldest pieces are dropped whole,
    counted, and their sessions told.
-4. A transcriber that is not ready, not there or does not answer is asked again. Trouble is a line of the log,
-   and so is its end. No line, no metric and no error holds a word.
+4. A transcriber that is not ready or not there is asked again. Trouble is a line of the log, and so is its
+   end. No line, no metric and no error holds a word.
 5. A session hears of its pieces in order, whatever the order of the answers.
 """
 
@@ -36,7 +36,6 @@ from personaplex.transcription.listener import Speech
 
 logger = logging.getLogger(__name__)
 
-ANSWER_S = 15.0  # for one piece; a transcriber that hangs holds a place for so long
 RETRY_S = 1.0
 PER_TRANSCRIBER = 2  # pieces under way: one is worked on, one is next
 Heard = UserText | UserTextLost
@@ -144,10 +143,14 @@ class Transcripts:
         self._ask_next()
 
     async def _ask(self, piece: _Piece) -> None:
+        left_s = max(0.0, self._backlog_s - (self._clock() - piece.since))
         try:
-            answer = await asyncio.wait_for(self._transcribe(piece.speech), ANSWER_S)
-        except (RayError, RayServeException, OSError, asyncio.TimeoutError) as error:
-            self._try_again(piece, _words(error))
+            answer = await asyncio.wait_for(self._transcribe(piece.speech), left_s)
+        except asyncio.TimeoutError:  # not asked again: whoever is so slow still works on it
+            self._lose(piece, "behind")
+            return
+        except (RayError, RayServeException, OSError) as error:
+            self._try_again(piece, f"no transcriber could be asked ({type(error).__name__})")
             return
         except Exception as error:  # noqa: BLE001  a task's root; what it says may hold a word of the user
             logger.error("speech could not be sent to a transcriber: %s", type(error).__name__)
@@ -242,10 +245,3 @@ class Transcript:
     def _on_end(self) -> None:
         self._heard_all = True
         self.tell()
-
-
-def _words(error: BaseException) -> str:
-    """What went wrong, without a word that may come from the sound."""
-    if isinstance(error, asyncio.TimeoutError):
-        return f"a transcriber did not answer for {ANSWER_S:g} s"
-    return f"no transcriber could be asked ({type(error).__name__})"

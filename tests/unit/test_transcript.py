@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
-from personaplex.client_transcript import Transcript
 from personaplex.session.events import UserText, UserTextLost
 from personaplex.session.moshi import user_text
+from personaplex.transcript import Transcript
 from personaplex.words import Segment, Word, segments, spelled
 
 

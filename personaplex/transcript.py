@@ -1,4 +1,4 @@
-"""What both sides said in one conversation, as the client heard and was told it, for `--transcript`.
+"""What both sides said in one conversation: the file of the client's --transcript and offline --transcribe.
 
     {"session": ..., "transcription": true,
      "segments": [{"speaker": "user", "text": ..., "start_ms": ..., "end_ms": ..., "words": [...]}, ...],
@@ -28,6 +28,9 @@ class Transcript:
     def add_agent(self, frame: int, text: str) -> None:
         """Text that came with the agent's frame."""
         self._agent.append((max(0, frame), text))
+
+    def add_user(self, segment: Segment) -> None:
+        self._user.append(segment)
 
     def add_notice(self, data: Mapping[str, Any]) -> Segment | None:
         """Metadata of any type; what the user said, if it is that. What a service of another kind sends is
