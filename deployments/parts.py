@@ -41,6 +41,8 @@ class GatewaySettings(_Part):
     lease_timeout_s: float
     resume_grace_s: float
     rebuild_audio_s: float
+    media_tls: Literal["off", "own", "files"]
+    media_tls_dir: Path | None
     queue_limit: int
     queue_timeout_s: float
     failover_after_s: float
@@ -83,6 +85,8 @@ class ReplicaSettings(_Part):
     lease_timeout_s: float
     resume_grace_s: float
     rebuild_audio_s: float
+    media_tls: Literal["off", "own", "files"]
+    media_tls_dir: Path | None
     model: str
     step_times: Path | None
     hf_repo: str
@@ -91,6 +95,7 @@ class ReplicaSettings(_Part):
     mimi_weight: Path | None
     tokenizer: Path | None
     voice_prompt_dir: Path | None
+    lora: Path | None
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
     weights: Literal["auto", "int8"]

@@ -5,6 +5,7 @@ Everything has a default, and names nobody knows are ignored, since stock client
 `record=1` is the consent to be recorded, and `record_person` a name to find the record by.
 `status=1` asks for news before the handshake: the place in the queue and the session's details; and for the
 words of the user, where the service reads them. `transcription=0` forbids that.
+`resume` is a token to come back with, and `heard` how many of the agent's frames were heard before.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ TEMPERATURE_LIMIT = 10.0
 TEXT_TOPK_LIMIT = 32_000
 AUDIO_TOPK_LIMIT = 2_048
 SEED_LIMIT = 2**63 - 1
+HEARD_LIMIT = 2**31 - 1
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _NUMBER = re.compile(r"-?([0-9]{1,32}(\.[0-9]{0,64})?|\.[0-9]{1,64})([eE][+-]?[0-9]{1,3})?")
@@ -52,6 +54,11 @@ def allows_transcription(query: Mapping[str, str]) -> bool:
 def wants_record(query: Mapping[str, str]) -> bool:
     """Whether the client agrees to be recorded."""
     return query.get("record") == "1"
+
+
+def heard_from(query: Mapping[str, str]) -> int:
+    """How many frames of the agent a client that comes back has heard. Raises BadParameter."""
+    return _integer(query, "heard", 0, HEARD_LIMIT)
 
 
 def person_from(query: Mapping[str, str]) -> str:

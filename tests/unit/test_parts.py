@@ -70,6 +70,7 @@ REPLICA: dict[str, Any] = {
     "mimi_weight": Path("codec"),
     "tokenizer": Path("tokenizer"),
     "voice_prompt_dir": Path("voices"),
+    "lora": Path("adapter"),
     "device": "cpu",
     "dtype": "float32",
     "weights": "int8",
@@ -105,6 +106,8 @@ BOTH: dict[str, Any] = {
     "rebuild_audio_s": 7.0,
     "resume_grace_s": 7.0,
     "lease_timeout_s": 7.0,
+    "media_tls": "own",
+    "media_tls_dir": Path("tls"),
 }
 ALL: dict[str, Any] = {
     "target_utilisation": 0.5,

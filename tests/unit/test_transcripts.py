@@ -187,7 +187,6 @@ def test_who_falls_behind_drops_the_oldest_and_says_so() -> None:
         RayError("gone"),
         RayServeException("none"),
         OSError(),
-        asyncio.TimeoutError(),
     ],
     ids=lambda trouble: type(trouble).__name__,
 )
