@@ -37,6 +37,7 @@ from personaplex.words import Segment, Word, from_json
 PAUSES_S = (0.9, 1.6)  # between two sentences
 KINDS = 6  # of sound without a word
 LAST_S = 6.0  # waited for the words of the last one
+PLAIN = {"RAY_SERVE_ENABLE_HA_PROXY": "0"}  # a handful of sessions
 SETTINGS = {
     "slots": KINDS,
     "sessions_per_address": 0,
@@ -195,9 +196,9 @@ def main() -> None:
     work = (time.process_time() - began) / sum(len(one.pcm) / SAMPLE_RATE for one in said)
     del whisper
     sound, starts = lay_out(said)
-    with service(options.model, SETTINGS) as base:
+    with service(options.model, SETTINGS, PLAIN) as base:
         speech = judge(said, starts, asyncio.run(converse(base, sound)), clean)
-    with service(options.model, SETTINGS) as base:
+    with service(options.model, SETTINGS, PLAIN) as base:
         invented = no_words(base, options.quiet_minutes)
     result = {
         "machine": machine("faster-whisper", "ctranslate2", "onnxruntime"),
