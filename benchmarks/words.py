@@ -1,6 +1,6 @@
 """What users say, as text: how right, how well timed and how soon, through Opus and the live service.
 
-    python -m benchmarks.words [--count 60] [--quiet-minutes 10] [--output FILE]
+    python -m benchmarks.words [--count 60] [--quiet-minutes 10] [--pipeline] [--output FILE]
 
 Sentences by several synthetic voices (`benchmarks.spoken`), whose words' times are known, go through the
 service in one session as a client sends them: Opus at 32 kb/s, a frame every 80 ms, pauses between them. The
@@ -30,7 +30,8 @@ from personaplex.audio.transcoder import Transcoder
 from personaplex.audio.wav import resample
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE, Pcm
 from personaplex.session.moshi import Audio, Handshake, Metadata, decode
-from personaplex.transcription.silero import RATE
+from personaplex.transcription.listener import Listener
+from personaplex.transcription.silero import FASTER_WHISPER, RATE, Silero, find
 from personaplex.transcription.whisper import Options, Whisper
 from personaplex.words import Segment, Word, from_json
 
@@ -180,13 +181,77 @@ def no_words(base: str, minutes: float) -> dict[str, Any]:
     return {"minutes": minutes, "texts": len(segments), "words": sum(len(one.words) for one in segments)}
 
 
+class Pipeline:
+    """What gateway and transcriber do with the sound, in this process and as fast as it goes."""
+
+    def __init__(self, whisper: Whisper) -> None:
+        path = find(FASTER_WHISPER)
+        assert path is not None
+        self._whisper, self._silero = whisper, Silero(path, "")
+        self.ear_s = self.sound_s = 0.0  # CPU time of the gateway's ear, and of how much sound
+
+    def converse(self, pcm: Pcm) -> Heard:
+        """As `converse` over a service: a text comes when its speech is known to have ended and was read."""
+        heard, there, here = Heard(), Transcoder(), Transcoder()
+        frames = [frame for page in there.headers() for frame in here.receive(page)]
+        for frame in pcm.reshape(-1, FRAME_SIZE):
+            frames += here.receive(there.send(frame))
+        listener, found = Listener(self._silero), []
+        began = time.process_time()
+        for number, frame in enumerate(frames):
+            found += listener.hear(number, frame)
+        self.ear_s += time.process_time() - began
+        self.sound_s += len(frames) * FRAME_SECONDS
+        for speech in [*found, *listener.end()]:
+            began = time.process_time()
+            segment = self._whisper.read(speech)
+            if segment is not None:
+                took = time.process_time() - began
+                heard.segments.append((speech.end + speech.waited + took, segment))
+        return heard
+
+
+def through_pipeline(
+    said: Sequence[Spoken], clean: Sequence[Sequence[Word]], whisper: Whisper, minutes: float
+) -> dict[str, Any]:
+    """The figures without a service; delays are those of an idle core."""
+    sound, starts = lay_out(said)
+    pipeline = Pipeline(whisper)
+    speech = judge(said, starts, pipeline.converse(sound), clean)
+    ear = pipeline.ear_s / pipeline.sound_s
+    segments = [s for pcm in quiet(minutes * 60 / KINDS) for _, s in pipeline.converse(pcm).segments]
+    return {
+        "speech": speech,
+        "no_speech": {
+            "minutes": minutes,
+            "texts": len(segments),
+            "words": sum(len(s.words) for s in segments),
+        },
+        "cpu_seconds_of_the_gateways_ear_per_second": round(ear, 4),
+    }
+
+
+def through_service(
+    said: Sequence[Spoken], clean: Sequence[Sequence[Word]], model: str, minutes: float
+) -> dict[str, Any]:
+    """The figures of the live service."""
+    sound, starts = lay_out(said)
+    with service(model, SETTINGS, PLAIN) as base:
+        speech = judge(said, starts, asyncio.run(converse(base, sound)), clean)
+    with service(model, SETTINGS, PLAIN) as base:
+        return {"engine": model, "speech": speech, "no_speech": no_words(base, minutes)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--quiet-minutes", type=float, default=10.0)
-    parser.add_argument("--model", default="echo", help="what answers in the service")
+    parser.add_argument("--engine", default="echo", help="what answers in the service")
+    parser.add_argument(
+        "--pipeline", action="store_true", help="the same code in one process, without a service"
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     said = utterances(options.count)
@@ -194,17 +259,15 @@ def main() -> None:
     began = time.process_time()
     clean = [whisper.words(resample(one.pcm, SAMPLE_RATE, RATE)) for one in said]
     work = (time.process_time() - began) / sum(len(one.pcm) / SAMPLE_RATE for one in said)
-    del whisper
-    sound, starts = lay_out(said)
-    with service(options.model, SETTINGS, PLAIN) as base:
-        speech = judge(said, starts, asyncio.run(converse(base, sound)), clean)
-    with service(options.model, SETTINGS, PLAIN) as base:
-        invented = no_words(base, options.quiet_minutes)
+    if options.pipeline:
+        figures = through_pipeline(said, clean, whisper, options.quiet_minutes)
+    else:
+        del whisper
+        figures = through_service(said, clean, options.engine, options.quiet_minutes)
     result = {
         "machine": machine("faster-whisper", "ctranslate2", "onnxruntime"),
-        "model": options.model,
-        "speech": speech,
-        "no_speech": invented,
+        "through": "pipeline" if options.pipeline else "service",
+        **figures,
         "cpu_seconds_of_clean_files_per_second_of_speech": round(work, 3),
     }
     publish(result, options.output)
