@@ -119,7 +119,11 @@ class Transcripts:
                 break
             self._waiting.popleft()
             waiting -= oldest.speech.seconds
-            self._lose(oldest, "unavailable" if self._trouble else "behind")
+            self._lose(oldest, self._reason)
+
+    @property
+    def _reason(self) -> Reason:
+        return "unavailable" if self._trouble else "behind"
 
     def _lose(self, piece: _Piece, reason: Reason) -> None:
         self.count_dropped(piece.speech.seconds, reason)
@@ -147,7 +151,7 @@ class Transcripts:
         try:
             answer = await asyncio.wait_for(self._transcribe(piece.speech), left_s)
         except asyncio.TimeoutError:  # not asked again: whoever is so slow still works on it
-            self._lose(piece, "behind")
+            self._lose(piece, self._reason)
             return
         except (RayError, RayServeException, OSError) as error:
             self._try_again(piece, f"no transcriber could be asked ({type(error).__name__})")
