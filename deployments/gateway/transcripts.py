@@ -97,8 +97,9 @@ class Transcripts:
 
     def add(self, piece: _Piece) -> None:
         self._waiting.append(piece)
-        self._drop_oldest()
         self._ask_next()
+        self._drop_oldest()
+        self._publish()
 
     def count_dropped(self, seconds: float, reason: str) -> None:
         self._metrics.add(metrics.TRANSCRIPTION_DROPPED, seconds, reason=reason)
@@ -115,7 +116,8 @@ class Transcripts:
         now = self._clock()
         while self._waiting:
             oldest = self._waiting[0]
-            if waiting <= self._backlog_s and now - oldest.since <= self._backlog_s:
+            too_much = waiting > self._backlog_s and len(self._waiting) > 1  # one alone may be longer
+            if not too_much and now - oldest.since <= self._backlog_s:
                 break
             self._waiting.popleft()
             waiting -= oldest.speech.seconds
