@@ -38,7 +38,7 @@ NO_SPEECH = 0.6  # Whisper's own figure, above which an unsure piece is none
 UNSURE, ABSURD = -1.0, -1.6  # mean log probability of a piece: out if also no speech, out in any case
 REPETITIVE = 2.4  # characters per compressed byte: a phrase again and again
 TOKENS, TOKENS_PER_S = 12, 12.0  # at most: twice a fast speaker's; a phrase again and again has no end
-LATE_S = 0.06  # by which its times of words are behind the sound, see benchmarks/results/words.json
+LATE_S = 0.06  # by which its times of words are behind the sound, see benchmarks/results/words-pipeline.json
 MISSED_S = 0.8  # of speech without a word at the end: Whisper stopped too early
 NEAR_S = 0.25  # how far from speech a word may stand
 
