@@ -16,6 +16,7 @@ from pathlib import Path
 import calls
 import pytest
 import torch
+from ports import free_port
 
 from personaplex.config import PRESET_TINY
 from personaplex.errors import CheckpointError, ConfigError
@@ -172,6 +173,25 @@ def test_pieces_and_checkpointing_change_nothing_but_rounding(data: Path, run: P
     for key, (a, b) in plain.pairs.items():
         torch.testing.assert_close(pieces.pairs[key][0], a, rtol=1e-3, atol=2e-3)
         torch.testing.assert_close(pieces.pairs[key][1], b, rtol=1e-3, atol=2e-3)
+
+
+def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path) -> None:
+    """torchrun and DDP over gloo: the same losses step by step, and one process that writes."""
+    given = ("--steps", "3")
+    assert main(command(data, tmp_path / "one", *given)) == 0
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    line = [*torchrun, "--master-port", str(free_port()), "-m", "personaplex.finetune"]
+    done = subprocess.run(
+        [sys.executable, "-m", *line, *command(data, tmp_path / "two", *given)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("use it with --lora") == 1
+    for one, two in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(
