@@ -12,6 +12,7 @@ import secrets
 import time
 
 from deployments.wire.handshake import SECRET_BYTES
+from deployments.wire.holdings import Elsewhere, Holdings, Judgement, Ledger, Limits
 from deployments.wire.messages import ReplicaStatus
 
 FORGET_AFTER_S = 5.0  # without a report
@@ -26,11 +27,26 @@ class Fleet:
         self._end = asyncio.Event()
         self._gateways: set[str] = set()
         self._secret = b""
+        self._ledger = Ledger(time.monotonic())
 
     async def link_secret(self, known: bytes) -> bytes:
         """The application's secret. `known`: the one that the caller has, b"" at its start."""
         self._secret = self._secret or known or secrets.token_bytes(SECRET_BYTES)
         return self._secret
+
+    async def enter_session(
+        self, gateway: str, session: str, holder: str, limits: Limits, day: int
+    ) -> Judgement:
+        """Whether a gateway may begin a session of a key with limits; see `holdings.Ledger`."""
+        return self._ledger.enter(gateway, session, holder, limits, day, time.monotonic())
+
+    async def leave_session(self, gateway: str, session: str) -> None:
+        """A session that was entered has ended."""
+        self._ledger.leave(gateway, session)
+
+    async def report_holdings(self, gateway: str, holdings: Holdings) -> Elsewhere:
+        """Takes what a gateway holds, for its keys; returns what the others do."""
+        return self._ledger.report(gateway, holdings, time.monotonic())
 
     async def report(self, status: ReplicaStatus) -> bool:
         """Stores a replica's status; returns True when it must close its sessions."""

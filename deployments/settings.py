@@ -24,7 +24,6 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict, Settin
 from deployments.addresses import Network, network
 from personaplex.config import BURST_S, EngineConfig, frames_in
 from personaplex.errors import ConfigError
-from personaplex.files import key_lines
 
 ENV_PREFIX = "PERSONAPLEX_"
 SLOTS_LIMIT = 512
@@ -232,14 +231,22 @@ class Settings(BaseSettings):
     # Access
     api_keys: SecretList = Field((), description="Keys that open a session; unset: anyone may connect.")
     api_keys_file: Path | None = Field(
-        None, description="File of further keys, one a line; # starts a comment."
+        None,
+        description="File of further keys, one a line with options; read again when it changes: see "
+        "docs/access.md.",
+    )
+    revoke_ends_sessions: bool = Field(
+        False, description="End the running sessions of a key that is taken out of api_keys_file."
     )
     allowed_origins: WordList = Field(
         (),
         description="Browser origins that may connect, such as https://example.org; unset allows all.",
     )
     sessions_per_key: int = Field(
-        0, ge=0, description="Sessions one key may hold per gateway; 0 is no limit."
+        0,
+        ge=0,
+        description="Sessions one key may hold over all gateways, waiting ones included, unless its line "
+        "in api_keys_file says otherwise; 0 is no limit.",
     )
     sessions_per_address: int | None = Field(
         None,
@@ -402,10 +409,6 @@ class Settings(BaseSettings):
         values["api_keys"] = f"{len(self.api_keys)} hidden"
         return values
 
-    def keys(self) -> tuple[str, ...]:
-        """All keys that open a session. Raises ConfigError when api_keys_file is unreadable or empty."""
-        return all_keys(self.api_keys, self.api_keys_file)
-
     @classmethod
     def wants_auto_slots(cls, values: Mapping[str, Any]) -> bool:
         """True when `values` over the environment ask for slots=auto, which `load` refuses."""
@@ -424,17 +427,6 @@ class Settings(BaseSettings):
             raise ConfigError("; ".join(problems)) from error
         except SettingsError as error:  # a variable that is not JSON; names the field only
             raise ConfigError(str(error)) from error
-
-
-def all_keys(api_keys: Sequence[SecretStr], api_keys_file: Path | None) -> tuple[str, ...]:
-    """The keys given and those in the file. Raises ConfigError when the file is unreadable or empty."""
-    keys = [key.get_secret_value() for key in api_keys]
-    if api_keys_file is not None:
-        try:
-            keys += key_lines(api_keys_file)
-        except ConfigError as error:
-            raise ConfigError(f"api_keys_file: {error}") from error
-    return tuple(keys)
 
 
 def proxies_in_front(trusted_proxies: int | None) -> int:

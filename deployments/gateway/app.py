@@ -3,6 +3,7 @@
     /api/chat      WebSocket, one conversation (see personaplex/session); 426 without an upgrade
     /api/admission whether a session with this query would be let in now: 204, or the refusal
     /api/info      model, slots and load of the service
+    /api/key       what the caller's key may do
     /api/voices    names a session may ask for
     /api/prompts   role texts to choose from
     /metrics       this gateway's own series, where the setting metrics_page asks for them
@@ -39,20 +40,23 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 import personaplex
 from deployments import ingress, logs, metrics
 from deployments.gateway import tracing
-from deployments.gateway.admission import AccessControl, ClientInfo, refusal
+from deployments.gateway.accounts import Accounts
+from deployments.gateway.admission import AccessControl, ClientInfo, Entrant, refusal
 from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Conversation
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
+from deployments.gateway.keys import Key, Keys
 from deployments.gateway.leases import Claim, Leases
 from deployments.gateway.observer import Observer
 from deployments.gateway.query import persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
+from deployments.gateway.turns import Turns
 from deployments.gateway.upstream import Services
 from deployments.keysync import KeySync
 from deployments.parts import GatewaySettings
-from deployments.settings import all_keys, behind_haproxy, proxies_in_front, proxy_callback
+from deployments.settings import behind_haproxy, proxies_in_front, proxy_callback
 from deployments.wire.handshake import GatewayHandshake
 from deployments.wire.link import Link, OnLost, OnMessage, connect
 from deployments.wire.messages import Grant, LeaseRequest
@@ -79,20 +83,35 @@ class Gateway:
         self._settings = settings
         self._fleet = Observer(fleet)
         self._metrics = metrics.gateway_metrics(page=settings.metrics_page)
+        name, turns = uuid.uuid4().hex, Turns(time.monotonic)
+        self._keys = Keys([key.get_secret_value() for key in settings.api_keys], settings.api_keys_file)
+        self._accounts = Accounts(
+            fleet,
+            name,
+            self._metrics,
+            turns,
+            table=lambda: self._keys.table,
+            sessions_per_key=settings.sessions_per_key,
+            revoke_ends_sessions=settings.revoke_ends_sessions,
+        )
         self._leases = Leases(
-            replicas, queue_limit=settings.queue_limit, queue_timeout_s=settings.queue_timeout_s
+            replicas,
+            queue_limit=settings.queue_limit,
+            queue_timeout_s=settings.queue_timeout_s,
+            turns=turns,
+            who=self._accounts.holder_of,
+            shared=lambda: self._keys.table.holders > 1,
         )
         self._access = AccessControl(
-            all_keys(settings.api_keys, settings.api_keys_file),
+            (lambda: self._keys.table) if settings.guarded else None,
             settings.allowed_origins,
-            sessions_per_key=settings.sessions_per_key,
             sessions_per_address=settings.address_limit,
             trusted_proxies=proxies_in_front(settings.trusted_proxies),
             unlimited_networks=settings.unlimited,
             peer_is_proxy=behind_haproxy(),
         )
         self._reconnects = Reconnects()
-        self._keys = KeySync(fleet)
+        self._link_keys = KeySync(fleet)
         self._tls = None if settings.media_tls == "off" else gateway_context(settings.media_tls_dir)
         self._records = Records.of(settings, self._metrics)
         self._services = Services(
@@ -114,8 +133,15 @@ class Gateway:
         self._empty = asyncio.Event()  # no session is open
         self._empty.set()
         asyncio.get_running_loop().set_exception_handler(report_failure)
-        self._keeping = asyncio.ensure_future(self._metrics.keep())
-        self._watching = asyncio.ensure_future(self._fleet.wait_close(uuid.uuid4().hex, self._close))
+        self._tasks = [
+            asyncio.ensure_future(task)
+            for task in (
+                self._metrics.keep(),
+                self._fleet.wait_close(name, self._close),
+                self._accounts.run(self._leases.waiting),
+                self._keys.watch(self._keys_read),
+            )
+        ]
         warn_of_proxies_without_limits()
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
 
@@ -126,6 +152,7 @@ class Gateway:
             WebSocketRoute("/{path:path}", self.no_socket),  # static files know no sockets
             Route("/api/admission", self.admission),
             Route("/api/info", self.info),
+            Route("/api/key", self.key),
             Route("/api/voices", self.voices),
             Route("/api/prompts", self.prompts),
             Route("/healthz", self.health),
@@ -144,10 +171,11 @@ class Gateway:
 
     async def chat(self, socket: WebSocket) -> None:
         session = uuid.uuid4().hex
-        with contextlib.ExitStack() as counted:
+        async with contextlib.AsyncExitStack() as counted:
             counted.enter_context(self._counting())
             try:
-                persona, caller = counted.enter_context(self._admit(socket))
+                persona, caller, key = counted.enter_context(self._admit(socket))
+                await counted.enter_async_context(self._accounts.enter(session, key))
                 claim = await self._leases.claim(LeaseRequest.of(session, persona))
             except PersonaplexError as error:
                 await self._refuse(socket, session, error)
@@ -177,14 +205,18 @@ class Gateway:
             conversation = Conversation(
                 socket, session, self._services, status=wants_status(query), recording=recording
             )
+            self._accounts.attach(session, conversation)
             await conversation.run(persona, claim)
         finally:
             claim.give_up()  # without effect where it is the conversation's
-            self._ended(caller, conversation, recording)
+            self._ended(session, caller, conversation, recording)
 
-    def _ended(self, caller: str, conversation: Conversation | None, recording: Recording | None) -> None:
+    def _ended(
+        self, session: str, caller: str, conversation: Conversation | None, recording: Recording | None
+    ) -> None:
         error = SessionLost("it never began") if conversation is None else conversation.error
         self._reconnects.ended(caller, error, time.monotonic())
+        self._accounts.close(session, metrics.cause(error))
         if recording is not None and self._records is not None:
             self._records.finish(recording, metrics.cause(error))
 
@@ -218,7 +250,8 @@ class Gateway:
     async def admission(self, request: Request) -> Response:
         """Why an upgrade failed, for a page to show: browsers hide its status from scripts."""
         try:
-            with self._admit(request):
+            with self._admit(request) as (_, _, key):
+                self._accounts.check(key)
                 if self._open >= self._settings.sessions_per_gateway or (
                     self._leases.queue_full and not await self._free_slot()
                 ):
@@ -284,19 +317,19 @@ class Gateway:
             self._publish()
 
     @contextlib.contextmanager
-    def _admit(self, connection: HTTPConnection) -> Iterator[tuple[Persona, str]]:
-        """The persona asked for and the caller's name for Reconnects, while the session is counted. Raises
-        what the client is to be told."""
+    def _admit(self, connection: HTTPConnection) -> Iterator[tuple[Persona, str, Key | None]]:
+        """The persona asked for, the caller's name for Reconnects and its key, while the session is counted
+        for its address. Raises what the client is to be told."""
         if self._open > self._settings.sessions_per_gateway:
             raise NoCapacity("this gateway holds as many sessions as it may")
         query = read_query(connection.scope["query_string"], self._settings.query_limit_bytes)
-        with self._access.enter(ClientInfo.of(connection, query)) as caller:
+        with self._access.enter(ClientInfo.of(connection, query)) as entrant:
             persona = persona_from(query)
             if self._records is not None:
                 self._records.wanted(query)
-            caller = f"{caller} {persona.voice} {hash(persona.text_prompt)}"
+            caller = f"{entrant.caller} {persona.voice} {hash(persona.text_prompt)}"
             self._reconnects.check(caller, time.monotonic())
-            yield persona, caller
+            yield persona, caller, entrant.key
 
     async def _connect(self, grant: Grant, on_message: OnMessage, on_lost: OnLost) -> Link:
         return await connect(
@@ -304,7 +337,7 @@ class Gateway:
             grant.port,
             on_message,
             on_lost,
-            handshake=GatewayHandshake(await self._keys.known(), grant.replica),
+            handshake=GatewayHandshake(await self._link_keys.known(), grant.replica),
             outbox=self._settings.burst_frames,
             stall_s=self._settings.stall_limit_s,
             tls=self._tls,
@@ -320,6 +353,23 @@ class Gateway:
             await asyncio.wait_for(self._empty.wait(), CLOSE_TIMEOUT_S)
         if self._records is not None:
             await self._records.close()
+
+    def _keys_read(self, well: bool) -> None:
+        self._metrics.add(metrics.KEYS_RELOADS, result="loaded" if well else "failed")
+
+    async def key(self, request: Request) -> Response:
+        """What the caller's key may do."""
+        try:
+            key = self._identify(request).key
+        except PersonaplexError as error:
+            return refusal(error)
+        if key is None:
+            return PlainTextResponse("no key is needed here\n", status_code=404)
+        return JSONResponse(self._accounts.describe(key), headers={"cache-control": "no-store"})
+
+    def _identify(self, request: Request) -> Entrant:
+        query = read_query(request.scope["query_string"], self._settings.query_limit_bytes)
+        return self._access.identify(ClientInfo.of(request, query))
 
     def _publish(self) -> None:
         self._metrics.set(metrics.SESSIONS_LIVE, len(self._services.live))

@@ -78,6 +78,15 @@ class Conversation:
         """Why our side ended the session; None when the client left."""
         return self._core.error
 
+    @property
+    def talked_s(self) -> float:
+        """Seconds since the handshake, 0 before it; what they were once the session has ended."""
+        return self._stats.talked_s
+
+    def end(self, error: PersonaplexError) -> None:
+        """Ends the session with `error`, which its client is told."""
+        self._on(Failed(error))
+
     async def run(self, persona: Persona, claim: Claim) -> None:
         """Serves the client until either side ends it. The claim is this session's from now on."""
         tasks = [

@@ -42,6 +42,7 @@ from deployments.gateway.conversation import Conversation
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.leases import Claim, Waiter
 from deployments.gateway.query import SEED_LIMIT, persona_from, read_query, wants_status
+from deployments.gateway.turns import QueuedRequest
 from deployments.gateway.upstream import STALE_S, Services
 from deployments.metrics import Metrics
 from deployments.settings import Settings
@@ -735,7 +736,7 @@ def _claim(lease: Any) -> Claim:
     loop = asyncio.get_running_loop()
     turn = loop.create_future()
     turn.set_result(lease)
-    return Claim(Waiter(loop.create_future()), turn, time.monotonic())
+    return Claim(Waiter(QueuedRequest("s", ""), loop.create_future()), turn, time.monotonic())
 
 
 def _services(connect: Any, *leases: Any) -> Services:

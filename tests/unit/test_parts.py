@@ -37,6 +37,7 @@ GATEWAY: dict[str, Any] = {
     "api_keys_file": Path("keys"),
     "allowed_origins": ("https://example.org",),
     "sessions_per_key": 7,
+    "revoke_ends_sessions": True,
     "sessions_per_address": 7,
     "unlimited_networks": ("10.0.0.0/8",),
     "trusted_proxies": 2,
