@@ -23,7 +23,7 @@ from deployments.gateway.recorder import Recording
 from deployments.gateway.stats import SessionStats
 from deployments.gateway.upstream import Services, Upstream
 from personaplex.config import Pcm
-from personaplex.errors import ClientError, PersonaplexError, SessionLost
+from personaplex.errors import ClientError, PersonaplexError, RecordingFailed, SessionLost
 from personaplex.persona import Persona
 from personaplex.session.core import SessionCore, State
 from personaplex.session.events import (
@@ -34,6 +34,7 @@ from personaplex.session.events import (
     Failed,
     FeedAudio,
     PeerClosed,
+    SessionNotice,
     Tick,
 )
 from personaplex.session.moshi import bytes_of, close_reason, event_of, event_of_text
@@ -65,6 +66,8 @@ class Conversation:
         headers = self._audio.transcoder.headers()
         self._core = SessionCore(headers, services.limits, self._stats.began, status=status)
         self._loop = asyncio.get_running_loop()
+        if recording is not None:
+            recording.on_failure = self._on_recording_failed
         self._unsent: deque[bytes] = deque()
         self._close: Close | None = None
         self._writable = asyncio.Event()  # something is unsent, or the end has come
@@ -161,6 +164,12 @@ class Conversation:
 
     def _on_agent_frame(self, number: int, pcm: Pcm, stale: bool) -> None:
         self._audio.encode(number, pcm, stale)
+
+    def _on_recording_failed(self, error: RecordingFailed) -> None:
+        """On the recorder's thread."""
+        notice = SessionNotice("recording", {"recorded": False, "reason": str(error)})
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._on, notice)
 
     def _on(self, event: Event) -> None:
         if self._core.state is State.CLOSED:

@@ -46,13 +46,16 @@ class Transcoder:
         clock: Callable[[], float] | None = None,
         burst_s: float = BURST_S,
         serial: int | None = None,
+        frames_before: int = 0,
     ) -> None:
         """`clock` (seconds, monotonic) turns on what goes by time: leave it out for files. `burst_s` is the
-        longest burst a peer may send. `serial` of our own stream is random unless given.
+        longest burst a peer may send. `serial` of our own stream is random unless given. `frames_before`:
+        frames that went out by another stream, which this one continues: pages and granules count on.
         """
         self.counters = Counters()
+        self._frames_before = frames_before
         self._demuxer = OggDemuxer()
-        self._muxer = OggMuxer(secrets.randbits(32) if serial is None else serial)
+        self._muxer = OggMuxer(secrets.randbits(32) if serial is None else serial, frames_before)
         self._decoder = OpusDecoder()
         self._encoder = OpusEncoder()
         self._framer = Framer()
@@ -84,7 +87,8 @@ class Transcoder:
         assert frame.shape == (FRAME_SIZE,), frame.shape
         packet = self._encoder.encode(frame)
         self.counters.frames_out += 1
-        return self._muxer.page([packet], self.counters.frames_out * FRAME_SIZE * _GRANULES)
+        frames = self._frames_before + self.counters.frames_out
+        return self._muxer.page([packet], frames * FRAME_SIZE * _GRANULES)
 
     def receive(self, data: bytes) -> list[Pcm]:
         """The frames, float32 [1920] each, that `data` completes. `data` may end anywhere in the stream.

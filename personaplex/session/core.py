@@ -12,7 +12,8 @@ Laws:
    fault of the shell and raises IllegalEvent. What the peer does never raises: it closes the session.
 2. The handshake is sent once, on entering LIVE, followed by the two header pages of the agent's stream and
    the session's details. Stock clients take the first message for the handshake, so nothing comes before it;
-   but a client that asked for `status` gets its place in the queue, and the details once they are known.
+   but a client that asked for `status` gets its place in the queue, the details once they are known, and
+   every notice; others get no notices.
    LIVE waits for Ready and for HANDSHAKE_DELAY_S since the upgrade: a browser needs that to start its
    decoder. Clients that talk first wait for no handshake, so get it at once.
 3. Audio is handed on in order, whenever it comes: a client's stream starts with headers that cannot be had
@@ -25,7 +26,9 @@ Laws:
 6. A peer must send audio that can be decoded: within `first_audio_s` of the handshake, then every `idle_s`.
    For one that was heard before the handshake `idle_s` holds at once. Nothing else it sends counts, so that a
    byte now and then does not hold a slot; silence is audio.
-7. Every end on our side is an error message, for people, and then a close with a code and a reason; where
+7. What the user said goes to peers that asked for it (`user_text`) as soon as it is known, but not before
+   the handshake. Nothing waits for it.
+8. Every end on our side is an error message, for people, and then a close with a code and a reason; where
    there was no room both say when to come back. After Close nothing is sent; what the engine still delivers
    is ignored.
 """
@@ -69,9 +72,14 @@ from personaplex.session.events import (
     SendError,
     SendHandshake,
     SendKeepAlive,
+    SendNotice,
     SendPlace,
     SendText,
+    SendUserText,
+    SessionNotice,
     Tick,
+    UserText,
+    UserTextLost,
 )
 from personaplex.session.pacer import Pacer
 
@@ -109,13 +117,27 @@ def after(
     return allowed
 
 
-_LATE = (Queued, LeaseGranted, Ready, AgentAudio, AgentText, AudioHeard, Failed, EngineLost, Tick)
+_LATE = (
+    Queued,
+    LeaseGranted,
+    Ready,
+    AgentAudio,
+    AgentText,
+    UserText,
+    UserTextLost,
+    AudioHeard,
+    SessionNotice,
+    Failed,
+    EngineLost,
+    Tick,
+)
 
 TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     OPENING: {
         PeerAudio: (OPENING, CLOSING),
         PeerMessage: (OPENING, CLOSING),
         AudioHeard: (OPENING,),
+        SessionNotice: (OPENING,),
         Queued: (OPENING,),
         LeaseGranted: (PRIMING,),
         Failed: (CLOSING,),
@@ -127,6 +149,9 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         PeerAudio: (PRIMING, LIVE, CLOSING),
         PeerMessage: (PRIMING, CLOSING),
         AudioHeard: (PRIMING,),
+        UserText: (PRIMING,),
+        UserTextLost: (PRIMING,),
+        SessionNotice: (PRIMING,),
         Ready: (PRIMING, LIVE),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
@@ -138,7 +163,10 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         PeerMessage: (LIVE, CLOSING),
         AgentAudio: (LIVE,),
         AgentText: (LIVE,),
+        UserText: (LIVE,),
+        UserTextLost: (LIVE,),
         AudioHeard: (LIVE,),
+        SessionNotice: (LIVE,),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
         Tick: (LIVE, CLOSING),
@@ -172,15 +200,25 @@ class Limits:
 class SessionCore:
     """One session; `receive` is its only entry point. Times are seconds of one monotonic clock."""
 
-    def __init__(self, headers: Sequence[bytes], limits: Limits, now: float, *, status: bool = False) -> None:
+    def __init__(
+        self,
+        headers: Sequence[bytes],
+        limits: Limits,
+        now: float,
+        *,
+        status: bool = False,
+        user_text: bool = False,
+    ) -> None:
         """`headers`: header pages of the agent's Ogg stream. `now`: when the connection was accepted.
-        `status`: the peer wants to know how it stands before the handshake."""
+        `status`: the peer wants to know how it stands before the handshake. `user_text`: it wants the
+        transcript of its own speech."""
         self.state = OPENING
         self.error: PersonaplexError | None = None  # why our side ended it
         self.ignored = 0  # messages the protocol does not know
         self.pacer = Pacer(limits.burst_s)
         self._status = status
-        self._details: list[Command] = []  # to be sent once live
+        self._user_text = user_text
+        self._details: list[Command] = []  # to be sent once live, with what the user said before
         self._headers = headers
         self._limits = limits
         self._handshake_at = now + HANDSHAKE_DELAY_S
@@ -242,24 +280,34 @@ class SessionCore:
                 self._ready = True
                 if self._status:
                     return [SendDetails(details), *self._go_live_when_due(now)]
-                self._details = [SendDetails(details)]
+                self._details.insert(0, SendDetails(details))
                 return self._go_live_when_due(now)
             case AgentAudio(page, quiet):
                 self.pacer.push(page, now, quiet)
                 return self._release(now)
             case AgentText(text):
                 return [*map(SendText, self.pacer.add_text(text))] if text else []
+            case UserText() | UserTextLost():
+                return self._tell_user_text(SendUserText(event)) if self._user_text else []
             case AudioHeard():
                 self._heard = True
                 if self.state is LIVE:
                     self._await_audio(self._limits.idle_s, now)
                 return []
+            case SessionNotice(kind, data):
+                return [SendNotice(kind, data)] if self._status else []
             case Failed(error):
                 raise error
             case EngineLost():
                 raise SessionLost("the server running this session failed; please connect again")
             case _:
                 return self._tick(now)
+
+    def _tell_user_text(self, command: SendUserText) -> list[Command]:
+        if self.state is LIVE:
+            return [command]
+        self._details.append(command)
+        return []
 
     def _spend(self, size: int, now: float) -> None:
         self._messages.refill(now)

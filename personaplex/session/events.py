@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from personaplex.errors import PersonaplexError
+from personaplex.words import Segment
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,23 @@ class AgentText:
 
 
 @dataclass(frozen=True)
+class UserText:
+    """What the user said, as the transcriber read it: some time after its end, in order of time."""
+
+    segment: Segment
+
+
+@dataclass(frozen=True)
+class UserTextLost:
+    """The user spoke from `start` to `end`, seconds as in `Segment`, and there will be no text of it: the
+    transcriber was `behind` or `unavailable`."""
+
+    start: float
+    end: float
+    reason: Literal["behind", "unavailable"]
+
+
+@dataclass(frozen=True)
 class Failed:
     """The session cannot start or go on: refused, bad audio, unknown voice, no capacity."""
 
@@ -86,6 +104,14 @@ class Failed:
 @dataclass(frozen=True)
 class EngineLost:
     """The replica that held the slot is gone."""
+
+
+@dataclass(frozen=True)
+class SessionNotice:
+    """Something happened that a client may want to know: `kind` names it, `data` says more, as JSON."""
+
+    kind: str
+    data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,8 +129,11 @@ Event = (
     | AgentAudio
     | AudioHeard
     | AgentText
+    | UserText
+    | UserTextLost
     | Failed
     | EngineLost
+    | SessionNotice
     | Tick
 )
 
@@ -129,6 +158,13 @@ class SendText:
 
 
 @dataclass(frozen=True)
+class SendUserText:
+    """What the user said, or that nobody can tell; only to peers that asked for it."""
+
+    heard: UserText | UserTextLost
+
+
+@dataclass(frozen=True)
 class SendPlace:
     """The place in the queue, 1 being next; 0 when the session has left the queue."""
 
@@ -140,6 +176,14 @@ class SendDetails:
     """What the session was given: voice, seeds, its name."""
 
     details: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SendNotice:
+    """Something the client may want to know; see SessionNotice."""
+
+    kind: str
+    data: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -169,5 +213,15 @@ class Close:
     reason: str
 
 
-Send = SendHandshake | SendAudio | SendText | SendPlace | SendDetails | SendError | SendKeepAlive
+Send = (
+    SendHandshake
+    | SendAudio
+    | SendText
+    | SendUserText
+    | SendPlace
+    | SendDetails
+    | SendNotice
+    | SendError
+    | SendKeepAlive
+)
 Command = Send | FeedAudio | Close
