@@ -210,6 +210,14 @@ class Fields(BaseModel):
         (),
         description="Browser origins that may connect, such as https://example.org; unset allows all.",
     )
+    own_voices: bool = Field(
+        False,
+        description="Callers may upload a recording and talk to its voice; a key's own_voices comes first: "
+        "see docs/access.md.",
+    )
+    own_voice_ttl_s: float = Field(
+        3_600.0, gt=0, description="How long an uploaded voice is kept for sessions that have not begun."
+    )
     sessions_per_key: int = Field(
         0,
         ge=0,

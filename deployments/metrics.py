@@ -108,6 +108,12 @@ KEY_SECONDS = Series(
     "Seconds of conversation by the label of the key, as the keys file gives it.",
     ("label",),
 )
+OWN_VOICES = Series(
+    "personaplex_own_voices",
+    "counter",
+    "Uploads of own voices, by result: made, or the class of the error that refused it.",
+    ("result",),
+)
 KEYS_RELOADS = Series(
     "personaplex_keys_reloads",
     "counter",
@@ -229,6 +235,7 @@ def gateway_metrics(page: bool = False) -> Metrics:
         RECORDS,
         KEY_SECONDS,
         KEYS_RELOADS,
+        OWN_VOICES,
         page=page,
     )
 

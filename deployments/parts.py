@@ -54,6 +54,9 @@ class GatewaySettings(_Part):
     allowed_origins: tuple[str, ...]
     sessions_per_key: int
     revoke_ends_sessions: bool
+    own_voices: bool
+    own_voice_ttl_s: float
+    prompt_tokens: int
     address_limit: int
     unlimited: tuple[Network, ...]
     trusted_proxies: int | None

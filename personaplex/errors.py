@@ -72,6 +72,7 @@ class BadAudio(ClientError):
     """Audio that cannot be used."""
 
     close_code = 1007
+    http_status = 422
 
 
 class BadParameter(ClientError):

@@ -141,9 +141,9 @@ class SessionRecorder:
         voice: bytes = b"",
         voice_digest: str = "",
     ) -> None:
-        """`voice` and `voice_digest` as in SessionLog."""
+        """`voice` and `voice_digest` as in SessionLog; a persona's own voice is the session's."""
         self.tokens = TokenLog()
-        self._persona, self._voice, self._digest = persona, voice, voice_digest
+        self._persona, self._voice, self._digest = persona, voice or persona.own, voice_digest
         self._sound: deque[NDArray[np.float32]] = deque(maxlen=max(1, frames_in(audio_s)))
 
     @classmethod

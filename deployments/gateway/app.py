@@ -3,8 +3,8 @@
     /api/chat      WebSocket, one conversation (see personaplex/session); 426 without an upgrade
     /api/admission whether a session with this query would be let in now: 204, or the refusal
     /api/info      model, slots and load of the service
-    /api/key       what the caller's key may do
     /api/voices    names a session may ask for
+    /api/key, /api/tokens, POST and DELETE of /api/voices: access.py
     /api/prompts   role texts to choose from
     /metrics       this gateway's own series, where the setting metrics_page asks for them
     /healthz       200 when sessions can be taken, 503 while no replica is there; `proxy_limits` is whether
@@ -40,14 +40,17 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 import personaplex
 from deployments import ingress, logs, metrics
 from deployments.gateway import tracing
+from deployments.gateway.access import AccessRoutes
 from deployments.gateway.accounts import Accounts
-from deployments.gateway.admission import AccessControl, ClientInfo, Entrant, refusal
+from deployments.gateway.admission import AccessControl, ClientInfo, refusal
+from deployments.gateway.asking import Asking
 from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Conversation
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
 from deployments.gateway.keys import Key, Keys
 from deployments.gateway.leases import Claim, Leases
 from deployments.gateway.observer import Observer
+from deployments.gateway.ownvoices import OwnVoices
 from deployments.gateway.query import persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
@@ -59,7 +62,7 @@ from deployments.parts import GatewaySettings
 from deployments.settings import behind_haproxy, proxies_in_front, proxy_callback
 from deployments.wire.handshake import GatewayHandshake
 from deployments.wire.link import Link, OnLost, OnMessage, connect
-from deployments.wire.messages import Grant, LeaseRequest
+from deployments.wire.messages import Grant, LeaseRequest, ReplicaStatus
 from deployments.wire.tls import gateway_context
 from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, SessionLost
 from personaplex.persona import Persona
@@ -113,6 +116,18 @@ class Gateway:
         self._reconnects = Reconnects()
         self._link_keys = KeySync(fleet)
         self._tls = None if settings.media_tls == "off" else gateway_context(settings.media_tls_dir)
+        asking = Asking(self._fleet.describe, self._reach)
+        self._voices = OwnVoices(
+            fleet,
+            asking,
+            self._metrics,
+            allowed=settings.own_voices,
+            ttl_s=settings.own_voice_ttl_s,
+            table=lambda: self._keys.table,
+        )
+        self._access_routes = AccessRoutes(
+            self._access, self._accounts, self._voices, asking, query_limit=settings.query_limit_bytes
+        )
         self._records = Records.of(settings, self._metrics)
         self._services = Services(
             leases=self._leases,
@@ -123,7 +138,7 @@ class Gateway:
                 first_audio_s=settings.first_audio_s,
                 burst_s=settings.burst_s,
             ),
-            connect=self._connect,
+            connect=self._reach,
             connect_timeout_s=settings.lease_timeout_s,
             keep=self._keep,
             changed=self._publish,
@@ -152,8 +167,8 @@ class Gateway:
             WebSocketRoute("/{path:path}", self.no_socket),  # static files know no sockets
             Route("/api/admission", self.admission),
             Route("/api/info", self.info),
-            Route("/api/key", self.key),
-            Route("/api/voices", self.voices),
+            Route("/api/voices", self.voices, methods=["GET", "HEAD"]),
+            *self._access_routes.routes(),
             Route("/api/prompts", self.prompts),
             Route("/healthz", self.health),
         ]
@@ -176,6 +191,7 @@ class Gateway:
             try:
                 persona, caller, key = counted.enter_context(self._admit(socket))
                 await counted.enter_async_context(self._accounts.enter(session, key))
+                persona = await self._voices.bring(persona, key)
                 claim = await self._leases.claim(LeaseRequest.of(session, persona))
             except PersonaplexError as error:
                 await self._refuse(socket, session, error)
@@ -250,8 +266,9 @@ class Gateway:
     async def admission(self, request: Request) -> Response:
         """Why an upgrade failed, for a page to show: browsers hide its status from scripts."""
         try:
-            with self._admit(request) as (_, _, key):
+            with self._admit(request) as (persona, _, key):
                 self._accounts.check(key)
+                await self._voices.bring(persona, key)
                 if self._open >= self._settings.sessions_per_gateway or (
                     self._leases.queue_full and not await self._free_slot()
                 ):
@@ -282,6 +299,9 @@ class Gateway:
                 "queued": self._leases.queued,
                 "session_limit_s": self._settings.session_limit_s,
                 "key_needed": self._settings.guarded,
+                "prompt_tokens": self._settings.prompt_tokens,
+                "queue_places": self._settings.queue_limit,
+                "own_voices": self._voices.describe(),
                 "record": self._settings.record,
             }
         )
@@ -331,13 +351,14 @@ class Gateway:
             self._reconnects.check(caller, time.monotonic())
             yield persona, caller, entrant.key
 
-    async def _connect(self, grant: Grant, on_message: OnMessage, on_lost: OnLost) -> Link:
+    async def _reach(self, one: Grant | ReplicaStatus, on_message: OnMessage, on_lost: OnLost) -> Link:
+        """A link to the replica of a lease, or to any for a question."""
         return await connect(
-            grant.host,
-            grant.port,
+            one.host,
+            one.port,
             on_message,
             on_lost,
-            handshake=GatewayHandshake(await self._link_keys.known(), grant.replica),
+            handshake=GatewayHandshake(await self._link_keys.known(), one.replica),
             outbox=self._settings.burst_frames,
             stall_s=self._settings.stall_limit_s,
             tls=self._tls,
@@ -356,20 +377,6 @@ class Gateway:
 
     def _keys_read(self, well: bool) -> None:
         self._metrics.add(metrics.KEYS_RELOADS, result="loaded" if well else "failed")
-
-    async def key(self, request: Request) -> Response:
-        """What the caller's key may do."""
-        try:
-            key = self._identify(request).key
-        except PersonaplexError as error:
-            return refusal(error)
-        if key is None:
-            return PlainTextResponse("no key is needed here\n", status_code=404)
-        return JSONResponse(self._accounts.describe(key), headers={"cache-control": "no-store"})
-
-    def _identify(self, request: Request) -> Entrant:
-        query = read_query(request.scope["query_string"], self._settings.query_limit_bytes)
-        return self._access.identify(ClientInfo.of(request, query))
 
     def _publish(self) -> None:
         self._metrics.set(metrics.SESSIONS_LIVE, len(self._services.live))

@@ -25,6 +25,7 @@ from deployments import logs, metrics
 from deployments.keysync import KeySync
 from deployments.parts import ReplicaSettings
 from deployments.replica.models import load
+from deployments.replica.questions import QUESTIONS, Questions
 from deployments.replica.reporter import Reporter
 from deployments.settings import AUTO
 from deployments.wire import messages
@@ -33,7 +34,17 @@ from deployments.wire.link import Link, listen
 from deployments.wire.messages import Grant, LeaseRequest, MessageKind, Refusal, ReplicaStatus, SessionStatus
 from deployments.wire.tls import replica_context
 from personaplex.engine.interface import Loaded, Stepper
-from personaplex.engine.loop import Batch, Closed, EngineEvent, EngineLoop, Faulted, Opened, Refused, Stepped
+from personaplex.engine.loop import (
+    Batch,
+    Closed,
+    Encoded,
+    EngineEvent,
+    EngineLoop,
+    Faulted,
+    Opened,
+    Refused,
+    Stepped,
+)
 from personaplex.errors import EngineFault, PersonaplexError, ProtocolError, SessionLost
 
 logger = logging.getLogger(__name__)
@@ -83,6 +94,9 @@ class Replica:
         began = time.monotonic()
         started = asyncio.wrap_future(self._engine.start())
         self._slots = await asyncio.wait_for(started, settings.load_timeout_s)
+        self._questions = Questions(
+            self._loaded.engine.count_tokens, settings.prompt_tokens, self._engine.encode
+        )
         self._keys = KeySync(fleet)
         tls = None
         if settings.media_tls != "off":
@@ -113,9 +127,8 @@ class Replica:
         self._unclaimed[token] = holder
         self._publish_slots()
         expiry = self._event_loop.call_later(self._settings.lease_timeout_s, self._drop, token)
-        host = _node_address() if self._host in _ANYWHERE else self._host
         try:
-            yield Grant(host, self._port, token, self._name, self._slots)
+            yield Grant(self._reachable, self._port, token, self._name, self._slots)
             await holder.freed.wait()
         finally:
             expiry.cancel()
@@ -135,6 +148,11 @@ class Replica:
             await self._reporter.close()
             self._server.close()
             await asyncio.to_thread(self._engine.stop)
+
+    @property
+    def _reachable(self) -> str:
+        """Where gateways reach the media port."""
+        return _node_address() if self._host in _ANYWHERE else self._host
 
     def _status(self) -> ReplicaStatus:
         now = time.monotonic()
@@ -158,6 +176,8 @@ class Replica:
                 "weights": self._settings.weights,
                 "kv": self._settings.kv,
             },
+            host=self._reachable,
+            port=self._port,
         )
 
     def _close_sessions(self) -> None:
@@ -197,7 +217,7 @@ class Replica:
     def _message(self, link: Link, kind: MessageKind, payload: bytes) -> None:
         holder = self._linked.get(link)
         if holder is None:
-            self._claim(link, kind, payload)
+            self._claim_or_ask(link, kind, payload)
         elif kind is MessageKind.FRAME and holder.number is not None:
             timestamp, frame = messages.unpack_frame(payload)
             self._engine.push(holder.number, frame, timestamp)
@@ -205,6 +225,14 @@ class Replica:
             link.close()
         else:
             raise ProtocolError("a message that does not belong here")
+
+    def _claim_or_ask(self, link: Link, kind: MessageKind, payload: bytes) -> None:
+        if kind not in QUESTIONS and link not in self._questions:
+            self._claim(link, kind, payload)
+            return
+        if link in self._unauthenticated:
+            self._unauthenticated.pop(link).cancel()
+        self._questions.receive(link, kind, payload)
 
     def _claim(self, link: Link, kind: MessageKind, payload: bytes) -> None:
         if kind is not MessageKind.OPEN:
@@ -228,6 +256,7 @@ class Replica:
     def _lost(self, link: Link) -> None:
         if link in self._unauthenticated:
             self._unauthenticated.pop(link).cancel()
+        self._questions.lost(link)
         holder = self._linked.pop(link, None)
         if holder is None:
             return
@@ -261,6 +290,8 @@ class Replica:
                     self._end(self._open.pop(session), error)
                 case Closed(session) if session in self._open:
                     self._free(self._open.pop(session))
+                case Encoded():
+                    self._questions.encoded(event)
                 case Faulted():
                     self._fail()
         self._publish(batch)

@@ -17,6 +17,7 @@ Payloads of any other shape raise ProtocolError. Knows no Ray, no socket and no 
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import enum
 import json
@@ -32,7 +33,7 @@ import numpy.typing as npt
 from personaplex import errors
 from personaplex.config import FRAME_SIZE, STREAMS, Pcm, Sampling
 from personaplex.errors import PersonaplexError, ProtocolError, SessionLost, UnknownVoice
-from personaplex.persona import VOICES, Persona, voice_name
+from personaplex.persona import VOICES, Persona, own_digest, voice_name
 
 TOKEN_BYTES = 16
 
@@ -47,14 +48,15 @@ _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, R
 @dataclass(frozen=True)
 class LeaseRequest:
     """All a replica needs to know before the session connects to it. Nothing in it was written by a client:
-    `voice` is a name the gateway found in its own list, or empty."""
+    `voice` is a name the gateway found in its own list, the digest of an own voice, or empty."""
 
     session: str
     voice: str
 
     @classmethod
     def of(cls, session: str, persona: Persona) -> LeaseRequest:
-        return cls(session, persona.voice if persona.voice in VOICES else "")
+        named = persona.voice if persona.voice in VOICES else own_digest(persona.voice)
+        return cls(session, named)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class ReplicaStatus:
     accepting: bool
     sessions: tuple[SessionStatus, ...]
     engine: Mapping[str, str] = field(default_factory=dict)  # settings a record names, to run it again
+    host: str = ""  # where gateways may ask it questions (questions.py)
+    port: int = 0
 
     @property
     def used(self) -> int:
@@ -106,6 +110,10 @@ class MessageKind(enum.IntEnum):
     CLOSE = 3
     READY = 4
     REPLY = 5
+    TOKENS = 16  # from here on: questions outside a session, see questions.py
+    SAMPLES = 17
+    ENCODE = 18
+    ANSWER = 19
 
 
 @dataclass(frozen=True)
@@ -140,7 +148,8 @@ def unpack_reply(payload: bytes) -> Reply:
 
 
 def pack_open(token: bytes, persona: Persona) -> bytes:
-    return token + json.dumps(dataclasses.asdict(persona)).encode()
+    own = base64.b64encode(persona.own).decode()
+    return token + json.dumps({**dataclasses.asdict(persona), "own": own}).encode()
 
 
 def open_token(payload: bytes) -> bytes:
@@ -157,7 +166,10 @@ def unpack_open(payload: bytes) -> Persona:
         persona = Persona(**{**fields, "sampling": Sampling(**fields["sampling"])})
         persona.text_prompt.encode()
         return dataclasses.replace(
-            persona, voice=voice_name(persona.voice), sampling=_numbers(persona.sampling)
+            persona,
+            voice=voice_name(persona.voice),
+            sampling=_numbers(persona.sampling),
+            own=base64.b64decode(persona.own or "", validate=True),
         )
     except (*_UNREADABLE, UnknownVoice) as error:
         raise ProtocolError("an opening message of the wrong shape") from error
