@@ -129,7 +129,11 @@ class Reader:
         command = [sys.executable, "-m", "personaplex.audio.voiceprocess", f"{LONGEST_S}", f"{SAMPLE_LIMIT}"]
         with there:
             self._process = subprocess.Popen(
-                command, stdin=there, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=_environment()
+                command,
+                stdin=there.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=_environment(),
             )
         self._socket = here
         deadline, said = time.monotonic() + START_S, b""

@@ -109,7 +109,6 @@ def w64(samples: int) -> bytes:
 
 HOSTILE = {
     "expands like a zip": expanding,
-    "2^36 samples": lambda: w64(2**36),
     "4 GB by its header": lambda: riff(claimed=0xFFFFFFF0, data=bytes(1_000)),
     "1 Hz": lambda: riff(rate=1, claimed=48_000, data=bytes(48_000)),
     "64 channels": lambda: riff(channels=64, claimed=640_000, data=bytes(640_000)),
@@ -140,8 +139,12 @@ def test_hostile_recordings_are_refused_in_words(name: str, reader: Reader) -> N
     assert "/" not in str(caught.value).replace("and/or", ""), "no path of ours"
 
 
+def test_a_header_that_claims_2_to_36_samples_costs_what_is_there(reader: Reader) -> None:
+    assert len(reader.read(w64(2**36)).pcm) == SAMPLE_RATE
+
+
 def test_damaged_files_of_every_format_end_in_words(reader: Reader) -> None:
-    """Bytes changed at random, most of them where headers are: whatever the decoder does, it does in a child."""
+    """Bytes changed at random, where headers are: whatever the decoder does, it does in a child."""
     random = np.random.default_rng(5)
     for kind in ("WAV", "FLAC", "OGG", "MP3", "AIFF", "CAF"):
         good = file_of(sound(1.0), 24_000, kind)
@@ -195,15 +198,10 @@ def test_a_child_that_is_killed_is_a_typed_refusal(reader: Reader, monkeypatch: 
     monkeypatch.undo()
     process.kill()
     process.wait(10)
-    assert len(reader.read(VOICE.read_bytes()).pcm), "another process takes its place"
-
-
-def test_no_key_of_ours_is_in_the_childs_environment(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PERSONAPLEX_API_KEYS", "s3cret")
-    reader.close()
-    reader.read(VOICE.read_bytes())
+    assert len(reader.read(VOICE.read_bytes()).pcm), "another process takes its place"
     assert reader._process is not None
-    assert b"s3cret" not in Path(f"/proc/{reader._process.pid}/environ").read_bytes()
+    assert b"s3cret" not in Path(f"/proc/{reader._process.pid}/environ").read_bytes(), "no key goes with it"
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3", "AIFF"])
@@ -357,6 +355,11 @@ def asking_of(place: Place) -> Asking:
     return Asking(replicas, place.reach)
 
 
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():  # noqa: ASYNC110  of another thread
+        await asyncio.sleep(0.005)
+
+
 def in_a_loop(run: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(asyncio.wait_for(run(), 60))  # type: ignore[arg-type]
 
@@ -372,8 +375,7 @@ def test_a_replica_counts_tokens_and_makes_voices() -> None:
             assert (await asking.encode(pcm[:-1]))[0] != digest
             place.loop.open(Persona(own_voice(digest), "", own=packed))
             place.loop.open(Persona(own_voice("00" * 32), "", own=packed))
-            while len([one for one in place.events if isinstance(one, (Opened, Refused))]) < 2:
-                await asyncio.sleep(0.01)
+            await until(lambda: sum(isinstance(one, (Opened, Refused)) for one in place.events) == 2)
             (refused,) = [one for one in place.events if isinstance(one, Refused)]
             assert isinstance(refused.error, UnknownVoice)
 
@@ -639,13 +641,12 @@ def test_ten_thousand_uploads_are_refused_one_by_one_and_nothing_is_kept(reader:
             app, voices = gateway(Handle(), place, reader)
             data, found = HOSTILE["a picture"](), dict[int, int]()
             before = psutil.Process().memory_info().rss
-            for start in range(0, 10_000, 500):
+            for _ in range(20):
                 answers = await asyncio.gather(
                     *(request(app, "POST", "/api/voices?consent=1", data, "good") for _ in range(500))
                 )
                 for answer in answers:
                     found[answer.status] = found.get(answer.status, 0) + 1
-                assert start >= 0
             assert set(found) == {422, 429}
             assert found[422] <= UPLOADS
             assert sum(found.values()) == 10_000
@@ -714,7 +715,7 @@ def test_tokens_are_counted_as_the_engine_counts_them() -> None:
     async def run() -> None:
         async with replica() as place:
             app, _ = gateway(Handle(), place)
-            body = json.dumps({"text_prompt": "é" * 401}).encode()
+            body = json.dumps({"text_prompt": "é" * 401}, ensure_ascii=False).encode()
             answer = await request(app, "POST", "/api/tokens", body, "plain")
             assert answer.json() == {"tokens": 101, "limit": 100, "left": -1}
             assert (await request(app, "POST", "/api/tokens", body)).status == 401
