@@ -131,6 +131,11 @@ class Accounts:
         held = self._held.get(session)
         return None if held is None else (held.key.holder, held.key.priority)
 
+    def talks(self, session: str) -> bool:
+        """Whether a session is past its handshake: it looks for another slot."""
+        held = self._held.get(session)
+        return held is not None and held.talk is not None and held.talk.talked_s > 0
+
     def check(self, key: Key | None) -> None:
         """Raises what `enter` would by what is known here, without asking anybody and counting anything."""
         if key is not None:

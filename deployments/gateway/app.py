@@ -45,6 +45,7 @@ from deployments.gateway.accounts import Accounts
 from deployments.gateway.admission import AccessControl, ClientInfo, refusal
 from deployments.gateway.asking import Asking
 from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Conversation
+from deployments.gateway.failover import Failovers
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
 from deployments.gateway.keys import Key, Keys
@@ -62,7 +63,7 @@ from deployments.parts import GatewaySettings
 from deployments.settings import behind_haproxy, proxies_in_front, proxy_callback
 from deployments.wire.handshake import GatewayHandshake
 from deployments.wire.link import Link, OnLost, OnMessage, connect
-from deployments.wire.messages import Grant, LeaseRequest, ReplicaStatus
+from deployments.wire.messages import Grant, LeaseRequest
 from deployments.wire.tls import gateway_context
 from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, SessionLost
 from personaplex.persona import Persona
@@ -97,13 +98,19 @@ class Gateway:
             sessions_per_key=settings.sessions_per_key,
             revoke_ends_sessions=settings.revoke_ends_sessions,
         )
+        failovers = Failovers(
+            after_s=settings.failover_after_s,
+            audio_s=settings.rebuild_audio_s,
+            limit_s=settings.queue_timeout_s,
+        )
         self._leases = Leases(
             replicas,
             queue_limit=settings.queue_limit,
             queue_timeout_s=settings.queue_timeout_s,
             turns=turns,
             who=self._accounts.holder_of,
-            shared=lambda: self._keys.table.holders > 1,
+            shared=lambda one: self._keys.table.holders > 1 and not self._accounts.talks(one),
+            suspects=failovers.suspects,
         )
         self._access = AccessControl(
             (lambda: self._keys.table) if settings.guarded else None,
@@ -138,11 +145,12 @@ class Gateway:
                 first_audio_s=settings.first_audio_s,
                 burst_s=settings.burst_s,
             ),
-            connect=self._reach,
+            connect=self._connect,
             connect_timeout_s=settings.lease_timeout_s,
             keep=self._keep,
             changed=self._publish,
             trace=tracing.connect() if settings.tracing else None,
+            failovers=failovers,
         )
         self._open = 0
         self._empty = asyncio.Event()  # no session is open
@@ -351,14 +359,19 @@ class Gateway:
             self._reconnects.check(caller, time.monotonic())
             yield persona, caller, entrant.key
 
-    async def _reach(self, one: Grant | ReplicaStatus, on_message: OnMessage, on_lost: OnLost) -> Link:
-        """A link to the replica of a lease, or to any for a question."""
+    async def _connect(self, grant: Grant, on_message: OnMessage, on_lost: OnLost) -> Link:
+        return await self._reach(grant.replica, grant.host, grant.port, on_message, on_lost)
+
+    async def _reach(
+        self, replica: str, host: str, port: int, on_message: OnMessage, on_lost: OnLost
+    ) -> Link:
+        """A link to a replica, for a session or a question."""
         return await connect(
-            one.host,
-            one.port,
+            host,
+            port,
             on_message,
             on_lost,
-            handshake=GatewayHandshake(await self._link_keys.known(), one.replica),
+            handshake=GatewayHandshake(await self._link_keys.known(), replica),
             outbox=self._settings.burst_frames,
             stall_s=self._settings.stall_limit_s,
             tls=self._tls,

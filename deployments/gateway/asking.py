@@ -22,11 +22,11 @@ TOKENS_TIMEOUT_S = 5.0
 ENCODE_TIMEOUT_S = 60.0  # beside live sessions it gets what they leave
 RETRY_S = 5.0
 
-Reach = Callable[[ReplicaStatus, OnMessage, OnLost], Awaitable[Link]]
+Reach = Callable[[str, str, int, OnMessage, OnLost], Awaitable[Link]]  # a replica's name, host and port
 
 
 class Asking:
-    """`replicas()` gives those known, `reach(status, on_message, on_lost)` a link to one."""
+    """`replicas()` gives those known, `reach` makes a link to one."""
 
     def __init__(self, replicas: Callable[[], Awaitable[Sequence[ReplicaStatus]]], reach: Reach) -> None:
         self._replicas, self._reach = replicas, reach
@@ -48,7 +48,7 @@ class Asking:
         return questions.unpack_voice(await self._ask([*asked, (MessageKind.ENCODE, b"")], ENCODE_TIMEOUT_S))
 
     async def _ask(self, asked: Sequence[tuple[MessageKind, bytes]], timeout_s: float) -> bytes:
-        usable = [one for one in await self._replicas() if one.accepting and one.port]
+        usable = [one for one in await self._replicas() if one.accepting and one.media[1]]
         for replica in random.sample(usable, min(2, len(usable))):
             try:
                 return await asyncio.wait_for(self._ask_one(replica, asked), timeout_s)
@@ -73,7 +73,7 @@ class Asking:
             if not answer.done():
                 answer.set_exception(ConnectionError("the replica hung up"))
 
-        link = await self._reach(replica, hear, lose)
+        link = await self._reach(replica.replica, *replica.media, hear, lose)
         try:
             for kind, payload in asked:
                 link.send(kind, payload)

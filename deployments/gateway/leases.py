@@ -4,7 +4,8 @@ A lease is one long-lived streaming call to the replica deployment. Its first it
 it ends when the slot is free again. So Serve's count of ongoing calls is the count of sessions, for admission
 and for autoscaling alike. `Leases.claim` tells at once whether a session gets a slot, a place in the queue of
 this gateway or neither; the Claim waits its turn, reports its place, and bounds the wait. The calls that wait
-lie in the gateway's own router, where Serve's autoscaling counts them; turns.py has their order.
+lie in the gateway's own router, where Serve's autoscaling counts them; turns.py has their order. Replicas
+that this gateway suspects are left out.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from deployments.gateway.suspects import Suspects
 from deployments.gateway.turns import QueuedRequest, Turns
 from deployments.policy import GRACE_S
 from deployments.wire.messages import Grant, LeaseRequest
@@ -117,7 +119,7 @@ class Claim:
 class Leases:
     """The sessions of one gateway that wait for a slot, in the order of `turns`.
 
-    `who` says whom a session counts for; `shared` whether the queue's places are to be shared among them.
+    `who` says whom a session counts for; `shared` whether it must leave places of the queue to others.
     """
 
     def __init__(
@@ -126,10 +128,12 @@ class Leases:
         *,
         queue_limit: int,
         queue_timeout_s: float,
+        suspects: Suspects | None = None,
         turns: Turns | None = None,
         who: Who = lambda session: None,
-        shared: Callable[[], bool] = lambda: False,
+        shared: Callable[[str], bool] = lambda session: False,
     ) -> None:
+        self.suspects = suspects or Suspects(time.monotonic)
         self._call = replicas.options(method_name="lease", stream=True)
         self._queue_limit, self._queue_timeout_s = queue_limit, queue_timeout_s
         self._turns, self._who, self._shared = turns or Turns(time.monotonic), who, shared
@@ -156,7 +160,9 @@ class Leases:
         """
         began = time.monotonic()
         holder, priority = self._who(request.session) or ("", 0)
-        mine = QueuedRequest(request.session, request.voice, holder, priority, began, self._turns)
+        mine = QueuedRequest(
+            request.session, request.voice, request.excluded, holder, priority, began, self._turns
+        )
         waiter = Waiter(mine, asyncio.get_running_loop().create_future())
         turn = asyncio.ensure_future(self._wait_turn(waiter))
         claim = Claim(waiter, turn, began)
@@ -186,18 +192,23 @@ class Leases:
         if not self._closed.done():
             self._closed.set_result(None)
 
-    async def _acquire(self, request: QueuedRequest, waiter: Waiter) -> Lease:
+    async def _acquire(self, request: LeaseRequest, waiter: Waiter) -> Lease:
         began = time.monotonic()
         warned = False
         while True:
             if self._closed.done():
                 raise SessionLost("the server is being stopped; please connect again")
-            attempt = _Attempt(self._call.remote(request), self._closed)
+            suspected = self.suspects.names()
+            attempt = _Attempt(self._call.remote(request.without(suspected)), self._closed)
             try:
                 if not await attempt.wait(GRACE_S if not waiter.queued else 0):
                     self._queue(waiter)
-                    if not await attempt.wait(began + self._queue_timeout_s - time.monotonic()):
-                        raise NoCapacity("no slot became free in time", self._queue_timeout_s)
+                    left, again = began + self._queue_timeout_s - time.monotonic(), self.suspects.again_in_s()
+                    if not await attempt.wait(min(left, again)):
+                        if left <= again:
+                            raise NoCapacity("no slot became free in time", self._queue_timeout_s)
+                        attempt.cancel()  # a replica that was left out may be asked again
+                        continue
                 grant = attempt.result(warn=not warned)
             except BaseException:
                 attempt.cancel()
@@ -216,7 +227,7 @@ class Leases:
         if self.queue_full:
             raise NoCapacity("every slot is taken and the queue is full")
         request, others = waiter.request, [one.request for one in self._waiting if one.queued]
-        if self._shared() and self._turns.full_for(request.holder, others, self._queue_limit):
+        if self._shared(request.session) and self._turns.full_for(request.holder, others, self._queue_limit):
             words = "this key has as many callers in the queue as it may"
             raise TooManySessions(words, QUEUE_RETRY_S, "queue")
         waiter.queued = True

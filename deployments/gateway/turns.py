@@ -38,7 +38,7 @@ class QueuedRequest(LeaseRequest):
     turns: Turns | None = field(default=None, repr=False, compare=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LeaseRequest, (self.session, self.voice)
+        return LeaseRequest, (self.session, self.voice, self.excluded)
 
 
 class Turns:

@@ -51,6 +51,11 @@ class Keyring:
         return f"Keyring of {len(self._secrets)}"
 
     @property
+    def secrets(self) -> tuple[bytes, ...]:
+        """All that are known, newest first."""
+        return tuple(self._secrets)
+
+    @property
     def newest(self) -> bytes:
         """b"" while none is known."""
         return self._secrets[0] if self._secrets else b""

@@ -3,16 +3,27 @@
 A lease is asked for with a LeaseRequest and answered with a Grant or a Refusal; replicas tell the fleet how
 they stand with a ReplicaStatus. On the link (link.py) a message is a kind and a payload:
 
-    gateway -> replica   OPEN   one-time token (16 bytes), persona as JSON; first and only once
-                         FRAME  timestamp uint32 (microseconds, of the gateway's clock, modulo 2**32), the
-                                user's frame float32 LE [1920]: bit for bit as decoded
-                         CLOSE  JSON; the slot may go
-    replica -> gateway   READY  JSON; the prompt is done, frames count from here
-                         REPLY  number uint32, timestamp of the user's frame it answers uint32, tokens int32
-                                [17], frame float32 [1920], text UTF-8
-                         CLOSE  JSON with the error that ended the session
+    gateway -> replica   OPEN     opening, persona as JSON
+                         REBUILD  opening, bytes of the session's log uint32: instead of OPEN, for a session
+                                  that goes on; LOG messages follow (transfer.py)
+                         LOG      the next piece of the log
+                         FRAME    timestamp uint32 (microseconds, of the gateway's clock, modulo 2**32), the
+                                  user's frame float32 LE [1920]: bit for bit as decoded
+                         CLOSE    JSON; the slot may go
+                         DETACH   nothing; as CLOSE, but the client may come back: the log is to be kept
+                         TAKE     a client's resume token: instead of an opening, asks for the session's log;
+                                  CLOSE then says that the session goes on elsewhere
+    replica -> gateway   READY    JSON (`SlotReady`); the slot takes frames from here on
+                         REPLY    number uint32, timestamp of the user's frame it answers uint32, tokens int32
+                                  [17], frame float32 [1920], text UTF-8
+                         TAKEN    JSON (`TakenSession`); LOG messages follow
+                         CLOSE    JSON with the error that ended the session
 
-Payloads of any other shape raise ProtocolError. Knows no Ray, no socket and no engine.
+An opening comes first and only once: one-time token (16 bytes), version of all these messages uint16,
+generation uint32, which grows by one with each slot that the session is given, and what its client holds to
+come back with (`Held`: int32, bool). A version that the replica
+does not speak raises UnknownVersion, payloads of any other shape ProtocolError. Knows no Ray, no socket and
+no engine.
 """
 
 from __future__ import annotations
@@ -23,7 +34,7 @@ import enum
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -32,11 +43,14 @@ import numpy.typing as npt
 
 from personaplex import errors
 from personaplex.config import FRAME_SIZE, STREAMS, Pcm, Sampling
-from personaplex.errors import PersonaplexError, ProtocolError, SessionLost, UnknownVoice
+from personaplex.errors import PersonaplexError, ProtocolError, SessionLost, UnknownVersion, UnknownVoice
 from personaplex.persona import VOICES, Persona, own_digest, voice_name
 
+VERSION = 1
 TOKEN_BYTES = 16
 
+_OPENING = struct.Struct(f"<{TOKEN_BYTES}sHIi?")
+_SIZE = struct.Struct("<I")
 _TIMESTAMP = struct.Struct("<I")
 _REPLY = struct.Struct(f"<II{4 * STREAMS}s")
 FRAME_BYTES = 4 * FRAME_SIZE
@@ -48,15 +62,21 @@ _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, R
 @dataclass(frozen=True)
 class LeaseRequest:
     """All a replica needs to know before the session connects to it. Nothing in it was written by a client:
-    `voice` is a name the gateway found in its own list, the digest of an own voice, or empty."""
+    `voice` is a name the gateway found in its own list, the digest of an own voice, or empty; `excluded` are
+    replicas that shall not take the session."""
 
     session: str
     voice: str
+    excluded: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, session: str, persona: Persona) -> LeaseRequest:
+    def of(cls, session: str, persona: Persona, excluded: Iterable[str] = ()) -> LeaseRequest:
         named = persona.voice if persona.voice in VOICES else own_digest(persona.voice)
-        return cls(session, named)
+        return cls(session, named, frozenset(excluded))
+
+    def without(self, replicas: Iterable[str]) -> LeaseRequest:
+        """The same request with further replicas excluded."""
+        return dataclasses.replace(self, excluded=self.excluded.union(replicas))
 
 
 @dataclass(frozen=True)
@@ -72,20 +92,22 @@ class Grant:
 
 @dataclass(frozen=True)
 class Refusal:
-    """The replica cannot take the session after all: it drains, or its engine has ended."""
+    """The replica cannot take the session after all: it drains, its engine has ended, or it is excluded."""
 
 
 @dataclass(frozen=True)
 class SessionStatus:
-    """One session that holds a slot: its name and age."""
+    """One session that holds a slot: its name, for how long, and which of the session's slots it is."""
 
     session: str
     seconds: float
+    generation: int = 0
 
 
 @dataclass(frozen=True)
 class ReplicaStatus:
-    """What one replica says of itself. No personal content."""
+    """What one replica says of itself. No personal content. `detached`: sessions without a slot, whose
+    clients may come back. `media`: where its links are made; port 0 where nobody is to know."""
 
     replica: str
     node: str
@@ -96,8 +118,8 @@ class ReplicaStatus:
     accepting: bool
     sessions: tuple[SessionStatus, ...]
     engine: Mapping[str, str] = field(default_factory=dict)  # settings a record names, to run it again
-    host: str = ""  # where gateways may ask it questions (questions.py)
-    port: int = 0
+    detached: tuple[SessionStatus, ...] = ()
+    media: tuple[str, int] = ("", 0)
 
     @property
     def used(self) -> int:
@@ -110,6 +132,11 @@ class MessageKind(enum.IntEnum):
     CLOSE = 3
     READY = 4
     REPLY = 5
+    REBUILD = 6
+    LOG = 7
+    DETACH = 8
+    TAKE = 9
+    TAKEN = 10
     TOKENS = 16  # from here on: questions outside a session, see questions.py
     SAMPLES = 17
     ENCODE = 18
@@ -134,6 +161,11 @@ def pack_reply(reply: Reply) -> bytes:
     return b"".join((head, pcm, reply.text.encode()))
 
 
+def reply_tokens(payload: bytes) -> npt.NDArray[np.int32]:
+    """The tokens, int32 [17], of a reply that `pack_reply` made."""
+    return np.frombuffer(payload, "<i4", STREAMS, _REPLY.size - 4 * STREAMS)
+
+
 def unpack_reply(payload: bytes) -> Reply:
     """Raises ProtocolError for anything `pack_reply` does not make."""
     try:
@@ -147,22 +179,56 @@ def unpack_reply(payload: bytes) -> Reply:
     return Reply(frame, pcm, np.frombuffer(tokens, "<i4").astype(np.int64), text, timestamp)
 
 
-def pack_open(token: bytes, persona: Persona) -> bytes:
-    own = base64.b64encode(persona.own).decode()
-    return token + json.dumps({**dataclasses.asdict(persona), "own": own}).encode()
+@dataclass(frozen=True)
+class Held:
+    """Which resume token a session's client holds: that of slot `generation`, or none (negative). `used`: it
+    came back with that one, and whether it got the next is known once it is heard; until then both are
+    good."""
+
+    generation: int = -1
+    used: bool = False
+
+    def __bool__(self) -> bool:
+        return self.generation >= 0
 
 
-def open_token(payload: bytes) -> bytes:
-    """The token of an opening message, to be checked before the rest is read. Raises ProtocolError."""
-    if len(payload) < TOKEN_BYTES:
+NOTHING_HELD = Held()
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What OPEN and REBUILD begin with, and the `rest` of them."""
+
+    token: bytes = field(repr=False)
+    generation: int
+    held: Held
+    rest: bytes = field(repr=False)
+
+
+def unpack_opening(payload: bytes) -> Opening:
+    """Raises ProtocolError for another shape, UnknownVersion for messages of another version."""
+    if len(payload) < _OPENING.size:
         raise ProtocolError("an opening message of the wrong shape")
-    return payload[:TOKEN_BYTES]
+    token, version, generation, held, used = _OPENING.unpack_from(payload)
+    if version != VERSION:
+        raise UnknownVersion(f"the link speaks version {version}, this process {VERSION}")
+    return Opening(token, generation, Held(held, used), payload[_OPENING.size :])
 
 
-def unpack_open(payload: bytes) -> Persona:
-    """Raises ProtocolError for anything `pack_open` does not make."""
+def pack_opening(token: bytes, generation: int = 0, held: Held = NOTHING_HELD) -> bytes:
+    return _OPENING.pack(token, VERSION, generation, held.generation, held.used)
+
+
+def pack_open(token: bytes, persona: Persona, generation: int = 0, held: Held = NOTHING_HELD) -> bytes:
+    own = base64.b64encode(persona.own).decode()
+    fields = {**dataclasses.asdict(persona), "own": own}
+    return pack_opening(token, generation, held) + json.dumps(fields).encode()
+
+
+def unpack_open(rest: bytes) -> Persona:
+    """The persona behind an opening. Raises ProtocolError for anything `pack_open` does not make."""
     try:
-        fields = json.loads(payload[TOKEN_BYTES:])
+        fields = json.loads(rest)
         persona = Persona(**{**fields, "sampling": Sampling(**fields["sampling"])})
         persona.text_prompt.encode()
         return dataclasses.replace(
@@ -173,6 +239,17 @@ def unpack_open(payload: bytes) -> Persona:
         )
     except (*_UNREADABLE, UnknownVoice) as error:
         raise ProtocolError("an opening message of the wrong shape") from error
+
+
+def pack_rebuild(token: bytes, log_bytes: int, generation: int, held: Held = NOTHING_HELD) -> bytes:
+    return pack_opening(token, generation, held) + _SIZE.pack(log_bytes)
+
+
+def unpack_rebuild(rest: bytes) -> int:
+    """Bytes of the log, behind an opening. Raises ProtocolError for another shape."""
+    if len(rest) != _SIZE.size:
+        raise ProtocolError("a rebuild message of the wrong shape")
+    return int(_SIZE.unpack(rest)[0])
 
 
 def _numbers(sampling: Sampling) -> Sampling:
@@ -202,19 +279,66 @@ def unpack_frame(payload: bytes) -> tuple[int, Pcm]:
     return _TIMESTAMP.unpack_from(payload)[0], frame
 
 
-def pack_ready(prefill_s: float) -> bytes:
-    return json.dumps({"prefill_s": prefill_s}).encode()
+@dataclass(frozen=True)
+class SlotReady:
+    """A slot is live. `prefill_s`: seconds its prompt or rebuild took, the wait included. `frame`: number of
+    its next reply. `voice_digest`: of the voice it speaks with, for the session's log."""
+
+    prefill_s: float
+    frame: int = 0
+    voice_digest: str = ""
 
 
-def unpack_ready(payload: bytes) -> float:
-    """Seconds the prompt took in the replica. Raises ProtocolError for another shape."""
+def pack_ready(ready: SlotReady) -> bytes:
+    return json.dumps(dataclasses.asdict(ready)).encode()
+
+
+def unpack_ready(payload: bytes) -> SlotReady:
+    """Raises ProtocolError for another shape."""
     try:
-        seconds = json.loads(payload)["prefill_s"]
-        if type(seconds) in (int, float) and 0 <= float(seconds) < math.inf:
-            return float(seconds)
+        ready = SlotReady(**json.loads(payload))
+        if (
+            type(ready.prefill_s) in (int, float)
+            and 0 <= float(ready.prefill_s) < math.inf
+            and type(ready.frame) is int
+            and ready.frame >= 0
+            and type(ready.voice_digest) is str
+        ):
+            ready.voice_digest.encode()
+            return ready
     except _UNREADABLE as error:
         raise ProtocolError("a ready message of the wrong shape") from error
-    raise ProtocolError("a ready message without a time")
+    raise ProtocolError("a ready message of the wrong shape")
+
+
+@dataclass(frozen=True)
+class TakenSession:
+    """A session that was given to whoever showed its token. `generation`: of the slot it had last. `texts`:
+    what the agent said of late, with its frames. `log_bytes` of log follow."""
+
+    generation: int
+    log_bytes: int
+    texts: tuple[tuple[int, str], ...] = ()
+
+
+def pack_taken(taken: TakenSession) -> bytes:
+    return json.dumps(dataclasses.asdict(taken)).encode()
+
+
+def unpack_taken(payload: bytes) -> TakenSession:
+    """Raises ProtocolError for another shape."""
+    try:
+        fields = json.loads(payload)
+        texts = tuple((frame, text) for frame, text in fields["texts"])
+        taken = TakenSession(fields["generation"], fields["log_bytes"], texts)
+        numbers = (taken.generation, taken.log_bytes, *(frame for frame, _ in texts))
+        if all(type(number) is int and number >= 0 for number in numbers) and all(
+            type(text) is str for _, text in texts
+        ):
+            return taken
+    except _UNREADABLE as error:
+        raise ProtocolError("a taken message of the wrong shape") from error
+    raise ProtocolError("a taken message of the wrong shape")
 
 
 def pack_error(error: PersonaplexError) -> bytes:

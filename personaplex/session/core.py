@@ -28,7 +28,9 @@ Laws:
    byte now and then does not hold a slot; silence is audio.
 7. What the user said goes to peers that asked for it (`user_text`) as soon as it is known, but not before
    the handshake. Nothing waits for it.
-8. Every end on our side is an error message, for people, and then a close with a code and a reason; where
+8. A peer that says only after the upgrade what session it wants (`begin_s`) has that long for it, and a slot
+   is asked for once it has (Begun). One that is done (PeerEnds) gets a close with code 1000.
+9. Every end on our side is an error message, for people, and then a close with a code and a reason; where
    there was no room both say when to come back. After Close nothing is sent; what the engine still delivers
    is ignored.
 """
@@ -54,6 +56,7 @@ from personaplex.session.events import (
     AgentAudio,
     AgentText,
     AudioHeard,
+    Begun,
     Close,
     Command,
     EngineLost,
@@ -63,6 +66,7 @@ from personaplex.session.events import (
     LeaseGranted,
     PeerAudio,
     PeerClosed,
+    PeerEnds,
     PeerMessage,
     Queued,
     Ready,
@@ -118,6 +122,7 @@ def after(
 
 
 _LATE = (
+    Begun,
     Queued,
     LeaseGranted,
     Ready,
@@ -136,18 +141,21 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     OPENING: {
         PeerAudio: (OPENING, CLOSING),
         PeerMessage: (OPENING, CLOSING),
+        PeerEnds: (CLOSING,),
         AudioHeard: (OPENING,),
+        Begun: (OPENING,),
         SessionNotice: (OPENING,),
         Queued: (OPENING,),
         LeaseGranted: (PRIMING,),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
-        Tick: (OPENING,),
+        Tick: (OPENING, CLOSING),
         PeerClosed: (CLOSED,),
     },
     PRIMING: {
         PeerAudio: (PRIMING, LIVE, CLOSING),
         PeerMessage: (PRIMING, CLOSING),
+        PeerEnds: (CLOSING,),
         AudioHeard: (PRIMING,),
         UserText: (PRIMING,),
         UserTextLost: (PRIMING,),
@@ -161,6 +169,7 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     LIVE: {
         PeerAudio: (LIVE, CLOSING),
         PeerMessage: (LIVE, CLOSING),
+        PeerEnds: (CLOSING,),
         AgentAudio: (LIVE,),
         AgentText: (LIVE,),
         UserText: (LIVE,),
@@ -176,6 +185,7 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         **dict.fromkeys(_LATE, (CLOSING,)),
         PeerAudio: (CLOSING,),
         PeerMessage: (CLOSING,),
+        PeerEnds: (CLOSING,),
         PeerClosed: (CLOSED,),
     },
     CLOSED: {**dict.fromkeys(_LATE, (CLOSED,)), PeerClosed: (CLOSED,)},
@@ -190,6 +200,7 @@ class Limits:
     idle_s: float = 60.0  # without audio from the peer, while live
     first_audio_s: float = 15.0  # the same from the handshake on; idle_s where that is less
     burst_s: float = BURST_S  # of audio that a peer may send at once
+    bytes_per_s: float = BYTES_PER_S
 
     @property
     def burst_share(self) -> float:
@@ -208,10 +219,13 @@ class SessionCore:
         *,
         status: bool = False,
         user_text: bool = False,
+        handshake_delay_s: float = HANDSHAKE_DELAY_S,
+        begin_s: float = float("inf"),
     ) -> None:
-        """`headers`: header pages of the agent's Ogg stream. `now`: when the connection was accepted.
-        `status`: the peer wants to know how it stands before the handshake. `user_text`: it wants the
-        transcript of its own speech."""
+        """`headers`: header pages of the agent's stream. `now`: when the connection was accepted. `status`:
+        the peer wants to know how it stands before the handshake. `user_text`: it wants the transcript of its
+        own speech. `handshake_delay_s`: 0 for one whose decoder runs already. `begin_s`: law 8; leave it out
+        where the session is known at the upgrade."""
         self.state = OPENING
         self.error: PersonaplexError | None = None  # why our side ended it
         self.ignored = 0  # messages the protocol does not know
@@ -221,7 +235,8 @@ class SessionCore:
         self._details: list[Command] = []  # to be sent once live, with what the user said before
         self._headers = headers
         self._limits = limits
-        self._handshake_at = now + HANDSHAKE_DELAY_S
+        self._handshake_at = now + handshake_delay_s
+        self._begin_s, self._begin_due = begin_s, now + begin_s
         self._queued = False
         self._ready = False
         self._ends_at = float("inf")
@@ -230,7 +245,7 @@ class SessionCore:
         self._audio_limit_s = 0.0  # for the next audio, and when it ends
         self._audio_due = float("inf")
         self._messages = Allowance(MESSAGES_PER_S, MESSAGE_BURST * limits.burst_share, now=now)
-        self._bytes = Allowance(BYTES_PER_S, BYTE_BURST * limits.burst_share, now=now)
+        self._bytes = Allowance(limits.bytes_per_s, BYTE_BURST * limits.burst_share, now=now)
 
     def receive(self, event: Event, now: float) -> list[Command]:
         """What to do about `event`, in order. Raises IllegalEvent for one that TABLE does not list."""
@@ -254,6 +269,8 @@ class SessionCore:
         """When the next Tick is due, or None when only an event can change anything."""
         if self.state is PRIMING and self._ready:
             return self._handshake_at
+        if self.state is OPENING and self._begin_due < float("inf"):
+            return self._begin_due
         if self.state is not LIVE:
             return None
         page = self.pacer.deadline()
@@ -269,6 +286,12 @@ class SessionCore:
             case PeerMessage(size, known):
                 self._spend(size, now)
                 self.ignored += not known
+                return []
+            case PeerEnds():
+                self.state = CLOSING
+                return [Close(1000, "")]
+            case Begun():
+                self._begin_due = float("inf")
                 return []
             case Queued(position):
                 self._queued = True
@@ -315,7 +338,7 @@ class SessionCore:
         if not self._messages.spend(1):
             raise ProtocolError(f"more than {MESSAGES_PER_S:g} messages per second")
         if not self._bytes.spend(size):
-            raise ProtocolError(f"more than {BYTES_PER_S / 1_024:g} KiB per second")
+            raise ProtocolError(f"more than {self._limits.bytes_per_s / 1_024:g} KiB per second")
 
     def _go_live_when_due(self, now: float) -> list[Command]:
         if self.state is not PRIMING or not self._ready or now < self._handshake_at:
@@ -328,6 +351,8 @@ class SessionCore:
 
     def _tick(self, now: float) -> list[Command]:
         if self.state is not LIVE:
+            if now >= self._begin_due:
+                raise SessionIdle(f"no session was begun for {self._begin_s:g} s")
             return self._go_live_when_due(now)
         if now >= self._ends_at:
             raise SessionExpired("the session reached its time limit")
@@ -353,4 +378,4 @@ class SessionCore:
         words = str(error)
         if isinstance(error, NoCapacity):
             words += f"; try again in {error.retry_after_s:g} s"
-        return [SendError(words), Close(error.close_code, words)]
+        return [SendError(words, error), Close(error.close_code, words)]

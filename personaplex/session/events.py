@@ -17,7 +17,7 @@ from personaplex.words import Segment
 
 @dataclass(frozen=True)
 class PeerAudio:
-    """A piece of the peer's Ogg stream, not empty. `size`: bytes of the message it came in."""
+    """A piece of the peer's stream, not empty. `size`: bytes of the message it came in."""
 
     data: bytes
     size: int
@@ -30,6 +30,16 @@ class PeerMessage:
 
     size: int
     known: bool = True
+
+
+@dataclass(frozen=True)
+class PeerEnds:
+    """The peer has said that it is done, and was told so in its protocol's own way."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The peer has said what session it wants; it asks for a slot."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,8 @@ class AudioHeard:
 
 @dataclass(frozen=True)
 class AgentAudio:
-    """80 ms of agent speech: one whole Ogg page. `quiet` if leaving it out would not be heard."""
+    """80 ms of agent speech in the peer's format: of Ogg one whole page. `quiet` if leaving it out would not
+    be heard."""
 
     page: bytes
     quiet: bool = False
@@ -122,7 +133,9 @@ class Tick:
 Event = (
     PeerAudio
     | PeerMessage
+    | PeerEnds
     | PeerClosed
+    | Begun
     | Queued
     | LeaseGranted
     | Ready
@@ -145,7 +158,7 @@ class SendHandshake:
 
 @dataclass(frozen=True)
 class SendAudio:
-    """One Ogg page of the agent's stream."""
+    """80 ms of the agent's stream."""
 
     page: bytes
 
@@ -188,9 +201,10 @@ class SendNotice:
 
 @dataclass(frozen=True)
 class SendError:
-    """Why the session ends, in words for people."""
+    """Why the session ends, in words for people and as what was raised."""
 
     message: str
+    error: PersonaplexError | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -200,7 +214,7 @@ class SendKeepAlive:
 
 @dataclass(frozen=True)
 class FeedAudio:
-    """Hand these bytes of the peer's Ogg stream to the transcoder."""
+    """Hand these bytes of the peer's stream to the transcoder."""
 
     data: bytes
 

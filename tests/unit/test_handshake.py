@@ -332,7 +332,7 @@ def test_captured_bytes_hold_speech_only_without_tls(secure: bool) -> None:
             for number, frame in enumerate(pcm):
                 link.send_frame(MessageKind.FRAME, messages.pack_frame(number, frame))
             await place.until(lambda: len(place.messages) == len(pcm))
-            place.links[0].send(MessageKind.READY, messages.pack_ready(1.0))
+            place.links[0].send(MessageKind.READY, messages.pack_ready(messages.SlotReady(1.0)))
             await place.until(lambda: heard)
             link.close()
             await place.until(lambda: place.lost)

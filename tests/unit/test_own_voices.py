@@ -20,6 +20,7 @@ import psutil
 import pytest
 import soundfile
 from golden import GOLDEN
+from loopback import KEYRING, reach
 from ray.exceptions import ActorDiedError
 from starlette.applications import Starlette
 
@@ -36,8 +37,8 @@ from deployments.gateway.recording import UPLOAD_LIMIT, Reader
 from deployments.gateway.turns import Turns
 from deployments.replica.questions import QUESTIONS, Questions
 from deployments.wire import messages, questions
-from deployments.wire.handshake import GatewayHandshake, Keyring, ReplicaHandshake
-from deployments.wire.link import Link, connect, listen
+from deployments.wire.handshake import ReplicaHandshake
+from deployments.wire.link import Link, listen
 from deployments.wire.messages import LeaseRequest, MessageKind, ReplicaStatus
 from deployments.wire.voicestore import HOLDER_LIMIT, VoiceStore
 from personaplex.audio.voicewav import check, read_voice
@@ -48,7 +49,6 @@ from personaplex.errors import BadAudio, Forbidden, NoCapacity, ProtocolError, T
 from personaplex.persona import Persona, own_digest, own_voice
 from personaplex.sessionlog import SessionRecorder
 
-KEYRING = Keyring(bytes(range(32)))
 VOICE = GOLDEN / "voice.wav"
 
 
@@ -281,7 +281,8 @@ def test_an_own_voice_is_a_name_of_64_digits_and_nothing_else() -> None:
 
 def test_its_bytes_travel_with_the_open_and_are_part_of_the_log() -> None:
     persona = Persona(own_voice("0f" * 32), "Hello.", own=bytes(range(256)))
-    assert messages.unpack_open(messages.pack_open(bytes(16), persona)) == persona
+    opening = messages.unpack_opening(messages.pack_open(bytes(16), persona))
+    assert messages.unpack_open(opening.rest) == persona
     assert "own" not in repr(persona).replace("own:", "")
     assert SessionRecorder(persona).log().voice == persona.own
 
@@ -296,17 +297,6 @@ class Place:
     status: ReplicaStatus
     loop: EngineLoop
     events: list[Any]
-
-    async def reach(self, status: ReplicaStatus, on_message: Any, on_lost: Any) -> Link:
-        return await connect(
-            status.host,
-            status.port,
-            on_message,
-            on_lost,
-            handshake=GatewayHandshake(KEYRING, status.replica),
-            outbox=25,
-            stall_s=10.0,
-        )
 
 
 @contextlib.asynccontextmanager
@@ -340,7 +330,7 @@ async def replica(make: Callable[[], Any] = lambda: EchoEngine(2, 100)) -> Async
         lambda: Link(message, asked.lost, handshake=ReplicaHandshake(KEYRING, "r"), outbox=25, stall_s=10.0),
         "127.0.0.1",
     )
-    status = ReplicaStatus("r", "n", 1, "echo", (), 2, True, (), host="127.0.0.1", port=port)
+    status = ReplicaStatus("r", "n", 1, "echo", (), 2, True, (), media=("127.0.0.1", port))
     try:
         yield Place(status, loop, events)
     finally:
@@ -352,7 +342,7 @@ def asking_of(place: Place) -> Asking:
     async def replicas() -> list[ReplicaStatus]:
         return [place.status]
 
-    return Asking(replicas, place.reach)
+    return Asking(replicas, reach)
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -411,8 +401,11 @@ def test_questions_of_another_shape_end_the_link(asked: list[tuple[MessageKind, 
     async def run() -> None:
         heard, lost = list[Any](), asyncio.Event()
         async with replica() as place:
-            link = await place.reach(
-                place.status, lambda _, kind, payload: heard.append((kind, payload)), lambda _: lost.set()
+            link = await reach(
+                "r",
+                *place.status.media,
+                lambda _, kind, payload: heard.append((kind, payload)),
+                lambda _: lost.set(),
             )
             for kind, payload in asked:
                 link.send(kind, payload)

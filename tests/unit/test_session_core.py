@@ -28,6 +28,7 @@ from personaplex.session.events import (
     AgentAudio,
     AgentText,
     AudioHeard,
+    Begun,
     Close,
     Command,
     EngineLost,
@@ -37,6 +38,7 @@ from personaplex.session.events import (
     LeaseGranted,
     PeerAudio,
     PeerClosed,
+    PeerEnds,
     PeerMessage,
     Queued,
     Ready,
@@ -90,6 +92,8 @@ DEFAULT = Limits()
 EVERY_EVENT: list[Event] = [
     PeerAudio(b"OggS", 5),
     PeerMessage(1),
+    PeerEnds(),
+    Begun(),
     PeerClosed(),
     Queued(1),
     LeaseGranted(),
@@ -174,8 +178,9 @@ def test_every_cell_of_the_server_table(state: State, event: Event) -> None:
     if state in (CLOSING, CLOSED):
         assert commands == []
     if core.state is CLOSING and state is not CLOSING:
-        assert isinstance(sent(commands)[-1], Error)
         assert isinstance(commands[-1], Close)
+        if not isinstance(event, PeerEnds):
+            assert isinstance(sent(commands)[-1], Error)
 
 
 @pytest.mark.parametrize("event", EVERY_PEER_EVENT, ids=lambda event: type(event).__name__)
@@ -418,6 +423,27 @@ def test_who_was_heard_before_the_handshake_has_begun(state: State) -> None:
     assert core.state is LIVE
     core.receive(Tick(), 62.0)
     assert isinstance(core.error, SessionIdle)
+
+
+def test_who_says_what_it_wants_after_the_upgrade_has_a_time_for_it() -> None:
+    core = SessionCore((), Limits(), 100.0, begin_s=60.0, handshake_delay_s=0.0)
+    assert core.deadline() == 160.0
+    (error, close) = core.receive(Tick(), 160.0)
+    assert isinstance(error, SendError)
+    assert isinstance(error.error, SessionIdle)
+    assert close == Close(1000, "no session was begun for 60 s")
+    core = SessionCore((), Limits(), 100.0, begin_s=60.0, handshake_delay_s=0.0)
+    for event in (Begun(), Queued(1), Tick(), LeaseGranted(), Ready()):
+        core.receive(event, 200.0)
+    assert core.state is LIVE
+
+
+@pytest.mark.parametrize("state", [OPENING, PRIMING, LIVE])
+def test_a_client_that_is_done_is_closed_and_nothing_failed(state: State) -> None:
+    core = in_state(state)
+    assert core.receive(PeerEnds(), 101.0) == [Close(1000, "")]
+    assert (core.state, core.error) == (CLOSING, None)
+    assert core.receive(AgentAudio(b"page"), 101.0) == []
 
 
 def test_a_fault_of_the_core_shows_nothing_that_was_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,14 @@ from deployments.wire.messages import LeaseRequest
 from personaplex.errors import NoCapacity, TooManySessions
 
 
+class Named(str):
+    """As Serve's replica ids."""
+
+    @property
+    def unique_id(self) -> str:
+        return str(self)
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = 1_000.0
@@ -30,7 +38,7 @@ class Clock:
 def caller(
     name: str, holder: str, arrived: float, priority: int = 5, turns: Turns | None = None
 ) -> QueuedRequest:
-    return QueuedRequest(name, "NATF2", holder, priority, arrived, turns)
+    return QueuedRequest(name, "NATF2", frozenset(), holder, priority, arrived, turns)
 
 
 def serve(turns: Turns, clock: Clock, waiting: list[QueuedRequest]) -> QueuedRequest:
@@ -114,7 +122,7 @@ def test_a_key_that_may_not_queue_is_told_so_and_others_may() -> None:
     async def run() -> None:
         who = {f"a{number}": ("a", 5) for number in range(9)} | {"b": ("b", 5)}
         handle: Any = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda _: Silent()))
-        leases = Leases(handle, queue_limit=4, queue_timeout_s=9, who=who.get, shared=lambda: True)
+        leases = Leases(handle, queue_limit=4, queue_timeout_s=9, who=who.get, shared=lambda session: True)
         claims = [await leases.claim(LeaseRequest(f"a{number}", "")) for number in range(2)]
         with pytest.raises(TooManySessions, match="as many callers") as caught:
             await leases.claim(LeaseRequest("a2", ""))
@@ -209,7 +217,7 @@ def test_a_freed_slot_goes_to_whose_turn_it_is() -> None:
         requests = [caller(f"a{n}", "a", n, turns=turns) for n in range(3)]
         requests.append(caller("b", "b", 9.0, turns=turns))
         made, calls, _ = router(turns, *requests)
-        replica: Any = SimpleNamespace(replica_id="r")
+        replica: Any = SimpleNamespace(replica_id=Named("r"))
         won = []
         for _ in range(4):
             made._fulfill_next_pending_request(replica)
@@ -229,7 +237,7 @@ def test_a_slot_is_left_to_another_gateway_for_a_moment_only(monkeypatch: pytest
         monkeypatch.setattr("deployments.gateway.router.time.monotonic", clock)
         request = caller("a", "a", clock.now, turns=turns)
         made, calls, queue = router(turns, request)
-        replica: Any = SimpleNamespace(replica_id="r", routing_stats={}, max_ongoing_requests=1)
+        replica: Any = SimpleNamespace(replica_id=Named("r"), routing_stats={}, max_ongoing_requests=1)
 
         async def offered() -> bool:
             return [[replica]] == await made.choose_replicas([replica], calls[0])
@@ -262,7 +270,7 @@ def test_a_full_queue_is_full_for_everybody() -> None:
     async def run() -> None:
         handle: Any = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda _: Silent()))
         leases = Leases(
-            handle, queue_limit=1, queue_timeout_s=9, who=lambda name: (name, 5), shared=lambda: True
+            handle, queue_limit=1, queue_timeout_s=9, who=lambda name: (name, 5), shared=lambda session: True
         )
         claim = await leases.claim(LeaseRequest("a", ""))
         with pytest.raises(NoCapacity, match="full"):
