@@ -662,6 +662,7 @@ def _gateway(services: Services | None = None) -> Any:
     gateway: Any = object.__new__(Gateway)
     gateway._settings, gateway._records = Settings(), None
     gateway._services, gateway._reconnects = services, Nothing()
+    gateway._accounts = SimpleNamespace(attach=lambda *_: None, close=lambda *_: None)
     return gateway
 
 
