@@ -276,7 +276,9 @@ class Conversation:
     async def _notice(self, line: _Line, data: Mapping[str, Any]) -> None:
         kind = data.get("type")
         if kind == "queue" and data.get("position"):
-            self._inform(f"waiting for a free slot, position {data.get('position')}")
+            wait = data.get("wait_s")
+            about = f", about {wait} s" if isinstance(wait, int) else ""
+            self._inform(f"waiting for a free slot, position {data.get('position')}{about}")
         elif kind == "session":
             self.report.session = {name: value for name, value in data.items() if name != "resume"}
             self._ticket = Ticket.of(data)

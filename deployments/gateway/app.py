@@ -58,6 +58,7 @@ from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
 from deployments.gateway.turns import Turns
 from deployments.gateway.upstream import Services
+from deployments.gateway.waits import Waits
 from deployments.keysync import KeySync
 from deployments.parts import GatewaySettings
 from deployments.settings import behind_haproxy, proxies_in_front, proxy_callback
@@ -72,6 +73,7 @@ from personaplex.tokenlog import TokenLog
 
 logger = logging.getLogger(__name__)
 
+SLOTS_EVERY_S = 5.0  # between two looks at how many slots there are
 PAGE = Path(__file__).parent / "web"
 
 _LEFT = (RuntimeError, OSError, WebSocketDisconnect)  # what a socket raises whose client has gone
@@ -109,6 +111,7 @@ class Gateway:
             queue_timeout_s=settings.queue_timeout_s,
             turns=turns,
             who=self._accounts.holder_of,
+            granted=lambda session: self._waits.served(session, time.monotonic()),
             shared=lambda one: self._keys.table.holders > 1 and not self._accounts.talks(one),
             suspects=failovers.suspects,
         )
@@ -149,9 +152,11 @@ class Gateway:
             connect_timeout_s=settings.lease_timeout_s,
             keep=self._keep,
             changed=self._publish,
+            wait=self._wait,
             trace=tracing.connect() if settings.tracing else None,
             failovers=failovers,
         )
+        self._waits, self._slots = Waits(), 0
         self._open = 0
         self._empty = asyncio.Event()  # no session is open
         self._empty.set()
@@ -163,6 +168,7 @@ class Gateway:
                 self._fleet.wait_close(name, self._close),
                 self._accounts.run(self._leases.waiting),
                 self._keys.watch(self._keys_read),
+                self._count_slots(),
             )
         ]
         warn_of_proxies_without_limits()
@@ -241,6 +247,10 @@ class Gateway:
         error = SessionLost("it never began") if conversation is None else conversation.error
         self._reconnects.ended(caller, error, time.monotonic())
         self._accounts.close(session, metrics.cause(error))
+        now = time.monotonic()
+        self._waits.left(session, now)
+        if conversation is not None and conversation.talked_s > 0:
+            self._waits.ended(conversation.talked_s, now)
         if recording is not None and self._records is not None:
             self._records.finish(recording, metrics.cause(error))
 
@@ -309,6 +319,7 @@ class Gateway:
                 "key_needed": self._settings.guarded,
                 "prompt_tokens": self._settings.prompt_tokens,
                 "queue_places": self._settings.queue_limit,
+                "wait_s": await self._expected_wait(),
                 "own_voices": self._voices.describe(),
                 "record": self._settings.record,
             }
@@ -387,6 +398,29 @@ class Gateway:
             await asyncio.wait_for(self._empty.wait(), CLOSE_TIMEOUT_S)
         if self._records is not None:
             await self._records.close()
+
+    def _wait(self, session: str, place: int) -> float | None:
+        """What a session at `place` of this gateway's queue may be told of its wait, in seconds."""
+        return self._waits.queued(session, self._place(place), self._slots, time.monotonic())
+
+    def _place(self, place: int) -> int:
+        """A place in this gateway's queue, among those of all gateways: they take turns."""
+        return round(place * (1 + self._accounts.waiting_elsewhere / max(self._leases.queued, place)))
+
+    async def _count_slots(self) -> None:
+        """Keeps the number of slots that callers in the queue wait for, for ever."""
+        while True:
+            self._slots = sum(one.slots for one in await self._fleet.describe() if one.accepting)
+            await asyncio.sleep(SLOTS_EVERY_S)
+
+    async def _expected_wait(self) -> float | None:
+        """What a caller would wait who came now, as far as it may be said."""
+        replicas = await self._fleet.describe()
+        if any(one.accepting and one.used < one.slots for one in replicas):
+            return 0.0
+        place = self._place(self._leases.queued + 1)
+        found = self._waits.estimate(place, self._slots, time.monotonic())
+        return round(found, 1) if found is not None and self._waits.honest else None
 
     def _keys_read(self, well: bool) -> None:
         self._metrics.add(metrics.KEYS_RELOADS, result="loaded" if well else "failed")

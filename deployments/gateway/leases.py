@@ -119,7 +119,8 @@ class Claim:
 class Leases:
     """The sessions of one gateway that wait for a slot, in the order of `turns`.
 
-    `who` says whom a session counts for; `shared` whether it must leave places of the queue to others.
+    `who` says whom a session counts for; `shared` whether it must leave places of the queue to others;
+    `granted` is called when it has its slot.
     """
 
     def __init__(
@@ -132,11 +133,13 @@ class Leases:
         turns: Turns | None = None,
         who: Who = lambda session: None,
         shared: Callable[[str], bool] = lambda session: False,
+        granted: Callable[[str], None] = lambda session: None,
     ) -> None:
         self.suspects = suspects or Suspects(time.monotonic)
         self._call = replicas.options(method_name="lease", stream=True)
         self._queue_limit, self._queue_timeout_s = queue_limit, queue_timeout_s
         self._turns, self._who, self._shared = turns or Turns(time.monotonic), who, shared
+        self._granted = granted
         self._waiting: list[Waiter] = []
         self._closed = asyncio.get_running_loop().create_future()
 
@@ -181,6 +184,7 @@ class Leases:
         try:
             lease = await self._acquire(waiter.request, waiter)
             self._turns.granted(waiter.request)
+            self._granted(waiter.request.session)
             return lease
         finally:
             self._turns.gone(waiter.request)
