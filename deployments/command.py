@@ -58,6 +58,7 @@ _READ = (  # settings: paths
     "mimi_weight",
     "tokenizer",
     "voice_prompt_dir",
+    "lora",
     "step_times",
     "media_tls_dir",
 )
@@ -111,6 +112,8 @@ def _check_files(settings: Settings) -> None:
         path = getattr(settings, name)
         if path is not None and not path.exists():
             raise ConfigError(f"{name}: no such file or folder: {path}")
+    if settings.lora is not None and settings.model in ("echo", "simulated"):
+        raise ConfigError(f"lora needs a model with weights, and {settings.model} has none")
     if settings.model not in _MODELS and not Path(settings.model).is_dir():
         raise ConfigError(f"no model {settings.model!r}: one of {', '.join(_MODELS)}, or a directory")
     if settings.static not in ("", "none") and not Path(settings.static).is_dir():

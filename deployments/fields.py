@@ -38,6 +38,11 @@ class Fields(BaseModel):
     mimi_weight: Path | None = Field(None, description="Codec weights; replaces the repository's.")
     tokenizer: Path | None = Field(None, description="Text tokenizer model; replaces the repository's.")
     voice_prompt_dir: Path | None = Field(None, description="Directory of voices; replaces the repository's.")
+    lora: Path | None = Field(
+        None,
+        description="Adapter (LoRA) of personaplex.finetune, merged into the weights it was trained on; on "
+        "any others it is refused.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where replicas compute.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Number type of weights and caches; auto is bfloat16 on CUDA, float32 on the CPU."

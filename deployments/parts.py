@@ -28,10 +28,10 @@ class _Part:
     burst_frames: int
     stall_limit_s: float
     lease_timeout_s: float
-    media_tls: Literal["off", "own", "files"]
-    media_tls_dir: Path | None
     resume_grace_s: float
     rebuild_audio_s: float
+    media_tls: Literal["off", "own", "files"]
+    media_tls_dir: Path | None
 
     @classmethod
     def of(cls: type[P], settings: Settings) -> P:
@@ -89,6 +89,7 @@ class ReplicaSettings(_Part):
     mimi_weight: Path | None
     tokenizer: Path | None
     voice_prompt_dir: Path | None
+    lora: Path | None
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
     weights: Literal["auto", "int8"]

@@ -96,12 +96,12 @@ class Accounts:
         if key is None:
             yield
             return
-        self._held[session] = _Held(key, self._wall(), self._clock())
+        held = self._held[session] = _Held(key, self._wall(), self._clock())
         try:
             self._refuse(key, await self._judge(session, key))
             yield
         finally:
-            self._leave(session)
+            self._leave(session, held)
 
     def attach(self, session: str, talk: Talk) -> None:
         """The conversation of a session that was let in; without effect where nothing is counted."""
@@ -160,9 +160,11 @@ class Accounts:
             "priority": key.priority,
         }
 
-    def _leave(self, session: str) -> None:
-        held = self._held.pop(session)
+    def _leave(self, session: str, held: _Held) -> None:
         self._count(held)
+        if self._held.get(session) is not held:  # its client has come back, by another socket
+            return
+        del self._held[session]
         if held.key.limits(self._sessions_per_key).sessions:  # the next one need not wait for a report
             leaving = asyncio.ensure_future(self._tell_left(session))
             self._leaving.add(leaving)

@@ -44,7 +44,7 @@ from deployments.gateway.access import AccessRoutes
 from deployments.gateway.accounts import Accounts
 from deployments.gateway.admission import AccessControl, ClientInfo, refusal
 from deployments.gateway.asking import Asking
-from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Conversation
+from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Comeback, Conversation
 from deployments.gateway.failover import Failovers
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
@@ -52,10 +52,11 @@ from deployments.gateway.keys import Key, Keys
 from deployments.gateway.leases import Claim, Leases
 from deployments.gateway.observer import Observer
 from deployments.gateway.ownvoices import OwnVoices
-from deployments.gateway.query import persona_from, read_query, wants_status
+from deployments.gateway.query import heard_from, persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
+from deployments.gateway.resumes import Resumes, Taken
 from deployments.gateway.turns import Turns
 from deployments.gateway.upstream import Services
 from deployments.gateway.waits import Waits
@@ -66,7 +67,8 @@ from deployments.wire.handshake import GatewayHandshake
 from deployments.wire.link import Link, OnLost, OnMessage, connect
 from deployments.wire.messages import Grant, LeaseRequest
 from deployments.wire.tls import gateway_context
-from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, SessionLost
+from deployments.wire.tokens import ResumeTokens
+from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, ResumeRefused, SessionLost
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
 from personaplex.tokenlog import TokenLog
@@ -155,6 +157,7 @@ class Gateway:
             wait=self._wait,
             trace=tracing.connect() if settings.tracing else None,
             failovers=failovers,
+            resumes=self._make_resumes(),
         )
         self._waits, self._slots = Waits(), 0
         self._open = 0
@@ -202,10 +205,16 @@ class Gateway:
         session = uuid.uuid4().hex
         async with contextlib.AsyncExitStack() as counted:
             counted.enter_context(self._counting())
+            taken: Taken | None = None
             try:
                 persona, caller, key = counted.enter_context(self._admit(socket))
+                taken = await self._take(socket)
+                if taken is not None:
+                    session, persona = taken.session, taken.log.persona
+                    counted.callback(taken.give_back)
                 await counted.enter_async_context(self._accounts.enter(session, key))
-                persona = await self._voices.bring(persona, key)
+                if taken is None:
+                    persona = await self._voices.bring(persona, key)
                 claim = await self._leases.claim(LeaseRequest.of(session, persona))
             except PersonaplexError as error:
                 await self._refuse(socket, session, error)
@@ -213,16 +222,39 @@ class Gateway:
                 logger.info("session %s ended: its client left before it began", session)
                 raise
             else:
-                await self._converse(socket, session, persona, caller, claim)
+                await self._converse(socket, session, persona, caller, claim, taken)
+
+    async def _take(self, socket: WebSocket) -> Taken | None:
+        """The session that the client comes back to, None for a new one. Raises ResumeRefused."""
+        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
+        token = query.get("resume")
+        if token is None:
+            return None
+        try:
+            if self._services.resumes is None:
+                raise ResumeRefused
+            taken = await self._services.resumes.take(token)
+        except ResumeRefused:
+            self._metrics.add(metrics.RESUMES, outcome="refused")
+            raise
+        logger.info("session %s goes on: its client has come back", taken.session)
+        return taken
 
     async def _converse(
-        self, socket: WebSocket, session: str, persona: Persona, caller: str, claim: Claim
+        self,
+        socket: WebSocket,
+        session: str,
+        persona: Persona,
+        caller: str,
+        claim: Claim,
+        taken: Taken | None = None,
     ) -> None:
         query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
         try:
             engine = await self._engine(query)
             await socket.accept()
             recording = self._begin_record(query, session, persona, engine)
+            comeback = None if taken is None else Comeback(taken, heard_from(query))
         except _LEFT:
             claim.give_up()
             logger.info("session %s ended: its client left before it began", session)
@@ -232,8 +264,15 @@ class Gateway:
             raise
         conversation: Conversation | None = None
         try:
+            status = wants_status(query)
             conversation = Conversation(
-                socket, session, self._services, status=wants_status(query), recording=recording
+                socket,
+                session,
+                self._services,
+                status=status,
+                recording=recording,
+                resumable=status,
+                comeback=comeback,
             )
             self._accounts.attach(session, conversation)
             await conversation.run(persona, claim)
@@ -369,6 +408,16 @@ class Gateway:
             caller = f"{entrant.caller} {persona.voice} {hash(persona.text_prompt)}"
             self._reconnects.check(caller, time.monotonic())
             yield persona, caller, entrant.key
+
+    def _make_resumes(self) -> Resumes | None:
+        if not self._settings.resume_grace_s:
+            return None
+        return Resumes(
+            self._settings.resume_grace_s,
+            lambda: ResumeTokens(self._link_keys.keyring.secrets),
+            self._fleet.describe,
+            self._reach,
+        )
 
     async def _connect(self, grant: Grant, on_message: OnMessage, on_lost: OnLost) -> Link:
         return await self._reach(grant.replica, grant.host, grant.port, on_message, on_lost)

@@ -25,7 +25,6 @@ from deployments.replica.questions import Questions
 from deployments.replica.reporter import Reporter
 from deployments.replica.sessions import Sessions
 from deployments.settings import AUTO
-from deployments.wire.handshake import ReplicaHandshake
 from deployments.wire.link import listen
 from deployments.wire.messages import Grant, LeaseRequest, Refusal, ReplicaStatus
 from deployments.wire.tls import replica_context
@@ -48,11 +47,7 @@ class Replica:
         self._metrics = metrics.replica_metrics()
         self._keys = KeySync(fleet)
         self._sessions = Sessions(
-            settings,
-            self._load,
-            self._metrics,
-            self._publish_slots,
-            lambda: ReplicaHandshake(self._keys.keyring, self._name),
+            settings, self._load, self._metrics, self._publish_slots, self._keys.keyring, self._name
         )
         self._engine = self._sessions.engine
         began = time.monotonic()
@@ -63,8 +58,7 @@ class Replica:
         )
         tls = None
         if settings.media_tls != "off":
-            folder = settings.media_tls_dir
-            tls, self._sessions.certificate = await asyncio.to_thread(replica_context, folder)
+            tls, self._sessions.certificate = await asyncio.to_thread(replica_context, settings.media_tls_dir)
         self._host = settings.media_host or _node_address()
         await asyncio.wait_for(self._keys.known(), settings.load_timeout_s)
         self._server, self._port = await listen(
@@ -88,8 +82,9 @@ class Replica:
             yield Refusal()
             return
         token, holder = self._sessions.hold(request)
+        host, port = self._address()
         try:
-            yield Grant(self._reachable, self._port, token, self._name, self._slots)
+            yield Grant(host, port, token, self._name, self._slots)
             await holder.freed.wait()
         finally:
             self._sessions.drop(token)
@@ -109,11 +104,6 @@ class Replica:
             self._server.close()
             await asyncio.to_thread(self._engine.stop)
 
-    @property
-    def _reachable(self) -> str:
-        """Where gateways reach the media port."""
-        return _node_address() if self._host in _ANYWHERE else self._host
-
     def _status(self) -> ReplicaStatus:
         return ReplicaStatus(
             replica=self._name,
@@ -124,6 +114,8 @@ class Replica:
             slots=self._slots,
             accepting=self._sessions.accepting,
             sessions=self._sessions.statuses(),
+            detached=self._sessions.detached.statuses,
+            media=self._address(),
             engine={
                 "model": self._loaded.name if self._settings.model == AUTO else self._settings.model,
                 "repo": self._settings.hf_repo,
@@ -131,9 +123,13 @@ class Replica:
                 "dtype": self._settings.dtype,
                 "weights": self._settings.weights,
                 "kv": self._settings.kv,
+                "lora": self._settings.lora.name if self._settings.lora else "",
             },
-            media=(self._reachable, self._port),
         )
+
+    def _address(self) -> tuple[str, int]:
+        """Where gateways make their links."""
+        return _node_address() if self._host in _ANYWHERE else self._host, self._port
 
     def _load(self) -> Stepper:
         # On the engine's thread, which is to own the device.
@@ -144,6 +140,7 @@ class Replica:
         self._reporter.changed()
         self._metrics.set(metrics.SLOTS_TOTAL, self._slots)
         self._metrics.set(metrics.SLOTS_USED, self._sessions.used)
+        self._metrics.set(metrics.DETACHED, len(self._sessions.detached))
 
 
 def _node_address() -> str:

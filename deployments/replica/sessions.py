@@ -27,7 +27,7 @@ from deployments.replica.rebuilds import Rebuilds
 from deployments.replica.running import RunningLog
 from deployments.wire import messages
 from deployments.wire.detached import Detached
-from deployments.wire.handshake import Handshake
+from deployments.wire.handshake import Keyring, ReplicaHandshake
 from deployments.wire.link import Link
 from deployments.wire.messages import (
     NOTHING_HELD,
@@ -96,15 +96,15 @@ class Sessions:
         make: Callable[[], Stepper],
         published: Metrics,
         changed: Callable[[], None],
-        handshake: Callable[[], Handshake],
-        tokens: Callable[[], ResumeTokens] | None = None,
+        keyring: Keyring,
+        name: str,
     ) -> None:
         """`make` builds the engine, on its thread. `changed` is called when a slot is taken or freed.
-        `handshake` makes what each link begins with. `tokens` reads what clients come back with; without it
-        none does. `questions` answers what is no session's, once it is set."""
-        self.slots = 0
-        self.certificate = b""  # digest of the replica's own, over TLS
+        `keyring` holds the application's secret, `name` is the replica's. `questions` answers what is no
+        session's, once it is set."""
+        self.certificate = b""  # digest of the media link's, over TLS
         self.questions: Questions | None = None
+        self.slots = 0
         self.accepting = True
         self.engine = EngineLoop(
             make,
@@ -121,7 +121,7 @@ class Sessions:
         self._linked: dict[Link, Holder] = {}
         self._coming: set[Holder] = set()  # linked, but not with the engine yet
         self._open: dict[int, Holder] = {}  # by the engine loop's number
-        self._tokens, self._handshake = tokens, handshake
+        self._keyring, self._name = keyring, name
         self._takers: dict[Link, str] = {}  # of which session
         limit = max(DETACHED_LEAST, 2 * settings.slots)
         self.detached = Detached(settings.resume_grace_s, limit, time.monotonic)
@@ -170,7 +170,7 @@ class Sessions:
         link = Link(
             self._message,
             self._lost,
-            handshake=self._handshake(),
+            handshake=ReplicaHandshake(self._keyring, self._name),
             certificate=self.certificate,
             outbox=self._settings.burst_frames,
             stall_s=self._settings.stall_limit_s,
@@ -295,7 +295,7 @@ class Sessions:
     # Sessions whose clients may come back
 
     def _keep_log(self, holder: Holder, recorder: SessionRecorder) -> None:
-        if holder.held and self._tokens is not None:
+        if holder.held and self._settings.resume_grace_s:
             holder.running = RunningLog(recorder, holder.generation, holder.held)
 
     def _detach(self, holder: Holder) -> None:
@@ -319,9 +319,7 @@ class Sessions:
     def _give(self, link: Link, token: bytes) -> None:
         """Somebody has come back: gives the session's log to whoever shows its token."""
         try:
-            if self._tokens is None:
-                raise ResumeRefused
-            claim = self._tokens().read(token.decode("ascii", "replace"))
+            claim = ResumeTokens(self._keyring.secrets).read(token.decode("ascii", "replace"))
             for holder in self._open.values():
                 if holder.running is not None and holder.request.session == claim.session:
                     self._interrupt(holder, holder.running, claim.counter)

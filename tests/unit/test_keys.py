@@ -481,6 +481,27 @@ def test_a_session_makes_one_line_of_usage_and_no_key_is_in_it(caplog: pytest.Lo
     assert tables[1][1].holder.split()[1] not in caplog.text
 
 
+def test_a_client_that_comes_back_takes_its_own_place() -> None:
+    """By another socket, while the old one still looks open; also at the key's limit."""
+    table, key = key_of("k label=acme sessions=1")
+
+    async def run() -> None:
+        _, (a, b), _ = gateways(Times(), table)
+        async with contextlib.AsyncExitStack() as old:
+            await old.enter_async_context(a.enter("s", key))
+            async with a.enter("s", key):
+                await old.aclose()
+                assert list(a._held) == ["s"]
+                with pytest.raises(TooManySessions):
+                    async with b.enter("t", key):
+                        pass
+        await asyncio.sleep(0)
+        async with b.enter("t", key):
+            assert not a._held
+
+    asyncio.run(run())
+
+
 def test_keys_without_limits_never_wait_for_the_fleet() -> None:
     table, key = key_of("k label=acme")
 

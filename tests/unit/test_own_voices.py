@@ -20,7 +20,8 @@ import psutil
 import pytest
 import soundfile
 from golden import GOLDEN
-from loopback import KEYRING, reach
+from loopback import KEYRING
+from loopback import link as link_to
 from ray.exceptions import ActorDiedError
 from starlette.applications import Starlette
 
@@ -342,7 +343,7 @@ def asking_of(place: Place) -> Asking:
     async def replicas() -> list[ReplicaStatus]:
         return [place.status]
 
-    return Asking(replicas, reach)
+    return Asking(replicas, link_to)
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -401,7 +402,7 @@ def test_questions_of_another_shape_end_the_link(asked: list[tuple[MessageKind, 
     async def run() -> None:
         heard, lost = list[Any](), asyncio.Event()
         async with replica() as place:
-            link = await reach(
+            link = await link_to(
                 "r",
                 *place.status.media,
                 lambda _, kind, payload: heard.append((kind, payload)),
