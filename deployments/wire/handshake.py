@@ -20,6 +20,7 @@ import hashlib
 import hmac
 import secrets
 import struct
+from typing import Protocol
 
 from personaplex.errors import ProtocolError
 
@@ -51,14 +52,33 @@ class Keyring:
         return f"Keyring of {len(self._secrets)}"
 
     @property
+    def newest(self) -> bytes:
+        """b"" while none is known."""
+        return self._secrets[0] if self._secrets else b""
+
+    @property
     def secrets(self) -> tuple[bytes, ...]:
         """All that are known, newest first."""
         return tuple(self._secrets)
 
-    @property
-    def newest(self) -> bytes:
-        """b"" while none is known."""
-        return self._secrets[0] if self._secrets else b""
+    def adopt(self, secret: bytes) -> None:
+        """Makes `secret` the newest. Raises ValueError for one that is too short to be one."""
+        if len(secret) != SECRET_BYTES:
+            raise ValueError("a secret of the link has another length")
+        self._secrets = [secret, *(one for one in self._secrets if one != secret)][:2]
+
+    def ids(self) -> tuple[bytes, bytes]:
+        """What the secrets are called in the open, newest first; filled up with zeros."""
+        known = [_id_of(secret) for secret in self._secrets] + [_NO_ID, _NO_ID]
+        return known[0], known[1]
+
+    def called(self, name: bytes) -> bytes | None:
+        """The secret with this id."""
+        return next((secret for secret in self._secrets if _id_of(secret) == name), None)
+
+
+class Handshake(Protocol):
+    """One end of one handshake."""
 
     @property
     def done(self) -> bool:
