@@ -26,8 +26,7 @@
     └── EngineFault          the engine cannot go on; its replica reports itself unhealthy (1011)
 
 The message of every error is fit to be read by a client: it holds no path, no key and nothing of another
-session. `close_code` is the WebSocket close code and `http_status` the answer to an upgrade that is refused;
-`retryable` says whether the same request may succeed later.
+session. `close_code` is the WebSocket close code and `http_status` the answer to an upgrade that is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ class PersonaplexError(Exception):
 
     close_code = 1011
     http_status = 500
-    retryable = False
 
 
 class ConfigError(PersonaplexError):
@@ -119,7 +117,6 @@ class TooManySessions(ClientError):
     names which one: sessions, minutes, queue, address, audio, uploads."""
 
     http_status = 429
-    retryable = True
 
     def __init__(self, message: str, retry_after_s: float = 5.0, limit: str = "") -> None:
         super().__init__(message, retry_after_s)
@@ -134,7 +131,6 @@ class NoCapacity(PersonaplexError):
 
     close_code = 1013
     http_status = 503
-    retryable = True
 
     def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
         super().__init__(message, retry_after_s)
@@ -149,7 +145,6 @@ class SessionLost(PersonaplexError):
 
     close_code = 1012
     http_status = 503
-    retryable = True
 
 
 class SessionTaken(PersonaplexError):
@@ -166,7 +161,6 @@ class LogRefused(PersonaplexError):
 
     close_code = 1012
     http_status = 503
-    retryable = True
 
 
 class UnknownVersion(LogRefused):
