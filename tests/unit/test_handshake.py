@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import ssl
 from collections.abc import Awaitable, Callable
@@ -396,6 +397,14 @@ def test_files_that_cannot_be_used_are_said_so(tmp_path: Path) -> None:
     (folder / "tls.key").write_text("nothing")
     with pytest.raises(ConfigError, match="media_tls_dir"):
         gateway_context(folder)
+
+
+def test_the_chart_encrypts_because_it_costs_less_than_a_twentieth_of_a_core() -> None:
+    root = Path(__file__).parents[2]
+    measured = json.loads((root / "benchmarks/results/link.json").read_text())
+    assert 0 < measured["tls_core"] < 0.05
+    assert all(one["unanswered"] == 0 for found in measured["each"].values() for one in found)
+    assert "\n  media_tls: own\n" in (root / "helm/personaplex/values.yaml").read_text()
 
 
 def issue(folder: Path) -> Path:
