@@ -91,6 +91,7 @@ class Fleet:
     async def closed(self, gateway: str) -> None:
         """This gateway has no queued session left."""
         self._gateways.discard(gateway)
+        self._ledger.forget(gateway)
 
     async def held(self) -> int:
         """Slots in use plus gateways that still have to close their queue; 0 once the shutdown is done."""

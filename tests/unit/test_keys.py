@@ -213,6 +213,19 @@ def test_a_gateway_that_died_holds_nothing_and_what_it_used_stays_used() -> None
     assert ledger.enter("b", "u", "h", limits, 2, later + SETTLE_S + 9) == "enter", "the next day"
 
 
+def test_a_gateway_that_ended_in_good_order_is_not_waited_for() -> None:
+    async def run() -> None:
+        fleet = Fleet()
+        fleet._ledger = ledger = Ledger(0.0)
+        ledger.report("a", Holdings(1, {"s": "h"}, {"h": 59.0}), OLD)
+        await fleet.closed("a")
+        assert ledger.enter("b", "t", "h", Limits(1, 60.0), 1, OLD) == "enter"
+        ledger.report("b", Holdings(1, {}, {"h": 2.0}), OLD)
+        assert ledger.enter("b", "u", "h", Limits(0, 60.0), 1, OLD) == "minutes", "used is used"
+
+    asyncio.run(run())
+
+
 def test_what_gateways_hear_of_each_other_is_the_others_sum() -> None:
     ledger = Ledger(0.0)
     ledger.report("a", Holdings(1, {"s": "h", "t": "h"}, {"h": 5.0}), 10.0)
