@@ -47,18 +47,45 @@ class Handle:
         return SimpleNamespace(remote=getattr(self._target, name))
 
 
+class Replica(replica_module.Replica):
+    def __del__(self) -> None:  # type: ignore[override]
+        """Serve awaits the one above; the interpreter calls this one."""
+
+
+class Lease:
+    """A streaming call of a lease, as Serve gives it."""
+
+    def __init__(self, answers: Any) -> None:
+        self._items: asyncio.Queue[Any] = asyncio.Queue()
+        self._task = asyncio.ensure_future(self._run(answers))
+
+    async def _run(self, answers: Any) -> None:
+        async with contextlib.aclosing(answers):
+            async for item in answers:
+                self._items.put_nowait(item)
+        self._items.put_nowait(StopAsyncIteration())
+
+    async def __anext__(self) -> Any:
+        item = await self._items.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+
 class Replicas:
+    """The replicas' handle; Serve lets in as many as there are slots."""
+
     def __init__(self, replica: Any) -> None:
         self._replica = replica
 
     def options(self, **_: Any) -> Replicas:
         return self
 
-    def remote(self, asked: Any) -> Any:
-        answers = self._replica.lease(asked)
-        return SimpleNamespace(
-            __anext__=answers.__anext__, cancel=lambda: asyncio.ensure_future(answers.aclose())
-        )
+    def remote(self, asked: Any) -> Lease:
+        return Lease(self._replica.lease(asked))
 
 
 class Call:
@@ -124,7 +151,7 @@ async def service(
     chosen = Settings(model="echo", slots=6, media_tls="own", api_keys_file=keys, **settings)
     fleet = Fleet()
     fleet._ledger._began = time.monotonic() - YOUNG_S
-    replica: Any = replica_module.Replica.__new__(replica_module.Replica)
+    replica: Any = Replica.__new__(Replica)
     await replica.__init__(ReplicaSettings.of(chosen), Handle(fleet))
     made: list[Any] = [
         Gateway(GatewaySettings.of(chosen), Replicas(replica), Handle(fleet))  # type: ignore[arg-type]
@@ -138,7 +165,7 @@ async def service(
             gateway._voices._recordings.close()
             for task in gateway._tasks:
                 task.cancel()
-        await replica.__del__()
+        await replica_module.Replica.__del__(replica)
 
 
 def secret(folder: Path) -> Any:
