@@ -287,7 +287,9 @@ class Conversation:
         self._ticket = Ticket.of(data) or self._ticket  # a new one after each resume, failover and move
         self.transcript.add_notice(data)
         if kind == "queue" and data.get("position"):
-            self._inform(f"waiting for a free slot, position {data.get('position')}")
+            wait = data.get("wait_s")
+            about = f", about {wait} s" if isinstance(wait, int) else ""
+            self._inform(f"waiting for a free slot, position {data.get('position')}{about}")
         elif kind == "session":
             self.report.session = {name: value for name, value in data.items() if name != "resume"}
             self._resumed(data.get("resumed"))

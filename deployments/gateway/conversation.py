@@ -147,6 +147,15 @@ class Conversation:
         """Why our side ended the session; None when the client left."""
         return self._core.error
 
+    @property
+    def talked_s(self) -> float:
+        """Seconds since the handshake, 0 before it; what they were once the session has ended."""
+        return self._stats.talked_s
+
+    def end(self, error: PersonaplexError) -> None:
+        """Ends the session with `error`, which its client is told."""
+        self._on(Failed(error))
+
     async def last_words(self) -> None:
         """After `run`: returns once everything that the user said is in the record, or after LAST_WORDS_S."""
         if self._transcript is not None:

@@ -90,6 +90,7 @@ class Services:
     failovers: Failovers = field(default_factory=Failovers)
     resumes: Resumes | None = None  # None where no client can come back
     moves: Moves = field(default_factory=Moves)
+    wait: Callable[[str, int], float | None] = lambda session, place: None  # of a session at its place
     live: set[str] = field(default_factory=set)  # names of the sessions past their handshake
     ending: set[asyncio.Future[None]] = field(default_factory=set)  # sessions and slots that are wound up
 
@@ -297,7 +298,7 @@ class Upstream:
     def _queue(self, place: int) -> None:
         self._stats.queued = True
         self._services.changed()
-        self._emit(Queued(place))
+        self._emit(Queued(place, self._services.wait(self._session, place)))
 
     def _slots(self) -> list[Slot]:
         """The current slot and the candidate, as far as there are any."""
