@@ -30,6 +30,7 @@ from ray.exceptions import TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
@@ -149,7 +150,9 @@ class Gateway:
             page = Path(self._settings.static) if self._settings.static else PAGE
             if not page.is_dir():
                 raise ConfigError("static is neither none nor a directory")
-            routes.append(Mount("/", StaticFiles(directory=page, html=True)))
+            # Compressing a small file takes half a millisecond; the large ones of vendor would delay speech.
+            routes.append(Mount("/vendor", StaticFiles(directory=page / "vendor", check_dir=False)))
+            routes.append(Mount("/", GZipMiddleware(StaticFiles(directory=page, html=True), compresslevel=6)))
         pages = Middleware(
             SecurityHeaders, policy=self._settings.content_security_policy, hsts_s=self._settings.hsts_s
         )

@@ -845,7 +845,7 @@ def _headers(host: str = "talk.example", **options: Any) -> Any:
 def test_every_answer_has_security_headers() -> None:
     headers = _headers()
     policy = headers["content-security-policy"]
-    assert "unsafe" not in policy
+    assert "unsafe" not in policy.replace("'wasm-unsafe-eval'", ""), "WebAssembly is no text that is run"
     assert "default-src 'none'" in policy
     assert "frame-ancestors 'none'" in policy
     assert headers["x-content-type-options"] == "nosniff"
@@ -879,7 +879,7 @@ def test_the_page_has_nothing_inline() -> None:
     """What the policy would block in silence."""
     text = (PAGE / "index.html").read_text()
     assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=|javascript:", text)
-    assert "data:" not in (PAGE / "style.css").read_text()
+    assert not any("data:" in sheet.read_text() for sheet in PAGE.glob("*.css"))
 
 
 # A running gateway
