@@ -128,7 +128,7 @@ class Gateway:
         self._empty = asyncio.Event()  # no session is open
         self._empty.set()
         asyncio.get_running_loop().set_exception_handler(report_failure)
-        self._keeping = asyncio.ensure_future(self._metrics.keep())
+        self._keeping = asyncio.ensure_future(self._metrics.keep(self._publish))
         self._watching = asyncio.ensure_future(self._fleet.wait_close(uuid.uuid4().hex, self._close))
         warn_of_proxies_without_limits()
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
@@ -173,7 +173,7 @@ class Gateway:
             except PersonaplexError as error:
                 await self._refuse(socket, session, error)
             except asyncio.CancelledError:
-                logger.info("session %s ended: its client left before it began", session)
+                self._left(session)
                 raise
             else:
                 await self._converse(socket, session, persona, caller, claim, taken)
@@ -209,12 +209,15 @@ class Gateway:
             await socket.accept()
             recording = self._begin_record(query, session, persona, engine)
             comeback = None if taken is None else Comeback(taken, heard_from(query))
-        except _LEFT:
+        except (*_LEFT, asyncio.CancelledError) as error:
             claim.give_up()
-            logger.info("session %s ended: its client left before it began", session)
+            self._left(session)
+            if isinstance(error, asyncio.CancelledError):  # the socket's state does not tell: it changes late
+                raise
             return
-        except BaseException:  # a cancellation too; the socket's state does not tell, it changes too soon
+        except BaseException:  # a fault of ours
             claim.give_up()
+            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.FAILED)
             raise
         conversation: Conversation | None = None
         try:
@@ -235,6 +238,8 @@ class Gateway:
 
     def _ended(self, caller: str, conversation: Conversation | None, recording: Recording | None) -> None:
         error = SessionLost("it never began") if conversation is None else conversation.error
+        if conversation is None:
+            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
         self._reconnects.ended(caller, error, time.monotonic())
         if recording is not None and self._records is not None:
             self._records.finish(recording, metrics.cause(error))
@@ -251,6 +256,11 @@ class Gateway:
         if self._records is None or not self._records.wanted(query):
             return {}
         return next((one.engine for one in await self._fleet.describe()), {})
+
+    def _left(self, session: str) -> None:
+        """A client that went before its session began."""
+        self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.LEFT)
+        logger.info("session %s ended: its client left before it began", session)
 
     async def _refuse(self, socket: WebSocket, session: str, error: PersonaplexError) -> None:
         self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
@@ -278,16 +288,6 @@ class Gateway:
             return refusal(error)
         return Response(status_code=204, headers={"cache-control": "no-store"})
 
-    async def census(self) -> dict[str, int]:
-        """What must go back to nothing when the last session has ended; for operators and tests."""
-        return {
-            "sessions": self._open,
-            "live": len(self._services.live),
-            "queued": self._leases.queued,
-            "counted": self._access.counted,
-            "tasks": len(asyncio.all_tasks()),
-        }
-
     async def info(self, request: Request) -> Response:
         replicas = await self._fleet.describe()
         return JSONResponse(
@@ -312,6 +312,7 @@ class Gateway:
         return JSONResponse(prompt_list())
 
     async def metrics(self, request: Request) -> Response:
+        self._publish()
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def health(self, request: Request) -> Response:
@@ -386,8 +387,11 @@ class Gateway:
             await self._records.close()
 
     def _publish(self) -> None:
+        self._metrics.set(metrics.SESSIONS_OPEN, self._open)
         self._metrics.set(metrics.SESSIONS_LIVE, len(self._services.live))
         self._metrics.set(metrics.SESSIONS_QUEUED, self._leases.queued)
+        self._metrics.set(metrics.CALLERS, self._access.counted)
+        self._metrics.set(metrics.TASKS, len(asyncio.all_tasks()))
 
     async def _keep(self, session: str, log: TokenLog) -> None:
         folder = self._settings.token_log_dir

@@ -186,7 +186,7 @@ export class Session {
 
   #drop() {
     this.#socket.onmessage = this.#socket.onclose = null;
-    this.#socket.close();
+    this.#socket.close(1000); // said, so that the session is not kept for us
   }
 
   #finish(how) {
