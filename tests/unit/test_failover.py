@@ -452,6 +452,28 @@ def test_a_session_waits_for_a_replica_and_no_longer_than_it_may() -> None:
     assert counted.totals[(FAILOVERS.name, "no_capacity")] == 1
 
 
+def test_the_end_of_the_service_is_no_failover() -> None:
+    """Replicas close their sessions and gateways their queues, in any order."""
+    for leases_first in (True, False):
+        counted = Counted()
+
+        async def test(leases_first: bool = leases_first, counted: Counted = counted) -> None:
+            async with fleet_of(2, memory, slots=2) as fleet:
+                talker = await _talks(fleet, counted, speech(0, 20))
+                close = [talker._lent.leases.close, *(one.sessions.close for one in fleet.replicas)]
+                for step in close if leases_first else reversed(close):
+                    step()
+                    await asyncio.sleep(0.05)
+                await until(lambda: talker.error)
+                assert isinstance(talker.error, SessionLost)
+                assert "stopped" in str(talker.error)
+                await talker.close()
+                await all_free(fleet, talker._lent)
+
+        run(test)
+        assert not [key for key in counted.totals if key[0] == FAILOVERS.name]
+
+
 def test_a_session_that_kills_every_replica_is_ended() -> None:
     counted = Counted()
     killed: list[LoopbackReplica] = []
