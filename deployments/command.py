@@ -52,14 +52,15 @@ ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray other
 RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own: the cluster its programs connect to
 PORT_SHARING = "SERVE_SOCKET_REUSE_PORT_ENABLED"  # Serve's own: of its proxies; 1 unless set
 CARDS = "CUDA_VISIBLE_DEVICES"
-_READ = (
+_READ = (  # settings: paths
     "moshi_weight",
     "mimi_weight",
     "tokenizer",
     "voice_prompt_dir",
     "lora",
     "step_times",
-)  # settings: paths
+    "media_tls_dir",
+)
 _WRITTEN = ("token_log_dir", "record_dir")  # settings: directories
 _MODELS = ("auto", "7b", "tiny", "echo", "simulated")
 

@@ -184,6 +184,14 @@ class Fields(BaseModel):
     media_port_max: int = Field(
         0, ge=0, le=65_535, description="Last media port; unset with media_port_min 0."
     )
+    media_tls: Literal["off", "own", "files"] = Field(
+        "off",
+        description="TLS 1.3 between gateways and replicas: own makes certificates itself, files takes "
+        "tls.crt, tls.key and ca.crt in media_tls_dir. Both ends prove who they are with or without it.",
+    )
+    media_tls_dir: Path | None = Field(
+        None, description="Directory of the certificate for media_tls=files, on gateways and replicas."
+    )
     lease_timeout_s: float = Field(
         5.0, gt=0, description="A slot whose gateway does not connect within this time is freed."
     )
@@ -257,8 +265,8 @@ class Fields(BaseModel):
         "ignores that header; unset is 1 behind personaplex-haproxy, else 0.",
     )
     content_security_policy: str = Field(
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; img-src 'self'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         description="Content-Security-Policy of every page; a page of your own (static) may need another. "
         "Empty sends none.",
     )

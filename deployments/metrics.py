@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,17 @@ class Series:
 
 
 # Gateway
+SESSIONS_OPEN = Series(
+    "personaplex_sessions_open", "gauge", "Sessions a gateway holds, from the upgrade to the end of its work."
+)
 SESSIONS_LIVE = Series("personaplex_sessions_live", "gauge", "Sessions past the handshake.")
 SESSIONS_QUEUED = Series("personaplex_sessions_queued", "gauge", "Sessions waiting for a slot.")
+CALLERS = Series("personaplex_callers", "gauge", "Keys and addresses that hold a counted session.")
+TASKS = Series(
+    "personaplex_gateway_tasks",
+    "gauge",
+    "Tasks of a gateway's event loop; without sessions it goes back to what it was.",
+)
 SESSIONS_ADMITTED = Series("personaplex_sessions_admitted", "counter", "Sessions that got a slot.")
 SESSIONS_REFUSED = Series(
     "personaplex_sessions_refused", "counter", "Sessions that ended before the handshake.", ("cause",)
@@ -99,7 +108,7 @@ RECORDS = Series(
     "personaplex_records",
     "counter",
     "Records, by result: kept, failed (the disk was full, gone or too slow; the session went on unrecorded), "
-    "uploaded, upload_failed (tried again), expired.",
+    "uploaded, upload_failed (tried again), expired, look_failed (the folder could not be looked after).",
     ("result",),
 )
 
@@ -109,6 +118,16 @@ FAILOVERS = Series(
     "Searches for another replica for a live session, by outcome: continued (another replica went on), "
     "recovered (its own answered again first), refused (none knows its log), no_capacity, failed.",
     ("outcome",),
+)
+RESUMES = Series(
+    "personaplex_resumes",
+    "counter",
+    "Clients that came back to a session, by outcome: continued, refused (no session for this token), failed "
+    "(no slot, or none that could go on).",
+    ("outcome",),
+)
+DETACHED = Series(
+    "personaplex_sessions_detached", "gauge", "Sessions without a slot whose clients may come back."
 )
 FAILOVER_SECONDS = Series(
     "personaplex_failover_seconds",
@@ -208,10 +227,12 @@ class Metrics:
         if self._shown:
             self._on_page(series, labels).observe(value)
 
-    async def keep(self) -> None:
-        """Sets every gauge again, for ever; to be run as a task of the process that publishes them."""
+    async def keep(self, measure: Callable[[], None] = lambda: None) -> None:
+        """Calls `measure`, which may set gauges, and sets every gauge again, for ever; to be run as a task of
+        the process that publishes them."""
         while True:
             await asyncio.sleep(REFRESH_S)
+            measure()
             for name, value in self._levels.items():
                 self._published[name].set(value)
 
@@ -226,8 +247,11 @@ class Metrics:
 
 def gateway_metrics(page: bool = False) -> Metrics:
     return Metrics(
+        SESSIONS_OPEN,
         SESSIONS_LIVE,
         SESSIONS_QUEUED,
+        CALLERS,
+        TASKS,
         SESSIONS_ADMITTED,
         SESSIONS_REFUSED,
         SESSIONS_ENDED,
@@ -241,6 +265,7 @@ def gateway_metrics(page: bool = False) -> Metrics:
         RECORDS,
         FAILOVERS,
         FAILOVER_SECONDS,
+        RESUMES,
         page=page,
     )
 
@@ -249,6 +274,7 @@ def replica_metrics() -> Metrics:
     return Metrics(
         SLOTS_TOTAL,
         SLOTS_USED,
+        DETACHED,
         TICK_SECONDS,
         TICK_SLOTS,
         PREFILL_SECONDS,

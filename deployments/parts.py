@@ -30,6 +30,8 @@ class _Part:
     lease_timeout_s: float
     resume_grace_s: float
     rebuild_audio_s: float
+    media_tls: Literal["off", "own", "files"]
+    media_tls_dir: Path | None
 
     @classmethod
     def of(cls: type[P], settings: Settings) -> P:

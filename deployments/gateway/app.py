@@ -30,6 +30,7 @@ from ray.exceptions import TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
@@ -40,22 +41,27 @@ import personaplex
 from deployments import ingress, logs, metrics
 from deployments.gateway import tracing
 from deployments.gateway.admission import AccessControl, ClientInfo, refusal
-from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Conversation
+from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Comeback, Conversation
 from deployments.gateway.failover import Failovers
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
 from deployments.gateway.leases import Claim, Leases
 from deployments.gateway.observer import Observer
-from deployments.gateway.query import persona_from, read_query, wants_status
+from deployments.gateway.query import heard_from, persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
+from deployments.gateway.resumes import Resumes, Taken
 from deployments.gateway.upstream import Services
+from deployments.keysync import KeySync
 from deployments.parts import GatewaySettings
 from deployments.settings import all_keys, behind_haproxy, proxies_in_front, proxy_callback
-from deployments.wire.link import connect
-from deployments.wire.messages import LeaseRequest
-from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, SessionLost
+from deployments.wire.handshake import GatewayHandshake
+from deployments.wire.link import Link, OnLost, OnMessage, connect
+from deployments.wire.messages import Grant, LeaseRequest
+from deployments.wire.tls import gateway_context
+from deployments.wire.tokens import ResumeTokens
+from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, ResumeRefused, SessionLost
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
 from personaplex.tokenlog import TokenLog
@@ -98,6 +104,8 @@ class Gateway:
             peer_is_proxy=behind_haproxy(),
         )
         self._reconnects = Reconnects()
+        self._keys = KeySync(fleet)
+        self._tls = None if settings.media_tls == "off" else gateway_context(settings.media_tls_dir)
         self._records = Records.of(settings, self._metrics)
         self._services = Services(
             leases=self._leases,
@@ -108,25 +116,19 @@ class Gateway:
                 first_audio_s=settings.first_audio_s,
                 burst_s=settings.burst_s,
             ),
-            connect=lambda grant, on_message, on_lost: connect(
-                grant.host,
-                grant.port,
-                on_message,
-                on_lost,
-                outbox=settings.burst_frames,
-                stall_s=settings.stall_limit_s,
-            ),
+            connect=self._connect,
             connect_timeout_s=settings.lease_timeout_s,
             keep=self._keep,
             changed=self._publish,
             trace=tracing.connect() if settings.tracing else None,
             failovers=failovers,
+            resumes=self._make_resumes(),
         )
         self._open = 0
         self._empty = asyncio.Event()  # no session is open
         self._empty.set()
         asyncio.get_running_loop().set_exception_handler(report_failure)
-        self._keeping = asyncio.ensure_future(self._metrics.keep())
+        self._keeping = asyncio.ensure_future(self._metrics.keep(self._publish))
         self._watching = asyncio.ensure_future(self._fleet.wait_close(uuid.uuid4().hex, self._close))
         warn_of_proxies_without_limits()
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
@@ -148,7 +150,9 @@ class Gateway:
             page = Path(self._settings.static) if self._settings.static else PAGE
             if not page.is_dir():
                 raise ConfigError("static is neither none nor a directory")
-            routes.append(Mount("/", StaticFiles(directory=page, html=True)))
+            # Compressing a small file takes half a millisecond; the large ones of vendor would delay speech.
+            routes.append(Mount("/vendor", StaticFiles(directory=page / "vendor", check_dir=False)))
+            routes.append(Mount("/", GZipMiddleware(StaticFiles(directory=page, html=True), compresslevel=6)))
         pages = Middleware(
             SecurityHeaders, policy=self._settings.content_security_policy, hsts_s=self._settings.hsts_s
         )
@@ -158,36 +162,74 @@ class Gateway:
         session = uuid.uuid4().hex
         with contextlib.ExitStack() as counted:
             counted.enter_context(self._counting())
+            taken: Taken | None = None
             try:
                 persona, caller = counted.enter_context(self._admit(socket))
+                taken = await self._take(socket)
+                if taken is not None:
+                    session, persona = taken.session, taken.log.persona
+                    counted.callback(taken.give_back)
                 claim = await self._leases.claim(LeaseRequest.of(session, persona))
             except PersonaplexError as error:
                 await self._refuse(socket, session, error)
             except asyncio.CancelledError:
-                logger.info("session %s ended: its client left before it began", session)
+                self._left(session)
                 raise
             else:
-                await self._converse(socket, session, persona, caller, claim)
+                await self._converse(socket, session, persona, caller, claim, taken)
+
+    async def _take(self, socket: WebSocket) -> Taken | None:
+        """The session that the client comes back to, None for a new one. Raises ResumeRefused."""
+        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
+        token = query.get("resume")
+        if token is None:
+            return None
+        try:
+            if self._services.resumes is None:
+                raise ResumeRefused
+            taken = await self._services.resumes.take(token)
+        except ResumeRefused:
+            self._metrics.add(metrics.RESUMES, outcome="refused")
+            raise
+        logger.info("session %s goes on: its client has come back", taken.session)
+        return taken
 
     async def _converse(
-        self, socket: WebSocket, session: str, persona: Persona, caller: str, claim: Claim
+        self,
+        socket: WebSocket,
+        session: str,
+        persona: Persona,
+        caller: str,
+        claim: Claim,
+        taken: Taken | None = None,
     ) -> None:
         query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
         try:
             engine = await self._engine(query)
             await socket.accept()
             recording = self._begin_record(query, session, persona, engine)
-        except _LEFT:
+            comeback = None if taken is None else Comeback(taken, heard_from(query))
+        except (*_LEFT, asyncio.CancelledError) as error:
             claim.give_up()
-            logger.info("session %s ended: its client left before it began", session)
+            self._left(session)
+            if isinstance(error, asyncio.CancelledError):  # the socket's state does not tell: it changes late
+                raise
             return
-        except BaseException:  # a cancellation too; the socket's state does not tell, it changes too soon
+        except BaseException:  # a fault of ours
             claim.give_up()
+            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.FAILED)
             raise
         conversation: Conversation | None = None
         try:
+            status = wants_status(query)
             conversation = Conversation(
-                socket, session, self._services, status=wants_status(query), recording=recording
+                socket,
+                session,
+                self._services,
+                status=status,
+                recording=recording,
+                resumable=status,
+                comeback=comeback,
             )
             await conversation.run(persona, claim)
         finally:
@@ -196,6 +238,8 @@ class Gateway:
 
     def _ended(self, caller: str, conversation: Conversation | None, recording: Recording | None) -> None:
         error = SessionLost("it never began") if conversation is None else conversation.error
+        if conversation is None:
+            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
         self._reconnects.ended(caller, error, time.monotonic())
         if recording is not None and self._records is not None:
             self._records.finish(recording, metrics.cause(error))
@@ -212,6 +256,11 @@ class Gateway:
         if self._records is None or not self._records.wanted(query):
             return {}
         return next((one.engine for one in await self._fleet.describe()), {})
+
+    def _left(self, session: str) -> None:
+        """A client that went before its session began."""
+        self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.LEFT)
+        logger.info("session %s ended: its client left before it began", session)
 
     async def _refuse(self, socket: WebSocket, session: str, error: PersonaplexError) -> None:
         self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
@@ -239,16 +288,6 @@ class Gateway:
             return refusal(error)
         return Response(status_code=204, headers={"cache-control": "no-store"})
 
-    async def census(self) -> dict[str, int]:
-        """What must go back to nothing when the last session has ended; for operators and tests."""
-        return {
-            "sessions": self._open,
-            "live": len(self._services.live),
-            "queued": self._leases.queued,
-            "counted": self._access.counted,
-            "tasks": len(asyncio.all_tasks()),
-        }
-
     async def info(self, request: Request) -> Response:
         replicas = await self._fleet.describe()
         return JSONResponse(
@@ -273,6 +312,7 @@ class Gateway:
         return JSONResponse(prompt_list())
 
     async def metrics(self, request: Request) -> Response:
+        self._publish()
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def health(self, request: Request) -> Response:
@@ -310,6 +350,31 @@ class Gateway:
             self._reconnects.check(caller, time.monotonic())
             yield persona, caller
 
+    def _make_resumes(self) -> Resumes | None:
+        if not self._settings.resume_grace_s:
+            return None
+        return Resumes(
+            self._settings.resume_grace_s,
+            lambda: ResumeTokens(self._keys.keyring.secrets),
+            self._fleet.describe,
+            self._link,
+        )
+
+    async def _connect(self, grant: Grant, on_message: OnMessage, on_lost: OnLost) -> Link:
+        return await self._link(grant.replica, grant.host, grant.port, on_message, on_lost)
+
+    async def _link(self, replica: str, host: str, port: int, on_message: OnMessage, on_lost: OnLost) -> Link:
+        return await connect(
+            host,
+            port,
+            on_message,
+            on_lost,
+            handshake=GatewayHandshake(await self._keys.known(), replica),
+            outbox=self._settings.burst_frames,
+            stall_s=self._settings.stall_limit_s,
+            tls=self._tls,
+        )
+
     async def _free_slot(self) -> bool:
         return any(one.accepting and one.used < one.slots for one in await self._fleet.describe())
 
@@ -322,8 +387,11 @@ class Gateway:
             await self._records.close()
 
     def _publish(self) -> None:
+        self._metrics.set(metrics.SESSIONS_OPEN, self._open)
         self._metrics.set(metrics.SESSIONS_LIVE, len(self._services.live))
         self._metrics.set(metrics.SESSIONS_QUEUED, self._leases.queued)
+        self._metrics.set(metrics.CALLERS, self._access.counted)
+        self._metrics.set(metrics.TASKS, len(asyncio.all_tasks()))
 
     async def _keep(self, session: str, log: TokenLog) -> None:
         folder = self._settings.token_log_dir

@@ -226,6 +226,8 @@ class Upstream:
         self.stop()
         if self._taken is not None:
             self._taken.give_back()
+            self._taken = None
+            self._metrics.add(metrics.RESUMES, outcome="failed")
         for slot in self._slots():
             slot.close()
 
@@ -299,6 +301,7 @@ class Upstream:
             if self._taken is not None:
                 self._taken.confirm()
                 self._taken = None
+                self._metrics.add(metrics.RESUMES, outcome="continued")
             self._emit(Ready({**self._details, **self._ticket(slot)}))
         self._feed(slot, heard)
 
