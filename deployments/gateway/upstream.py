@@ -471,8 +471,8 @@ class Upstream:
         """No other replica can be had: the end, unless the old one may still answer."""
         assert self._current is not None
         self._failover = None
-        outcome = "no_capacity" if isinstance(error, NoCapacity) else "failed"
-        self._count(failover, "refused" if isinstance(error, LogRefused) else outcome)
+        if not failover.stopped:
+            self._count(failover, _outcome(error))
         if self._current.ended:
             self._emit(Failed(error))
         else:
@@ -549,6 +549,13 @@ class Upstream:
     def _next_timestamp(self) -> int:
         self._timestamp = max(_micros(), self._timestamp + 1)
         return self._timestamp % 2**32
+
+
+def _outcome(error: PersonaplexError) -> str:
+    """Of a failover that found no replica."""
+    if isinstance(error, NoCapacity):
+        return "no_capacity"
+    return "refused" if isinstance(error, LogRefused) else "failed"
 
 
 def _micros() -> int:
