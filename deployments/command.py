@@ -54,7 +54,7 @@ PORT_SHARING = "SERVE_SOCKET_REUSE_PORT_ENABLED"  # Serve's own: of its proxies;
 CARDS = "CUDA_VISIBLE_DEVICES"
 _READ = ("moshi_weight", "mimi_weight", "tokenizer", "voice_prompt_dir", "step_times")  # settings: paths
 _WRITTEN = ("token_log_dir", "record_dir")  # settings: directories
-_MODELS = ("auto", "7b", "tiny", "echo", "simulated")
+_MODELS = ("auto", "7b", "talk", "tiny", "echo", "simulated")
 
 
 class RayEnded(Exception):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, LMConfig, MimiConfig
 from personaplex.errors import CheckpointError, ConfigError
-from personaplex.model import Model, tiny
+from personaplex.model import Model, packed, tiny
 from personaplex.model.hub import Checkpoint
 from personaplex.model.lm import LM
 from personaplex.model.mimi import Mimi
@@ -166,8 +166,10 @@ def _shapes(module: nn.Module) -> Shapes:
 def _read(
     path: Path, expected: Shapes, device: torch.device, dtype: torch.dtype, make_plan: MakePlan
 ) -> dict[str, Tensor]:
-    """All expected tensors from one safetensors file."""
+    """All expected tensors from one safetensors file, or a packed one."""
     try:
+        if path.suffix == packed.SUFFIX:
+            return _read_packed(path, expected, device, dtype, make_plan)
         with safe_open(path, framework="pt", device=str(device)) as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             found = {name: tuple(view.get_shape()) for name, view in slices.items()}
@@ -184,10 +186,23 @@ def _read(
                 name: torch.cat([loaded[piece.name]] * piece.times) if piece.times > 1 else loaded[piece.name]
                 for name, piece in plan.items()
             }
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path.name} is damaged or only partly there ({error}): fetch it again"
         ) from error
+
+
+def _read_packed(
+    path: Path, expected: Shapes, device: torch.device, dtype: torch.dtype, make_plan: MakePlan
+) -> dict[str, Tensor]:
+    tensors = packed.unpack(path)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    plan = make_plan(expected, found)
+    _check(path.name, expected, found, {}, plan)
+    return {
+        name: tensors[piece.name].repeat(piece.times, *[1] * (len(found[piece.name]) - 1)).to(device, dtype)
+        for name, piece in plan.items()
+    }
 
 
 def _check(
