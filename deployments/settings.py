@@ -60,8 +60,8 @@ class Settings(BaseSettings):
     # Model
     model: str = Field(
         "auto",
-        description="auto (7b when CUDA and weights are there, else tiny), 7b, tiny, echo (no model: returns "
-        "the caller's audio), simulated (echo with the timing of step_times), or a directory that holds a "
+        description="auto (7b when CUDA and weights are there, else talk in packages that bring it, else "
+        "tiny), 7b, talk, tiny, echo (no model: returns the caller's audio), simulated (echo with the timing of step_times), or a directory that holds a "
         "checkpoint.",
     )
     step_times: Path | None = Field(None, description="Step-time table of the simulated model (JSON).")

@@ -84,6 +84,11 @@ def resolve(
         raise CheckpointError(f"the model's files cannot be looked up: {error.strerror}") from error
 
 
+def talk_is_here() -> bool:
+    """Whether this package was built with the `talk` model."""
+    return (_TALK / "model.packed").is_file()
+
+
 def _resolve(spec: str, hf_repo: str, revision: str | None, given: dict[str, Path | None]) -> Checkpoint:
     for part, path in given.items():
         if path is not None and not path.exists():
@@ -96,6 +101,8 @@ def _resolve(spec: str, hf_repo: str, revision: str | None, given: dict[str, Pat
     if spec == "7b":
         return _from_hub(hf_repo, revision, given)
     if spec == "talk":
+        if not talk_is_here():
+            raise CheckpointError("this package brings no `talk` model: give tiny, 7b or a directory")
         return _from_directory(_TALK, given)
     return _from_directory(Path(spec), given)
 
@@ -112,7 +119,7 @@ _LOCAL_NAMES = {
 def _from_directory(directory: Path, given: dict[str, Path | None]) -> Checkpoint:
     if not directory.is_dir():
         raise CheckpointError(
-            f"no model {directory.name!r}: give tiny, talk, 7b or a directory that holds the files"
+            f"no model {directory.name!r}: give tiny, 7b or a directory that holds the files"
         )
 
     def find(part: str) -> Path | None:
