@@ -113,6 +113,7 @@ bench: install
 	$(BIN)/python -m benchmarks.engine --output benchmarks/results/engine-cpu.json
 	$(BIN)/python -m benchmarks.codec --output benchmarks/results/codec.json
 	$(BIN)/python -m benchmarks.bursts --output benchmarks/results/bursts.json
+	$(BIN)/python -m benchmarks.recording --output benchmarks/results/recording.json
 
 # The first thing to run on a machine with a GPU: is everything right, and how fast is it? Leaves one JSON file,
 # and step-time tables for planners, which belong into the repository.

@@ -65,7 +65,7 @@ class Caller(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         key = base64.b64encode(os.urandom(16)).decode()
         lines = (
-            f"GET {self._url.path} HTTP/1.1",
+            f"GET {self._url._replace(scheme='', netloc='').geturl()} HTTP/1.1",
             f"Host: {self._url.netloc}",
             "Upgrade: websocket",
             "Connection: Upgrade",

@@ -1,4 +1,4 @@
-"""Keeps docs/settings.md in step with deployments/settings.py.
+"""Keeps docs/settings.md in step with deployments/fields.py.
 
     python docs/generate.py            # rewrites it when it is stale
     python docs/generate.py --check    # changes nothing; exit code 1 when it is stale
@@ -33,7 +33,7 @@ SECTIONS = {
 HEAD = f"""\
 # Settings
 
-Generated from `deployments/settings.py` by `python docs/generate.py`. Do not edit.
+Generated from `deployments/fields.py` by `python docs/generate.py`. Do not edit.
 
 A setting `slots` is an argument of `deployments:build` (`slots=8`), an option of the server
 (`--set slots=8`), a variable (`{ENV_PREFIX}SLOTS=8`) or a key under `settings` in the chart's values, except

@@ -3,7 +3,7 @@
     python helm/generate.py            # rewrites what is stale
     python helm/generate.py --check    # exit code 1 when something is stale
 
-values.schema.json gets the definition of `settings` from deployments/settings.py, less what the chart derives
+values.schema.json gets the definition of `settings` from deployments/fields.py, less what the chart derives
 itself; the chart's README.md gets its table from the `## @section` and `## @param` comments of values.yaml;
 the raw manifests under k8s/ are renders of the chart (manifests.py).
 """

@@ -13,6 +13,7 @@
     │   ├── PromptTooLong    the role text has more tokens than the service accepts
     │   ├── Unauthorized     missing or wrong key (HTTP 401)
     │   ├── Forbidden        pages of this origin may not connect (HTTP 403)
+    │   ├── ResumeRefused    there is no session to be had for this token (HTTP 410)
     │   └── TooManySessions  the caller's own limit (HTTP 429); `retry_after_s` says when to come back
     ├── NoCapacity           no slot is free (1013, HTTP 503); `retry_after_s` says when to come back
     ├── SessionLost          the session ended through no fault of the client (1012)
@@ -95,6 +96,15 @@ class Forbidden(ClientError):
     """Pages of the browser's origin may not connect."""
 
     http_status = 403
+
+
+class ResumeRefused(ClientError):
+    """A resume token is used, expired, forged, or of a session that is gone; nobody is told which."""
+
+    http_status = 410
+
+    def __init__(self, message: str = "expired") -> None:
+        super().__init__(message)
 
 
 class TooManySessions(ClientError):

@@ -1,7 +1,7 @@
-"""The transcoding step of one session: the client's Ogg stream to frames, the agent's frames to Ogg pages.
+"""The transcoding step of one session: the client's stream to frames, the agent's frames to its format.
 
-Everything runs on the event loop, which nothing here blocks for longer than FEED_BYTES of Opus take: a longer
-piece of the stream is decoded bit by bit, with other sessions in between.
+Everything runs on the event loop, which nothing here blocks for longer than `feed_bytes` of the stream take:
+a longer piece is decoded bit by bit, with other sessions in between.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from collections.abc import Callable
 import numpy as np
 
 from deployments import metrics
+from deployments.gateway.protocols.translator import Codec
 from deployments.metrics import Metrics
-from personaplex.audio.transcoder import NOT_OGG_AFTER_S, Transcoder
+from personaplex.audio.transcoder import NOT_OGG_AFTER_S
 from personaplex.config import Pcm
 from personaplex.errors import PersonaplexError, ProtocolError, SessionLost
 from personaplex.session.core import Limits
@@ -24,8 +25,7 @@ from personaplex.session.events import AgentAudio, AudioHeard, Event, Failed
 
 logger = logging.getLogger(__name__)
 
-FEED_BYTES = 1_024  # of Ogg decoded at a time; a page of packets without content lasts 30 s in half of that
-UNDECODED_LIMIT = 524_288  # bytes of Ogg that may wait to be decoded, times `burst_share`: 8 s at 510 kb/s
+UNDECODED_LIMIT = 524_288  # bytes that may wait to be decoded, times `burst_share`: 8 s of Opus at 510 kb/s
 QUIET = 1e-6  # mean square of speech nobody misses: -60 dBFS
 HEARD_EVERY_S = 0.5  # between two AudioHeard while audio comes
 
@@ -35,12 +35,13 @@ class AudioStep:
 
     def __init__(
         self,
+        transcoder: Codec,
         limits: Limits,
         published: Metrics,
         emit: Callable[[Event], None],
         on_frame: Callable[[Pcm], None],
     ) -> None:
-        self.transcoder = Transcoder(clock=time.monotonic, burst_s=limits.burst_s)
+        self.transcoder = transcoder
         self._undecoded_limit = round(UNDECODED_LIMIT * limits.burst_share)
         self._metrics, self._emit, self._on_frame = published, emit, on_frame
         self._loop = asyncio.get_running_loop()
@@ -59,7 +60,8 @@ class AudioStep:
             words = f"more than {self._undecoded_limit // 1024} KiB of audio wait to be decoded"
             self._fail(ProtocolError(words))
             return
-        self._undecoded.extend(data[start : start + FEED_BYTES] for start in range(0, len(data), FEED_BYTES))
+        step = self.transcoder.feed_bytes
+        self._undecoded.extend(data[start : start + step] for start in range(0, len(data), step))
         if idle:
             self._decode_next()
 

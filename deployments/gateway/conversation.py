@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections import deque
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any
 
 from ray.exceptions import TaskCancelledError
@@ -19,14 +20,17 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from deployments.gateway.audio import AudioStep
 from deployments.gateway.leases import Claim
+from deployments.gateway.protocols.moshi import MoshiTranslator
+from deployments.gateway.protocols.translator import Begin, Message, Reply, Translator
 from deployments.gateway.recorder import Recording
 from deployments.gateway.stats import SessionStats
 from deployments.gateway.upstream import Services, Upstream
 from personaplex.config import Pcm
-from personaplex.errors import ClientError, PersonaplexError, SessionLost
+from personaplex.errors import ClientError, PersonaplexError, RecordingFailed, SessionLost
 from personaplex.persona import Persona
 from personaplex.session.core import SessionCore, State
 from personaplex.session.events import (
+    Begun,
     Close,
     Command,
     EngineLost,
@@ -34,14 +38,16 @@ from personaplex.session.events import (
     Failed,
     FeedAudio,
     PeerClosed,
+    SessionNotice,
     Tick,
 )
-from personaplex.session.moshi import bytes_of, close_reason, event_of, event_of_text
+from personaplex.session.moshi import close_reason
 
 logger = logging.getLogger(__name__)
 
 UNSENT_LIMIT = 256  # messages a client may leave unread: 20 s of speech
 FAILED = "the server failed; please connect again"
+Claiming = Callable[[Persona, str], Awaitable[Claim]]  # a persona and a ticket; see `Begin`
 CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
 
 
@@ -54,20 +60,41 @@ class Conversation:
         session: str,
         services: Services,
         *,
+        protocol: Translator | None = None,
         status: bool = False,
         recording: Recording | None = None,
+        begin: Claiming | None = None,
     ) -> None:
-        """`status`: see `SessionCore`. `recording` gets what happens; who began it ends it."""
+        """`protocol`: /api/chat's unless another is given. `status`: see `SessionCore`. `recording` gets what
+        happens; who began it ends it. `begin` claims the slot of a session whose client says only after the
+        upgrade which one it wants."""
         self._socket, self._session, self._services = socket, session, services
+        protocol = protocol or MoshiTranslator(time.monotonic, services.limits.burst_s)
+        self._protocol, self._claim_slot = protocol, begin
         self._stats = SessionStats(session, services.metrics, services.trace)
         self._upstream = Upstream(session, services, self._stats, self._on, self._on_agent_frame, recording)
-        self._audio = AudioStep(services.limits, services.metrics, self._on, self._upstream.send_frame)
-        headers = self._audio.transcoder.headers()
-        self._core = SessionCore(headers, services.limits, self._stats.began, status=status)
+        self._audio = AudioStep(
+            protocol.transcoder, services.limits, services.metrics, self._on, self._upstream.send_frame
+        )
+        limits = services.limits
+        limits = dataclasses.replace(limits, bytes_per_s=limits.bytes_per_s * protocol.byte_share)
+        self._core = SessionCore(
+            protocol.transcoder.headers(),
+            limits,
+            self._stats.began,
+            status=status,
+            handshake_delay_s=protocol.handshake_delay_s,
+            begin_s=limits.idle_s if begin is not None else float("inf"),
+        )
         self._loop = asyncio.get_running_loop()
-        self._unsent: deque[bytes] = deque()
+        if recording is not None:
+            recording.on_failure = self._on_recording_failed
+        self._unsent: deque[Message] = deque(protocol.open())
+        self._tasks: list[asyncio.Future[None]] = []
+        self._claim: Claim | None = None
         self._close: Close | None = None
         self._writable = asyncio.Event()  # something is unsent, or the end has come
+        self._writable.set()
         self._closed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_due = 0.0
@@ -78,19 +105,23 @@ class Conversation:
         """Why our side ended the session; None when the client left."""
         return self._core.error
 
-    async def run(self, persona: Persona, claim: Claim) -> None:
-        """Serves the client until either side ends it. The claim is this session's from now on."""
-        tasks = [
-            asyncio.ensure_future(task) for task in (self._read(), self._write(), self._serve(persona, claim))
-        ]
+    async def run(self, persona: Persona | None = None, claim: Claim | None = None) -> None:
+        """Serves the client until either side ends it. The claim is this session's from now on; without one
+        the session waits for its client to say what it wants."""
+        self._claim = claim
+        if persona is not None and claim is not None:
+            self._start(self._serve(persona, claim))
+        self._start(self._read())
+        self._start(self._write())
         try:
             await self._closed.wait()
         finally:
             # Serve cancels a handler, more than once, when its client has gone: what frees things comes first
             # and awaits nothing, what has to wait goes on without us.
-            claim.give_up()
-            self._finish(tasks)
-            ending = asyncio.ensure_future(self._wind_up(tasks))
+            if self._claim is not None:
+                self._claim.give_up()
+            self._finish()
+            ending = asyncio.ensure_future(self._wind_up())
             self._services.ending.add(ending)
             ending.add_done_callback(self._services.ending.discard)
             self._stats.close(self._core.error, self._core.pacer, self._audio.transcoder, self._core.ignored)
@@ -98,11 +129,14 @@ class Conversation:
 
     # Tasks
 
+    def _start(self, task: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.ensure_future(task))
+
     async def _read(self) -> None:
         try:
             while (message := await self._receive()) is not None:
                 data = message.get("bytes")
-                self._on(event_of_text(message["text"]) if data is None else event_of(data))
+                self._understand(message["text"] if data is None else data)
         except Exception:  # a task root, and a fault of ours: what the connection raises ends in _receive
             logger.exception("session %s failed", self._session)
             self._on(Failed(SessionLost(FAILED)))
@@ -126,7 +160,11 @@ class Conversation:
                 await self._writable.wait()
                 self._writable.clear()
                 while self._unsent:
-                    await self._socket.send_bytes(self._unsent.popleft())
+                    message = self._unsent.popleft()
+                    if isinstance(message, str):
+                        await self._socket.send_text(message)
+                    else:
+                        await self._socket.send_bytes(message)
                 if self._close is not None:
                     await self._socket.close(self._close.code, close_reason(self._close.reason))
                     return
@@ -136,9 +174,12 @@ class Conversation:
             logger.warning("session %s: its connection is gone: %s", self._session, type(error).__name__)
             self._on(PeerClosed())
 
-    async def _serve(self, persona: Persona, claim: Claim) -> None:
+    async def _serve(self, persona: Persona, claim: Claim | None, ticket: str = "") -> None:
         """Connects to the replica; from then on what it says carries the session."""
         try:
+            if claim is None:
+                assert self._claim_slot is not None
+                claim = self._claim = await self._claim_slot(persona, ticket)
             await self._upstream.open(persona, claim)
         except PersonaplexError as error:
             self._on(Failed(error))
@@ -150,8 +191,32 @@ class Conversation:
 
     # Events and commands
 
+    def _understand(self, message: Message) -> None:
+        for meaning in self._protocol.read(message):
+            match meaning:
+                case Reply(answer):
+                    if self._close is None:
+                        self._send(answer)
+                case Begin(persona, ticket):
+                    self._on(Begun())
+                    if self._core.state is State.OPENING:
+                        self._start(self._serve(persona, None, ticket))
+                case _:
+                    self._on(meaning)
+        self._check_unsent()
+
+    def _send(self, message: Message) -> None:
+        self._unsent.append(message)
+        self._writable.set()
+
     def _on_agent_frame(self, number: int, pcm: Pcm, stale: bool) -> None:
         self._audio.encode(number, pcm, stale)
+
+    def _on_recording_failed(self, error: RecordingFailed) -> None:
+        """On the recorder's thread."""
+        notice = SessionNotice("recording", {"recorded": False, "reason": str(error)})
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._on, notice)
 
     def _on(self, event: Event) -> None:
         if self._core.state is State.CLOSED:
@@ -159,6 +224,9 @@ class Conversation:
         for command in self._core.receive(event, time.monotonic()):
             self._do(command)
         self._notice_change()
+        self._check_unsent()
+
+    def _check_unsent(self) -> None:
         if len(self._unsent) > UNSENT_LIMIT and self._close is None:
             self._unsent.clear()
             self._on(Failed(ClientError("the client does not read what it is sent")))
@@ -172,8 +240,8 @@ class Conversation:
                 self._writable.set()
                 self._loop.call_later(CLOSE_TIMEOUT_S, self._closed.set)
             case _:
-                self._unsent.append(bytes_of(command))
-                self._writable.set()
+                for message in self._protocol.write(command):
+                    self._send(message)
 
     def _notice_change(self) -> None:
         state = self._core.state
@@ -205,17 +273,17 @@ class Conversation:
 
     # The end
 
-    def _finish(self, tasks: Sequence[asyncio.Future[None]]) -> None:
+    def _finish(self) -> None:
         self._on(PeerClosed())  # what still comes changes nothing, sets no timer and is not why it ended
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
         if self._timer is not None:
             self._timer.cancel()
         self._upstream.close()
         self._services.live.discard(self._session)
 
-    async def _wind_up(self, tasks: Sequence[asyncio.Future[None]]) -> None:
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async def _wind_up(self) -> None:
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._upstream.release(CLOSE_TIMEOUT_S)
         states = (self._socket.client_state, self._socket.application_state)
         if WebSocketState.DISCONNECTED not in states:

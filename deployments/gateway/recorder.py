@@ -31,6 +31,7 @@ class Recording:
 
     def __init__(self, folder: Path, head: Head) -> None:
         self.failure: RecordingFailed | None = None
+        self.on_failure: Callable[[RecordingFailed], None] | None = None  # once, on the writer's thread
         self._folder, self._head = folder, head
         self._waiting: list[Row | Event] = []
         self._lock = threading.Lock()
@@ -91,6 +92,8 @@ class Recording:
             failure = self._fail(RecordingFailed("the record cannot be written: the server failed"))
         if failure is not None:
             logger.warning("session %s goes on unrecorded: %s", self._head.session, failure)
+            if self.on_failure is not None and not ended:
+                self.on_failure(failure)
         elif not ended:
             return None
         self._done.set()

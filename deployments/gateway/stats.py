@@ -11,9 +11,9 @@ import time
 from typing import Any
 
 from deployments import metrics
+from deployments.gateway.protocols.translator import Codec
 from deployments.gateway.tracing import Phase, Trace
 from deployments.metrics import Metrics
-from personaplex.audio.transcoder import Transcoder
 from personaplex.errors import PersonaplexError
 from personaplex.session.pacer import Pacer
 
@@ -46,9 +46,7 @@ class SessionStats:
         self._live_at = time.monotonic()
         self._metrics.observe(metrics.READY_SECONDS, self._live_at - self.began, phase="handshake")
 
-    def close(
-        self, error: PersonaplexError | None, pacer: Pacer, transcoder: Transcoder, ignored: int
-    ) -> None:
+    def close(self, error: PersonaplexError | None, pacer: Pacer, transcoder: Codec, ignored: int) -> None:
         """The end; `error` is why our side ended it, None when the client left. `ignored`: its messages of no
         use."""
         now, cause = time.monotonic(), metrics.cause(error)

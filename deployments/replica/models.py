@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from deployments.fields import SLOTS_LIMIT
 from deployments.parts import ReplicaSettings
-from deployments.settings import SLOTS_LIMIT
 from personaplex.engine.echo import EchoEngine
 from personaplex.engine.interface import Loaded
 from personaplex.engine.simulated import SimulatedEngine

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from personaplex.errors import BadAudio, ProtocolError
 
 CAPTURE = b"OggS"
+HEADER_PAGES = 2  # OpusHead and OpusTags
 CONTINUED, FIRST, LAST = 1, 2, 4  # bits of a page's header type
 PACKET_LIMIT = 8_192  # bytes; the longest legal Opus packet (120 ms at 510 kb/s) has 7650
 OUTPUT_PACKET_LIMIT = 4_000  # bytes; the buffer of the reference's web decoder
@@ -237,13 +238,22 @@ def parse_head(packet: bytes, serial: int) -> Head:
     return Head(serial=serial, channels=channels, pre_skip=pre_skip, gain=gain)
 
 
+def page_number(page: bytes) -> int:
+    """Which page of its stream this is, from 0 behind the headers; negative for those, and for what is no
+    page."""
+    if len(page) < _HEADER.size or not page.startswith(CAPTURE):
+        return -HEADER_PAGES
+    return int(_HEADER.unpack_from(page)[5]) - HEADER_PAGES
+
+
 class OggMuxer:
     """Writes one logical stream, a whole page per call."""
 
-    def __init__(self, serial: int) -> None:
-        """`serial` is any 32-bit unsigned integer."""
+    def __init__(self, serial: int, pages: int = 0) -> None:
+        """`serial` is any 32-bit unsigned integer. `pages`: how many went before, in a stream that goes
+        on."""
         self._serial = serial
-        self._sequence = 2
+        self._sequence = HEADER_PAGES + pages
 
     def headers(self, pre_skip: int, sample_rate: int = 24_000) -> list[bytes]:
         """The OpusHead and OpusTags pages of a mono stream.

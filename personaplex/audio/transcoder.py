@@ -37,8 +37,33 @@ class Counters:
     frames_out: int = 0
 
 
+class RealTime:
+    """Law of real time: a peer may send a burst and LEAD_SPARE_S of audio at once, and from then on what a
+    clock that is CATCH_UP_RATE fast has seen, of which up to SAVED_S are kept for it. Without a clock there
+    is no such law."""
+
+    def __init__(self, clock: Callable[[], float] | None, burst_s: float) -> None:
+        self._clock = clock
+        self._lead_s = burst_s + LEAD_SPARE_S
+        self._seconds = Allowance(
+            CATCH_UP_RATE, self._lead_s + SAVED_S, now=clock() if clock else 0.0, start=self._lead_s
+        )
+
+    def spend(self, seconds: float) -> None:
+        """Raises ProtocolError when `seconds` of audio come too early."""
+        if self._clock is None:
+            return
+        self._seconds.refill(self._clock())
+        if not self._seconds.spend(seconds):
+            raise ProtocolError(f"audio came faster than real time by more than {self._lead_s:g} s")
+
+
 class Transcoder:
     """Both directions of one session. `counters`, `dropped_pages` and `resyncs` tell how it went."""
+
+    feed_bytes = (
+        1_024  # of Ogg to be fed at once; a page of packets without content lasts 30 s in half of that
+    )
 
     def __init__(
         self,
@@ -46,21 +71,21 @@ class Transcoder:
         clock: Callable[[], float] | None = None,
         burst_s: float = BURST_S,
         serial: int | None = None,
+        frames_before: int = 0,
     ) -> None:
         """`clock` (seconds, monotonic) turns on what goes by time: leave it out for files. `burst_s` is the
-        longest burst a peer may send. `serial` of our own stream is random unless given.
+        longest burst a peer may send. `serial` of our own stream is random unless given. `frames_before`:
+        frames that went out by another stream, which this one continues: pages and granules count on.
         """
         self.counters = Counters()
+        self._frames_before = frames_before
         self._demuxer = OggDemuxer()
-        self._muxer = OggMuxer(secrets.randbits(32) if serial is None else serial)
+        self._muxer = OggMuxer(secrets.randbits(32) if serial is None else serial, frames_before)
         self._decoder = OpusDecoder()
         self._encoder = OpusEncoder()
         self._framer = Framer()
         self._clock = clock
-        self._lead_s = burst_s + LEAD_SPARE_S
-        self._seconds = Allowance(
-            CATCH_UP_RATE, self._lead_s + SAVED_S, now=clock() if clock else 0.0, start=self._lead_s
-        )  # of audio that may come
+        self._real_time = RealTime(clock, burst_s)
         self._astray_since: float | None = None
         self._skip = 0  # samples of the pre-skip still to discard
         self._last_samples = PACKET_SAMPLES  # duration of the last packet that had one
@@ -84,7 +109,8 @@ class Transcoder:
         assert frame.shape == (FRAME_SIZE,), frame.shape
         packet = self._encoder.encode(frame)
         self.counters.frames_out += 1
-        return self._muxer.page([packet], self.counters.frames_out * FRAME_SIZE * _GRANULES)
+        frames = self._frames_before + self.counters.frames_out
+        return self._muxer.page([packet], frames * FRAME_SIZE * _GRANULES)
 
     def receive(self, data: bytes) -> list[Pcm]:
         """The frames, float32 [1920] each, that `data` completes. `data` may end anywhere in the stream.
@@ -159,11 +185,6 @@ class Transcoder:
         return self._decoder.conceal(samples)
 
     def _account(self, samples: int) -> None:
-        """Law of real time: a peer may send `_lead_s` of audio at once, and from then on what a clock that is
-        CATCH_UP_RATE fast has seen, of which up to SAVED_S are kept for it. Once for each packet, with what
-        is heard of it: a corrupt one may claim another duration than the one concealed."""
-        if self._clock is None:
-            return
-        self._seconds.refill(self._clock())
-        if not self._seconds.spend(samples / SAMPLE_RATE):
-            raise ProtocolError(f"audio came faster than real time by more than {self._lead_s:g} s")
+        """Once for each packet, with what is heard of it: a corrupt one may claim another duration than the
+        one concealed."""
+        self._real_time.spend(samples / SAMPLE_RATE)

@@ -12,7 +12,8 @@ Laws:
    fault of the shell and raises IllegalEvent. What the peer does never raises: it closes the session.
 2. The handshake is sent once, on entering LIVE, followed by the two header pages of the agent's stream and
    the session's details. Stock clients take the first message for the handshake, so nothing comes before it;
-   but a client that asked for `status` gets its place in the queue, and the details once they are known.
+   but a client that asked for `status` gets its place in the queue, the details once they are known, and
+   every notice; others get no notices.
    LIVE waits for Ready and for HANDSHAKE_DELAY_S since the upgrade: a browser needs that to start its
    decoder. Clients that talk first wait for no handshake, so get it at once.
 3. Audio is handed on in order, whenever it comes: a client's stream starts with headers that cannot be had
@@ -25,7 +26,11 @@ Laws:
 6. A peer must send audio that can be decoded: within `first_audio_s` of the handshake, then every `idle_s`.
    For one that was heard before the handshake `idle_s` holds at once. Nothing else it sends counts, so that a
    byte now and then does not hold a slot; silence is audio.
-7. Every end on our side is an error message, for people, and then a close with a code and a reason; where
+7. What the user said goes to peers that asked for it (`user_text`) as soon as it is known, but not before
+   the handshake. Nothing waits for it.
+8. A peer that says only after the upgrade what session it wants (`begin_s`) has that long for it, and a slot
+   is asked for once it has (Begun). One that is done (PeerEnds) gets a close with code 1000.
+9. Every end on our side is an error message, for people, and then a close with a code and a reason; where
    there was no room both say when to come back. After Close nothing is sent; what the engine still delivers
    is ignored.
 """
@@ -51,6 +56,7 @@ from personaplex.session.events import (
     AgentAudio,
     AgentText,
     AudioHeard,
+    Begun,
     Close,
     Command,
     EngineLost,
@@ -60,6 +66,7 @@ from personaplex.session.events import (
     LeaseGranted,
     PeerAudio,
     PeerClosed,
+    PeerEnds,
     PeerMessage,
     Queued,
     Ready,
@@ -69,9 +76,14 @@ from personaplex.session.events import (
     SendError,
     SendHandshake,
     SendKeepAlive,
+    SendNotice,
     SendPlace,
     SendText,
+    SendUserText,
+    SessionNotice,
     Tick,
+    UserText,
+    UserTextLost,
 )
 from personaplex.session.pacer import Pacer
 
@@ -109,24 +121,45 @@ def after(
     return allowed
 
 
-_LATE = (Queued, LeaseGranted, Ready, AgentAudio, AgentText, AudioHeard, Failed, EngineLost, Tick)
+_LATE = (
+    Begun,
+    Queued,
+    LeaseGranted,
+    Ready,
+    AgentAudio,
+    AgentText,
+    UserText,
+    UserTextLost,
+    AudioHeard,
+    SessionNotice,
+    Failed,
+    EngineLost,
+    Tick,
+)
 
 TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     OPENING: {
         PeerAudio: (OPENING, CLOSING),
         PeerMessage: (OPENING, CLOSING),
+        PeerEnds: (CLOSING,),
         AudioHeard: (OPENING,),
+        Begun: (OPENING,),
+        SessionNotice: (OPENING,),
         Queued: (OPENING,),
         LeaseGranted: (PRIMING,),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
-        Tick: (OPENING,),
+        Tick: (OPENING, CLOSING),
         PeerClosed: (CLOSED,),
     },
     PRIMING: {
         PeerAudio: (PRIMING, LIVE, CLOSING),
         PeerMessage: (PRIMING, CLOSING),
+        PeerEnds: (CLOSING,),
         AudioHeard: (PRIMING,),
+        UserText: (PRIMING,),
+        UserTextLost: (PRIMING,),
+        SessionNotice: (PRIMING,),
         Ready: (PRIMING, LIVE),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
@@ -136,9 +169,13 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
     LIVE: {
         PeerAudio: (LIVE, CLOSING),
         PeerMessage: (LIVE, CLOSING),
+        PeerEnds: (CLOSING,),
         AgentAudio: (LIVE,),
         AgentText: (LIVE,),
+        UserText: (LIVE,),
+        UserTextLost: (LIVE,),
         AudioHeard: (LIVE,),
+        SessionNotice: (LIVE,),
         Failed: (CLOSING,),
         EngineLost: (CLOSING,),
         Tick: (LIVE, CLOSING),
@@ -148,6 +185,7 @@ TABLE: Mapping[State, Mapping[type[Event], tuple[State, ...]]] = {
         **dict.fromkeys(_LATE, (CLOSING,)),
         PeerAudio: (CLOSING,),
         PeerMessage: (CLOSING,),
+        PeerEnds: (CLOSING,),
         PeerClosed: (CLOSED,),
     },
     CLOSED: {**dict.fromkeys(_LATE, (CLOSED,)), PeerClosed: (CLOSED,)},
@@ -162,6 +200,7 @@ class Limits:
     idle_s: float = 60.0  # without audio from the peer, while live
     first_audio_s: float = 15.0  # the same from the handshake on; idle_s where that is less
     burst_s: float = BURST_S  # of audio that a peer may send at once
+    bytes_per_s: float = BYTES_PER_S
 
     @property
     def burst_share(self) -> float:
@@ -172,18 +211,32 @@ class Limits:
 class SessionCore:
     """One session; `receive` is its only entry point. Times are seconds of one monotonic clock."""
 
-    def __init__(self, headers: Sequence[bytes], limits: Limits, now: float, *, status: bool = False) -> None:
-        """`headers`: header pages of the agent's Ogg stream. `now`: when the connection was accepted.
-        `status`: the peer wants to know how it stands before the handshake."""
+    def __init__(
+        self,
+        headers: Sequence[bytes],
+        limits: Limits,
+        now: float,
+        *,
+        status: bool = False,
+        user_text: bool = False,
+        handshake_delay_s: float = HANDSHAKE_DELAY_S,
+        begin_s: float = float("inf"),
+    ) -> None:
+        """`headers`: header pages of the agent's stream. `now`: when the connection was accepted. `status`:
+        the peer wants to know how it stands before the handshake. `user_text`: it wants the transcript of its
+        own speech. `handshake_delay_s`: 0 for one whose decoder runs already. `begin_s`: law 8; leave it out
+        where the session is known at the upgrade."""
         self.state = OPENING
         self.error: PersonaplexError | None = None  # why our side ended it
         self.ignored = 0  # messages the protocol does not know
         self.pacer = Pacer(limits.burst_s)
         self._status = status
-        self._details: list[Command] = []  # to be sent once live
+        self._user_text = user_text
+        self._details: list[Command] = []  # to be sent once live, with what the user said before
         self._headers = headers
         self._limits = limits
-        self._handshake_at = now + HANDSHAKE_DELAY_S
+        self._handshake_at = now + handshake_delay_s
+        self._begin_s, self._begin_due = begin_s, now + begin_s
         self._queued = False
         self._ready = False
         self._ends_at = float("inf")
@@ -192,7 +245,7 @@ class SessionCore:
         self._audio_limit_s = 0.0  # for the next audio, and when it ends
         self._audio_due = float("inf")
         self._messages = Allowance(MESSAGES_PER_S, MESSAGE_BURST * limits.burst_share, now=now)
-        self._bytes = Allowance(BYTES_PER_S, BYTE_BURST * limits.burst_share, now=now)
+        self._bytes = Allowance(limits.bytes_per_s, BYTE_BURST * limits.burst_share, now=now)
 
     def receive(self, event: Event, now: float) -> list[Command]:
         """What to do about `event`, in order. Raises IllegalEvent for one that TABLE does not list."""
@@ -216,6 +269,8 @@ class SessionCore:
         """When the next Tick is due, or None when only an event can change anything."""
         if self.state is PRIMING and self._ready:
             return self._handshake_at
+        if self.state is OPENING and self._begin_due < float("inf"):
+            return self._begin_due
         if self.state is not LIVE:
             return None
         page = self.pacer.deadline()
@@ -232,6 +287,12 @@ class SessionCore:
                 self._spend(size, now)
                 self.ignored += not known
                 return []
+            case PeerEnds():
+                self.state = CLOSING
+                return [Close(1000, "")]
+            case Begun():
+                self._begin_due = float("inf")
+                return []
             case Queued(position):
                 self._queued = True
                 return [SendPlace(position)] if self._status else []
@@ -242,18 +303,22 @@ class SessionCore:
                 self._ready = True
                 if self._status:
                     return [SendDetails(details), *self._go_live_when_due(now)]
-                self._details = [SendDetails(details)]
+                self._details.insert(0, SendDetails(details))
                 return self._go_live_when_due(now)
             case AgentAudio(page, quiet):
                 self.pacer.push(page, now, quiet)
                 return self._release(now)
             case AgentText(text):
                 return [*map(SendText, self.pacer.add_text(text))] if text else []
+            case UserText() | UserTextLost():
+                return self._tell_user_text(SendUserText(event)) if self._user_text else []
             case AudioHeard():
                 self._heard = True
                 if self.state is LIVE:
                     self._await_audio(self._limits.idle_s, now)
                 return []
+            case SessionNotice(kind, data):
+                return [SendNotice(kind, data)] if self._status else []
             case Failed(error):
                 raise error
             case EngineLost():
@@ -261,13 +326,19 @@ class SessionCore:
             case _:
                 return self._tick(now)
 
+    def _tell_user_text(self, command: SendUserText) -> list[Command]:
+        if self.state is LIVE:
+            return [command]
+        self._details.append(command)
+        return []
+
     def _spend(self, size: int, now: float) -> None:
         self._messages.refill(now)
         self._bytes.refill(now)
         if not self._messages.spend(1):
             raise ProtocolError(f"more than {MESSAGES_PER_S:g} messages per second")
         if not self._bytes.spend(size):
-            raise ProtocolError(f"more than {BYTES_PER_S / 1_024:g} KiB per second")
+            raise ProtocolError(f"more than {self._limits.bytes_per_s / 1_024:g} KiB per second")
 
     def _go_live_when_due(self, now: float) -> list[Command]:
         if self.state is not PRIMING or not self._ready or now < self._handshake_at:
@@ -280,6 +351,8 @@ class SessionCore:
 
     def _tick(self, now: float) -> list[Command]:
         if self.state is not LIVE:
+            if now >= self._begin_due:
+                raise SessionIdle(f"no session was begun for {self._begin_s:g} s")
             return self._go_live_when_due(now)
         if now >= self._ends_at:
             raise SessionExpired("the session reached its time limit")
@@ -305,4 +378,4 @@ class SessionCore:
         words = str(error)
         if isinstance(error, NoCapacity):
             words += f"; try again in {error.retry_after_s:g} s"
-        return [SendError(words), Close(error.close_code, words)]
+        return [SendError(words, error), Close(error.close_code, words)]

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from personaplex.errors import PersonaplexError
+from personaplex.words import Segment
 
 
 @dataclass(frozen=True)
 class PeerAudio:
-    """A piece of the peer's Ogg stream, not empty. `size`: bytes of the message it came in."""
+    """A piece of the peer's stream, not empty. `size`: bytes of the message it came in."""
 
     data: bytes
     size: int
@@ -29,6 +30,16 @@ class PeerMessage:
 
     size: int
     known: bool = True
+
+
+@dataclass(frozen=True)
+class PeerEnds:
+    """The peer has said that it is done, and was told so in its protocol's own way."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The peer has said what session it wants; it asks for a slot."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,8 @@ class AudioHeard:
 
 @dataclass(frozen=True)
 class AgentAudio:
-    """80 ms of agent speech: one whole Ogg page. `quiet` if leaving it out would not be heard."""
+    """80 ms of agent speech in the peer's format: of Ogg one whole page. `quiet` if leaving it out would not
+    be heard."""
 
     page: bytes
     quiet: bool = False
@@ -74,6 +86,23 @@ class AgentText:
     """Agent text, whole characters only; "" is allowed and sends nothing."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class UserText:
+    """What the user said, as the transcriber read it: some time after its end, in order of time."""
+
+    segment: Segment
+
+
+@dataclass(frozen=True)
+class UserTextLost:
+    """The user spoke from `start` to `end`, seconds as in `Segment`, and there will be no text of it: the
+    transcriber was `behind` or `unavailable`."""
+
+    start: float
+    end: float
+    reason: Literal["behind", "unavailable"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +118,14 @@ class EngineLost:
 
 
 @dataclass(frozen=True)
+class SessionNotice:
+    """Something happened that a client may want to know: `kind` names it, `data` says more, as JSON."""
+
+    kind: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time has passed; due at the core's `deadline()`."""
 
@@ -96,15 +133,20 @@ class Tick:
 Event = (
     PeerAudio
     | PeerMessage
+    | PeerEnds
     | PeerClosed
+    | Begun
     | Queued
     | LeaseGranted
     | Ready
     | AgentAudio
     | AudioHeard
     | AgentText
+    | UserText
+    | UserTextLost
     | Failed
     | EngineLost
+    | SessionNotice
     | Tick
 )
 
@@ -116,7 +158,7 @@ class SendHandshake:
 
 @dataclass(frozen=True)
 class SendAudio:
-    """One Ogg page of the agent's stream."""
+    """80 ms of the agent's stream."""
 
     page: bytes
 
@@ -126,6 +168,13 @@ class SendText:
     """Agent text, to be appended verbatim; never empty."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class SendUserText:
+    """What the user said, or that nobody can tell; only to peers that asked for it."""
+
+    heard: UserText | UserTextLost
 
 
 @dataclass(frozen=True)
@@ -143,10 +192,19 @@ class SendDetails:
 
 
 @dataclass(frozen=True)
+class SendNotice:
+    """Something the client may want to know; see SessionNotice."""
+
+    kind: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class SendError:
-    """Why the session ends, in words for people."""
+    """Why the session ends, in words for people and as what was raised."""
 
     message: str
+    error: PersonaplexError | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -156,7 +214,7 @@ class SendKeepAlive:
 
 @dataclass(frozen=True)
 class FeedAudio:
-    """Hand these bytes of the peer's Ogg stream to the transcoder."""
+    """Hand these bytes of the peer's stream to the transcoder."""
 
     data: bytes
 
@@ -169,5 +227,15 @@ class Close:
     reason: str
 
 
-Send = SendHandshake | SendAudio | SendText | SendPlace | SendDetails | SendError | SendKeepAlive
+Send = (
+    SendHandshake
+    | SendAudio
+    | SendText
+    | SendUserText
+    | SendPlace
+    | SendDetails
+    | SendNotice
+    | SendError
+    | SendKeepAlive
+)
 Command = Send | FeedAudio | Close

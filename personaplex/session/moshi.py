@@ -35,11 +35,17 @@ from personaplex.session.events import (
     SendError,
     SendHandshake,
     SendKeepAlive,
+    SendNotice,
     SendPlace,
     SendText,
+    SendUserText,
+    UserText,
+    UserTextLost,
 )
+from personaplex.words import as_json, milliseconds
 
 MESSAGE_LIMIT = 131_072  # bytes of one message, either way; the largest Ogg page has 65307
+USER_TEXT, USER_TEXT_LOST = "user_text", "user_text_lost"  # types of metadata
 REASON_LIMIT = 123  # bytes of a close reason (RFC 6455, section 5.5)
 
 
@@ -172,6 +178,8 @@ def bytes_of(command: Send) -> bytes:
             return encode(Audio(page))
         case SendText(text):
             return encode(Text(text))
+        case SendUserText(heard):
+            return encode(Metadata(user_text(heard)))
         case SendKeepAlive():
             return encode(Ping())
         case SendHandshake():
@@ -180,8 +188,18 @@ def bytes_of(command: Send) -> bytes:
             return encode(Metadata({"type": "queue", "position": position}))
         case SendDetails(details):
             return encode(Metadata({"type": "session", **details}))
+        case SendNotice(kind, data):
+            return encode(Metadata({"type": kind, **data}))
         case SendError(message):
             return encode(Error(message))
+
+
+def user_text(heard: UserText | UserTextLost) -> Mapping[str, Any]:
+    """The metadata that tells a client what it said."""
+    if isinstance(heard, UserText):
+        return {"type": USER_TEXT, **as_json(heard.segment)}
+    span = {"start_ms": milliseconds(heard.start), "end_ms": milliseconds(heard.end)}
+    return {"type": USER_TEXT_LOST, **span, "reason": heard.reason}
 
 
 def close_reason(message: str) -> str:

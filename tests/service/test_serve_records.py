@@ -149,7 +149,7 @@ def test_a_disk_that_takes_nothing_costs_the_record_and_not_the_session(cluster:
     settings = {"record": "always", "record_dir": tmp_path / "file" / "records", "metrics_page": True}
 
     async def run(service: Service) -> Client:
-        async with connect(service) as client:
+        async with connect(service, status=1) as client:
             await client.talk(speech(SECONDS))
         return client
 
@@ -157,6 +157,9 @@ def test_a_disk_that_takes_nothing_costs_the_record_and_not_the_session(cluster:
         client = asyncio.run(run(service))
         assert client.heard.last_frame >= len(client.decoded()) - 1
         assert client.heard.complaint == ""
+        told = [dict(message.data) for message in client.heard.of(Metadata)]
+        reason = "the record cannot be written: Not a directory"
+        assert told[-1] == {"type": "recording", "recorded": False, "reason": reason}
         deadline = time.monotonic() + 5
         while 'personaplex_records_total{result="failed"} 1.0' not in service.get("metrics").text:
             assert time.monotonic() < deadline

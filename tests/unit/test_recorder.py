@@ -24,7 +24,7 @@ from deployments.gateway.retention import (
     Retention,
     store_at,
 )
-from personaplex.errors import BadRecord, ConfigError
+from personaplex.errors import BadRecord, ConfigError, RecordingFailed
 from personaplex.persona import Persona
 from personaplex.record import writer
 from personaplex.record.folder import find_records, read_record
@@ -86,7 +86,7 @@ def test_a_session_is_written_while_it_goes_on_and_whole_at_its_end(
     before, recording = time.time(), recorder.begin(head())
     talk(recording, 5, " word")
     deadline = time.monotonic() + 10
-    while not (tmp_path / "records").exists() or len(only(tmp_path)) < 5:
+    while not find_records([tmp_path]) or len(only(tmp_path)) < 5:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     assert only(tmp_path).ended is None
@@ -131,6 +131,8 @@ def test_a_disk_that_fails_ends_one_record_and_no_session(
 
     monkeypatch.setattr(writer, "_create", full)
     lost, kept = recorder.begin(head("full")), recorder.begin(head("kept"))
+    failures: list[RecordingFailed] = []
+    lost.on_failure = kept.on_failure = failures.append
     with caplog.at_level(logging.WARNING):
         talk(lost, 5)
         talk(kept, 5)
@@ -141,6 +143,7 @@ def test_a_disk_that_fails_ends_one_record_and_no_session(
         told.wait("failed", "kept")
     assert "session full goes on unrecorded: the record cannot be written: No space left" in caplog.text
     assert str(lost.failure) == "the record cannot be written: No space left on device"
+    assert failures == [lost.failure], "told once"
     assert only(tmp_path).head.session == "kept"
 
 

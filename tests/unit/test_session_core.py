@@ -28,6 +28,7 @@ from personaplex.session.events import (
     AgentAudio,
     AgentText,
     AudioHeard,
+    Begun,
     Close,
     Command,
     EngineLost,
@@ -37,11 +38,16 @@ from personaplex.session.events import (
     LeaseGranted,
     PeerAudio,
     PeerClosed,
+    PeerEnds,
     PeerMessage,
     Queued,
     Ready,
     SendError,
+    SendUserText,
+    SessionNotice,
     Tick,
+    UserText,
+    UserTextLost,
 )
 from personaplex.session.moshi import (
     MESSAGE_LIMIT,
@@ -78,21 +84,28 @@ from personaplex.session.peer import (
     Send,
     Show,
 )
+from personaplex.words import Segment, Word
 
 HEADERS = [b"head", b"tags"]
+HELLO = UserText(Segment.of([Word("Hello", 0.5, 0.9), Word("there.", 0.9, 1.2)]))
 DEFAULT = Limits()
 EVERY_EVENT: list[Event] = [
     PeerAudio(b"OggS", 5),
     PeerMessage(1),
+    PeerEnds(),
+    Begun(),
     PeerClosed(),
     Queued(1),
     LeaseGranted(),
     Ready(),
     AgentAudio(b"page"),
     AgentText("hi"),
+    HELLO,
+    UserTextLost(0.5, 1.2, "behind"),
     AudioHeard(),
     Failed(BadAudio("no sound")),
     EngineLost(),
+    SessionNotice("recording"),
     Tick(),
 ]
 EVERY_PEER_EVENT: list[PeerEvent] = [
@@ -106,9 +119,11 @@ EVERY_PEER_EVENT: list[PeerEvent] = [
 ]
 
 
-def in_state(state: State, limits: Limits = DEFAULT, *, status: bool = False) -> SessionCore:
+def in_state(
+    state: State, limits: Limits = DEFAULT, *, status: bool = False, user_text: bool = False
+) -> SessionCore:
     """A server core driven into `state` at time 2.0 by the shortest way."""
-    core = SessionCore(HEADERS, limits, now=0.0, status=status)
+    core = SessionCore(HEADERS, limits, now=0.0, status=status, user_text=user_text)
     if state in (PRIMING, LIVE):
         core.receive(LeaseGranted(), 2.0)
     if state is LIVE:
@@ -163,8 +178,9 @@ def test_every_cell_of_the_server_table(state: State, event: Event) -> None:
     if state in (CLOSING, CLOSED):
         assert commands == []
     if core.state is CLOSING and state is not CLOSING:
-        assert isinstance(sent(commands)[-1], Error)
         assert isinstance(commands[-1], Close)
+        if not isinstance(event, PeerEnds):
+            assert isinstance(sent(commands)[-1], Error)
 
 
 @pytest.mark.parametrize("event", EVERY_PEER_EVENT, ids=lambda event: type(event).__name__)
@@ -252,6 +268,15 @@ def test_nothing_comes_before_the_handshake_unless_it_was_asked_for() -> None:
     assert sent(core.receive(Ready(), 2.0))[0] == Handshake()
 
 
+def test_notices_go_to_those_who_asked_for_status_and_to_nobody_else() -> None:
+    notice = SessionNotice("recording", {"recorded": False})
+    for state in (OPENING, PRIMING, LIVE):
+        told = sent(in_state(state, status=True).receive(notice, 2.0))
+        assert told == [Metadata({"type": "recording", "recorded": False})]
+        assert in_state(state).receive(notice, 2.0) == [], "stock clients"
+    assert in_state(CLOSING, status=True).receive(notice, 2.0) == []
+
+
 def test_queue_positions_are_metadata() -> None:
     core = in_state(OPENING, status=True)
     assert sent(core.receive(Queued(3), 1.0)) == [Metadata({"type": "queue", "position": 3})]
@@ -266,6 +291,24 @@ def test_agent_text_is_verbatim_and_never_empty() -> None:
     core = in_state(LIVE)
     assert core.receive(AgentText(""), 3.0) == []
     assert sent(core.receive(AgentText(" naïve"), 3.0)) == [Text(" naïve")]
+
+
+def test_what_the_user_said_is_for_those_who_asked() -> None:
+    lost = UserTextLost(2.0, 3.5, "unavailable")
+    core = in_state(LIVE, user_text=True)
+    assert core.receive(HELLO, 3.0) == [SendUserText(HELLO)]
+    assert core.receive(lost, 4.0) == [SendUserText(lost)]
+    assert in_state(LIVE, status=True).receive(HELLO, 3.0) == []
+
+
+def test_what_the_user_said_before_the_handshake_follows_it() -> None:
+    core = SessionCore(HEADERS, DEFAULT, now=0.0, user_text=True)
+    core.receive(LeaseGranted(), 0.1)
+    assert core.receive(Ready(), 0.2) == []
+    assert core.receive(HELLO, 0.9) == []
+    told = core.receive(Tick(), 1.1)
+    assert sent(told)[0] == Handshake()
+    assert told[-1] == SendUserText(HELLO)
 
 
 def test_text_stays_with_its_page() -> None:
@@ -382,6 +425,27 @@ def test_who_was_heard_before_the_handshake_has_begun(state: State) -> None:
     assert isinstance(core.error, SessionIdle)
 
 
+def test_who_says_what_it_wants_after_the_upgrade_has_a_time_for_it() -> None:
+    core = SessionCore((), Limits(), 100.0, begin_s=60.0, handshake_delay_s=0.0)
+    assert core.deadline() == 160.0
+    (error, close) = core.receive(Tick(), 160.0)
+    assert isinstance(error, SendError)
+    assert isinstance(error.error, SessionIdle)
+    assert close == Close(1000, "no session was begun for 60 s")
+    core = SessionCore((), Limits(), 100.0, begin_s=60.0, handshake_delay_s=0.0)
+    for event in (Begun(), Queued(1), Tick(), LeaseGranted(), Ready()):
+        core.receive(event, 200.0)
+    assert core.state is LIVE
+
+
+@pytest.mark.parametrize("state", [OPENING, PRIMING, LIVE])
+def test_a_client_that_is_done_is_closed_and_nothing_failed(state: State) -> None:
+    core = in_state(state)
+    assert core.receive(PeerEnds(), 101.0) == [Close(1000, "")]
+    assert (core.state, core.error) == (CLOSING, None)
+    assert core.receive(AgentAudio(b"page"), 101.0) == []
+
+
 def test_a_fault_of_the_core_shows_nothing_that_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
     core = in_state(LIVE)
     monkeypatch.setattr(core, "_handle", lambda event, now: setattr(core, "state", OPENING) or [])
@@ -476,7 +540,7 @@ def test_the_laws_hold_on_random_walks() -> None:
     visited: collections.Counter[State] = collections.Counter()
     for _ in range(600):
         status, limits, now = dice.random() < 0.5, Limits(session_s=20, idle_s=5), 0.0
-        core = SessionCore(HEADERS, limits, now=0.0, status=status)
+        core = SessionCore(HEADERS, limits, now=0.0, status=status, user_text=dice.random() < 0.5)
         told: list[Command] = []
         for _ in range(60):
             now += dice.choice([0.0, 0.01, 0.08, 0.5])
@@ -507,6 +571,7 @@ def walk_events(dice: random.Random) -> list[Event]:
         Ready(),
         AgentAudio(b"page", quiet=dice.random() < 0.5),
         AgentText(dice.choice(["", " hi"])),
+        HELLO,
         Tick(),
     ]
     rare: list[Event] = [

@@ -21,8 +21,12 @@ from personaplex.session.events import (
     SendKeepAlive,
     SendPlace,
     SendText,
+    SendUserText,
+    UserText,
+    UserTextLost,
 )
 from personaplex.session.moshi import Action, Audio, Control, Error, Handshake, Metadata, Ping, Text
+from personaplex.words import Segment, Word
 
 EVERY_MESSAGE = [
     (Handshake(), b"\x00"),
@@ -50,6 +54,15 @@ def test_bytes_of_every_message(message: moshi.Message, data: bytes) -> None:
         (SendPlace(2), b'\x04{"type":"queue","position":2}'),
         (SendDetails({"voice": "NATF2"}), b'\x04{"type":"session","voice":"NATF2"}'),
         (SendError("no"), b"\x05no"),
+        (
+            SendUserText(UserText(Segment.of([Word("Hello,", 0.48, 0.9), Word("Zoë.", 0.9, 1.2004)]))),
+            b'\x04{"type":"user_text","text":"Hello, Zo\\u00eb.","start_ms":480,"end_ms":1200,"words":['
+            b'{"text":"Hello,","start_ms":480,"end_ms":900},{"text":"Zo\\u00eb.","start_ms":900,"end_ms":1200}]}',
+        ),
+        (
+            SendUserText(UserTextLost(2.0, 3.5, "behind")),
+            b'\x04{"type":"user_text_lost","start_ms":2000,"end_ms":3500,"reason":"behind"}',
+        ),
         (SendKeepAlive(), b"\x06"),
     ],
 )

@@ -14,7 +14,7 @@ import pytest
 import soxr
 import sphn
 
-from personaplex.audio.ogg import FIRST, OggDemuxer, OggMuxer, checksum
+from personaplex.audio.ogg import FIRST, OggDemuxer, OggMuxer, checksum, page_number
 from personaplex.audio.opus import OpusEncoder, packet_samples
 from personaplex.audio.transcoder import (
     CONCEAL_LIMIT_S,
@@ -23,7 +23,7 @@ from personaplex.audio.transcoder import (
     SAVED_S,
     Transcoder,
 )
-from personaplex.config import BURST_S
+from personaplex.config import BURST_S, FRAME_SIZE
 from personaplex.errors import BadAudio, PersonaplexError, ProtocolError
 
 DATA = Path(__file__).parents[1] / "data"
@@ -416,3 +416,17 @@ def test_packets_of_noise_in_good_pages() -> None:
             except PersonaplexError:
                 continue
         assert all(np.isfinite(frame).all() for frame in frames)
+
+
+def test_a_stream_that_goes_on_counts_on() -> None:
+    """A resumed session's stream is a new one for its reader, whose pages say how much went before."""
+    whole, rest = Transcoder(serial=1), Transcoder(serial=2, frames_before=3)
+    silence = np.zeros(FRAME_SIZE, np.float32)
+    pages = [whole.send(silence) for _ in range(5)]
+    more = [rest.send(silence) for _ in range(2)]
+    assert [page_number(page) for page in pages] == [0, 1, 2, 3, 4]
+    assert [page_number(page) for page in more] == [3, 4]
+    assert [page[6:14] for page in more] == [page[6:14] for page in pages[3:]], "granules"
+    assert all(page_number(page) < 0 for page in (*rest.headers(), b"", b"OggS", b"x" * 100))
+    reader = Transcoder()
+    assert len(reader.receive(b"".join([*rest.headers(), *more]))) == 1, "it needs nothing from before"
