@@ -90,7 +90,7 @@ def test_answers_take_their_values_from_the_role_text() -> None:
     text = grammar.role_text(random.Random(3), KNOWN)
     for value in ("Ada Novak", "Pearl Bakery", "gift box", "forty five", "Monday", "Friday"):
         assert value in text
-    assert grammar.answer("name", KNOWN) == "My name is Ada Novak."
+    assert grammar.answer("name", KNOWN) == "My name is Ada Novak, I work for Pearl Bakery."
     assert grammar.answer("price", KNOWN) == "The gift box costs forty five dollars."
     assert [grammar.spoken_number(n) for n in (0, 13, 40, 99, 300, 412)] == [
         *("zero", "thirteen", "forty", "ninety nine", "three hundred"),
