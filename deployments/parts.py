@@ -28,6 +28,10 @@ class _Part:
     burst_frames: int
     stall_limit_s: float
     lease_timeout_s: float
+    resume_grace_s: float
+    rebuild_audio_s: float
+    media_tls: Literal["off", "own", "files"]
+    media_tls_dir: Path | None
 
     @classmethod
     def of(cls: type[P], settings: Settings) -> P:
@@ -42,7 +46,6 @@ class GatewaySettings(_Part):
     queue_limit: int
     queue_timeout_s: float
     failover_after_s: float
-    rebuild_audio_s: float
     session_limit_s: float
     idle_limit_s: float
     first_audio_s: float
@@ -82,6 +85,7 @@ class ReplicaSettings(_Part):
     mimi_weight: Path | None
     tokenizer: Path | None
     voice_prompt_dir: Path | None
+    lora: Path | None
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
     weights: Literal["auto", "int8"]

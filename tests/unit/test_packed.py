@@ -64,7 +64,7 @@ def test_a_damaged_packed_file_is_refused_by_name(golden: Path) -> None:
     tensors = load_file(path)
     name = next(key for key in tensors if key.endswith("|scale"))
     save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
-    with pytest.raises(CheckpointError, match=r"model\.packed is damaged or only partly there"):
+    with pytest.raises(CheckpointError, match=r"model\.packed is damaged \(.* is incomplete\)"):
         load_model(resolve(str(golden)), "cpu", torch.float32)
     path.write_bytes(path.read_bytes()[:1_000])
     with pytest.raises(CheckpointError, match=r"model\.packed is damaged"):
