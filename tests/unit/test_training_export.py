@@ -82,7 +82,7 @@ def test_checkpoints_become_a_model_that_takes_calls(
 
 
 def test_answers_are_told_by_their_words_and_names_by_their_sound() -> None:
-    assert behaviour.intent_of(" My name is Ada Novak.") == "name"
+    assert behaviour.intent_of(" My name is Ada Novak, I work for Pearl Bakery.") == "name"
     assert behaviour.intent_of("The gift box costs nine dollars.") == "price"
     assert behaviour.intent_of("My dog is Ada.") is None
     assert behaviour.sounds_like("Ceertta Owens", "My name is Cirta Owens.")
