@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,17 @@ class Series:
 
 
 # Gateway
+SESSIONS_OPEN = Series(
+    "personaplex_sessions_open", "gauge", "Sessions a gateway holds, from the upgrade to the end of its work."
+)
 SESSIONS_LIVE = Series("personaplex_sessions_live", "gauge", "Sessions past the handshake.")
 SESSIONS_QUEUED = Series("personaplex_sessions_queued", "gauge", "Sessions waiting for a slot.")
+CALLERS = Series("personaplex_callers", "gauge", "Keys and addresses that hold a counted session.")
+TASKS = Series(
+    "personaplex_gateway_tasks",
+    "gauge",
+    "Tasks of a gateway's event loop; without sessions it goes back to what it was.",
+)
 SESSIONS_ADMITTED = Series("personaplex_sessions_admitted", "counter", "Sessions that got a slot.")
 SESSIONS_REFUSED = Series(
     "personaplex_sessions_refused", "counter", "Sessions that ended before the handshake.", ("cause",)
@@ -99,8 +108,26 @@ RECORDS = Series(
     "personaplex_records",
     "counter",
     "Records, by result: kept, failed (the disk was full, gone or too slow; the session went on unrecorded), "
-    "uploaded, upload_failed (tried again), expired.",
+    "uploaded, upload_failed (tried again), expired, look_failed (the folder could not be looked after).",
     ("result",),
+)
+
+TRANSCRIPTION_LAG = Series(
+    "personaplex_transcription_lag_seconds",
+    "histogram",
+    "From the end of a piece of the user's speech to its words.",
+    (),
+    (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0),
+)
+TRANSCRIPTION_BACKLOG = Series(
+    "personaplex_transcription_backlog_seconds", "gauge", "Speech at or on its way to a transcriber."
+)
+TRANSCRIPTION_DROPPED = Series(
+    "personaplex_transcription_dropped_seconds",
+    "counter",
+    "Speech without a text, by reason: behind (transcribers cannot keep up), unavailable (there is none, or "
+    "it did not answer), detector (the gateway had no time to listen).",
+    ("reason",),
 )
 
 FAILOVERS = Series(
@@ -128,6 +155,22 @@ FAILOVER_SECONDS = Series(
     "first of the new one), catch_up (from slot live until no frame waits any more).",
     ("phase",),
     GAP_BUCKETS,
+)
+
+# Transcriber
+TRANSCRIBER_READY = Series("personaplex_transcriber_ready", "gauge", "1 with its model loaded, else 0.")
+TRANSCRIPTION_FACTOR = Series(
+    "personaplex_transcription_real_time_factor",
+    "histogram",
+    "Seconds of work for a second of speech.",
+    (),
+    (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0),
+)
+TRANSCRIPTION_SPEECH = Series(
+    "personaplex_transcription_speech_seconds", "counter", "Speech that was transcribed."
+)
+TRANSCRIPTION_WORK = Series(
+    "personaplex_transcription_work_seconds", "counter", "Time that transcribing it took."
 )
 
 # Both
@@ -218,10 +261,12 @@ class Metrics:
         if self._shown:
             self._on_page(series, labels).observe(value)
 
-    async def keep(self) -> None:
-        """Sets every gauge again, for ever; to be run as a task of the process that publishes them."""
+    async def keep(self, measure: Callable[[], None] = lambda: None) -> None:
+        """Calls `measure`, which may set gauges, and sets every gauge again, for ever; to be run as a task of
+        the process that publishes them."""
         while True:
             await asyncio.sleep(REFRESH_S)
+            measure()
             for name, value in self._levels.items():
                 self._published[name].set(value)
 
@@ -236,8 +281,11 @@ class Metrics:
 
 def gateway_metrics(page: bool = False) -> Metrics:
     return Metrics(
+        SESSIONS_OPEN,
         SESSIONS_LIVE,
         SESSIONS_QUEUED,
+        CALLERS,
+        TASKS,
         SESSIONS_ADMITTED,
         SESSIONS_REFUSED,
         SESSIONS_ENDED,
@@ -249,6 +297,9 @@ def gateway_metrics(page: bool = False) -> Metrics:
         STREAM_ERRORS,
         PROMPT_CHARACTERS,
         RECORDS,
+        TRANSCRIPTION_LAG,
+        TRANSCRIPTION_BACKLOG,
+        TRANSCRIPTION_DROPPED,
         FAILOVERS,
         FAILOVER_SECONDS,
         RESUMES,
@@ -274,6 +325,10 @@ def replica_metrics() -> Metrics:
         DEVICE_BYTES,
         LOAD_SECONDS,
     )
+
+
+def transcriber_metrics() -> Metrics:
+    return Metrics(TRANSCRIBER_READY, TRANSCRIPTION_FACTOR, TRANSCRIPTION_SPEECH, TRANSCRIPTION_WORK)
 
 
 def cause(error: PersonaplexError | None) -> str:

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import logging
 import math
+import os
 import secrets
 import sys
 import time
@@ -35,12 +36,14 @@ from personaplex.loading import ModelSpec, load_parts, resolve
 from personaplex.model import Model
 from personaplex.model.hub import Checkpoint
 from personaplex.model.lm import LM
-from personaplex.offline_io import Conversation, Job, Report, plan_jobs, prepare_outputs
+from personaplex.offline_io import Job, JobRun, RunReport, plan_jobs, prepare_outputs
 from personaplex.offline_options import AUTO, parser
 from personaplex.outputs import make_folder_of, refuse_overwriting, try_output
 from personaplex.persona import Persona
 from personaplex.recordings import find_recordings
 from personaplex.text import Tokenizer
+from personaplex.transcription.recording import Transcriber
+from personaplex.transcription.whisper import Options
 from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, save_voice
 
 _ANY_LENGTH = 2**31  # tokens of a role text: whoever runs this may wait as long as they like
@@ -69,12 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    report = Report()
+    report = RunReport()
     jobs = _prepared_jobs(options, report)
     found = resolve(_spec(options))
     checkpoint, lm = found.checkpoint, found.checkpoint.config.lm
     sampling = _sampling(options, lm)
     refuse_overwriting(_outputs(jobs, options), [("the model", path) for path in _files(checkpoint, options)])
+    transcriber = None if options.transcribe is None else Transcriber(_whisper(options))
     spoken = find_voice(options.voice_prompt, checkpoint, VoiceLibrary(lm, checkpoint.voices))
     config = EngineConfig(kv=options.kv, prompt_tokens=_ANY_LENGTH, voice_cache=1)
     most = found.slots(config, live=False) if options.batch_size == AUTO else options.batch_size
@@ -92,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
     persona = Persona(text_prompt=options.text_prompt, sampling=sampling)
     started = time.perf_counter()
     try:
-        converse(engine, parts.tokenizer, persona, voice, jobs, report, options.channel)
+        converse(engine, parts.tokenizer, persona, voice, jobs, report, options.channel, transcriber)
     except EngineFault as error:
         cli.complain(f"{error}; the conversations that had ended are written")
         return cli.FAILED
@@ -120,14 +124,24 @@ def _spec(options: argparse.Namespace) -> ModelSpec:
     )
 
 
+def _whisper(options: argparse.Namespace) -> Options:
+    return Options(options.transcribe_model, options.transcribe_language, threads=os.cpu_count() or 1)
+
+
 def _encoded(model: Model, pcm: NDArray[np.float32]) -> Voice:
     return Voice.from_codes(encode_voice(model, torch.from_numpy(pcm)))
 
 
-def _prepared_jobs(options: argparse.Namespace, report: Report) -> list[Job]:
+def _prepared_jobs(options: argparse.Namespace, report: RunReport) -> list[Job]:
     """The jobs whose outputs can be written; what cannot be run is said, and noted in `report`."""
     found = find_recordings(options.input_wav)
-    jobs = plan_jobs(options.input_wav, options.output_wav, options.output_text, options.output_tokens)
+    jobs = plan_jobs(
+        options.input_wav,
+        options.output_wav,
+        options.output_text,
+        options.output_tokens,
+        options.transcribe,
+    )
     named = [(f"--{name.replace('_', '-')}", getattr(options, name)) for name in _INPUT_FILES]
     inputs = [("--input-wav", path) for path in found.recordings]
     inputs += [(option, Path(value)) for option, value in named if value is not None]
@@ -162,8 +176,9 @@ def converse(
     persona: Persona,
     voice: Voice,
     jobs: Sequence[Job],
-    report: Report,
+    report: RunReport,
     channel: int = 1,
+    transcriber: Transcriber | None = None,
 ) -> None:
     """Runs all jobs through the engine's slots, each written as soon as it ends.
 
@@ -171,13 +186,13 @@ def converse(
     others.
     """
     waiting = list(reversed(jobs))
-    live: dict[Slot, Conversation] = {}
+    live: dict[Slot, JobRun] = {}
     with tqdm(unit="frame", disable=None) as progress:
         while waiting or live:
             while waiting and engine.free:
                 job = waiting.pop()
                 try:
-                    conversation = Conversation(job, time.perf_counter(), channel)
+                    conversation = JobRun(job, time.perf_counter(), channel)
                 except (PersonaplexError, OSError) as error:
                     report.fail(job.input.name, cli.reason(error))
                     continue
@@ -187,24 +202,26 @@ def converse(
             progress.update(len(live))
             for slot in [slot for slot, conversation in live.items() if conversation.finished]:
                 engine.close(slot)
-                _finish(live.pop(slot), tokenizer, report)
+                _finish(live.pop(slot), tokenizer, report, transcriber)
 
 
-def _finish(conversation: Conversation, tokenizer: Tokenizer, report: Report) -> None:
+def _finish(
+    conversation: JobRun, tokenizer: Tokenizer, report: RunReport, transcriber: Transcriber | None
+) -> None:
     name = conversation.job.input.name
     try:
-        conversation.write(tokenizer)
+        conversation.write(tokenizer, transcriber)
     except OSError as error:
         report.fail(name, cli.reason(error))
         return
     report.rows.append((name, conversation.frames, time.perf_counter() - conversation.started))
 
 
-def _tick(engine: Engine, live: dict[Slot, Conversation]) -> None:
+def _tick(engine: Engine, live: dict[Slot, JobRun]) -> None:
     for slot, conversation in live.items():
         engine.feed(slot, conversation.next_frame())
     for output in engine.step():
-        live[output.slot].take(output.pcm, output.tokens, output.user_codes)
+        live[output.slot].take(output.pcm, output.tokens, output.user_codes, output.text)
 
 
 def find_voice(prompt: str, checkpoint: Checkpoint, library: VoiceLibrary) -> Voice | NDArray[np.float32]:

@@ -30,6 +30,7 @@ from ray.exceptions import TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
@@ -45,12 +46,14 @@ from deployments.gateway.failover import Failovers
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
 from deployments.gateway.leases import Claim, Leases
+from deployments.gateway.listening import Listening
 from deployments.gateway.observer import Observer
-from deployments.gateway.query import heard_from, persona_from, read_query, wants_status
+from deployments.gateway.query import allows_transcription, heard_from, persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
 from deployments.gateway.resumes import Resumes, Taken
+from deployments.gateway.transcripts import Transcripts
 from deployments.gateway.upstream import Services
 from deployments.keysync import KeySync
 from deployments.parts import GatewaySettings
@@ -58,12 +61,14 @@ from deployments.settings import all_keys, behind_haproxy, proxies_in_front, pro
 from deployments.wire.handshake import GatewayHandshake
 from deployments.wire.link import Link, OnLost, OnMessage, connect
 from deployments.wire.messages import Grant, LeaseRequest
+from deployments.wire.speech import Answer
 from deployments.wire.tls import gateway_context
 from deployments.wire.tokens import ResumeTokens
 from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, ResumeRefused, SessionLost
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
 from personaplex.tokenlog import TokenLog
+from personaplex.transcription.listener import Speech
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +81,13 @@ class Gateway:
     """Made by Serve, one per process, with handles to the replicas and to the fleet."""
 
     def __init__(
-        self, settings: GatewaySettings, replicas: DeploymentHandle[Any], fleet: DeploymentHandle[Any]
+        self,
+        settings: GatewaySettings,
+        replicas: DeploymentHandle[Any],
+        fleet: DeploymentHandle[Any],
+        transcribers: DeploymentHandle[Any] | None = None,
     ) -> None:
+        """`transcribers`: none with transcription=off."""
         logs.configure(settings.log_level, settings.log_format)
         self._settings = settings
         self._fleet = Observer(fleet)
@@ -120,6 +130,7 @@ class Gateway:
             keep=self._keep,
             changed=self._publish,
             trace=tracing.connect() if settings.tracing else None,
+            transcripts=None if transcribers is None else self._transcripts(transcribers),
             failovers=failovers,
             resumes=self._make_resumes(),
         )
@@ -127,10 +138,23 @@ class Gateway:
         self._empty = asyncio.Event()  # no session is open
         self._empty.set()
         asyncio.get_running_loop().set_exception_handler(report_failure)
-        self._keeping = asyncio.ensure_future(self._metrics.keep())
+        self._keeping = asyncio.ensure_future(self._metrics.keep(self._publish))
         self._watching = asyncio.ensure_future(self._fleet.wait_close(uuid.uuid4().hex, self._close))
         warn_of_proxies_without_limits()
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
+
+    def _transcripts(self, transcribers: DeploymentHandle[Any]) -> Transcripts:
+        async def transcribe(speech: Speech) -> Answer:
+            answer: Answer = await transcribers.transcribe.remote(speech)
+            return answer
+
+        return Transcripts(
+            transcribe,
+            self._metrics,
+            Listening(self._settings.burst_frames),
+            backlog_s=self._settings.transcription_backlog_s,
+            transcribers=self._settings.transcribers_max,
+        )
 
     def __serve_build_asgi_app__(self) -> Starlette:
         routes: list[BaseRoute] = [
@@ -149,7 +173,9 @@ class Gateway:
             page = Path(self._settings.static) if self._settings.static else PAGE
             if not page.is_dir():
                 raise ConfigError("static is neither none nor a directory")
-            routes.append(Mount("/", StaticFiles(directory=page, html=True)))
+            # Compressing a small file takes half a millisecond; the large ones of vendor would delay speech.
+            routes.append(Mount("/vendor", StaticFiles(directory=page / "vendor", check_dir=False)))
+            routes.append(Mount("/", GZipMiddleware(StaticFiles(directory=page, html=True), compresslevel=6)))
         pages = Middleware(
             SecurityHeaders, policy=self._settings.content_security_policy, hsts_s=self._settings.hsts_s
         )
@@ -170,7 +196,7 @@ class Gateway:
             except PersonaplexError as error:
                 await self._refuse(socket, session, error)
             except asyncio.CancelledError:
-                logger.info("session %s ended: its client left before it began", session)
+                self._left(session)
                 raise
             else:
                 await self._converse(socket, session, persona, caller, claim, taken)
@@ -206,12 +232,15 @@ class Gateway:
             await socket.accept()
             recording = self._begin_record(query, session, persona, engine)
             comeback = None if taken is None else Comeback(taken, heard_from(query))
-        except _LEFT:
+        except (*_LEFT, asyncio.CancelledError) as error:
             claim.give_up()
-            logger.info("session %s ended: its client left before it began", session)
+            self._left(session)
+            if isinstance(error, asyncio.CancelledError):  # the socket's state does not tell: it changes late
+                raise
             return
-        except BaseException:  # a cancellation too; the socket's state does not tell, it changes too soon
+        except BaseException:  # a fault of ours
             claim.give_up()
+            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.FAILED)
             raise
         conversation: Conversation | None = None
         try:
@@ -222,6 +251,7 @@ class Gateway:
                 self._services,
                 status=status,
                 recording=recording,
+                transcribe=allows_transcription(query) and (status or recording is not None),
                 resumable=status,
                 comeback=comeback,
             )
@@ -232,9 +262,24 @@ class Gateway:
 
     def _ended(self, caller: str, conversation: Conversation | None, recording: Recording | None) -> None:
         error = SessionLost("it never began") if conversation is None else conversation.error
+        if conversation is None:
+            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
         self._reconnects.ended(caller, error, time.monotonic())
         if recording is not None and self._records is not None:
-            self._records.finish(recording, metrics.cause(error))
+            recording.over()
+            finishing = asyncio.ensure_future(self._finish_record(self._records, recording, conversation))
+            self._services.ending.add(finishing)
+            finishing.add_done_callback(self._services.ending.discard)
+
+    async def _finish_record(
+        self, records: Records, recording: Recording, conversation: Conversation | None
+    ) -> None:
+        error = SessionLost("it never began") if conversation is None else conversation.error
+        try:
+            if conversation is not None:
+                await conversation.last_words()
+        finally:
+            records.finish(recording, metrics.cause(error))
 
     def _begin_record(
         self, query: Mapping[str, str], session: str, persona: Persona, engine: Mapping[str, str]
@@ -248,6 +293,11 @@ class Gateway:
         if self._records is None or not self._records.wanted(query):
             return {}
         return next((one.engine for one in await self._fleet.describe()), {})
+
+    def _left(self, session: str) -> None:
+        """A client that went before its session began."""
+        self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.LEFT)
+        logger.info("session %s ended: its client left before it began", session)
 
     async def _refuse(self, socket: WebSocket, session: str, error: PersonaplexError) -> None:
         self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
@@ -275,16 +325,6 @@ class Gateway:
             return refusal(error)
         return Response(status_code=204, headers={"cache-control": "no-store"})
 
-    async def census(self) -> dict[str, int]:
-        """What must go back to nothing when the last session has ended; for operators and tests."""
-        return {
-            "sessions": self._open,
-            "live": len(self._services.live),
-            "queued": self._leases.queued,
-            "counted": self._access.counted,
-            "tasks": len(asyncio.all_tasks()),
-        }
-
     async def info(self, request: Request) -> Response:
         replicas = await self._fleet.describe()
         return JSONResponse(
@@ -298,6 +338,7 @@ class Gateway:
                 "session_limit_s": self._settings.session_limit_s,
                 "key_needed": self._settings.guarded,
                 "record": self._settings.record,
+                "transcription": self._settings.transcription,
             }
         )
 
@@ -309,6 +350,7 @@ class Gateway:
         return JSONResponse(prompt_list())
 
     async def metrics(self, request: Request) -> Response:
+        self._publish()
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def health(self, request: Request) -> Response:
@@ -379,12 +421,17 @@ class Gateway:
         self._leases.close()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._empty.wait(), CLOSE_TIMEOUT_S)
+        if self._services.transcripts is not None:
+            self._services.transcripts.close()
         if self._records is not None:
             await self._records.close()
 
     def _publish(self) -> None:
+        self._metrics.set(metrics.SESSIONS_OPEN, self._open)
         self._metrics.set(metrics.SESSIONS_LIVE, len(self._services.live))
         self._metrics.set(metrics.SESSIONS_QUEUED, self._leases.queued)
+        self._metrics.set(metrics.CALLERS, self._access.counted)
+        self._metrics.set(metrics.TASKS, len(asyncio.all_tasks()))
 
     async def _keep(self, session: str, log: TokenLog) -> None:
         folder = self._settings.token_log_dir
