@@ -1,6 +1,7 @@
 """The gateway deployment: the web application clients talk to. No torch in this process.
 
     /api/chat      WebSocket, one conversation (see personaplex/session); 426 without an upgrade
+    /v1/...        OpenAI's protocols, where the setting protocols has them (see openai.py)
     /api/admission whether a session with this query would be let in now: 204, or the refusal
     /api/info      model, slots and load of the service
     /api/voices    names a session may ask for
@@ -22,7 +23,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
 from deployments.gateway.leases import Claim, Leases
 from deployments.gateway.observer import Observer
+from deployments.gateway.openai import OpenAIEndpoints
+from deployments.gateway.protocols.translator import Translator
 from deployments.gateway.query import persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
@@ -79,8 +82,9 @@ class Gateway:
         self._leases = Leases(
             replicas, queue_limit=settings.queue_limit, queue_timeout_s=settings.queue_timeout_s
         )
+        self._keys = all_keys(settings.api_keys, settings.api_keys_file)
         self._access = AccessControl(
-            all_keys(settings.api_keys, settings.api_keys_file),
+            self._keys,
             settings.allowed_origins,
             sessions_per_key=settings.sessions_per_key,
             sessions_per_address=settings.address_limit,
@@ -125,6 +129,7 @@ class Gateway:
         routes: list[BaseRoute] = [
             WebSocketRoute("/api/chat", self.chat),
             Route("/api/chat", self.upgrade_required),
+            *OpenAIEndpoints(self, self._settings, self._keys).routes(),
             WebSocketRoute("/{path:path}", self.no_socket),  # static files know no sockets
             Route("/api/admission", self.admission),
             Route("/api/info", self.info),
@@ -158,6 +163,61 @@ class Gateway:
                 raise
             else:
                 await self._converse(socket, session, persona, caller, claim)
+
+    async def talk(
+        self,
+        socket: WebSocket,
+        protocol: str,
+        make: Callable[[str, Persona], Translator],
+        refuse: Callable[[PersonaplexError], Response],
+        *,
+        connection: HTTPConnection | None = None,
+        subprotocol: str | None = None,
+    ) -> None:
+        """A session of a client that says only after the upgrade what it wants; see `openai.Host`."""
+        session = uuid.uuid4().hex
+        with contextlib.ExitStack() as counted:
+            counted.enter_context(self._counting())
+            try:
+                persona, caller = counted.enter_context(self._admit(connection or socket))
+                await self._check_room()
+                translator = make(session, persona)
+            except PersonaplexError as error:
+                await self._refuse(socket, session, error, refuse, protocol)
+                return
+            await self._converse_later(socket, session, translator, caller, subprotocol)
+
+    def admitted(self, connection: HTTPConnection) -> contextlib.AbstractContextManager[Any]:
+        return self._admit(connection)
+
+    async def _converse_later(
+        self,
+        socket: WebSocket,
+        session: str,
+        translator: Translator,
+        caller: str,
+        subprotocol: str | None,
+    ) -> None:
+        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
+        recording: Recording | None = None
+
+        async def begin(persona: Persona, ticket: str) -> Claim:
+            nonlocal recording
+            recording = self._begin_record(query, session, persona, await self._engine(query))
+            if recording is not None:
+                conversation.record(recording)
+            return await self._leases.claim(LeaseRequest.of(session, persona))
+
+        try:
+            await socket.accept(subprotocol)
+        except _LEFT:
+            logger.info("session %s ended: its client left before it began", session)
+            return
+        conversation = Conversation(socket, session, self._services, protocol=translator, begin=begin)
+        try:
+            await conversation.run()
+        finally:
+            self._ended(caller, conversation, recording)
 
     async def _converse(
         self, socket: WebSocket, session: str, persona: Persona, caller: str, claim: Claim
@@ -203,11 +263,18 @@ class Gateway:
             return {}
         return next((one.engine for one in await self._fleet.describe()), {})
 
-    async def _refuse(self, socket: WebSocket, session: str, error: PersonaplexError) -> None:
-        self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
+    async def _refuse(
+        self,
+        socket: WebSocket,
+        session: str,
+        error: PersonaplexError,
+        answer: Callable[[PersonaplexError], Response] = refusal,
+        protocol: str = "chat",
+    ) -> None:
+        self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error), protocol=protocol)
         logger.info("session %s refused: %s", session, metrics.cause(error))
         with contextlib.suppress(*_LEFT):
-            await socket.send_denial_response(refusal(error))
+            await socket.send_denial_response(answer(error))
 
     async def no_socket(self, socket: WebSocket) -> None:
         with contextlib.suppress(*_LEFT):
@@ -221,10 +288,9 @@ class Gateway:
         """Why an upgrade failed, for a page to show: browsers hide its status from scripts."""
         try:
             with self._admit(request):
-                if self._open >= self._settings.sessions_per_gateway or (
-                    self._leases.queue_full and not await self._free_slot()
-                ):
-                    raise NoCapacity("every slot is taken and the queue is full")
+                if self._open >= self._settings.sessions_per_gateway:
+                    raise NoCapacity("this gateway holds as many sessions as it may")
+                await self._check_room()
         except PersonaplexError as error:
             return refusal(error)
         return Response(status_code=204, headers={"cache-control": "no-store"})
@@ -300,8 +366,12 @@ class Gateway:
             self._reconnects.check(caller, time.monotonic())
             yield persona, caller
 
-    async def _free_slot(self) -> bool:
-        return any(one.accepting and one.used < one.slots for one in await self._fleet.describe())
+    async def _check_room(self) -> None:
+        """Raises NoCapacity when a session would find neither a slot nor a place in the queue now."""
+        if self._leases.queue_full and not any(
+            one.accepting and one.used < one.slots for one in await self._fleet.describe()
+        ):
+            raise NoCapacity("every slot is taken and the queue is full")
 
     async def _close(self) -> None:
         """Graceful shutdown: closes the queued sessions; replicas close those that hold a slot."""

@@ -71,8 +71,8 @@ class Conversation:
         self._socket, self._session, self._services = socket, session, services
         protocol = protocol or MoshiTranslator(time.monotonic, services.limits.burst_s)
         self._protocol, self._claim_slot = protocol, begin
-        self._stats = SessionStats(session, services.metrics, services.trace)
-        self._upstream = Upstream(session, services, self._stats, self._on, self._on_agent_frame, recording)
+        self._stats = SessionStats(session, services.metrics, services.trace, protocol.name)
+        self._upstream = Upstream(session, services, self._stats, self._on, self._on_agent_frame)
         self._audio = AudioStep(
             protocol.transcoder, services.limits, services.metrics, self._on, self._upstream.send_frame
         )
@@ -88,7 +88,7 @@ class Conversation:
         )
         self._loop = asyncio.get_running_loop()
         if recording is not None:
-            recording.on_failure = self._on_recording_failed
+            self.record(recording)
         self._unsent: deque[Message] = deque(protocol.open())
         self._tasks: list[asyncio.Future[None]] = []
         self._claim: Claim | None = None
@@ -104,6 +104,11 @@ class Conversation:
     def error(self) -> PersonaplexError | None:
         """Why our side ended the session; None when the client left."""
         return self._core.error
+
+    def record(self, recording: Recording) -> None:
+        """What happens goes to `recording` too; who began it ends it. Before the session has its slot."""
+        recording.on_failure = self._on_recording_failed
+        self._upstream.record(recording)
 
     async def run(self, persona: Persona | None = None, claim: Claim | None = None) -> None:
         """Serves the client until either side ends it. The claim is this session's from now on; without one

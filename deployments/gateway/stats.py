@@ -23,10 +23,13 @@ logger = logging.getLogger(__name__)
 class SessionStats:
     """Made when the client is accepted. Times are seconds of the monotonic clock."""
 
-    def __init__(self, session: str, published: Metrics, trace: Trace | None) -> None:
+    def __init__(
+        self, session: str, published: Metrics, trace: Trace | None, protocol: str = "chat"
+    ) -> None:
         self.began = time.monotonic()
         self.queued = False
         self._session, self._metrics, self._trace = session, published, trace
+        self._protocol = protocol
         self._phases: list[Phase] = []
         self._live_at: float | None = None
         self._details: dict[str, Any] = {}
@@ -51,7 +54,7 @@ class SessionStats:
         use."""
         now, cause = time.monotonic(), metrics.cause(error)
         series = metrics.SESSIONS_REFUSED if self._live_at is None else metrics.SESSIONS_ENDED
-        self._metrics.add(series, cause=cause)
+        self._metrics.add(series, cause=cause, protocol=self._protocol)
         self._metrics.add(metrics.FRAMES_DROPPED, pacer.dropped, place="pacer")
         self._metrics.add(metrics.FRAMES_DROPPED, pacer.trimmed, place="silence")
         self._metrics.add(metrics.UNDERRUNS, pacer.late)
@@ -66,6 +69,7 @@ class SessionStats:
         took = {f"{phase.name}_s": round(phase.end - phase.begin, 4) for phase in self._phases}
         fields = {
             "session": self._session,
+            "protocol": self._protocol,
             "cause": cause,
             "seconds": round(now - self.began, 2),
             "talked_s": 0.0 if self._live_at is None else round(now - self._live_at, 2),

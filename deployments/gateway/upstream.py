@@ -109,6 +109,10 @@ class Upstream:
         if self._recording is not None:
             self._details["recorded"] = True
 
+    def record(self, recording: Recording) -> None:
+        """What happens goes to `recording` too, from now on; before `open`."""
+        self._recording = recording
+
     def send_frame(self, frame: Pcm) -> None:
         """Sends one frame of the user; while the slot is not ready the newest burst is kept for it."""
         if not self._ready:

@@ -21,6 +21,8 @@ BASE: dict[str, Any] = {
     "media_port_min": 40_000,
     "media_port_max": 40_100,
     "record_dir": Path("first"),
+    "public_url": "https://first.example.org",
+    "twilio_token_file": Path("first"),
 }
 GATEWAY: dict[str, Any] = {
     "queue_limit": 7,
@@ -45,6 +47,13 @@ GATEWAY: dict[str, Any] = {
     "query_limit_bytes": 7_000,
     "metrics_page": True,
     "tracing": True,
+    "protocols": ("live", "twilio"),
+    "voice_aliases": {"marin": "NATF3"},
+    "speech_dbfs": -50.0,
+    "pause_s": 1.0,
+    "barge_in": "client",
+    "public_url": "https://talk.example.org",
+    "twilio_token_file": Path("token"),
     "record": "allowed",
     "record_dir": Path("records"),
     "record_keep_days": 7.0,
