@@ -30,6 +30,7 @@ from personaplex.errors import (
     NoCapacity,
     PersonaplexError,
     ProtocolError,
+    ResumeRefused,
     SessionExpired,
     SessionLost,
     TooManySessions,
@@ -57,6 +58,8 @@ class Report:
     first_audio_s: float | None = None  # from our first frame
     frames_sent: int = 0
     frames_heard: int = 0
+    frames_lost: int = 0  # of the agent, between two connections
+    resumes: int = 0
     underruns: int = 0  # heard more than a frame late
     rhythm: Rhythm | None = None  # of arriving audio
     transcript: str = ""
@@ -69,6 +72,8 @@ class Report:
             ("first audio after", _seconds(self.first_audio_s)),
             ("frames", f"{self.frames_sent} sent, {self.frames_heard} heard, {self.underruns} underruns"),
         ]
+        if self.resumes:
+            rows.append(("resumed", f"{self.resumes} times, {self.frames_lost} frames were lost"))
         if self.rhythm:
             gaps = self.rhythm
             rows.append(
@@ -114,6 +119,8 @@ def _refused(response: Response) -> PersonaplexError:
         return TooManySessions(f"the server refused the connection (HTTP 429){words and f': {words}'}")
     if status == 503:
         return NoCapacity(f"the server has no capacity (HTTP 503){words and f': {words}'}")
+    if status == 410:
+        return ResumeRefused("the session is gone (HTTP 410)")
     if status == 400 and words:
         return ClientError(words)
     return ProtocolError(f"the server answered HTTP {status} instead of opening a WebSocket")

@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed
 
 from personaplex.audio.transcoder import Transcoder
 from personaplex.errors import PersonaplexError
-from personaplex.session.core import CLOSED, LIVE, Limits, SessionCore
+from personaplex.session.core import CLOSED, HANDSHAKE_DELAY_S, LIVE, Limits, SessionCore
 from personaplex.session.events import (
     AgentAudio,
     AgentText,
@@ -41,14 +41,25 @@ LIMITS = Limits(session_s=60.0, idle_s=math.inf)
 
 
 async def echo(
-    socket: ServerConnection, limits: Limits = LIMITS, *, status: bool = True, **details: object
+    socket: ServerConnection,
+    limits: Limits = LIMITS,
+    *,
+    status: bool = True,
+    frames_before: int = 0,
+    handshake_delay_s: float = HANDSHAKE_DELAY_S,
+    after: Callable[[int], Event | None] = lambda frame: None,
+    **details: object,
 ) -> None:
     """Says back what it hears and one word per frame, as a gateway would: queued, then live.
 
-    `status`: whether its client asked to be told so. `details`: more of the session's.
+    `status`: whether its client asked to be told so. `frames_before`: see Transcoder. `after(n)` is asked for
+    something to happen after the n-th frame here. `details`: more of the session's.
     """
-    transcoder = Transcoder(clock=time.monotonic)
-    core = SessionCore(transcoder.headers(), limits, time.monotonic(), status=status)
+    transcoder = Transcoder(clock=time.monotonic, frames_before=frames_before)
+    began = time.monotonic()
+    core = SessionCore(
+        transcoder.headers(), limits, began, status=status, handshake_delay_s=handshake_delay_s
+    )
 
     async def tell(event: Event) -> None:
         for command in core.receive(event, time.monotonic()):
@@ -65,6 +76,8 @@ async def echo(
                         if core.state is LIVE:
                             await tell(AgentAudio(transcoder.send(frame)))
                             await tell(AgentText(" é"))
+                            if (event := after(transcoder.counters.frames_out)) is not None:
+                                await tell(event)
                 case Close(code, reason):
                     await socket.close(code, close_reason(reason))
                 case _:

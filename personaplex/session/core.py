@@ -224,7 +224,8 @@ class SessionCore:
     ) -> None:
         """`headers`: header pages of the agent's stream. `now`: when the connection was accepted. `status`:
         the peer wants to know how it stands before the handshake. `user_text`: it wants the transcript of its
-        own speech. `begin_s`: law 8; leave it out where the session is known at the upgrade."""
+        own speech. `handshake_delay_s`: 0 for one whose decoder runs already. `begin_s`: law 8; leave it out
+        where the session is known at the upgrade."""
         self.state = OPENING
         self.error: PersonaplexError | None = None  # why our side ended it
         self.ignored = 0  # messages the protocol does not know

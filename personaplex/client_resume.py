@@ -1,0 +1,58 @@
+"""How a client gets its conversation back after its connection was lost: when, where, and how often it tries.
+
+Everything here is arithmetic and words; the connection itself is `client.py`'s. See docs/protocols/chat.md.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+from personaplex.errors import NoCapacity, PersonaplexError, SessionLost, TooManySessions
+
+LOST_CODES = frozenset({1001, 1006, 1011, 1012})  # closes after which a session may go on
+LEAVE_CODE = 1012  # our own, when we come back at once
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 4.0
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What the service gave us to come back with, and for how long after a loss it is good."""
+
+    token: str
+    grace_s: float
+
+    @classmethod
+    def of(cls, details: Mapping[str, Any]) -> Ticket | None:
+        """From a session's details; None where the service gives none."""
+        token, grace_s = details.get("resume"), details.get("grace_s")
+        if not isinstance(token, str) or not isinstance(grace_s, int | float) or grace_s <= 0:
+            return None
+        return cls(token, float(grace_s))
+
+
+def resume_url(url: str, ticket: Ticket, heard: int) -> str:
+    """The address to come back to after `heard` frames of the agent."""
+    parts = urlsplit(url)
+    old = ("resume", "heard")
+    query = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if pair[0] not in old]
+    query += [("resume", ticket.token), ("heard", str(heard))]
+    return urlunsplit(parts._replace(query=urlencode(query)))
+
+
+def pauses(spread: random.Random) -> Iterator[float]:
+    """Seconds to wait before each try: none at first, then twice as long each time, at random within a half,
+    so that the clients of a gateway that died do not all come at once."""
+    yield 0.0
+    pause = FIRST_PAUSE_S
+    while True:
+        yield pause * spread.uniform(0.5, 1.0)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+def worth_retrying(refused: PersonaplexError) -> bool:
+    """Whether an attempt that failed so may succeed later."""
+    return isinstance(refused, SessionLost | NoCapacity | TooManySessions)
