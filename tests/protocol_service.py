@@ -63,7 +63,7 @@ class ScriptedReplica:
     agent: Agent = staticmethod(echo)
     personas: list[Persona] = []  # noqa: RUF012  of the sessions that began, newest last
     held: set[ScriptedReplica] = set()  # noqa: RUF012
-    fail: Event | None = None  # emitted after ten frames, instead of answering them
+    fail: Event | None = None  # emitted instead of the next answer
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class ScriptedReplica:
     def _answer(self, number: int, frame: Pcm) -> None:
         if self._stopped:
             return
-        if number == 10 and self.fail is not None:
+        if self.fail is not None:
             self._emit(self.fail)
             return
         pcm, text = type(self).agent(number, frame)
@@ -224,7 +224,7 @@ class ProtocolService:
         self._server = uvicorn.Server(config)
         self._server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
         serving = asyncio.ensure_future(self._server.serve())
-        while not self._server.started:
+        while not self._server.started:  # noqa: ASYNC110  uvicorn has no event for it
             await asyncio.sleep(0.01)
         self._started.set()
         await serving

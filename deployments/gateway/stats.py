@@ -23,9 +23,7 @@ logger = logging.getLogger(__name__)
 class SessionStats:
     """Made when the client is accepted. Times are seconds of the monotonic clock."""
 
-    def __init__(
-        self, session: str, published: Metrics, trace: Trace | None, protocol: str = "chat"
-    ) -> None:
+    def __init__(self, session: str, published: Metrics, trace: Trace | None, protocol: str = "chat") -> None:
         self.began = time.monotonic()
         self.queued = False
         self._session, self._metrics, self._trace = session, published, trace
