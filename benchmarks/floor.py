@@ -21,7 +21,7 @@ from deployments.parts import GatewaySettings
 from deployments.settings import Settings
 from deployments.wire import messages
 from deployments.wire.link import Link, OnLost, OnMessage
-from deployments.wire.messages import Grant, LeaseRequest, MessageKind
+from deployments.wire.messages import Grant, LeaseRequest, MessageKind, SlotReady
 from personaplex.engine.echo import EchoEngine
 from personaplex.engine.loop import Batch, EngineLoop, Opened, Stepped
 
@@ -35,7 +35,7 @@ class LocalLink:
         self._session = -1
 
     def send(self, kind: MessageKind, payload: bytes) -> None:
-        persona = messages.unpack_open(payload)
+        persona = messages.unpack_open(messages.unpack_opening(payload).rest)
         self._session = self._engine.open(persona)
         self._links[self._session] = self
 
@@ -116,7 +116,7 @@ class FloorGateway(Gateway):
                 reply = messages.Reply(said.frame, said.pcm, said.tokens, said.text, event.timestamp)
                 link.hear(MessageKind.REPLY, messages.pack_reply(reply))
             elif isinstance(event, Opened):
-                link.hear(MessageKind.READY, messages.pack_ready(event.prefill_s))
+                link.hear(MessageKind.READY, messages.pack_ready(SlotReady(event.prefill_s)))
 
 
 class NoFleet:

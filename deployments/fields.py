@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, SecretStr
 from pydantic_settings import NoDecode
 
-from personaplex.config import BURST_S
+from personaplex.config import BURST_S, FRAME_SECONDS, REBUILD_AUDIO_S
 
 SLOTS_LIMIT = 512
 
@@ -108,6 +108,31 @@ class Fields(BaseModel):
         gt=0,
         description="A tick longer than this makes the replica report itself unhealthy, and a gateway or "
         "replica that stands still for longer is given up by the other. A shorter stall is a gap.",
+    )
+    failover_after_s: float = Field(
+        1.5,
+        gt=0,
+        description="A replica that owes a session an answer for this long is silent: another one is looked "
+        "for. At most a third of stall_limit_s.",
+    )
+    rebuild_audio_s: float = Field(
+        REBUILD_AUDIO_S,
+        ge=FRAME_SECONDS,
+        le=300,
+        description="Seconds of the user's sound that gateways keep of each session, 96 kB each, and that a "
+        "replica runs to go on with it.",
+    )
+    rebuild_windows: int = Field(
+        4,
+        ge=1,
+        description="Context windows of a conversation that a replica runs to go on with it; what fits into "
+        "them is rebuilt exactly.",
+    )
+    rebuilds: int = Field(
+        16, ge=1, description="Sessions one replica rebuilds at once; of more the shortest come first."
+    )
+    rebuild_share: float = Field(
+        0.5, gt=0, le=1, description="Share of its time a replica spends on rebuilds beside live sessions."
     )
     burst_s: float = Field(
         BURST_S,

@@ -24,6 +24,7 @@ from personaplex.errors import PersonaplexError
 # Seconds. Ticks and latencies have a hard deadline at one frame, 0.08.
 TICK_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.1, 0.16, 0.32, 1.0)
 LATENCY_BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.4, 0.8, 2.0)
+GAP_BUCKETS = (0.02, 0.05, 0.1, 0.16, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
 READY_BUCKETS = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 1.5, 3.0, 10.0, 30.0, 60.0, 120.0)
 
 EXPORT_MS = "RAY_metrics_report_interval_ms"  # Ray's own setting, 10 s unless set and never under 1 s
@@ -107,6 +108,23 @@ RECORDS = Series(
     ("result",),
 )
 
+FAILOVERS = Series(
+    "personaplex_failovers",
+    "counter",
+    "Searches for another replica for a live session, by outcome: continued (another replica went on), "
+    "recovered (its own answered again first), refused (none knows its log), no_capacity, failed.",
+    ("outcome",),
+)
+FAILOVER_SECONDS = Series(
+    "personaplex_failover_seconds",
+    "histogram",
+    "Of those that continued, by phase: detection, slot (lease and connection), rebuild (log sent to slot "
+    "live), answer (to the first frame), gap (all of it, from the last answer of the old replica to the "
+    "first of the new one), catch_up (from slot live until no frame waits any more).",
+    ("phase",),
+    GAP_BUCKETS,
+)
+
 # Both
 FRAMES_DROPPED = Series(
     "personaplex_frames_dropped",
@@ -125,6 +143,13 @@ TICK_SLOTS = Series(
 )
 PREFILL_SECONDS = Series(
     "personaplex_prefill_seconds", "histogram", "One piece of one prompt.", (), TICK_BUCKETS
+)
+REBUILD_SECONDS = Series(
+    "personaplex_rebuild_seconds",
+    "histogram",
+    "From a session's log in the replica to a slot that goes on with it, the wait for others included.",
+    (),
+    READY_BUCKETS,
 )
 FRAMES_LATE = Series(
     "personaplex_frames_late", "counter", "Frames answered more than 80 ms after the replica got them."
@@ -219,6 +244,8 @@ def gateway_metrics(page: bool = False) -> Metrics:
         STREAM_ERRORS,
         PROMPT_CHARACTERS,
         RECORDS,
+        FAILOVERS,
+        FAILOVER_SECONDS,
         page=page,
     )
 
@@ -230,6 +257,7 @@ def replica_metrics() -> Metrics:
         TICK_SECONDS,
         TICK_SLOTS,
         PREFILL_SECONDS,
+        REBUILD_SECONDS,
         FRAMES_LATE,
         FRAMES_DROPPED,
         TICKS_LATE,

@@ -41,6 +41,8 @@ class GatewaySettings(_Part):
 
     queue_limit: int
     queue_timeout_s: float
+    failover_after_s: float
+    rebuild_audio_s: float
     session_limit_s: float
     idle_limit_s: float
     first_audio_s: float
@@ -96,6 +98,7 @@ class ReplicaSettings(_Part):
     prompt_tokens: int
     engine_config: EngineConfig
     gather_s: float
+    rebuild_share: float
     replica_num_cpus: float
     load_timeout_s: float
     media_host: str

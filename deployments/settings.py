@@ -126,6 +126,8 @@ class Settings(BaseSettings, Fields):
             raise ValueError("twilio needs public_url and twilio_token_file")
         if self.record != "off" and self.record_dir is None:
             raise ValueError("record needs record_dir")
+        if self.stall_limit_s < 3 * self.failover_after_s:
+            raise ValueError("stall_limit_s is less than three times failover_after_s")
         if self.replicas_max < self.replicas_min:
             raise ValueError("replicas_max is less than replicas_min")
         if (
@@ -156,6 +158,9 @@ class Settings(BaseSettings, Fields):
             graphs=self.graphs,
             prompt_tokens=self.prompt_tokens,
             voice_memory=self.voice_memory,
+            rebuilds=self.rebuilds,
+            rebuild_windows=self.rebuild_windows,
+            rebuild_audio_s=self.rebuild_audio_s,
         )
 
     @property

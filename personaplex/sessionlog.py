@@ -132,7 +132,10 @@ class SessionLog:
 
 
 class SessionRecorder:
-    """Keeps the log of one running session, frame by frame; holds at most `audio_s` of its sound."""
+    """Keeps the log of one running session, frame by frame; holds at most `audio_s` of its sound.
+
+    `voice_digest` may be set once the engine has named it.
+    """
 
     def __init__(
         self,
@@ -143,7 +146,9 @@ class SessionRecorder:
     ) -> None:
         """`voice` and `voice_digest` as in SessionLog."""
         self.tokens = TokenLog()
-        self._persona, self._voice, self._digest = persona, voice, voice_digest
+        self.voice_digest = voice_digest
+        self.persona = persona
+        self._voice = voice
         self._sound: deque[NDArray[np.float32]] = deque(maxlen=max(1, frames_in(audio_s)))
 
     @classmethod
@@ -155,23 +160,37 @@ class SessionRecorder:
         recorder._sound.extend(log.sound)
         return recorder
 
-    def answered(self, pcm: NDArray[np.float32], tokens: NDArray[np.integer]) -> None:
+    def answered(self, pcm: NDArray[np.float32] | None, tokens: NDArray[np.integer]) -> None:
         """The engine answered the user's frame `pcm` float32 [1920] with an output of `tokens` [17].
 
-        `pcm` is kept, not copied.
+        `pcm` is kept, not copied. None for a frame whose sound is not known: the sound kept begins behind it.
         """
         self.tokens.append(tokens, forced=len(self.tokens) == 0)
-        self._sound.append(pcm)
+        if pcm is None:
+            self._sound.clear()
+        else:
+            self._sound.append(pcm)
+
+    def sound_since(self, frame: int) -> list[NDArray[np.float32]]:
+        """The user's frames that were answered from number `frame` on.
+
+        Raises LogRefused when they are not kept any more.
+        """
+        count = len(self.tokens) - frame
+        if not 0 <= count <= len(self._sound):
+            raise LogRefused(f"the sound of {count} frames is not kept")
+        return list(itertools.islice(self._sound, len(self._sound) - count, None))
 
     def log(self) -> SessionLog:
-        """The session as it stands, in memory of its own."""
+        """The session as it stands, in memory of its own. Raises LogRefused while the sound of the last frame
+        is not known."""
         return SessionLog(
-            persona=self._persona,
+            persona=self.persona,
             tokens=self.tokens.tokens.copy(),
             forced=self.tokens.forced.copy(),
             sound=np.stack(self._sound) if self._sound else np.empty((0, FRAME_SIZE), np.float32),
             voice=self._voice,
-            voice_digest=self._digest,
+            voice_digest=self.voice_digest,
         )
 
 

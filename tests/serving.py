@@ -158,6 +158,10 @@ class Heard:
     def queue(self) -> list[int]:
         return [m.data["position"] for m in self.of(Metadata) if m.data.get("type") == "queue"]
 
+    def told(self, kind: str) -> int:
+        """How often a metadata message of this type came."""
+        return sum(message.data.get("type") == kind for message in self.of(Metadata))
+
     @property
     def complaint(self) -> str:
         return " ".join(message.message for message in self.of(Error))

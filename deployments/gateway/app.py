@@ -42,6 +42,7 @@ from deployments import ingress, logs, metrics
 from deployments.gateway import tracing
 from deployments.gateway.admission import AccessControl, ClientInfo, refusal
 from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Conversation
+from deployments.gateway.failover import Failovers
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
 from deployments.gateway.leases import Claim, Leases
@@ -79,8 +80,16 @@ class Gateway:
         self._settings = settings
         self._fleet = Observer(fleet)
         self._metrics = metrics.gateway_metrics(page=settings.metrics_page)
+        failovers = Failovers(
+            after_s=settings.failover_after_s,
+            audio_s=settings.rebuild_audio_s,
+            limit_s=settings.queue_timeout_s,
+        )
         self._leases = Leases(
-            replicas, queue_limit=settings.queue_limit, queue_timeout_s=settings.queue_timeout_s
+            replicas,
+            queue_limit=settings.queue_limit,
+            queue_timeout_s=settings.queue_timeout_s,
+            suspects=failovers.suspects,
         )
         self._keys = all_keys(settings.api_keys, settings.api_keys_file)
         self._access = AccessControl(
@@ -115,6 +124,7 @@ class Gateway:
             keep=self._keep,
             changed=self._publish,
             trace=tracing.connect() if settings.tracing else None,
+            failovers=failovers,
         )
         self._open = 0
         self._empty = asyncio.Event()  # no session is open

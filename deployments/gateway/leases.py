@@ -5,7 +5,7 @@ it ends when the slot is free again. So Serve's count of ongoing calls is the co
 and for autoscaling alike. `Leases.claim` tells at once whether a session gets a slot, a place in the queue of
 this gateway or neither; the Claim waits its turn, reports its place, and bounds the wait. Between gateways
 the order is as good as chance: the calls that wait lie in each gateway's own router, where Serve's
-autoscaling counts them, and none knows of the others'.
+autoscaling counts them, and none knows of the others'. Replicas that this gateway suspects are left out.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from deployments.gateway.suspects import Suspects
 from deployments.policy import GRACE_S
 from deployments.wire.messages import Grant, LeaseRequest
 from personaplex.errors import NoCapacity, PersonaplexError, SessionLost
@@ -113,7 +114,15 @@ class Claim:
 class Leases:
     """The sessions of one gateway that wait for a slot, first come first served."""
 
-    def __init__(self, replicas: DeploymentHandle[Any], *, queue_limit: int, queue_timeout_s: float) -> None:
+    def __init__(
+        self,
+        replicas: DeploymentHandle[Any],
+        *,
+        queue_limit: int,
+        queue_timeout_s: float,
+        suspects: Suspects | None = None,
+    ) -> None:
+        self.suspects = suspects or Suspects(time.monotonic)
         self._call = replicas.options(method_name="lease", stream=True)
         self._queue_limit, self._queue_timeout_s = queue_limit, queue_timeout_s
         self._waiting: list[Waiter] = []
@@ -165,12 +174,17 @@ class Leases:
         while True:
             if self._closed.done():
                 raise SessionLost("the server is being stopped; please connect again")
-            attempt = _Attempt(self._call.remote(request), self._closed)
+            suspected = self.suspects.names()
+            attempt = _Attempt(self._call.remote(request.without(suspected)), self._closed)
             try:
                 if not await attempt.wait(GRACE_S if not waiter.queued else 0):
                     self._queue(waiter)
-                    if not await attempt.wait(began + self._queue_timeout_s - time.monotonic()):
-                        raise NoCapacity("no slot became free in time", self._queue_timeout_s)
+                    left, again = began + self._queue_timeout_s - time.monotonic(), self.suspects.again_in_s()
+                    if not await attempt.wait(min(left, again)):
+                        if left <= again:
+                            raise NoCapacity("no slot became free in time", self._queue_timeout_s)
+                        attempt.cancel()  # a replica that was left out may be asked again
+                        continue
                 grant = attempt.result(warn=not warned)
             except BaseException:
                 attempt.cancel()

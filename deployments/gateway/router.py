@@ -36,9 +36,14 @@ class SessionRouter(FIFOMixin, RequestRouter):
         whether a slot became free. When there is none to offer the call sleeps and asks again."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True  # else Serve calls again at once
-        replicas = {replica.replica_id: replica for replica in candidate_replicas}
-        known = [self._candidate(replica) for replica in candidate_replicas]
-        ranked = rank(known, _voice(pending_request), self._placement)
+        request = _request(pending_request)
+        replicas = {
+            replica.replica_id: replica
+            for replica in candidate_replicas
+            if replica.replica_id.unique_id not in request.excluded
+        }
+        known = [self._candidate(replica) for replica in replicas.values()]
+        ranked = rank(known, request.voice, self._placement)
         full = [replicas[one.key] for one in known if one.accepting and one.sessions >= one.slots]
         return [[replicas[one.key]] for one in ranked] + ([full] if full and self._may_look() else [])
 
@@ -60,6 +65,6 @@ class SessionRouter(FIFOMixin, RequestRouter):
         )
 
 
-def _voice(pending: PendingRequest | None) -> str:
+def _request(pending: PendingRequest | None) -> LeaseRequest:
     request = pending.args[0] if pending is not None and pending.args else None
-    return request.voice if isinstance(request, LeaseRequest) else ""
+    return request if isinstance(request, LeaseRequest) else LeaseRequest("", "")

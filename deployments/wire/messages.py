@@ -3,16 +3,22 @@
 A lease is asked for with a LeaseRequest and answered with a Grant or a Refusal; replicas tell the fleet how
 they stand with a ReplicaStatus. On the link (link.py) a message is a kind and a payload:
 
-    gateway -> replica   OPEN   one-time token (16 bytes), persona as JSON; first and only once
-                         FRAME  timestamp uint32 (microseconds, of the gateway's clock, modulo 2**32), the
-                                user's frame float32 LE [1920]: bit for bit as decoded
-                         CLOSE  JSON; the slot may go
-    replica -> gateway   READY  JSON; the prompt is done, frames count from here
-                         REPLY  number uint32, timestamp of the user's frame it answers uint32, tokens int32
-                                [17], frame float32 [1920], text UTF-8
-                         CLOSE  JSON with the error that ended the session
+    gateway -> replica   OPEN     opening, persona as JSON
+                         REBUILD  opening, bytes of the session's log uint32: instead of OPEN, for a session
+                                  that goes on; LOG messages follow (transfer.py)
+                         LOG      the next piece of the log
+                         FRAME    timestamp uint32 (microseconds, of the gateway's clock, modulo 2**32), the
+                                  user's frame float32 LE [1920]: bit for bit as decoded
+                         CLOSE    JSON; the slot may go
+    replica -> gateway   READY    JSON (`SlotReady`); the slot takes frames from here on
+                         REPLY    number uint32, timestamp of the user's frame it answers uint32, tokens int32
+                                  [17], frame float32 [1920], text UTF-8
+                         CLOSE    JSON with the error that ended the session
 
-Payloads of any other shape raise ProtocolError. Knows no Ray, no socket and no engine.
+An opening comes first and only once: one-time token (16 bytes), version of all these messages uint16,
+generation uint32, which grows by one with each slot that the session is given. A version that the replica
+does not speak raises UnknownVersion, payloads of any other shape ProtocolError. Knows no Ray, no socket and
+no engine.
 """
 
 from __future__ import annotations
@@ -22,7 +28,7 @@ import enum
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -31,11 +37,14 @@ import numpy.typing as npt
 
 from personaplex import errors
 from personaplex.config import FRAME_SIZE, STREAMS, Pcm, Sampling
-from personaplex.errors import PersonaplexError, ProtocolError, SessionLost, UnknownVoice
+from personaplex.errors import PersonaplexError, ProtocolError, SessionLost, UnknownVersion, UnknownVoice
 from personaplex.persona import VOICES, Persona, voice_name
 
+VERSION = 1
 TOKEN_BYTES = 16
 
+_OPENING = struct.Struct(f"<{TOKEN_BYTES}sHI")
+_SIZE = struct.Struct("<I")
 _TIMESTAMP = struct.Struct("<I")
 _REPLY = struct.Struct(f"<II{4 * STREAMS}s")
 FRAME_BYTES = 4 * FRAME_SIZE
@@ -47,14 +56,20 @@ _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, R
 @dataclass(frozen=True)
 class LeaseRequest:
     """All a replica needs to know before the session connects to it. Nothing in it was written by a client:
-    `voice` is a name the gateway found in its own list, or empty."""
+    `voice` is a name the gateway found in its own list, or empty; `excluded` are replicas that shall not take
+    the session."""
 
     session: str
     voice: str
+    excluded: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, session: str, persona: Persona) -> LeaseRequest:
-        return cls(session, persona.voice if persona.voice in VOICES else "")
+    def of(cls, session: str, persona: Persona, excluded: Iterable[str] = ()) -> LeaseRequest:
+        return cls(session, persona.voice if persona.voice in VOICES else "", frozenset(excluded))
+
+    def without(self, replicas: Iterable[str]) -> LeaseRequest:
+        """The same request with further replicas excluded."""
+        return dataclasses.replace(self, excluded=self.excluded.union(replicas))
 
 
 @dataclass(frozen=True)
@@ -70,15 +85,16 @@ class Grant:
 
 @dataclass(frozen=True)
 class Refusal:
-    """The replica cannot take the session after all: it drains, or its engine has ended."""
+    """The replica cannot take the session after all: it drains, its engine has ended, or it is excluded."""
 
 
 @dataclass(frozen=True)
 class SessionStatus:
-    """One session that holds a slot: its name and age."""
+    """One session that holds a slot: its name, for how long, and which of the session's slots it is."""
 
     session: str
     seconds: float
+    generation: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,8 @@ class MessageKind(enum.IntEnum):
     CLOSE = 3
     READY = 4
     REPLY = 5
+    REBUILD = 6
+    LOG = 7
 
 
 @dataclass(frozen=True)
@@ -139,21 +157,33 @@ def unpack_reply(payload: bytes) -> Reply:
     return Reply(frame, pcm, np.frombuffer(tokens, "<i4").astype(np.int64), text, timestamp)
 
 
-def pack_open(token: bytes, persona: Persona) -> bytes:
-    return token + json.dumps(dataclasses.asdict(persona)).encode()
+@dataclass(frozen=True)
+class Opening:
+    """What OPEN and REBUILD begin with, and the `rest` of them."""
+
+    token: bytes = field(repr=False)
+    generation: int
+    rest: bytes = field(repr=False)
 
 
-def open_token(payload: bytes) -> bytes:
-    """The token of an opening message, to be checked before the rest is read. Raises ProtocolError."""
-    if len(payload) < TOKEN_BYTES:
+def unpack_opening(payload: bytes) -> Opening:
+    """Raises ProtocolError for another shape, UnknownVersion for messages of another version."""
+    if len(payload) < _OPENING.size:
         raise ProtocolError("an opening message of the wrong shape")
-    return payload[:TOKEN_BYTES]
+    token, version, generation = _OPENING.unpack_from(payload)
+    if version != VERSION:
+        raise UnknownVersion(f"the link speaks version {version}, this process {VERSION}")
+    return Opening(token, generation, payload[_OPENING.size :])
 
 
-def unpack_open(payload: bytes) -> Persona:
-    """Raises ProtocolError for anything `pack_open` does not make."""
+def pack_open(token: bytes, persona: Persona, generation: int = 0) -> bytes:
+    return _OPENING.pack(token, VERSION, generation) + json.dumps(dataclasses.asdict(persona)).encode()
+
+
+def unpack_open(rest: bytes) -> Persona:
+    """The persona behind an opening. Raises ProtocolError for anything `pack_open` does not make."""
     try:
-        fields = json.loads(payload[TOKEN_BYTES:])
+        fields = json.loads(rest)
         persona = Persona(**{**fields, "sampling": Sampling(**fields["sampling"])})
         persona.text_prompt.encode()
         return dataclasses.replace(
@@ -161,6 +191,17 @@ def unpack_open(payload: bytes) -> Persona:
         )
     except (*_UNREADABLE, UnknownVoice) as error:
         raise ProtocolError("an opening message of the wrong shape") from error
+
+
+def pack_rebuild(token: bytes, log_bytes: int, generation: int) -> bytes:
+    return _OPENING.pack(token, VERSION, generation) + _SIZE.pack(log_bytes)
+
+
+def unpack_rebuild(rest: bytes) -> int:
+    """Bytes of the log, behind an opening. Raises ProtocolError for another shape."""
+    if len(rest) != _SIZE.size:
+        raise ProtocolError("a rebuild message of the wrong shape")
+    return int(_SIZE.unpack(rest)[0])
 
 
 def _numbers(sampling: Sampling) -> Sampling:
@@ -190,19 +231,36 @@ def unpack_frame(payload: bytes) -> tuple[int, Pcm]:
     return _TIMESTAMP.unpack_from(payload)[0], frame
 
 
-def pack_ready(prefill_s: float) -> bytes:
-    return json.dumps({"prefill_s": prefill_s}).encode()
+@dataclass(frozen=True)
+class SlotReady:
+    """A slot is live. `prefill_s`: seconds its prompt or rebuild took, the wait included. `frame`: number of
+    its next reply. `voice_digest`: of the voice it speaks with, for the session's log."""
+
+    prefill_s: float
+    frame: int = 0
+    voice_digest: str = ""
 
 
-def unpack_ready(payload: bytes) -> float:
-    """Seconds the prompt took in the replica. Raises ProtocolError for another shape."""
+def pack_ready(ready: SlotReady) -> bytes:
+    return json.dumps(dataclasses.asdict(ready)).encode()
+
+
+def unpack_ready(payload: bytes) -> SlotReady:
+    """Raises ProtocolError for another shape."""
     try:
-        seconds = json.loads(payload)["prefill_s"]
-        if type(seconds) in (int, float) and 0 <= float(seconds) < math.inf:
-            return float(seconds)
+        ready = SlotReady(**json.loads(payload))
+        if (
+            type(ready.prefill_s) in (int, float)
+            and 0 <= float(ready.prefill_s) < math.inf
+            and type(ready.frame) is int
+            and ready.frame >= 0
+            and type(ready.voice_digest) is str
+        ):
+            ready.voice_digest.encode()
+            return ready
     except _UNREADABLE as error:
         raise ProtocolError("a ready message of the wrong shape") from error
-    raise ProtocolError("a ready message without a time")
+    raise ProtocolError("a ready message of the wrong shape")
 
 
 def pack_error(error: PersonaplexError) -> bytes:

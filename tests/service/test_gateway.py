@@ -46,7 +46,7 @@ from deployments.gateway.upstream import STALE_S, Services
 from deployments.metrics import Metrics
 from deployments.settings import Settings
 from deployments.wire import messages
-from deployments.wire.messages import Grant, MessageKind, pack_ready
+from deployments.wire.messages import Grant, MessageKind, SlotReady, pack_ready
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SIZE, Sampling
 from personaplex.errors import BadParameter, SessionLost, UnknownVoice
@@ -249,7 +249,7 @@ def test_audio_that_waits_to_be_decoded_is_bounded() -> None:
         conversation = Conversation(cast(WebSocket, caller), "s", _services(connect))
         handler = asyncio.ensure_future(conversation.run(Persona(), _claim(spy)))
         await asyncio.wait_for(spy.connected.wait(), 5)
-        spy.hear(spy, MessageKind.READY, pack_ready(0.1))
+        spy.hear(spy, MessageKind.READY, pack_ready(SlotReady(0.1)))
         await asyncio.sleep(HANDSHAKE_DELAY_S)
         caller.may_speak.set()
         await asyncio.wait_for(handler, 5)
@@ -367,7 +367,7 @@ def test_of_what_is_said_before_a_slot_is_ready_the_newest_burst_is_heard() -> N
         caller.may_speak.set()
         await asyncio.sleep(0.1)
         assert not slot.frames
-        slot.hear(slot, MessageKind.READY, pack_ready(0.1))
+        slot.hear(slot, MessageKind.READY, pack_ready(SlotReady(0.1)))
 
     asyncio.run(_converse(caller, slot, Limits(burst_s=0.8), during))
     np.testing.assert_array_equal(np.stack(slot.frames), np.stack(frames[-10:]))
@@ -382,7 +382,7 @@ def test_time_that_a_slot_took_is_made_up_for_in_silence_only() -> None:
     async def during() -> None:
         caller.may_speak.set()
         await asyncio.sleep(STALE_S + 0.1)
-        slot.hear(slot, MessageKind.READY, pack_ready(0.1))
+        slot.hear(slot, MessageKind.READY, pack_ready(SlotReady(0.1)))
         assert len(slot.frames) == 8
         for number in range(10):
             slot.answer(number, 0.1 if number == 3 else 0.0)
@@ -398,7 +398,7 @@ def test_what_is_no_ogg_is_named_within_a_second_even_by_who_waits(ready: bool) 
 
     async def during() -> None:
         if ready:
-            slot.hear(slot, MessageKind.READY, pack_ready(0.1))
+            slot.hear(slot, MessageKind.READY, pack_ready(SlotReady(0.1)))
         caller.may_speak.set()
         began = time.monotonic()
         while not caller.code:

@@ -1,8 +1,13 @@
-"""Sessions over real sockets on a real cluster say, token for token, what the offline engine says."""
+"""Sessions over real sockets on a real cluster say, token for token, what the offline engine says,
+also when their replicas are killed."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +18,7 @@ import pytest
 import torch
 from serving import Client, Service, connect, running, speech, token_log
 
-from personaplex.config import EngineConfig, Sampling
+from personaplex.config import FRAME_SIZE, EngineConfig, Sampling
 from personaplex.engine.engine import Engine
 from personaplex.model.hub import resolve
 from personaplex.model.weights import load_model
@@ -129,6 +134,65 @@ def test_two_replicas_say_the_same(cluster: str, engine: Engine, logs: Path) -> 
         clients = asyncio.run(run(service))
     for number, client in enumerate(clients):
         _check(engine, _persona(number)[0], client, logs)
+
+
+async def _talk_on(client: Client, enough: asyncio.Event) -> None:
+    """Speaks at its pace until it is enough, and until the last frame was answered."""
+    sound, sent = np.tile(speech(9.6), 8), 0
+    while not enough.is_set():
+        await client.speak(sound[sent * FRAME_SIZE : (sent + 5) * FRAME_SIZE])
+        sent += 5
+    frames = len(client.decoded())
+    await client.until(lambda heard: heard.last_frame >= frames - 1, 60.0)
+
+
+async def _kill_and_wait(service: Service, clients: list[Client], kills: int) -> None:
+    """SIGKILL of the replica that holds the sessions; returns once they went on and it was replaced."""
+    holder = next(one for one in await asyncio.to_thread(service.replicas) if one.used)
+    os.kill(holder.pid, signal.SIGKILL)
+    for client in clients:
+        await client.until(lambda heard: heard.told("continued") == kills, 30.0)
+    await asyncio.to_thread(
+        service.wait, lambda seen: len(seen) == 2 and holder.pid not in [one.pid for one in seen], 60.0
+    )
+
+
+def test_three_kills_change_no_token(cluster: str, engine: Engine, logs: Path) -> None:
+    """SIGKILL of one of two replicas, three times, under a greedy and a sampled session; then SIGSTOP for
+    half a second, which is only a gap. No slot is lost."""
+    personas = [_persona(0), _persona(1)]
+    greedy = dataclasses.replace(personas[0][0], sampling=personas[0][0].sampling.greedy())
+    personas[0] = greedy, {**personas[0][1], **vars(greedy.sampling)}
+
+    async def run(service: Service) -> list[Client]:
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(connect(service, **query)) for _, query in personas]
+            for client in clients:
+                await client.headers()
+                await client.until(lambda heard: heard.live)
+            enough = asyncio.Event()
+            talking = [asyncio.ensure_future(_talk_on(client, enough)) for client in clients]
+            for kills in (1, 2, 3):
+                await asyncio.sleep(0.6)
+                await _kill_and_wait(service, clients, kills)
+            holder = next(one for one in await asyncio.to_thread(service.replicas) if one.used)
+            os.kill(holder.pid, signal.SIGSTOP)
+            await asyncio.sleep(0.5)
+            os.kill(holder.pid, signal.SIGCONT)
+            await asyncio.sleep(1.0)
+            enough.set()
+            await asyncio.gather(*talking)
+            assert [client.heard.told("interrupted") for client in clients] == [3, 3]
+            assert sorted(await asyncio.to_thread(service.used)) == [0, 2]
+        return clients
+
+    with running(
+        cluster, model="tiny", slots=2, replicas_min=2, replicas_max=2, token_log_dir=logs, **PATIENT
+    ) as service:
+        clients = asyncio.run(run(service))
+        service.wait_idle()
+    for (persona, _), client in zip(personas, clients, strict=True):
+        _check(engine, persona, client, logs)
 
 
 def test_a_session_is_ready_in_three_tenths_of_a_second(service: Service) -> None:

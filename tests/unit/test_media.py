@@ -17,14 +17,17 @@ from mutation import mutants
 
 from deployments.wire import messages
 from deployments.wire.link import MESSAGE_LIMIT, Link, connect, listen
-from deployments.wire.messages import MessageKind
+from deployments.wire.messages import MessageKind, SlotReady
+from deployments.wire.transfer import LOG_LIMIT, PIECE_BYTES, LogReceiver, pieces
 from personaplex.config import FRAME_SIZE, Sampling
 from personaplex.errors import (
+    LogRefused,
     NoCapacity,
     PersonaplexError,
     PromptTooLong,
     ProtocolError,
     SessionLost,
+    UnknownVersion,
 )
 from personaplex.persona import Persona
 
@@ -58,8 +61,44 @@ def test_a_reply_arrives_whole() -> None:
 def test_a_persona_arrives_as_it_was() -> None:
     persona = Persona("VARM4", 'Quotes " and 你好\n', Sampling(0.1, 2, 0.3, 4, 2**63 - 1, 6))
     token = bytes(range(16))
-    payload = messages.pack_open(token, persona)
-    assert (messages.open_token(payload), messages.unpack_open(payload)) == (token, persona)
+    opening = messages.unpack_opening(messages.pack_open(token, persona, 3))
+    assert (opening.token, opening.generation) == (token, 3)
+    assert messages.unpack_open(opening.rest) == persona
+
+
+def test_a_rebuild_says_how_long_the_log_is() -> None:
+    opening = messages.unpack_opening(messages.pack_rebuild(bytes(range(16)), 2**31, 2**32 - 1))
+    assert (opening.token, opening.generation) == (bytes(range(16)), 2**32 - 1)
+    assert messages.unpack_rebuild(opening.rest) == 2**31
+
+
+def test_another_version_of_the_link_is_refused_by_type() -> None:
+    payload = bytearray(messages.pack_open(bytes(16), Persona()))
+    payload[16:18] = (messages.VERSION + 1).to_bytes(2, "little")
+    with pytest.raises(UnknownVersion, match="version 2"):
+        messages.unpack_opening(bytes(payload))
+
+
+@pytest.mark.parametrize("size", [1, PIECE_BYTES - 1, PIECE_BYTES, 3 * PIECE_BYTES + 7])
+def test_a_log_arrives_whole(size: int) -> None:
+    log = np.random.default_rng(size).bytes(size)
+    receiver = LogReceiver(size)
+    *first, last = pieces(log)
+    assert all(receiver.add(piece) is None for piece in first)
+    assert receiver.add(last) == log
+    assert max(map(len, (*first, last))) <= MESSAGE_LIMIT - 1
+
+
+def test_a_log_of_another_length_is_refused() -> None:
+    with pytest.raises(ProtocolError):
+        LogReceiver(0)
+    with pytest.raises(LogRefused):
+        LogReceiver(LOG_LIMIT + 1)
+    for given in (b"1234", b""):
+        receiver = LogReceiver(6)
+        receiver.add(b"123")
+        with pytest.raises(ProtocolError):
+            receiver.add(given)
 
 
 @pytest.mark.parametrize("error", [PromptTooLong("too long"), SessionLost("gone"), NoCapacity("full", 3.0)])
@@ -115,8 +154,16 @@ OPENINGS = [
 
 
 def test_whole_numbers_are_temperatures_too() -> None:
-    persona = messages.unpack_open(bytes(16) + opening(sampling={"text_temperature": 0}))
+    persona = messages.unpack_open(opening(sampling={"text_temperature": 0}))
     assert repr(persona.sampling) == repr(Sampling(text_temperature=0.0))
+
+
+def _open(payload: bytes) -> Persona:
+    return messages.unpack_open(messages.unpack_opening(payload).rest)
+
+
+def _rebuild(payload: bytes) -> int:
+    return messages.unpack_rebuild(messages.unpack_opening(payload).rest)
 
 
 @pytest.mark.parametrize(
@@ -124,9 +171,10 @@ def test_whole_numbers_are_temperatures_too() -> None:
     [
         (messages.unpack_frame, messages.pack_frame(7, _noise())),
         (messages.unpack_reply, messages.pack_reply(messages.Reply(1, _noise(), np.arange(17), "text", 2))),
-        (messages.unpack_open, messages.pack_open(bytes(16), Persona())),
-        (messages.unpack_open, bytes(16) + opening(sampling={"text_topk": 2})),
-        (messages.unpack_ready, messages.pack_ready(1.25)),
+        (_open, messages.pack_open(bytes(16), Persona())),
+        (_rebuild, messages.pack_rebuild(bytes(16), 2**20, 1)),
+        (messages.unpack_open, opening(sampling={"text_topk": 2})),
+        (messages.unpack_ready, messages.pack_ready(SlotReady(1.25, 7, "d"))),
         (messages.unpack_error, messages.pack_error(NoCapacity("come again"))),
     ],
 )
@@ -137,7 +185,7 @@ def test_damaged_messages_raise_nothing_else(unpack: Callable[[bytes], Any], pay
             if isinstance(heard := unpack(damaged), PersonaplexError):
                 str(heard).encode()
                 refused += isinstance(heard, SessionLost)
-        except ProtocolError:
+        except (ProtocolError, UnknownVersion):
             refused += 1
     assert refused > 200
 
@@ -156,12 +204,14 @@ def test_damaged_messages_raise_nothing_else(unpack: Callable[[bytes], Any], pay
             messages.unpack_reply,
             messages.pack_reply(messages.Reply(0, _noise(), np.zeros(17, int), "", 0)) + b"\xff",
         ),
-        (messages.open_token, bytes(15)),
+        (messages.unpack_opening, bytes(21)),
+        (messages.unpack_rebuild, bytes(3)),
+        (messages.unpack_rebuild, bytes(5)),
         (messages.unpack_open, b""),
-        (messages.unpack_open, bytes(16) + b"[" * 60_000),
-        (messages.unpack_open, bytes(16) + b"{}"),
-        (messages.unpack_open, bytes(16) + b'{"voice": "NATF2", "sampling": {"top_p": 1}}'),
-        *((messages.unpack_open, bytes(16) + payload) for payload in OPENINGS),
+        (messages.unpack_open, b"[" * 60_000),
+        (messages.unpack_open, b"{}"),
+        (messages.unpack_open, b'{"voice": "NATF2", "sampling": {"top_p": 1}}'),
+        *((messages.unpack_open, payload) for payload in OPENINGS),
         (
             messages.unpack_reply,
             messages.pack_reply(messages.Reply(0, _noise() * np.nan, np.zeros(17, int), "", 0)),
@@ -174,6 +224,10 @@ def test_damaged_messages_raise_nothing_else(unpack: Callable[[bytes], Any], pay
         (messages.unpack_ready, b'{"prefill_s": true}'),
         (messages.unpack_ready, b'{"prefill_s": "1"}'),
         (messages.unpack_ready, b'{"prefill_s": 1%s}' % (b"0" * 400)),
+        (messages.unpack_ready, b'{"prefill_s": 1, "frame": -1}'),
+        (messages.unpack_ready, b'{"prefill_s": 1, "frame": 1.0}'),
+        (messages.unpack_ready, b'{"prefill_s": 1, "voice_digest": 3}'),
+        (messages.unpack_ready, b'{"prefill_s": 1, "more": 3}'),
     ],
 )
 def test_other_shapes_are_refused(unpack: Callable[[bytes], Any], payload: bytes) -> None:

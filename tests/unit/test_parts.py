@@ -26,6 +26,7 @@ BASE: dict[str, Any] = {
 }
 GATEWAY: dict[str, Any] = {
     "queue_limit": 7,
+    "failover_after_s": 0.7,
     "idle_limit_s": 7.0,
     "first_audio_s": 7.0,
     "gateways_min": 2,
@@ -87,6 +88,9 @@ REPLICA: dict[str, Any] = {
     "placement": "spread",
     "load_timeout_s": 7.0,
     "gather_ms": 7.0,
+    "rebuild_windows": 7,
+    "rebuilds": 7,
+    "rebuild_share": 0.7,
     "spare_slots": 7,
     "media_host": "192.0.2.1",
     "media_port_min": 40_001,
@@ -97,6 +101,7 @@ BOTH: dict[str, Any] = {
     "queue_timeout_s": 7.0,  # how long a process that is removed waits
     "stall_limit_s": 70.0,
     "burst_s": 7.0,
+    "rebuild_audio_s": 7.0,
     "lease_timeout_s": 7.0,
     "target_utilisation": 0.5,
     "upscale_delay_s": 7.0,

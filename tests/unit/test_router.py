@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from ray.exceptions import ActorDiedError
@@ -14,6 +14,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from deployments.gateway.leases import GRACE_S, Lease, Leases
 from deployments.gateway.router import LOOK_EVERY_S, SessionRouter
+from deployments.gateway.suspects import ShortestFirst
 from deployments.policy import Candidate, SessionScaling, rank, replicas_for
 from deployments.wire.messages import Grant, LeaseRequest, Refusal
 from personaplex.errors import NoCapacity, SessionLost
@@ -67,8 +68,15 @@ def test_serve_asks_the_policy_with_its_context() -> None:
     assert policy(SimpleNamespace(total_num_requests=17.0)) == (3, {})
 
 
+class Named(str):
+    @property
+    def unique_id(self) -> str:
+        return str(self)
+
+
 def _replica(name: str, **stats: Any) -> Any:
-    return SimpleNamespace(replica_id=name, routing_stats=stats, max_ongoing_requests=2)
+    """As Serve's: names are objects that hold them."""
+    return SimpleNamespace(replica_id=Named(name), routing_stats=stats, max_ongoing_requests=2)
 
 
 def _router(queue: dict[str, int | None]) -> SessionRouter:
@@ -79,14 +87,16 @@ def _router(queue: dict[str, int | None]) -> SessionRouter:
     return router
 
 
-def _pending(voice: str = "") -> Any:
+def _pending(voice: str = "", *excluded: str) -> Any:
     context = SimpleNamespace(should_backoff=False)
-    return SimpleNamespace(args=[LeaseRequest("s", voice)], routing_context=context)
+    return SimpleNamespace(args=[LeaseRequest("s", voice, frozenset(excluded))], routing_context=context)
 
 
-def _route(queue: dict[str, int | None], replicas: list[Any], voice: str = "") -> list[list[str]]:
+def _route(
+    queue: dict[str, int | None], replicas: list[Any], voice: str = "", *excluded: str
+) -> list[list[str]]:
     """What a new SessionRouter answers Serve."""
-    ranks = asyncio.run(_router(queue).choose_replicas(replicas, _pending(voice)))
+    ranks = asyncio.run(_router(queue).choose_replicas(replicas, _pending(voice, *excluded)))
     return [[replica.replica_id for replica in ones] for ones in ranks]
 
 
@@ -96,6 +106,12 @@ def test_the_router_ranks_what_serve_knows_and_has_full_replicas_asked_last() ->
     assert _route({"a": 2, "b": 2, "c": 2}, replicas[:3]) == [["a", "b", "c"]]
     assert _route({}, replicas[:2]) == [["a"], ["b"]]
     assert _route({}, [_replica("a"), _replica("b", voices=["NATF2"])], "NATF2") == [["b"], ["a"]]
+
+
+def test_an_excluded_replica_is_not_offered_even_when_it_is_full() -> None:
+    replicas = [_replica("a"), _replica("b"), _replica("c")]
+    assert _route({"a": 2, "b": 0, "c": 1}, replicas, "", "b", "a") == [["c"]]
+    assert _route({"a": 2, "b": 0, "c": 1}, replicas, "", "a", "b", "c") == []
 
 
 def test_a_call_that_waits_sleeps_and_full_replicas_are_asked_by_one_of_many(
@@ -149,6 +165,7 @@ class Replicas:
 
     def __init__(self, *calls: Call) -> None:
         self.calls, self.made = deque(calls), 0
+        self.asked: list[LeaseRequest] = []
 
     def options(self, **options: Any) -> Replicas:
         assert options == {"method_name": "lease", "stream": True}
@@ -156,6 +173,7 @@ class Replicas:
 
     def remote(self, request: LeaseRequest) -> Call:
         self.made += 1
+        self.asked.append(request)
         return self.calls.popleft()
 
 
@@ -367,6 +385,41 @@ def test_a_replica_that_refuses_or_dies_is_replaced_by_another(failure: Any) -> 
         lease = await _acquire(leases, lambda _: None)
         assert lease.grant is GRANT
         lease.release()
+
+    _run(test)
+
+
+def test_a_replica_that_is_suspected_is_left_out_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.gateway.suspects.SUSPECT_S", 0.4)
+
+    async def test() -> None:
+        calls = Replicas(Call(), Call(GRANT))
+        leases = Leases(cast(Any, calls), queue_limit=4, queue_timeout_s=5.0)
+        leases.suspects.add("r")
+        leases.suspects.add("x")
+        leases.suspects.clear("x")
+        began = asyncio.get_running_loop().time()
+        lease = await _acquire(leases, lambda _: None)
+        assert 0.35 < asyncio.get_running_loop().time() - began < 1.0
+        assert [one.excluded for one in calls.asked] == [{"r"}, set()]
+        lease.release()
+
+    _run(test)
+
+
+def test_sessions_lost_together_ask_in_the_order_of_their_lengths() -> None:
+    async def test() -> None:
+        order, asked = ShortestFirst(), list[int]()
+
+        async def ask(frames: int) -> None:
+            await order.turn(frames)
+            asked.append(frames)
+
+        asking = [asyncio.ensure_future(ask(frames)) for frames in (30, 7, 900, 7, 1)]
+        await asyncio.sleep(0)
+        asking[2].cancel()
+        await asyncio.wait(asking)
+        assert asked == [1, 7, 7, 30]
 
     _run(test)
 

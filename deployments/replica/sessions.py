@@ -1,0 +1,281 @@
+"""The sessions of one replica: who holds which slot, from the grant of its lease until the engine closed it.
+
+A slot is held by the lease while nobody connected yet (`lease_timeout_s` at most), then by the media link,
+whatever becomes of the lease call. A session is opened anew, or rebuilt from the log that its gateway sends.
+When the engine fails, every session is told SessionLost. Knows no Ray; runs on one event loop but for
+`deliver`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from deployments import metrics
+from deployments.metrics import Metrics
+from deployments.parts import ReplicaSettings
+from deployments.replica.numbers import EngineNumbers
+from deployments.replica.rebuilds import Rebuilds
+from deployments.wire import messages
+from deployments.wire.link import Link
+from deployments.wire.messages import LeaseRequest, MessageKind, Opening, SessionStatus, SlotReady
+from deployments.wire.transfer import LogReceiver
+from personaplex.engine.interface import Stepper
+from personaplex.engine.loop import Batch, Closed, EngineEvent, EngineLoop, Faulted, Opened, Refused, Stepped
+from personaplex.errors import EngineFault, LogRefused, PersonaplexError, ProtocolError, SessionLost
+from personaplex.sessionlog import SessionLog
+
+UNAUTHENTICATED_SPARE = 16  # connections that have shown no lease, beyond two per slot
+FAILED = "the server running this session failed; please connect again"
+
+_Packed = tuple[EngineEvent, bytes | None]
+
+
+@dataclass(eq=False)
+class Holder:
+    """Whoever holds a lease: a gateway that has not connected yet (no `link`), one whose session is not with
+    the engine yet (`number` is None), or a session of the engine."""
+
+    request: LeaseRequest
+    began: float = field(default_factory=time.monotonic)
+    link: Link | None = None
+    generation: int = 0
+    log: LogReceiver | None = None  # while it comes in
+    number: int | None = None
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Sessions:
+    """Made before the engine, whose loop is `engine`; `slots` is to be set once it has started."""
+
+    def __init__(
+        self,
+        settings: ReplicaSettings,
+        make: Callable[[], Stepper],
+        published: Metrics,
+        changed: Callable[[], None],
+    ) -> None:
+        """`make` builds the engine, on its thread. `changed` is called when a slot is taken or freed."""
+        self.slots = 0
+        self.accepting = True
+        self.engine = EngineLoop(
+            make,
+            self.deliver,
+            gather_s=settings.gather_s,
+            inbox_limit=settings.burst_frames,
+            rebuild_share=settings.rebuild_share,
+        )
+        self._settings, self._metrics, self._changed = settings, published, changed
+        self._numbers = EngineNumbers(published, self.engine)
+        self._event_loop = asyncio.get_running_loop()
+        self._unclaimed: dict[bytes, Holder] = {}  # by one-time token
+        self._unauthenticated: dict[Link, asyncio.TimerHandle] = {}  # no lease shown yet; oldest first
+        self._linked: dict[Link, Holder] = {}
+        self._coming: set[Holder] = set()  # linked, but not with the engine yet
+        self._open: dict[int, Holder] = {}  # by the engine loop's number
+        self._rebuilds: Rebuilds[Holder] = Rebuilds(settings.engine_config.rebuilds, self._rebuild)
+
+    @property
+    def used(self) -> int:
+        """Slots that are held."""
+        return len(self._unclaimed) + len(self._coming) + len(self._open)
+
+    def hold(self, request: LeaseRequest) -> tuple[bytes, Holder]:
+        """Holds a slot for whoever shows the token; within `lease_timeout_s`, or it is dropped."""
+        token, holder = secrets.token_bytes(messages.TOKEN_BYTES), Holder(request)
+        self._unclaimed[token] = holder
+        self._event_loop.call_later(self._settings.lease_timeout_s, self.drop, token)
+        self._changed()
+        return token, holder
+
+    def drop(self, token: bytes) -> None:
+        """Ends a lease nobody claimed. Without effect on one that was."""
+        holder = self._unclaimed.pop(token, None)
+        if holder is not None:
+            self._free(holder)
+
+    def statuses(self) -> tuple[SessionStatus, ...]:
+        """Every session that holds a slot."""
+        now = time.monotonic()
+        holders = [*self._unclaimed.values(), *self._coming, *self._open.values()]
+        return tuple(
+            SessionStatus(holder.request.session, round(now - holder.began, 1), holder.generation)
+            for holder in holders
+        )
+
+    def close(self) -> None:
+        """Graceful shutdown: takes no new session and ends every other one in words."""
+        self.accepting = False
+        for link in list(self._linked):
+            link.close(SessionLost("the server is being stopped; please connect again"))
+
+    # Media links
+
+    def accept(self) -> Link:
+        """A connection came in."""
+        link = Link(
+            self._message,
+            self._lost,
+            outbox=self._settings.burst_frames,
+            stall_s=self._settings.stall_limit_s,
+        )
+        self._unauthenticated[link] = self._event_loop.call_later(
+            self._settings.lease_timeout_s, self._reject, link, SessionLost("nothing was said in time")
+        )
+        # A gateway claims as soon as it is connected, so the oldest is the likeliest never to.
+        if len(self._unauthenticated) > 2 * self.slots + UNAUTHENTICATED_SPARE:
+            oldest = next(iter(self._unauthenticated))
+            self._reject(oldest, SessionLost("too many connections without a lease"))
+        return link
+
+    def _reject(self, link: Link, error: PersonaplexError) -> None:
+        self._unauthenticated.pop(link).cancel()
+        link.close(error)
+
+    def _message(self, link: Link, kind: MessageKind, payload: bytes) -> None:
+        holder = self._linked.get(link)
+        if holder is None:
+            self._claim(link, kind, payload)
+        elif kind is MessageKind.FRAME and holder.number is not None:
+            timestamp, frame = messages.unpack_frame(payload)
+            self.engine.push(holder.number, frame, timestamp)
+        elif kind is MessageKind.LOG and holder.log is not None:
+            self._receive_log(holder, holder.log, payload)
+        elif kind is MessageKind.CLOSE:
+            link.close()
+        else:
+            raise ProtocolError("a message that does not belong here")
+
+    def _claim(self, link: Link, kind: MessageKind, payload: bytes) -> None:
+        if kind not in (MessageKind.OPEN, MessageKind.REBUILD):
+            raise ProtocolError("the first message must open the session")
+        try:
+            opening = messages.unpack_opening(payload)
+            if opening.token not in self._unclaimed:
+                raise SessionLost("the lease ran out; please connect again")
+            if kind is MessageKind.OPEN:
+                persona = messages.unpack_open(opening.rest)
+                self._start(self._take(link, opening), lambda: self.engine.open(persona))
+            else:
+                log = LogReceiver(messages.unpack_rebuild(opening.rest))
+                self._await_log(self._take(link, opening), log)
+        except (LogRefused, SessionLost) as error:
+            self._reject(link, error)
+
+    def _take(self, link: Link, opening: Opening) -> Holder:
+        """Whoever has the token is from now on at the other end of `link`."""
+        holder = self._unclaimed.pop(opening.token)
+        self._unauthenticated.pop(link).cancel()
+        holder.link, holder.generation = link, opening.generation
+        self._linked[link] = holder
+        self._coming.add(holder)
+        return holder
+
+    def _start(self, holder: Holder, begin: Callable[[], int]) -> None:
+        """Hands the session to the engine; `begin` gives its number there."""
+        try:
+            holder.number = begin()
+        except EngineFault:
+            self._end(holder, SessionLost(FAILED))
+            return
+        self._coming.discard(holder)
+        self._open[holder.number] = holder
+        self._changed()  # with the generation
+
+    def _await_log(self, holder: Holder, log: LogReceiver) -> None:
+        holder.log = log
+        self._event_loop.call_later(self._settings.lease_timeout_s, self._give_up_log, holder)
+
+    def _give_up_log(self, holder: Holder) -> None:
+        if holder.log is not None:
+            self._end(holder, LogRefused("the session log did not come in time"))
+
+    def _receive_log(self, holder: Holder, log: LogReceiver, piece: bytes) -> None:
+        whole = log.add(piece)
+        if whole is None:
+            return
+        holder.log = None
+        try:
+            self._rebuilds.add(holder, SessionLog.unpack(whole))
+        except LogRefused as error:
+            self._end(holder, error)
+
+    def _rebuild(self, holder: Holder, log: SessionLog) -> None:
+        self._start(holder, lambda: self.engine.rebuild(log))
+
+    def _lost(self, link: Link) -> None:
+        if link in self._unauthenticated:
+            self._unauthenticated.pop(link).cancel()
+        holder = self._linked.pop(link, None)
+        if holder is None:
+            return
+        if holder.number in self._open:
+            self.engine.close(holder.number)  # Closed comes when the slot is free
+        else:
+            self._free(holder)
+
+    # Events of the engine
+
+    def deliver(self, batch: Batch) -> None:
+        """Takes the engine's events."""
+        # On the engine's thread: its arrays may be written again by the next tick, so bytes are made here.
+        packed = [(event, _pack(event)) for event in batch.events]
+        self._event_loop.call_soon_threadsafe(self._dispatch, batch, packed)
+
+    def _dispatch(self, batch: Batch, packed: list[_Packed]) -> None:
+        for event, payload in packed:
+            match event:
+                case Stepped(session) if session in self._open:
+                    assert payload is not None
+                    self._reply(self._open[session], payload)
+                case Opened(session) if session in self._open:
+                    self._ready(self._open[session], event)
+                case Refused(session, error) if session in self._open:
+                    self._end(self._open.pop(session), error)
+                case Closed(session) if session in self._open:
+                    self._free(self._open.pop(session))
+                case Faulted():
+                    self._fail()
+        self._numbers.publish(batch)
+
+    def _ready(self, holder: Holder, event: Opened) -> None:
+        assert holder.link is not None
+        ready = SlotReady(event.prefill_s, event.frame, event.voice_digest)
+        holder.link.send(MessageKind.READY, messages.pack_ready(ready))
+        self._rebuilds.done(holder)
+
+    def _reply(self, holder: Holder, payload: bytes) -> None:
+        assert holder.link is not None
+        dropped = holder.link.dropped
+        holder.link.send_frame(MessageKind.REPLY, payload)
+        self._metrics.add(metrics.FRAMES_DROPPED, holder.link.dropped - dropped, place="link_out")
+
+    def _fail(self) -> None:
+        self.accepting = False
+        holders = [*self._open.values(), *self._coming]
+        self._open.clear()
+        for holder in holders:
+            self._end(holder, SessionLost(FAILED))
+
+    def _end(self, holder: Holder, error: PersonaplexError) -> None:
+        """Tells the gateway why, and frees a holder that has no slot of the engine any more."""
+        if holder.link is not None:
+            holder.link.close(error)
+        self._free(holder)
+
+    def _free(self, holder: Holder) -> None:
+        holder.log = None
+        self._coming.discard(holder)
+        holder.freed.set()
+        self._rebuilds.done(holder)
+        self._changed()
+
+
+def _pack(event: EngineEvent) -> bytes | None:
+    if not isinstance(event, Stepped):
+        return None
+    said = event.output
+    return messages.pack_reply(messages.Reply(said.frame, said.pcm, said.tokens, said.text, event.timestamp))
