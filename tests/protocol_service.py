@@ -20,6 +20,7 @@ import uvicorn
 from ports import free_port
 
 from deployments import ingress
+from deployments.fleet import Fleet
 from deployments.gateway import app as gateway_app
 from deployments.gateway import conversation
 from deployments.gateway.leases import Claim, Waiter
@@ -175,6 +176,14 @@ class _Handle:
         return asyncio.get_running_loop().create_future().__await__()
 
 
+class _Fleet(_Handle):
+    """One that keeps account of tickets."""
+
+    def __init__(self) -> None:
+        fleet = Fleet()
+        self.spend = SimpleNamespace(remote=fleet.spend)
+
+
 class ProtocolService:
     """`base` is HOST:PORT; `gateway` the real one; `metrics` what it counted."""
 
@@ -216,7 +225,8 @@ class ProtocolService:
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
         handle: Any = _Handle()
-        self.gateway = gateway_app.Gateway(GatewaySettings.of(self._settings), handle, handle)
+        fleet: Any = _Fleet()
+        self.gateway = gateway_app.Gateway(GatewaySettings.of(self._settings), handle, fleet)
         application: Any = self.gateway.__serve_build_asgi_app__()
         for one in reversed(ingress.configure()):
             application = one.cls(application, *one.args, **one.kwargs)

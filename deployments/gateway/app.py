@@ -2,6 +2,7 @@
 
     /api/chat      WebSocket, one conversation (see personaplex/session); 426 without an upgrade
     /v1/...        OpenAI's protocols, where the setting protocols has them (see openai.py)
+    /twilio/... /telnyx/... /asterisk/...   the telephone, likewise (see telephone.py)
     /api/admission whether a session with this query would be let in now: 204, or the refusal
     /api/info      model, slots and load of the service
     /api/voices    names a session may ask for
@@ -47,18 +48,19 @@ from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
 from deployments.gateway.leases import Claim, Leases
 from deployments.gateway.observer import Observer
-from deployments.gateway.openai import OpenAIEndpoints
+from deployments.gateway.openai import Admit, OpenAIEndpoints
 from deployments.gateway.protocols.translator import Translator
 from deployments.gateway.query import persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
+from deployments.gateway.telephone import TICKET_S, TelephoneEndpoints
 from deployments.gateway.upstream import Services
 from deployments.parts import GatewaySettings
 from deployments.settings import all_keys, behind_haproxy, proxies_in_front, proxy_callback
 from deployments.wire.link import connect
 from deployments.wire.messages import LeaseRequest
-from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, SessionLost
+from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, SessionLost, Unauthorized
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
 from personaplex.tokenlog import TokenLog
@@ -140,6 +142,7 @@ class Gateway:
             WebSocketRoute("/api/chat", self.chat),
             Route("/api/chat", self.upgrade_required),
             *OpenAIEndpoints(self, self._settings, self._keys).routes(),
+            *TelephoneEndpoints(self, self._settings).routes(),
             WebSocketRoute("/{path:path}", self.no_socket),  # static files know no sockets
             Route("/api/admission", self.admission),
             Route("/api/info", self.info),
@@ -182,6 +185,7 @@ class Gateway:
         refuse: Callable[[PersonaplexError], Response],
         *,
         connection: HTTPConnection | None = None,
+        admit: Admit | None = None,
         subprotocol: str | None = None,
     ) -> None:
         """A session of a client that says only after the upgrade what it wants; see `openai.Host`."""
@@ -189,8 +193,9 @@ class Gateway:
         with contextlib.ExitStack() as counted:
             counted.enter_context(self._counting())
             try:
-                persona, caller = counted.enter_context(self._admit(connection or socket))
-                await self._check_room()
+                persona, caller = counted.enter_context((admit or self._admit)(connection or socket))
+                self._check_limit()
+                await self.check_room()
                 translator = make(session, persona)
             except PersonaplexError as error:
                 await self._refuse(socket, session, error, refuse, protocol)
@@ -213,6 +218,8 @@ class Gateway:
 
         async def begin(persona: Persona, ticket: str) -> Claim:
             nonlocal recording
+            if ticket and not await self._fleet.spend(ticket, TICKET_S):
+                raise Unauthorized("this call's ticket was used before")
             recording = self._begin_record(query, session, persona, await self._engine(query))
             if recording is not None:
                 conversation.record(recording)
@@ -300,7 +307,7 @@ class Gateway:
             with self._admit(request):
                 if self._open >= self._settings.sessions_per_gateway:
                     raise NoCapacity("this gateway holds as many sessions as it may")
-                await self._check_room()
+                await self.check_room()
         except PersonaplexError as error:
             return refusal(error)
         return Response(status_code=204, headers={"cache-control": "no-store"})
@@ -365,8 +372,7 @@ class Gateway:
     def _admit(self, connection: HTTPConnection) -> Iterator[tuple[Persona, str]]:
         """The persona asked for and the caller's name for Reconnects, while the session is counted. Raises
         what the client is to be told."""
-        if self._open > self._settings.sessions_per_gateway:
-            raise NoCapacity("this gateway holds as many sessions as it may")
+        self._check_limit()
         query = read_query(connection.scope["query_string"], self._settings.query_limit_bytes)
         with self._access.enter(ClientInfo.of(connection, query)) as caller:
             persona = persona_from(query)
@@ -376,7 +382,11 @@ class Gateway:
             self._reconnects.check(caller, time.monotonic())
             yield persona, caller
 
-    async def _check_room(self) -> None:
+    def _check_limit(self) -> None:
+        if self._open > self._settings.sessions_per_gateway:
+            raise NoCapacity("this gateway holds as many sessions as it may")
+
+    async def check_room(self) -> None:
         """Raises NoCapacity when a session would find neither a slot nor a place in the queue now."""
         if self._leases.queue_full and not any(
             one.accepting and one.used < one.slots for one in await self._fleet.describe()

@@ -45,6 +45,7 @@ SECRET_DEFAULT_S = 600
 SESSION_BYTES = 16_384  # of a client secret's session
 
 Make = Callable[[str, Persona], Translator]  # a session's name and the persona of its query
+Admit = Callable[[HTTPConnection], contextlib.AbstractContextManager[tuple[Persona, str]]]
 
 
 class Host(Protocol):
@@ -62,10 +63,15 @@ class Host(Protocol):
         refuse: Callable[[PersonaplexError], Response],
         *,
         connection: HTTPConnection | None = None,
+        admit: Admit | None = None,
         subprotocol: str | None = None,
     ) -> Awaitable[None]:
         """A whole session of a client that says later what it wants. `connection` is what access is decided
-        by, if not the socket's own."""
+        by, if not the socket's own; `admit` decides, if not keys and limits."""
+        ...
+
+    async def check_room(self) -> None:
+        """Raises NoCapacity when a session would find neither a slot nor a place in the queue now."""
         ...
 
 

@@ -156,7 +156,8 @@ def test_a_client_secret_opens_sessions_as_it_was_configured(service: ProtocolSe
             "instructions": "You sell bread.",
             "audio": {"output": {"voice": "marin"}},
         }
-        secret = await client(service).realtime.client_secrets.create(session=session)
+        async with client(service) as one:
+            secret = await one.realtime.client_secrets.create(session=session)
         assert secret.value.startswith("ek_")
         assert KEY not in secret.value
         assert 595 < secret.expires_at - time.time() <= 601
