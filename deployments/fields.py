@@ -134,6 +134,13 @@ class Fields(BaseModel):
     rebuild_share: float = Field(
         0.5, gt=0, le=1, description="Share of its time a replica spends on rebuilds beside live sessions."
     )
+    resume_grace_s: float = Field(
+        30.0,
+        ge=0,
+        le=600,
+        description="How long a session is kept whose client or gateway was lost, for the client to come "
+        "back to; it holds no slot meanwhile. 0 keeps none.",
+    )
     burst_s: float = Field(
         BURST_S,
         ge=0.16,

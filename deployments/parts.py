@@ -28,6 +28,8 @@ class _Part:
     burst_frames: int
     stall_limit_s: float
     lease_timeout_s: float
+    resume_grace_s: float
+    rebuild_audio_s: float
 
     @classmethod
     def of(cls: type[P], settings: Settings) -> P:
@@ -42,7 +44,6 @@ class GatewaySettings(_Part):
     queue_limit: int
     queue_timeout_s: float
     failover_after_s: float
-    rebuild_audio_s: float
     session_limit_s: float
     idle_limit_s: float
     first_audio_s: float

@@ -17,6 +17,7 @@
     │   └── TooManySessions  the caller's own limit (HTTP 429); `retry_after_s` says when to come back
     ├── NoCapacity           no slot is free (1013, HTTP 503); `retry_after_s` says when to come back
     ├── SessionLost          the session ended through no fault of the client (1012)
+    ├── SessionTaken         its client has come back over another connection (1012)
     ├── LogRefused           a session log that nothing can be rebuilt from: damaged, or of another model
     │   └── UnknownVersion   a log of a version that this process does not read
     ├── SessionExpired       the session reached its longest duration (1000)
@@ -142,6 +143,15 @@ class SessionLost(PersonaplexError):
     close_code = 1012
     http_status = 503
     retryable = True
+
+
+class SessionTaken(PersonaplexError):
+    """The session's client has come back over another connection, so this one ends."""
+
+    close_code = 1012
+
+    def __init__(self, message: str = "the conversation goes on over another connection") -> None:
+        super().__init__(message)
 
 
 class LogRefused(PersonaplexError):

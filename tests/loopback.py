@@ -16,13 +16,15 @@ from ray.exceptions import ActorDiedError
 
 from deployments.gateway.failover import Failovers
 from deployments.gateway.leases import Leases
+from deployments.gateway.resumes import Resumes
 from deployments.gateway.upstream import Services
 from deployments.metrics import Metrics, Series
 from deployments.parts import ReplicaSettings
 from deployments.replica.sessions import Sessions
 from deployments.settings import Settings
 from deployments.wire.link import Link, connect, listen
-from deployments.wire.messages import Grant, LeaseRequest
+from deployments.wire.messages import Grant, LeaseRequest, ReplicaStatus
+from deployments.wire.tokens import ResumeTokens
 from personaplex.config import STREAMS, Pcm
 from personaplex.engine.echo import EchoEngine
 from personaplex.engine.interface import Output, Slot, Stepper, Tokens
@@ -31,6 +33,7 @@ from personaplex.session.core import Limits
 from personaplex.sessionlog import SessionLog
 from personaplex.tokenlog import TokenLog
 
+TOKENS = ResumeTokens([bytes(range(32))])
 BURST_S = 20.0  # a busy machine may be late: these tests are about what is said, not when
 
 
@@ -86,7 +89,9 @@ class LoopbackReplica:
         self.name, self.alive, self.frozen = name, True, False
         self.metrics = Counted()
         self.changed = asyncio.Event()
-        self.sessions = Sessions(settings, make, cast(Metrics, self.metrics), self.changed.set)
+        self.sessions = Sessions(
+            settings, make, cast(Metrics, self.metrics), self.changed.set, lambda: TOKENS
+        )
         self.links: list[Link] = []
         self._held: list[Any] = []  # events of the engine while it is frozen
         self._dispatch = self.sessions._dispatch
@@ -182,6 +187,24 @@ class Fleet:
         replica.kill()
         self.replicas.remove(replica)
 
+    async def describe(self) -> list[ReplicaStatus]:
+        """What Serve's fleet would say of them."""
+        return [
+            ReplicaStatus(
+                replica=one.name,
+                node="",
+                pid=0,
+                model="memory",
+                voices=(),
+                slots=one.sessions.slots,
+                accepting=one.sessions.accepting,
+                sessions=one.sessions.statuses(),
+                detached=one.sessions.detached.statuses,
+                media=("127.0.0.1", one.port),
+            )
+            for one in self.replicas
+        ]
+
     def options(self, **_: Any) -> Fleet:
         return self
 
@@ -214,7 +237,14 @@ async def _forget(session: str, log: TokenLog) -> None:
     pass
 
 
-def services(fleet: Fleet, published: Counted, *, after_s: float, queue_timeout_s: float = 20.0) -> Services:
+def services(
+    fleet: Fleet,
+    published: Counted,
+    *,
+    after_s: float,
+    queue_timeout_s: float = 20.0,
+    grace_s: float = 30.0,
+) -> Services:
     """What a gateway lends to its conversations, over `fleet`."""
     failovers = Failovers(after_s=after_s, limit_s=queue_timeout_s)
     return Services(
@@ -230,6 +260,14 @@ def services(fleet: Fleet, published: Counted, *, after_s: float, queue_timeout_
         keep=_forget,
         changed=lambda: None,
         failovers=failovers,
+        resumes=Resumes(
+            grace_s,
+            lambda: TOKENS,
+            fleet.describe,
+            lambda replica, host, port, on_message, on_lost: connect(
+                host, port, on_message, on_lost, outbox=250, stall_s=10.0
+            ),
+        ),
     )
 
 

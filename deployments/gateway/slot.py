@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from deployments.gateway.leases import Claim, Lease
 from deployments.wire import messages, transfer
 from deployments.wire.link import Link, OnLost, OnMessage
-from deployments.wire.messages import Grant, MessageKind
+from deployments.wire.messages import NOTHING_HELD, Grant, Held, MessageKind
 from personaplex.config import Pcm
 from personaplex.errors import PersonaplexError, ProtocolError
 from personaplex.persona import Persona
@@ -45,13 +45,16 @@ class Slot:
         window: int,
         on_message: Callable[[Slot, MessageKind, bytes], None],
         on_end: Callable[[Slot, PersonaplexError | None], None],
+        held: Held = NOTHING_HELD,
     ) -> None:
-        """`window`: frames that may be under way at once while others wait to be sent."""
+        """`window`: frames that may be under way at once while others wait to be sent. `held`: what the
+        session's client comes back with."""
         self.generation, self.frame = generation, 0
         self.replica = ""
         self.ready = False
         self.ended = False
         self.dropped = 0  # frames that the link had no room for
+        self._held = held
         self._connect, self._connect_timeout_s, self._window = connect, connect_timeout_s, window
         self._on_message, self._on_end = on_message, on_end
         self._lease: Lease | None = None
@@ -90,13 +93,14 @@ class Slot:
 
     def open(self, persona: Persona) -> None:
         """A new session."""
-        self._send(MessageKind.OPEN, messages.pack_open(self._token, persona, self.generation))
+        self._send(MessageKind.OPEN, messages.pack_open(self._token, persona, self.generation, self._held))
 
     def rebuild(self, log: bytes, frame: int) -> None:
         """A session that goes on at `frame`, from its packed log. Raises LogRefused for one too large."""
         transfer.check_size(len(log))
         self.frame = frame
-        self._send(MessageKind.REBUILD, messages.pack_rebuild(self._token, len(log), self.generation))
+        opening = messages.pack_rebuild(self._token, len(log), self.generation, self._held)
+        self._send(MessageKind.REBUILD, opening)
         for piece in transfer.pieces(log):
             self._send(MessageKind.LOG, piece)
 
@@ -117,6 +121,12 @@ class Slot:
         """A frame was answered."""
         self._under_way = max(0, self._under_way - 1)
         self._pump()
+
+    def detach(self) -> None:
+        """As `close`, but the client may come back: the replica keeps the session's log."""
+        if self._link is not None and not self.ended:
+            self._send(MessageKind.DETACH, b"")
+        self.close()
 
     def close(self) -> None:
         """Closes the link, if there is one. Idempotent."""

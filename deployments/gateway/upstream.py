@@ -15,6 +15,7 @@ that another replica can go on with it. Laws:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -27,13 +28,14 @@ from deployments import metrics
 from deployments.gateway.failover import LOST, LOST_LIMIT, LOST_WORDS, SILENT, Failover, Failovers
 from deployments.gateway.leases import Claim, Leases
 from deployments.gateway.recorder import Recording
+from deployments.gateway.resumes import Resumes, Taken
 from deployments.gateway.silence import SilenceWatch
 from deployments.gateway.slot import Connect, Slot, UserFrame
 from deployments.gateway.stats import SessionStats
 from deployments.gateway.tracing import Trace
 from deployments.metrics import Metrics
 from deployments.wire import messages
-from deployments.wire.messages import LeaseRequest, MessageKind, SlotReady
+from deployments.wire.messages import NOTHING_HELD, Held, LeaseRequest, MessageKind, SlotReady
 from personaplex.config import FRAME_SECONDS, Pcm, frames_in
 from personaplex.errors import (
     EngineFault,
@@ -66,6 +68,7 @@ UNANSWERED_LIMIT = 1_024  # frames: more than the queues between a gateway and a
 CAUGHT_UP = 2  # frames without an answer, of a replica that keeps up
 SETTLED_FRAMES = 25  # answered: whatever lost the replica before, the session is not to blame
 INTERRUPTED, CONTINUED = "interrupted", "continued"  # what clients are told that asked for status
+TEXTS_KEPT = 128  # pieces of text; more than a client can have missed
 LEAVE_TIMEOUT_S = 2.0  # for a replica to say that a slot is free
 
 
@@ -82,6 +85,7 @@ class Services:
     changed: Callable[[], None]  # called when a session went live or joined or left the queue
     trace: Trace | None = None
     failovers: Failovers = field(default_factory=Failovers)
+    resumes: Resumes | None = None  # None where no client can come back
     live: set[str] = field(default_factory=set)  # names of the sessions past their handshake
     ending: set[asyncio.Future[None]] = field(default_factory=set)  # sessions and slots that are wound up
 
@@ -97,15 +101,22 @@ class Upstream:
         emit: Callable[[Event], None],
         on_frame: Callable[[int, Pcm, bool], None],
         recording: Recording | None = None,
+        *,
+        resumable: bool = False,
     ) -> None:
         """`on_frame(number, pcm, stale)` takes the agent's frames; `stale` ones answer frames that waited for
-        the slot."""
+        the slot. `resumable`: the client may come back after its connection was lost, if the service lets
+        it."""
         self._session, self._services, self._stats, self._emit = session, services, stats, emit
         self._on_frame = on_frame
         self._metrics = services.metrics
         self._recording = recording
         self._recorder: SessionRecorder | None = None
         self._generations = itertools.count()
+        self._resumes = services.resumes if resumable else None
+        self._held = NOTHING_HELD
+        self._taken: Taken | None = None  # what the session goes on from, until it does
+        self._texts: deque[tuple[int, str]] = deque(maxlen=TEXTS_KEPT)
         self._current: Slot | None = None
         self._failover: Failover | None = None
         self._search: asyncio.Future[None] | None = None
@@ -129,7 +140,36 @@ class Upstream:
         """Returns once the persona was sent to the replica; Ready follows. Raises NoCapacity, OSError."""
         self._metrics.observe(metrics.PROMPT_CHARACTERS, len(persona.text_prompt))
         self._recorder = SessionRecorder(persona, self._services.failovers.audio_s)
-        self._details = {
+        if self._resumes is not None:
+            self._held = Held(0)
+        slot = await self._get_slot(persona, claim)
+        slot.open(persona)
+
+    async def go_on(self, taken: Taken, heard: int, claim: Claim) -> None:
+        """`open` for a session whose client has come back, after it had heard `heard` frames of the agent.
+        Raises NoCapacity, OSError, LogRefused; then `taken` was given back."""
+        log = taken.log
+        self._recorder = SessionRecorder.of(log, self._services.failovers.audio_s)
+        self._generations = itertools.count(taken.generation + 1)
+        self._held = Held(taken.counter, used=True)
+        self._taken = taken
+        self._texts.extend(taken.texts)
+        lost = [text for frame, text in taken.texts if frame >= heard]
+        self._details["resumed"] = {
+            "frame": log.frames,
+            "lost_frames": max(0, log.frames - heard),
+            "lost_text": "".join(lost),
+        }
+        try:
+            slot = await self._get_slot(log.persona, claim)
+            packed = await asyncio.to_thread(log.pack)
+            slot.rebuild(packed, log.frames)
+        except BaseException:
+            taken.give_back()
+            raise
+
+    async def _get_slot(self, persona: Persona, claim: Claim) -> Slot:
+        self._details |= {
             "session": self._session,
             "voice": persona.voice,
             "text_seed": persona.sampling.text_seed,
@@ -145,7 +185,7 @@ class Upstream:
         self._stats.note(replica=slot.replica, prompt_characters=len(persona.text_prompt))
         self._metrics.add(metrics.SESSIONS_ADMITTED)
         self._emit(LeaseGranted())
-        slot.open(persona)
+        return slot
 
     def record(self, recording: Recording) -> None:
         """What happens goes to `recording` too, from now on; before `open`."""
@@ -153,6 +193,8 @@ class Upstream:
 
     def send_frame(self, frame: Pcm) -> None:
         """Sends one frame of the user; while no slot is ready the newest burst is kept for one."""
+        if self._held.used and self._was_ready and self._current is not None:
+            self._held = Held(self._current.generation)  # it is heard, so it has got the new token
         waiting = UserFrame(self._next_timestamp(), time.monotonic(), frame)
         self._unanswered.append(waiting)
         ready = [slot for slot in self._slots() if slot.ready and not slot.ended]
@@ -173,9 +215,21 @@ class Upstream:
         if self._search is not None:
             self._search.cancel()
 
+    def detach(self) -> None:
+        """As `close`, but the client may come back: the session's log is kept, here and by its replica."""
+        self.stop()
+        if self._resumes is None or self._recorder is None or not len(self.log) or self._current is None:
+            return
+        with contextlib.suppress(LogRefused):  # the sound of its last frame is not known
+            log, generation = self._recorder.log(), self._current.generation
+            self._resumes.keep(self._session, log, generation, self._held.generation, self._texts)
+        self._current.detach()
+
     def close(self) -> None:
         """Closes the links, if there are any. Idempotent."""
         self.stop()
+        if self._taken is not None:
+            self._taken.give_back()
         for slot in self._slots():
             slot.close()
 
@@ -207,6 +261,7 @@ class Upstream:
             self._burst_frames,
             self._on_message,
             self._on_end,
+            self._held,
         )
 
     def _queue(self, place: int) -> None:
@@ -245,7 +300,10 @@ class Upstream:
         if not self._was_ready:
             self._was_ready = True
             self._stats.phase("prefill", ready.prefill_s)
-            self._emit(Ready(self._details))
+            if self._taken is not None:
+                self._taken.confirm()
+                self._taken = None
+            self._emit(Ready({**self._details, **self._ticket(slot)}))
         self._feed(slot, heard)
 
     def _feed(self, slot: Slot, heard: list[Pcm]) -> None:
@@ -280,6 +338,7 @@ class Upstream:
         if reply.frame % metrics.SAMPLED == 0:
             self._metrics.observe(metrics.FRAME_SECONDS, latency_s)
         if reply.text:
+            self._texts.append((reply.frame, reply.text))
             self._emit(AgentText(reply.text))
         if self._losses and reply.frame >= self._settled:
             self._losses = 0
@@ -395,8 +454,15 @@ class Upstream:
     def _continue(self, slot: Slot, **details: Any) -> None:
         if self._interrupted:
             self._interrupted = False
-            told = {"generation": slot.generation, "frame": len(self.log), **details}
+            told = {"generation": slot.generation, "frame": len(self.log), **details, **self._ticket(slot)}
             self._emit(SessionNotice(CONTINUED, told))
+
+    def _ticket(self, slot: Slot) -> dict[str, Any]:
+        """What the client can come back with."""
+        if self._resumes is None:
+            return {}
+        token = self._resumes.token(self._session, slot.generation)
+        return {"resume": token, "grace_s": self._resumes.grace_s}
 
     def _notice_progress(self, frame: UserFrame | None) -> None:
         """After a reply of a silent replica, or of a new one that has not caught up."""

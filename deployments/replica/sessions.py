@@ -4,6 +4,10 @@ A slot is held by the lease while nobody connected yet (`lease_timeout_s` at mos
 whatever becomes of the lease call. A session is opened anew, or rebuilt from the log that its gateway sends.
 When the engine fails, every session is told SessionLost. Knows no Ray; runs on one event loop but for
 `deliver`.
+
+A session whose client may come back is detached when its gateway says so or is lost: its slot is freed at
+once, its log is kept for `resume_grace_s`. Whoever shows its token gets the log, from a session that looks
+alive too, which then ends.
 """
 
 from __future__ import annotations
@@ -19,15 +23,36 @@ from deployments.metrics import Metrics
 from deployments.parts import ReplicaSettings
 from deployments.replica.numbers import EngineNumbers
 from deployments.replica.rebuilds import Rebuilds
+from deployments.replica.running import RunningLog
 from deployments.wire import messages
+from deployments.wire.detached import Detached
 from deployments.wire.link import Link
-from deployments.wire.messages import LeaseRequest, MessageKind, Opening, SessionStatus, SlotReady
-from deployments.wire.transfer import LogReceiver
+from deployments.wire.messages import (
+    NOTHING_HELD,
+    Held,
+    LeaseRequest,
+    MessageKind,
+    Opening,
+    SessionStatus,
+    SlotReady,
+    TakenSession,
+)
+from deployments.wire.tokens import ResumeTokens
+from deployments.wire.transfer import LogReceiver, pieces
 from personaplex.engine.interface import Stepper
 from personaplex.engine.loop import Batch, Closed, EngineEvent, EngineLoop, Faulted, Opened, Refused, Stepped
-from personaplex.errors import EngineFault, LogRefused, PersonaplexError, ProtocolError, SessionLost
-from personaplex.sessionlog import SessionLog
+from personaplex.errors import (
+    EngineFault,
+    LogRefused,
+    PersonaplexError,
+    ProtocolError,
+    ResumeRefused,
+    SessionLost,
+    SessionTaken,
+)
+from personaplex.sessionlog import SessionLog, SessionRecorder
 
+DETACHED_LEAST = 16  # sessions whose logs a replica keeps, whatever its slots: 2 MB each
 UNAUTHENTICATED_SPARE = 16  # connections that have shown no lease, beyond two per slot
 FAILED = "the server running this session failed; please connect again"
 
@@ -45,6 +70,8 @@ class Holder:
     generation: int = 0
     log: LogReceiver | None = None  # while it comes in
     number: int | None = None
+    held: Held = NOTHING_HELD
+    running: RunningLog | None = None  # of a session whose client may come back
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -57,8 +84,10 @@ class Sessions:
         make: Callable[[], Stepper],
         published: Metrics,
         changed: Callable[[], None],
+        tokens: Callable[[], ResumeTokens] | None = None,
     ) -> None:
-        """`make` builds the engine, on its thread. `changed` is called when a slot is taken or freed."""
+        """`make` builds the engine, on its thread. `changed` is called when a slot is taken or freed.
+        `tokens` reads what clients come back with; without it none does."""
         self.slots = 0
         self.accepting = True
         self.engine = EngineLoop(
@@ -76,6 +105,10 @@ class Sessions:
         self._linked: dict[Link, Holder] = {}
         self._coming: set[Holder] = set()  # linked, but not with the engine yet
         self._open: dict[int, Holder] = {}  # by the engine loop's number
+        self._tokens = tokens
+        self._takers: dict[Link, str] = {}  # of which session
+        limit = max(DETACHED_LEAST, 2 * settings.slots)
+        self.detached = Detached(settings.resume_grace_s, limit, time.monotonic)
         self._rebuilds: Rebuilds[Holder] = Rebuilds(settings.engine_config.rebuilds, self._rebuild)
 
     @property
@@ -109,6 +142,8 @@ class Sessions:
     def close(self) -> None:
         """Graceful shutdown: takes no new session and ends every other one in words."""
         self.accepting = False
+        for holder in self._linked.values():
+            holder.running = None
         for link in list(self._linked):
             link.close(SessionLost("the server is being stopped; please connect again"))
 
@@ -137,14 +172,22 @@ class Sessions:
 
     def _message(self, link: Link, kind: MessageKind, payload: bytes) -> None:
         holder = self._linked.get(link)
-        if holder is None:
+        if link in self._takers:
+            self._end_taking(link, kind)
+        elif holder is None and kind is MessageKind.TAKE:
+            self._give(link, payload)
+        elif holder is None:
             self._claim(link, kind, payload)
         elif kind is MessageKind.FRAME and holder.number is not None:
             timestamp, frame = messages.unpack_frame(payload)
+            if holder.running is not None:
+                holder.running.fed(timestamp, frame)
             self.engine.push(holder.number, frame, timestamp)
         elif kind is MessageKind.LOG and holder.log is not None:
             self._receive_log(holder, holder.log, payload)
-        elif kind is MessageKind.CLOSE:
+        elif kind in (MessageKind.CLOSE, MessageKind.DETACH):
+            if kind is MessageKind.CLOSE:
+                holder.running = None
             link.close()
         else:
             raise ProtocolError("a message that does not belong here")
@@ -158,7 +201,9 @@ class Sessions:
                 raise SessionLost("the lease ran out; please connect again")
             if kind is MessageKind.OPEN:
                 persona = messages.unpack_open(opening.rest)
-                self._start(self._take(link, opening), lambda: self.engine.open(persona))
+                holder = self._take(link, opening)
+                self._keep_log(holder, SessionRecorder(persona, self._settings.rebuild_audio_s))
+                self._start(holder, lambda: self.engine.open(persona))
             else:
                 log = LogReceiver(messages.unpack_rebuild(opening.rest))
                 self._await_log(self._take(link, opening), log)
@@ -169,7 +214,7 @@ class Sessions:
         """Whoever has the token is from now on at the other end of `link`."""
         holder = self._unclaimed.pop(opening.token)
         self._unauthenticated.pop(link).cancel()
-        holder.link, holder.generation = link, opening.generation
+        holder.link, holder.generation, holder.held = link, opening.generation, opening.held
         self._linked[link] = holder
         self._coming.add(holder)
         return holder
@@ -199,9 +244,13 @@ class Sessions:
             return
         holder.log = None
         try:
-            self._rebuilds.add(holder, SessionLog.unpack(whole))
+            session = SessionLog.unpack(whole)
         except LogRefused as error:
             self._end(holder, error)
+            return
+        if holder.held:
+            self._keep_log(holder, SessionRecorder.of(session, self._settings.rebuild_audio_s))
+        self._rebuilds.add(holder, session)
 
     def _rebuild(self, holder: Holder, log: SessionLog) -> None:
         self._start(holder, lambda: self.engine.rebuild(log))
@@ -209,13 +258,76 @@ class Sessions:
     def _lost(self, link: Link) -> None:
         if link in self._unauthenticated:
             self._unauthenticated.pop(link).cancel()
+        self._takers.pop(link, None)
         holder = self._linked.pop(link, None)
         if holder is None:
             return
+        self._detach(holder)
         if holder.number in self._open:
             self.engine.close(holder.number)  # Closed comes when the slot is free
         else:
             self._free(holder)
+
+    # Sessions whose clients may come back
+
+    def _keep_log(self, holder: Holder, recorder: SessionRecorder) -> None:
+        if holder.held and self._tokens is not None:
+            holder.running = RunningLog(recorder, holder.generation, holder.held)
+
+    def _detach(self, holder: Holder) -> None:
+        """Keeps the log of a session that lost its gateway or its client, if it has said anything."""
+        running, holder.running = holder.running, None
+        if running is None or not len(running.recorder.tokens):
+            return
+        try:
+            log = running.recorder.log()
+        except LogRefused:  # the sound of its last frame is not known
+            return
+        session = holder.request.session
+        self.detached.keep(session, log, running.generation, running.held, running.texts)
+        self._event_loop.call_later(self._settings.resume_grace_s + 0.1, self._expire)
+        self._changed()
+
+    def _expire(self) -> None:
+        self.detached.expire()
+        self._changed()
+
+    def _give(self, link: Link, token: bytes) -> None:
+        """Somebody has come back: gives the session's log to whoever shows its token."""
+        try:
+            if self._tokens is None:
+                raise ResumeRefused
+            claim = self._tokens().read(token.decode("ascii", "replace"))
+            for holder in self._open.values():
+                if holder.running is not None and holder.request.session == claim.session:
+                    self._interrupt(holder, holder.running, claim.counter)
+                    break
+            kept = self.detached.take(claim.session, claim.counter, link)
+        except ResumeRefused as error:
+            self._reject(link, error)
+            return
+        self._unauthenticated.pop(link).cancel()
+        self._takers[link] = claim.session
+        log = kept.log.pack()
+        taken = TakenSession(kept.generation, len(log), kept.texts)
+        link.send(MessageKind.TAKEN, messages.pack_taken(taken))
+        for piece in pieces(log):
+            link.send(MessageKind.LOG, piece)
+
+    def _interrupt(self, holder: Holder, running: RunningLog, counter: int) -> None:
+        """Its client has come back by another way. Raises ResumeRefused for another token than its own."""
+        if not running.takes(counter):
+            raise ResumeRefused
+        self._detach(holder)
+        assert holder.link is not None
+        holder.link.close(SessionTaken())
+
+    def _end_taking(self, link: Link, kind: MessageKind) -> None:
+        session = self._takers.pop(link)
+        if kind is MessageKind.CLOSE:
+            self.detached.confirm(session, link)
+            self._changed()
+        link.close()
 
     # Events of the engine
 
@@ -230,7 +342,7 @@ class Sessions:
             match event:
                 case Stepped(session) if session in self._open:
                     assert payload is not None
-                    self._reply(self._open[session], payload)
+                    self._reply(self._open[session], event, payload)
                 case Opened(session) if session in self._open:
                     self._ready(self._open[session], event)
                 case Refused(session, error) if session in self._open:
@@ -244,11 +356,15 @@ class Sessions:
     def _ready(self, holder: Holder, event: Opened) -> None:
         assert holder.link is not None
         ready = SlotReady(event.prefill_s, event.frame, event.voice_digest)
+        if holder.running is not None:
+            holder.running.recorder.voice_digest = event.voice_digest
         holder.link.send(MessageKind.READY, messages.pack_ready(ready))
         self._rebuilds.done(holder)
 
-    def _reply(self, holder: Holder, payload: bytes) -> None:
+    def _reply(self, holder: Holder, event: Stepped, payload: bytes) -> None:
         assert holder.link is not None
+        if holder.running is not None:
+            holder.running.answered(event.timestamp, messages.reply_tokens(payload), event.output.text)
         dropped = holder.link.dropped
         holder.link.send_frame(MessageKind.REPLY, payload)
         self._metrics.add(metrics.FRAMES_DROPPED, holder.link.dropped - dropped, place="link_out")
@@ -262,6 +378,7 @@ class Sessions:
 
     def _end(self, holder: Holder, error: PersonaplexError) -> None:
         """Tells the gateway why, and frees a holder that has no slot of the engine any more."""
+        holder.running = None
         if holder.link is not None:
             holder.link.close(error)
         self._free(holder)

@@ -9,26 +9,29 @@ last taker. Pure but for its memory; used by one thread.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from deployments.wire.messages import SessionStatus
 from personaplex.errors import ResumeRefused
 from personaplex.sessionlog import SessionLog
 
 
 @dataclass
 class Kept:
-    """A detached session. `counter`: the one that is asked for. `told`: whether its client is known to have
-    got that one; until then the one before is as good."""
+    """A detached session. `generation`: of the slot it had last. `held`: of the token that its client is
+    known to hold; that of the last slot is as good. `texts`: what the agent said of late, with its
+    frames."""
 
     log: SessionLog
-    counter: int
-    told: bool
-    expires: float
+    generation: int
+    held: int
+    texts: tuple[tuple[int, str], ...]
+    since: float
     taker: object | None = None
 
     def takes(self, counter: int) -> bool:
-        return counter == self.counter or (not self.told and counter == self.counter - 1)
+        return counter in (self.generation, self.held)
 
 
 class Detached:
@@ -43,22 +46,28 @@ class Detached:
         return len(self._kept)
 
     @property
-    def sessions(self) -> tuple[str, ...]:
-        return tuple(self._kept)
+    def statuses(self) -> tuple[SessionStatus, ...]:
+        """Name, seconds since it was detached, and generation of each."""
+        now = self._clock()
+        return tuple(
+            SessionStatus(session, round(now - kept.since, 1), kept.generation)
+            for session, kept in self._kept.items()
+        )
 
-    def keep(self, session: str, log: SessionLog, counter: int, *, told: bool) -> int:
-        """From now on `session` is kept; how many others had to go for it."""
-        self._kept[session] = Kept(log, counter, told, self._clock() + self._grace_s)
+    def keep(
+        self, session: str, log: SessionLog, generation: int, held: int, texts: Iterable[tuple[int, str]] = ()
+    ) -> None:
+        """From now on `session` is kept; see Kept."""
+        self._kept[session] = Kept(log, generation, held, tuple(texts), self._clock())
         self._kept.move_to_end(session)
-        gone = max(0, len(self._kept) - self._limit)
-        for _ in range(gone):
+        while len(self._kept) > self._limit:
             self._kept.popitem(last=False)
-        return gone
 
     def take(self, session: str, counter: int, taker: object) -> Kept:
         """The session, for `taker`. Raises ResumeRefused for one that is not here and for another counter."""
+        self.expire()
         kept = self._kept.get(session)
-        if kept is None or not kept.takes(counter) or self._clock() >= kept.expires:
+        if kept is None or not kept.takes(counter):
             raise ResumeRefused
         kept.taker = taker
         return kept
@@ -69,10 +78,8 @@ class Detached:
         if kept is not None and kept.taker is taker:
             del self._kept[session]
 
-    def expire(self) -> list[str]:
-        """Forgets those whose time is over; their names."""
-        now = self._clock()
-        gone = [session for session, kept in self._kept.items() if now >= kept.expires]
-        for session in gone:
+    def expire(self) -> None:
+        """Forgets those whose time is over."""
+        until = self._clock() - self._grace_s
+        for session in [session for session, kept in self._kept.items() if kept.since <= until]:
             del self._kept[session]
-        return gone

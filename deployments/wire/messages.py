@@ -10,13 +10,18 @@ they stand with a ReplicaStatus. On the link (link.py) a message is a kind and a
                          FRAME    timestamp uint32 (microseconds, of the gateway's clock, modulo 2**32), the
                                   user's frame float32 LE [1920]: bit for bit as decoded
                          CLOSE    JSON; the slot may go
+                         DETACH   nothing; as CLOSE, but the client may come back: the log is to be kept
+                         TAKE     a client's resume token: instead of an opening, asks for the session's log;
+                                  CLOSE then says that the session goes on elsewhere
     replica -> gateway   READY    JSON (`SlotReady`); the slot takes frames from here on
                          REPLY    number uint32, timestamp of the user's frame it answers uint32, tokens int32
                                   [17], frame float32 [1920], text UTF-8
+                         TAKEN    JSON (`TakenSession`); LOG messages follow
                          CLOSE    JSON with the error that ended the session
 
 An opening comes first and only once: one-time token (16 bytes), version of all these messages uint16,
-generation uint32, which grows by one with each slot that the session is given. A version that the replica
+generation uint32, which grows by one with each slot that the session is given, and what its client holds to
+come back with (`Held`: int32, bool). A version that the replica
 does not speak raises UnknownVersion, payloads of any other shape ProtocolError. Knows no Ray, no socket and
 no engine.
 """
@@ -43,7 +48,7 @@ from personaplex.persona import VOICES, Persona, voice_name
 VERSION = 1
 TOKEN_BYTES = 16
 
-_OPENING = struct.Struct(f"<{TOKEN_BYTES}sHI")
+_OPENING = struct.Struct(f"<{TOKEN_BYTES}sHIi?")
 _SIZE = struct.Struct("<I")
 _TIMESTAMP = struct.Struct("<I")
 _REPLY = struct.Struct(f"<II{4 * STREAMS}s")
@@ -99,7 +104,8 @@ class SessionStatus:
 
 @dataclass(frozen=True)
 class ReplicaStatus:
-    """What one replica says of itself. No personal content."""
+    """What one replica says of itself. No personal content. `detached`: sessions without a slot, whose
+    clients may come back. `media`: where its links are made; port 0 where nobody is to know."""
 
     replica: str
     node: str
@@ -110,6 +116,8 @@ class ReplicaStatus:
     accepting: bool
     sessions: tuple[SessionStatus, ...]
     engine: Mapping[str, str] = field(default_factory=dict)  # settings a record names, to run it again
+    detached: tuple[SessionStatus, ...] = ()
+    media: tuple[str, int] = ("", 0)
 
     @property
     def used(self) -> int:
@@ -124,6 +132,9 @@ class MessageKind(enum.IntEnum):
     REPLY = 5
     REBUILD = 6
     LOG = 7
+    DETACH = 8
+    TAKE = 9
+    TAKEN = 10
 
 
 @dataclass(frozen=True)
@@ -144,6 +155,11 @@ def pack_reply(reply: Reply) -> bytes:
     return b"".join((head, pcm, reply.text.encode()))
 
 
+def reply_tokens(payload: bytes) -> npt.NDArray[np.int32]:
+    """The tokens, int32 [17], of a reply that `pack_reply` made."""
+    return np.frombuffer(payload, "<i4", STREAMS, _REPLY.size - 4 * STREAMS)
+
+
 def unpack_reply(payload: bytes) -> Reply:
     """Raises ProtocolError for anything `pack_reply` does not make."""
     try:
@@ -158,11 +174,28 @@ def unpack_reply(payload: bytes) -> Reply:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Which resume token a session's client holds: that of slot `generation`, or none (negative). `used`: it
+    came back with that one, and whether it got the next is known once it is heard; until then both are
+    good."""
+
+    generation: int = -1
+    used: bool = False
+
+    def __bool__(self) -> bool:
+        return self.generation >= 0
+
+
+NOTHING_HELD = Held()
+
+
+@dataclass(frozen=True)
 class Opening:
     """What OPEN and REBUILD begin with, and the `rest` of them."""
 
     token: bytes = field(repr=False)
     generation: int
+    held: Held
     rest: bytes = field(repr=False)
 
 
@@ -170,14 +203,18 @@ def unpack_opening(payload: bytes) -> Opening:
     """Raises ProtocolError for another shape, UnknownVersion for messages of another version."""
     if len(payload) < _OPENING.size:
         raise ProtocolError("an opening message of the wrong shape")
-    token, version, generation = _OPENING.unpack_from(payload)
+    token, version, generation, held, used = _OPENING.unpack_from(payload)
     if version != VERSION:
         raise UnknownVersion(f"the link speaks version {version}, this process {VERSION}")
-    return Opening(token, generation, payload[_OPENING.size :])
+    return Opening(token, generation, Held(held, used), payload[_OPENING.size :])
 
 
-def pack_open(token: bytes, persona: Persona, generation: int = 0) -> bytes:
-    return _OPENING.pack(token, VERSION, generation) + json.dumps(dataclasses.asdict(persona)).encode()
+def pack_opening(token: bytes, generation: int = 0, held: Held = NOTHING_HELD) -> bytes:
+    return _OPENING.pack(token, VERSION, generation, held.generation, held.used)
+
+
+def pack_open(token: bytes, persona: Persona, generation: int = 0, held: Held = NOTHING_HELD) -> bytes:
+    return pack_opening(token, generation, held) + json.dumps(dataclasses.asdict(persona)).encode()
 
 
 def unpack_open(rest: bytes) -> Persona:
@@ -193,8 +230,8 @@ def unpack_open(rest: bytes) -> Persona:
         raise ProtocolError("an opening message of the wrong shape") from error
 
 
-def pack_rebuild(token: bytes, log_bytes: int, generation: int) -> bytes:
-    return _OPENING.pack(token, VERSION, generation) + _SIZE.pack(log_bytes)
+def pack_rebuild(token: bytes, log_bytes: int, generation: int, held: Held = NOTHING_HELD) -> bytes:
+    return pack_opening(token, generation, held) + _SIZE.pack(log_bytes)
 
 
 def unpack_rebuild(rest: bytes) -> int:
@@ -261,6 +298,36 @@ def unpack_ready(payload: bytes) -> SlotReady:
     except _UNREADABLE as error:
         raise ProtocolError("a ready message of the wrong shape") from error
     raise ProtocolError("a ready message of the wrong shape")
+
+
+@dataclass(frozen=True)
+class TakenSession:
+    """A session that was given to whoever showed its token. `generation`: of the slot it had last. `texts`:
+    what the agent said of late, with its frames. `log_bytes` of log follow."""
+
+    generation: int
+    log_bytes: int
+    texts: tuple[tuple[int, str], ...] = ()
+
+
+def pack_taken(taken: TakenSession) -> bytes:
+    return json.dumps(dataclasses.asdict(taken)).encode()
+
+
+def unpack_taken(payload: bytes) -> TakenSession:
+    """Raises ProtocolError for another shape."""
+    try:
+        fields = json.loads(payload)
+        texts = tuple((frame, text) for frame, text in fields["texts"])
+        taken = TakenSession(fields["generation"], fields["log_bytes"], texts)
+        numbers = (taken.generation, taken.log_bytes, *(frame for frame, _ in texts))
+        if all(type(number) is int and number >= 0 for number in numbers) and all(
+            type(text) is str for _, text in texts
+        ):
+            return taken
+    except _UNREADABLE as error:
+        raise ProtocolError("a taken message of the wrong shape") from error
+    raise ProtocolError("a taken message of the wrong shape")
 
 
 def pack_error(error: PersonaplexError) -> bytes:

@@ -187,7 +187,14 @@ def test_three_kills_change_no_token(cluster: str, engine: Engine, logs: Path) -
         return clients
 
     with running(
-        cluster, model="tiny", slots=2, replicas_min=2, replicas_max=2, token_log_dir=logs, **PATIENT
+        cluster,
+        model="tiny",
+        slots=2,
+        replicas_min=2,
+        replicas_max=2,
+        token_log_dir=logs,
+        session_limit_s=300.0,
+        **PATIENT,
     ) as service:
         clients = asyncio.run(run(service))
         service.wait_idle()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from deployments.wire.detached import Detached
+from deployments.wire.messages import SessionStatus
 from personaplex.config import FRAME_SIZE, STREAMS
 from personaplex.errors import ResumeRefused
 from personaplex.persona import Persona
@@ -40,30 +41,33 @@ def detached(clock: Clock) -> Detached:
     return Detached(GRACE_S, 3, clock)
 
 
-def test_the_right_counter_gets_the_log_and_no_other_does(detached: Detached) -> None:
+def test_the_right_token_gets_the_log_and_no_other_does(detached: Detached) -> None:
     kept = log()
-    detached.keep("one", kept, 4, told=True)
+    detached.keep("one", kept, 4, 4, [(1, " hi")])
     for counter in (0, 3, 5):
         with pytest.raises(ResumeRefused):
             detached.take("one", counter, "taker")
     with pytest.raises(ResumeRefused):
         detached.take("other", 4, "taker")
-    assert detached.take("one", 4, "taker").log is kept
+    taken = detached.take("one", 4, "taker")
+    assert taken.log is kept
+    assert (taken.generation, taken.texts) == (4, ((1, " hi"),))
 
 
 def test_a_client_that_never_got_its_new_token_may_show_the_old_one(detached: Detached) -> None:
-    detached.keep("one", log(), 4, told=False)
-    assert detached.take("one", 3, "taker").counter == 4
+    detached.keep("one", log(), 4, 2)
+    assert detached.take("one", 2, "taker").generation == 4
+    assert detached.take("one", 4, "taker").generation == 4
     with pytest.raises(ResumeRefused):
-        detached.take("one", 2, "taker")
+        detached.take("one", 3, "taker")
 
 
 def test_it_stays_until_the_session_goes_on_elsewhere(detached: Detached) -> None:
-    detached.keep("one", log(), 0, told=True)
+    detached.keep("one", log(), 0, 0)
     detached.take("one", 0, "lost on the way")
     detached.take("one", 0, "taker")
     detached.confirm("one", "lost on the way")
-    assert detached.sessions == ("one",), "it belongs to the last taker"
+    assert len(detached) == 1, "it belongs to the last taker"
     detached.confirm("one", "taker")
     assert len(detached) == 0
     with pytest.raises(ResumeRefused):
@@ -71,20 +75,20 @@ def test_it_stays_until_the_session_goes_on_elsewhere(detached: Detached) -> Non
 
 
 def test_after_the_grace_it_is_gone(detached: Detached, clock: Clock) -> None:
-    detached.keep("one", log(), 0, told=True)
+    detached.keep("one", log(), 0, 0)
     clock.now += 10
-    detached.keep("two", log(), 0, told=True)
+    detached.keep("two", log(), 3, 0)
     clock.now += GRACE_S - 10
     with pytest.raises(ResumeRefused):
         detached.take("one", 0, "taker")
-    assert detached.expire() == ["one"]
-    assert detached.expire() == []
-    assert detached.sessions == ("two",)
+    detached.expire()
+    assert detached.statuses == (SessionStatus("two", GRACE_S - 10, 3),)
 
 
 def test_beyond_the_limit_the_oldest_goes(detached: Detached) -> None:
-    assert [detached.keep(name, log(), 0, told=True) for name in ("a", "b", "c", "d")] == [0, 0, 0, 1]
-    assert detached.sessions == ("b", "c", "d")
-    assert detached.keep("b", log(), 1, told=True) == 0, "again, as it is detached again"
-    assert detached.sessions == ("c", "d", "b")
-    assert detached.take("b", 1, "taker").counter == 1
+    for name in ("a", "b", "c", "d"):
+        detached.keep(name, log(), 0, 0)
+    assert [one.session for one in detached.statuses] == ["b", "c", "d"]
+    detached.keep("b", log(), 1, 1)
+    assert [one.session for one in detached.statuses] == ["c", "d", "b"], "again, as it is detached again"
+    assert detached.take("b", 1, "taker").generation == 1

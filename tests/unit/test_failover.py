@@ -139,7 +139,8 @@ def test_three_kills_change_no_token() -> None:
                 kill_at = 16 * third + dice.randrange(2, 12)
                 await talkers[0].answered(kill_at)
                 fleet.kill(next(one for one in fleet.replicas if one.used))
-                await talkers[0].answered(kill_at + 1)
+                for talker in talkers:
+                    await talker.answered(len(talker.heard) + 1)
                 await fleet.add()
             await asyncio.gather(*speaking)
             for talker in talkers:
