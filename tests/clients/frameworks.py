@@ -96,7 +96,7 @@ def frames_heard(audio: bytes) -> int:
 def run(python: Path, framework: Framework, base: str, folder: Path, timeout_s: float) -> dict[str, object]:
     result = folder / f"{framework.name}.json"
     result.unlink(missing_ok=True)
-    command = [str(python), str(HERE / "agents.py"), framework.name, base, KEY, str(result)]
+    command = [str(python), str(HERE / "framework.py"), framework.name, base, KEY, str(result)]
     bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     try:
         done = subprocess.run(

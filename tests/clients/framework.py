@@ -1,4 +1,4 @@
-"""One call by somebody else's agent framework, unmodified: `python agents.py CLIENT BASE KEY RESULT`.
+"""One call by somebody else's agent framework, unmodified: `python framework.py CLIENT BASE KEY RESULT`.
 
 Runs in the client's own environment, where nothing of ours is installed. BASE is HOST:PORT. The user is
 silent but for a murmur while the agent first speaks. What was heard goes to RESULT as JSON: version of the
@@ -222,9 +222,9 @@ def pipecat(kind: str) -> Callable[[str, str], Any]:
         class Tap(FrameProcessor):
             async def process_frame(self, frame: Any, direction: Any) -> None:
                 await super().process_frame(frame, direction)
-                if isinstance(frame, types.TTSAudioRawFrame):
+                if isinstance(frame, (types.TTSAudioRawFrame, types.SpeechOutputAudioRawFrame)):
                     heard.audio += frame.audio
-                elif isinstance(frame, types.TTSStartedFrame):
+                elif isinstance(frame, types.LLMFullResponseStartFrame):
                     heard.messages.append("")
                 elif isinstance(frame, types.TTSTextFrame):
                     if not heard.messages:
