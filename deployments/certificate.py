@@ -1,4 +1,4 @@
-"""A self-signed certificate for this machine, made once, and the addresses it is good for."""
+"""Self-signed certificates: one for this machine, made once, and those that processes make for themselves."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ipaddress
 import os
 import socket
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 
 from personaplex.errors import ConfigError
@@ -45,17 +46,18 @@ def lan_address() -> str:
             return "127.0.0.1"
 
 
-def _make_certificate(certificate: Path, key: Path, address: str) -> None:
+def self_signed(common_name: str, names: Sequence[str] = (), ips: Sequence[str] = ()) -> tuple[bytes, bytes]:
+    """A new certificate and its private key, as PEM, good for `names` and addresses `ips`."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     private = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "personaplex")])
-    names: list[x509.GeneralName] = [x509.DNSName("localhost"), x509.DNSName(socket.gethostname())]
-    names += [x509.IPAddress(ipaddress.ip_address(ip)) for ip in dict.fromkeys(("127.0.0.1", "::1", address))]
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common_name)])
+    others: list[x509.GeneralName] = [x509.DNSName(one) for one in names]
+    others += [x509.IPAddress(ipaddress.ip_address(ip)) for ip in ips]
     now = datetime.datetime.now(datetime.timezone.utc)
-    signed = (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -63,17 +65,21 @@ def _make_certificate(certificate: Path, key: Path, address: str) -> None:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(hours=1))
         .not_valid_after(now + datetime.timedelta(days=CERTIFICATE_DAYS))
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .sign(private, hashes.SHA256())
     )
+    if others:
+        builder = builder.add_extension(x509.SubjectAlternativeName(others), critical=False)
+    signed = builder.sign(private, hashes.SHA256())
+    key = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return signed.public_bytes(serialization.Encoding.PEM), key
+
+
+def _make_certificate(certificate: Path, key: Path, address: str) -> None:
+    ips = list(dict.fromkeys(("127.0.0.1", "::1", address)))
+    signed, private = self_signed("personaplex", ("localhost", socket.gethostname()), ips)
     descriptor = os.open(key, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(
-            private.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-    certificate.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+        file.write(private)
+    certificate.write_bytes(signed)

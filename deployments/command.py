@@ -52,7 +52,15 @@ ENVIRONMENT = {  # of Ray's processes, before they start; whoever runs Ray other
 RAY_ADDRESS = "RAY_ADDRESS"  # Ray's own: the cluster its programs connect to
 PORT_SHARING = "SERVE_SOCKET_REUSE_PORT_ENABLED"  # Serve's own: of its proxies; 1 unless set
 CARDS = "CUDA_VISIBLE_DEVICES"
-_READ = ("moshi_weight", "mimi_weight", "tokenizer", "voice_prompt_dir", "step_times")  # settings: paths
+_READ = (  # settings: paths
+    "moshi_weight",
+    "mimi_weight",
+    "tokenizer",
+    "voice_prompt_dir",
+    "lora",
+    "step_times",
+    "media_tls_dir",
+)
 _WRITTEN = ("token_log_dir", "record_dir")  # settings: directories
 _MODELS = ("auto", "7b", "tiny", "echo", "simulated")
 
@@ -103,6 +111,8 @@ def _check_files(settings: Settings) -> None:
         path = getattr(settings, name)
         if path is not None and not path.exists():
             raise ConfigError(f"{name}: no such file or folder: {path}")
+    if settings.lora is not None and settings.model in ("echo", "simulated"):
+        raise ConfigError(f"lora needs a model with weights, and {settings.model} has none")
     if settings.model not in _MODELS and not Path(settings.model).is_dir():
         raise ConfigError(f"no model {settings.model!r}: one of {', '.join(_MODELS)}, or a directory")
     if settings.static not in ("", "none") and not Path(settings.static).is_dir():

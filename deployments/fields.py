@@ -38,6 +38,11 @@ class Fields(BaseModel):
     mimi_weight: Path | None = Field(None, description="Codec weights; replaces the repository's.")
     tokenizer: Path | None = Field(None, description="Text tokenizer model; replaces the repository's.")
     voice_prompt_dir: Path | None = Field(None, description="Directory of voices; replaces the repository's.")
+    lora: Path | None = Field(
+        None,
+        description="Adapter (LoRA) of personaplex.finetune, merged into the weights it was trained on; on "
+        "any others it is refused.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where replicas compute.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Number type of weights and caches; auto is bfloat16 on CUDA, float32 on the CPU."
@@ -178,6 +183,14 @@ class Fields(BaseModel):
     media_port_min: int = Field(0, ge=0, le=65_535, description="First media port; 0 lets the system choose.")
     media_port_max: int = Field(
         0, ge=0, le=65_535, description="Last media port; unset with media_port_min 0."
+    )
+    media_tls: Literal["off", "own", "files"] = Field(
+        "off",
+        description="TLS 1.3 between gateways and replicas: own makes certificates itself, files takes "
+        "tls.crt, tls.key and ca.crt in media_tls_dir. Both ends prove who they are with or without it.",
+    )
+    media_tls_dir: Path | None = Field(
+        None, description="Directory of the certificate for media_tls=files, on gateways and replicas."
     )
     lease_timeout_s: float = Field(
         5.0, gt=0, description="A slot whose gateway does not connect within this time is freed."

@@ -1,15 +1,17 @@
 """The fleet deployment: one small process that knows every replica's last status.
 
 A full replica has no call left to answer questions with, so replicas report here. The fleet also announces
-the shutdown, to replicas and gateways. No session needs it to start or to go on: if it dies, Serve restarts
-it and the next reports fill it.
+the shutdown, to replicas and gateways, and it makes the secret of the media link (wire/handshake.py). No
+session needs it to start or to go on: if it dies, Serve restarts it and the next reports fill it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 
+from deployments.wire.handshake import SECRET_BYTES
 from deployments.wire.messages import ReplicaStatus
 
 FORGET_AFTER_S = 5.0  # without a report
@@ -24,6 +26,12 @@ class Fleet:
         self._end = asyncio.Event()
         self._gateways: set[str] = set()
         self._spent: dict[str, float] = {}  # tickets, and when they are over
+        self._secret = b""
+
+    async def link_secret(self, known: bytes) -> bytes:
+        """The application's secret. `known`: the one that the caller has, b"" at its start."""
+        self._secret = self._secret or known or secrets.token_bytes(SECRET_BYTES)
+        return self._secret
 
     async def report(self, status: ReplicaStatus) -> bool:
         """Stores a replica's status; returns True when it must close its sessions."""

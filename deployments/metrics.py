@@ -115,6 +115,16 @@ FAILOVERS = Series(
     "recovered (its own answered again first), refused (none knows its log), no_capacity, failed.",
     ("outcome",),
 )
+RESUMES = Series(
+    "personaplex_resumes",
+    "counter",
+    "Clients that came back to a session, by outcome: continued, refused (no session for this token), failed "
+    "(no slot, or none that could go on).",
+    ("outcome",),
+)
+DETACHED = Series(
+    "personaplex_sessions_detached", "gauge", "Sessions without a slot whose clients may come back."
+)
 FAILOVER_SECONDS = Series(
     "personaplex_failover_seconds",
     "histogram",
@@ -246,6 +256,7 @@ def gateway_metrics(page: bool = False) -> Metrics:
         RECORDS,
         FAILOVERS,
         FAILOVER_SECONDS,
+        RESUMES,
         page=page,
     )
 
@@ -254,6 +265,7 @@ def replica_metrics() -> Metrics:
     return Metrics(
         SLOTS_TOTAL,
         SLOTS_USED,
+        DETACHED,
         TICK_SECONDS,
         TICK_SLOTS,
         PREFILL_SECONDS,

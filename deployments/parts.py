@@ -30,6 +30,8 @@ class _Part:
     lease_timeout_s: float
     resume_grace_s: float
     rebuild_audio_s: float
+    media_tls: Literal["off", "own", "files"]
+    media_tls_dir: Path | None
 
     @classmethod
     def of(cls: type[P], settings: Settings) -> P:
@@ -90,6 +92,7 @@ class ReplicaSettings(_Part):
     mimi_weight: Path | None
     tokenizer: Path | None
     voice_prompt_dir: Path | None
+    lora: Path | None
     device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["auto", "float32", "bfloat16"]
     weights: Literal["auto", "int8"]

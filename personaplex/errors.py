@@ -3,6 +3,7 @@
     PersonaplexError
     ├── ConfigError          a setting is wrong; the process does not start
     ├── CheckpointError      weights, tokenizer or voices cannot be loaded; the process does not start
+    ├── TrainingFailed       a training run cannot go on; what it had saved is there
     ├── BadRecord            a file is no record, or so damaged that nothing of it can be read
     ├── RecordingFailed      a record cannot be kept any further: disk full, store out of reach
     ├── ClientError          the client can mend it; close code 1008 unless a class says otherwise
@@ -46,6 +47,10 @@ class ConfigError(PersonaplexError):
 
 class CheckpointError(PersonaplexError):
     """Weights, tokenizer or voices are missing, damaged or of another shape."""
+
+
+class TrainingFailed(PersonaplexError):
+    """A training run cannot go on from here."""
 
 
 class BadRecord(PersonaplexError):

@@ -56,6 +56,7 @@ class ModelSpec:
     mimi_weight: Path | None = None
     tokenizer: Path | None = None
     voice_prompt_dir: Path | None = None
+    lora: Path | None = None  # an adapter for exactly this language model, codec and tokenizer
     device: str = "auto"
     dtype: str = "auto"
     weights: Literal["auto", "int8"] = "auto"
@@ -240,6 +241,7 @@ def _from_hub(spec: ModelSpec, name: str) -> Checkpoint:
         mimi_weight=spec.mimi_weight,
         tokenizer=spec.tokenizer,
         voice_prompt_dir=spec.voice_prompt_dir,
+        lora=spec.lora,
     )
 
 

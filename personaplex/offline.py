@@ -46,7 +46,7 @@ from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, 
 _ANY_LENGTH = 2**31  # tokens of a role text: whoever runs this may wait as long as they like
 
 
-_INPUT_FILES = ("voice_prompt", "moshi_weight", "mimi_weight", "tokenizer")
+_INPUT_FILES = ("voice_prompt", "moshi_weight", "mimi_weight", "tokenizer", "lora")
 _SAMPLING = {  # option -> field of Sampling
     "temp_text": "text_temperature",
     "topk_text": "text_topk",
@@ -111,6 +111,7 @@ def _spec(options: argparse.Namespace) -> ModelSpec:
         mimi_weight=options.mimi_weight,
         tokenizer=options.tokenizer,
         voice_prompt_dir=options.voice_prompt_dir,
+        lora=options.lora,
         device=options.device,
         dtype=options.dtype,
         weights=options.weights,

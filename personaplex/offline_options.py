@@ -81,6 +81,12 @@ def _add_checkpoint(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="tokenizer, in place of the checkpoint's"
     )
+    group.add_argument(
+        "--lora",
+        type=Path,
+        metavar="FILE",
+        help="an adapter of python -m personaplex.finetune, for this model",
+    )
 
 
 def _add_engine(group: argparse._ArgumentGroup) -> None:

@@ -76,12 +76,16 @@ def spec(options: argparse.Namespace, head: Head) -> ModelSpec:
         recorded.pop("revision", None)
     chosen = {**recorded, **given}
     _check(chosen)
+    adapter = head.engine.get("lora")
+    if adapter and options.lora is None and not options.model:
+        raise ConfigError(f"this record was made with the adapter {adapter}: give it with --lora")
     return dataclasses.replace(
         ModelSpec(name=name, device=options.device, **chosen),
         moshi_weight=options.moshi_weight,
         mimi_weight=options.mimi_weight,
         tokenizer=options.tokenizer,
         voice_prompt_dir=options.voice_prompt_dir,
+        lora=options.lora,
     )
 
 

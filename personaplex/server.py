@@ -29,7 +29,7 @@ _REFUSED = {"gradio-tunnel": _TUNNEL, "gradio-tunnel-token": _TUNNEL}  # of mosh
 # Options that are settings of the same name.
 _SETTINGS = (
     *("model", "device", "slots", "weights", "kv", "static"),
-    *("hf_repo", "hf_revision", "moshi_weight", "mimi_weight", "tokenizer", "voice_prompt_dir"),
+    *("hf_repo", "hf_revision", "moshi_weight", "mimi_weight", "tokenizer", "voice_prompt_dir", "lora"),
 )
 EXAMPLES = (
     "python -m personaplex.server",
@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mimi-weight", help="codec weights, in place of the repository's")
     parser.add_argument("--tokenizer", help="text tokenizer, in place of the repository's")
     parser.add_argument("--voice-prompt-dir", help="directory of voices, in place of the repository's")
+    parser.add_argument("--lora", metavar="FILE", help="an adapter for this model; see docs/finetuning.md")
     parser.add_argument("--static", metavar="DIR|none", help="directory of another web page, or none")
     for name in _REFUSED:
         parser.add_argument(f"--{name}", nargs="?", const="", help=argparse.SUPPRESS)

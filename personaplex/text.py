@@ -69,6 +69,11 @@ class Tokenizer:
         ids: list[int] = self._model.encode(text, add_bos=False, add_eos=False)
         return ids
 
+    def encode_word(self, word: str) -> list[int]:
+        """Token ids of one word of a transcript, as the agent's text stream holds it. `word` is Unicode."""
+        ids: list[int] = self._model.encode(word, add_bos=False, add_eos=False)
+        return ids
+
     def piece(self, token: int) -> str:
         """The piece of one id, with a plain space for sentencepiece's own; byte pieces stay `<0xNN>`."""
         piece: str = self._model.id_to_piece(token)

@@ -22,7 +22,8 @@ from deployments.metrics import Metrics, Series
 from deployments.parts import ReplicaSettings
 from deployments.replica.sessions import Sessions
 from deployments.settings import Settings
-from deployments.wire.link import Link, connect, listen
+from deployments.wire.handshake import GatewayHandshake, Keyring
+from deployments.wire.link import Link, OnLost, OnMessage, connect, listen
 from deployments.wire.messages import Grant, LeaseRequest, ReplicaStatus
 from deployments.wire.tokens import ResumeTokens
 from personaplex.config import STREAMS, Pcm
@@ -33,7 +34,8 @@ from personaplex.session.core import Limits
 from personaplex.sessionlog import SessionLog
 from personaplex.tokenlog import TokenLog
 
-TOKENS = ResumeTokens([bytes(range(32))])
+KEYRING = Keyring(bytes(range(32)))
+TOKENS = ResumeTokens(KEYRING.secrets)
 BURST_S = 20.0  # a busy machine may be late: these tests are about what is said, not when
 
 
@@ -89,9 +91,7 @@ class LoopbackReplica:
         self.name, self.alive, self.frozen = name, True, False
         self.metrics = Counted()
         self.changed = asyncio.Event()
-        self.sessions = Sessions(
-            settings, make, cast(Metrics, self.metrics), self.changed.set, lambda: TOKENS
-        )
+        self.sessions = Sessions(settings, make, cast(Metrics, self.metrics), self.changed.set, KEYRING, name)
         self.links: list[Link] = []
         self._held: list[Any] = []  # events of the engine while it is frozen
         self._dispatch = self.sessions._dispatch
@@ -237,6 +237,11 @@ async def _forget(session: str, log: TokenLog) -> None:
     pass
 
 
+async def link(replica: str, host: str, port: int, on_message: OnMessage, on_lost: OnLost) -> Link:
+    handshake = GatewayHandshake(KEYRING, replica)
+    return await connect(host, port, on_message, on_lost, handshake=handshake, outbox=250, stall_s=10.0)
+
+
 def services(
     fleet: Fleet,
     published: Counted,
@@ -253,8 +258,8 @@ def services(
         ),
         metrics=cast(Metrics, published),
         limits=Limits(burst_s=BURST_S),
-        connect=lambda grant, on_message, on_lost: connect(
-            grant.host, grant.port, on_message, on_lost, outbox=250, stall_s=10.0
+        connect=lambda grant, on_message, on_lost: link(
+            grant.replica, grant.host, grant.port, on_message, on_lost
         ),
         connect_timeout_s=5.0,
         keep=_forget,
@@ -264,9 +269,7 @@ def services(
             grace_s,
             lambda: TOKENS,
             fleet.describe,
-            lambda replica, host, port, on_message, on_lost: connect(
-                host, port, on_message, on_lost, outbox=250, stall_s=10.0
-            ),
+            link,
         ),
     )
 

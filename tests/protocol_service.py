@@ -182,6 +182,7 @@ class _Fleet(_Handle):
     def __init__(self) -> None:
         fleet = Fleet()
         self.spend = SimpleNamespace(remote=fleet.spend)
+        self.link_secret = SimpleNamespace(remote=fleet.link_secret)
 
 
 class ProtocolService:

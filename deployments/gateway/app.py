@@ -42,7 +42,7 @@ import personaplex
 from deployments import ingress, logs, metrics
 from deployments.gateway import tracing
 from deployments.gateway.admission import AccessControl, ClientInfo, refusal
-from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Conversation
+from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Comeback, Conversation
 from deployments.gateway.failover import Failovers
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
@@ -50,17 +50,29 @@ from deployments.gateway.leases import Claim, Leases
 from deployments.gateway.observer import Observer
 from deployments.gateway.openai import Admit, OpenAIEndpoints
 from deployments.gateway.protocols.translator import Translator
-from deployments.gateway.query import persona_from, read_query, wants_status
+from deployments.gateway.query import heard_from, persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
+from deployments.gateway.resumes import Resumes, Taken
 from deployments.gateway.telephone import TICKET_S, TelephoneEndpoints
 from deployments.gateway.upstream import Services
+from deployments.keysync import KeySync
 from deployments.parts import GatewaySettings
 from deployments.settings import all_keys, behind_haproxy, proxies_in_front, proxy_callback
-from deployments.wire.link import connect
-from deployments.wire.messages import LeaseRequest
-from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, SessionLost, Unauthorized
+from deployments.wire.handshake import GatewayHandshake
+from deployments.wire.link import Link, OnLost, OnMessage, connect
+from deployments.wire.messages import Grant, LeaseRequest
+from deployments.wire.tls import gateway_context
+from deployments.wire.tokens import ResumeTokens
+from personaplex.errors import (
+    ConfigError,
+    NoCapacity,
+    PersonaplexError,
+    ResumeRefused,
+    SessionLost,
+    Unauthorized,
+)
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
 from personaplex.tokenlog import TokenLog
@@ -93,9 +105,9 @@ class Gateway:
             queue_timeout_s=settings.queue_timeout_s,
             suspects=failovers.suspects,
         )
-        self._keys = all_keys(settings.api_keys, settings.api_keys_file)
+        self._api_keys = all_keys(settings.api_keys, settings.api_keys_file)
         self._access = AccessControl(
-            self._keys,
+            self._api_keys,
             settings.allowed_origins,
             sessions_per_key=settings.sessions_per_key,
             sessions_per_address=settings.address_limit,
@@ -104,6 +116,8 @@ class Gateway:
             peer_is_proxy=behind_haproxy(),
         )
         self._reconnects = Reconnects()
+        self._keys = KeySync(fleet)
+        self._tls = None if settings.media_tls == "off" else gateway_context(settings.media_tls_dir)
         self._records = Records.of(settings, self._metrics)
         self._services = Services(
             leases=self._leases,
@@ -114,19 +128,13 @@ class Gateway:
                 first_audio_s=settings.first_audio_s,
                 burst_s=settings.burst_s,
             ),
-            connect=lambda grant, on_message, on_lost: connect(
-                grant.host,
-                grant.port,
-                on_message,
-                on_lost,
-                outbox=settings.burst_frames,
-                stall_s=settings.stall_limit_s,
-            ),
+            connect=self._connect,
             connect_timeout_s=settings.lease_timeout_s,
             keep=self._keep,
             changed=self._publish,
             trace=tracing.connect() if settings.tracing else None,
             failovers=failovers,
+            resumes=self._make_resumes(),
         )
         self._open = 0
         self._empty = asyncio.Event()  # no session is open
@@ -141,7 +149,7 @@ class Gateway:
         routes: list[BaseRoute] = [
             WebSocketRoute("/api/chat", self.chat),
             Route("/api/chat", self.upgrade_required),
-            *OpenAIEndpoints(self, self._settings, self._keys).routes(),
+            *OpenAIEndpoints(self, self._settings, self._api_keys).routes(),
             *TelephoneEndpoints(self, self._settings).routes(),
             WebSocketRoute("/{path:path}", self.no_socket),  # static files know no sockets
             Route("/api/admission", self.admission),
@@ -166,8 +174,13 @@ class Gateway:
         session = uuid.uuid4().hex
         with contextlib.ExitStack() as counted:
             counted.enter_context(self._counting())
+            taken: Taken | None = None
             try:
                 persona, caller = counted.enter_context(self._admit(socket))
+                taken = await self._take(socket)
+                if taken is not None:
+                    session, persona = taken.session, taken.log.persona
+                    counted.callback(taken.give_back)
                 claim = await self._leases.claim(LeaseRequest.of(session, persona))
             except PersonaplexError as error:
                 await self._refuse(socket, session, error)
@@ -175,7 +188,23 @@ class Gateway:
                 logger.info("session %s ended: its client left before it began", session)
                 raise
             else:
-                await self._converse(socket, session, persona, caller, claim)
+                await self._converse(socket, session, persona, caller, claim, taken)
+
+    async def _take(self, socket: WebSocket) -> Taken | None:
+        """The session that the client comes back to, None for a new one. Raises ResumeRefused."""
+        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
+        token = query.get("resume")
+        if token is None:
+            return None
+        try:
+            if self._services.resumes is None:
+                raise ResumeRefused
+            taken = await self._services.resumes.take(token)
+        except ResumeRefused:
+            self._metrics.add(metrics.RESUMES, outcome="refused")
+            raise
+        logger.info("session %s goes on: its client has come back", taken.session)
+        return taken
 
     async def talk(
         self,
@@ -237,13 +266,20 @@ class Gateway:
             self._ended(caller, conversation, recording)
 
     async def _converse(
-        self, socket: WebSocket, session: str, persona: Persona, caller: str, claim: Claim
+        self,
+        socket: WebSocket,
+        session: str,
+        persona: Persona,
+        caller: str,
+        claim: Claim,
+        taken: Taken | None = None,
     ) -> None:
         query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
         try:
             engine = await self._engine(query)
             await socket.accept()
             recording = self._begin_record(query, session, persona, engine)
+            comeback = None if taken is None else Comeback(taken, heard_from(query))
         except _LEFT:
             claim.give_up()
             logger.info("session %s ended: its client left before it began", session)
@@ -253,8 +289,15 @@ class Gateway:
             raise
         conversation: Conversation | None = None
         try:
+            status = wants_status(query)
             conversation = Conversation(
-                socket, session, self._services, status=wants_status(query), recording=recording
+                socket,
+                session,
+                self._services,
+                status=status,
+                recording=recording,
+                resumable=status,
+                comeback=comeback,
             )
             await conversation.run(persona, claim)
         finally:
@@ -392,6 +435,31 @@ class Gateway:
             one.accepting and one.used < one.slots for one in await self._fleet.describe()
         ):
             raise NoCapacity("every slot is taken and the queue is full")
+
+    def _make_resumes(self) -> Resumes | None:
+        if not self._settings.resume_grace_s:
+            return None
+        return Resumes(
+            self._settings.resume_grace_s,
+            lambda: ResumeTokens(self._keys.keyring.secrets),
+            self._fleet.describe,
+            self._link,
+        )
+
+    async def _connect(self, grant: Grant, on_message: OnMessage, on_lost: OnLost) -> Link:
+        return await self._link(grant.replica, grant.host, grant.port, on_message, on_lost)
+
+    async def _link(self, replica: str, host: str, port: int, on_message: OnMessage, on_lost: OnLost) -> Link:
+        return await connect(
+            host,
+            port,
+            on_message,
+            on_lost,
+            handshake=GatewayHandshake(await self._keys.known(), replica),
+            outbox=self._settings.burst_frames,
+            stall_s=self._settings.stall_limit_s,
+            tls=self._tls,
+        )
 
     async def _close(self) -> None:
         """Graceful shutdown: closes the queued sessions; replicas close those that hold a slot."""

@@ -13,6 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import TaskCancelledError
@@ -23,6 +24,7 @@ from deployments.gateway.leases import Claim
 from deployments.gateway.protocols.moshi import MoshiTranslator
 from deployments.gateway.protocols.translator import Begin, Message, Reply, Translator
 from deployments.gateway.recorder import Recording
+from deployments.gateway.resumes import Taken
 from deployments.gateway.stats import SessionStats
 from deployments.gateway.upstream import Services, Upstream
 from personaplex.config import Pcm
@@ -51,6 +53,19 @@ Claiming = Callable[[Persona, str], Awaitable[Claim]]  # a persona and a ticket;
 CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
 
 
+# Closes by a client that will not come back; a connection that was cut reads as 1005, as does a close without
+# a code.
+CLEAN_CODES = (1000, 1001)
+
+
+@dataclass(frozen=True)
+class Comeback:
+    """A session whose client is back, after it had heard `heard` frames of the agent."""
+
+    taken: Taken
+    heard: int
+
+
 class Conversation:
     """Made for one accepted WebSocket; `run` lasts as long as the session."""
 
@@ -64,15 +79,24 @@ class Conversation:
         status: bool = False,
         recording: Recording | None = None,
         begin: Claiming | None = None,
+        resumable: bool = False,
+        comeback: Comeback | None = None,
     ) -> None:
         """`protocol`: /api/chat's unless another is given. `status`: see `SessionCore`. `recording` gets what
         happens; who began it ends it. `begin` claims the slot of a session whose client says only after the
-        upgrade which one it wants."""
+        upgrade which one it wants. `resumable`: its client may come back after it was lost. `comeback`: it
+        has."""
         self._socket, self._session, self._services = socket, session, services
-        protocol = protocol or MoshiTranslator(time.monotonic, services.limits.burst_s)
+        if protocol is None:
+            before = 0 if comeback is None else comeback.taken.log.frames
+            protocol = MoshiTranslator(time.monotonic, services.limits.burst_s, frames_before=before)
+        self._resumable, self._comeback = resumable, comeback
+        self._cleanly = False  # whether the client said that it leaves
         self._protocol, self._claim_slot = protocol, begin
         self._stats = SessionStats(session, services.metrics, services.trace, protocol.name)
-        self._upstream = Upstream(session, services, self._stats, self._on, self._on_agent_frame)
+        self._upstream = Upstream(
+            session, services, self._stats, self._on, self._on_agent_frame, resumable=resumable
+        )
         self._audio = AudioStep(
             protocol.transcoder, services.limits, services.metrics, self._on, self._upstream.send_frame
         )
@@ -83,7 +107,7 @@ class Conversation:
             limits,
             self._stats.began,
             status=status,
-            handshake_delay_s=protocol.handshake_delay_s,
+            handshake_delay_s=protocol.handshake_delay_s if comeback is None else 0.0,
             begin_s=limits.idle_s if begin is not None else float("inf"),
         )
         self._loop = asyncio.get_running_loop()
@@ -157,7 +181,10 @@ class Conversation:
         except Exception as error:  # noqa: BLE001  Serve raises all sorts when its proxy is gone
             logger.warning("session %s: its connection is gone: %s", self._session, type(error).__name__)
             return None
-        return None if message["type"] == "websocket.disconnect" else message
+        if message["type"] == "websocket.disconnect":
+            self._cleanly = message.get("code", 1005) in CLEAN_CODES
+            return None
+        return message
 
     async def _write(self) -> None:
         try:
@@ -185,7 +212,10 @@ class Conversation:
             if claim is None:
                 assert self._claim_slot is not None
                 claim = self._claim = await self._claim_slot(persona, ticket)
-            await self._upstream.open(persona, claim)
+            if self._comeback is None:
+                await self._upstream.open(persona, claim)
+            else:
+                await self._upstream.go_on(self._comeback.taken, self._comeback.heard, claim)
         except PersonaplexError as error:
             self._on(Failed(error))
         except OSError:
@@ -284,6 +314,9 @@ class Conversation:
             task.cancel()
         if self._timer is not None:
             self._timer.cancel()
+        error = self._core.error
+        if self._resumable and (isinstance(error, SessionLost) if error else not self._cleanly):
+            self._upstream.detach()
         self._upstream.close()
         self._services.live.discard(self._session)
 

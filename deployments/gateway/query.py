@@ -3,7 +3,8 @@
 Everything has a default, and names nobody knows are ignored, since stock clients send more than is used
 (`pad_mult`, `repetition_penalty`, `repetition_penalty_context`, `email`). A name given twice counts once.
 `record=1` is the consent to be recorded, and `record_person` a name to find the record by.
-`status=1` asks for news before the handshake: the place in the queue and the session's details.
+`status=1` asks for news before the handshake: the place in the queue and the session's details. `resume` is a
+token to come back with, and `heard` how many of the agent's frames were heard before.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ TEMPERATURE_LIMIT = 10.0
 TEXT_TOPK_LIMIT = 32_000
 AUDIO_TOPK_LIMIT = 2_048
 SEED_LIMIT = 2**63 - 1
+HEARD_LIMIT = 2**31 - 1
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _NUMBER = re.compile(r"-?([0-9]{1,32}(\.[0-9]{0,64})?|\.[0-9]{1,64})([eE][+-]?[0-9]{1,3})?")
@@ -46,6 +48,11 @@ def wants_status(query: Mapping[str, str]) -> bool:
 def wants_record(query: Mapping[str, str]) -> bool:
     """Whether the client agrees to be recorded."""
     return query.get("record") == "1"
+
+
+def heard_from(query: Mapping[str, str]) -> int:
+    """How many frames of the agent a client that comes back has heard. Raises BadParameter."""
+    return _integer(query, "heard", 0, HEARD_LIMIT)
 
 
 def person_from(query: Mapping[str, str]) -> str:

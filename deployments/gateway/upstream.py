@@ -230,6 +230,8 @@ class Upstream:
         self.stop()
         if self._taken is not None:
             self._taken.give_back()
+            self._taken = None
+            self._metrics.add(metrics.RESUMES, outcome="failed")
         for slot in self._slots():
             slot.close()
 
@@ -303,6 +305,7 @@ class Upstream:
             if self._taken is not None:
                 self._taken.confirm()
                 self._taken = None
+                self._metrics.add(metrics.RESUMES, outcome="continued")
             self._emit(Ready({**self._details, **self._ticket(slot)}))
         self._feed(slot, heard)
 

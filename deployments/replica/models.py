@@ -22,6 +22,8 @@ def load(settings: ReplicaSettings) -> Loaded:
 
     Raises ConfigError for settings that cannot be met here, CheckpointError for weights that cannot be had.
     """
+    if settings.lora is not None and settings.model in ("echo", "simulated"):
+        raise ConfigError(f"lora needs a model with weights, and {settings.model} has none")
     if settings.model == "echo":
         return Loaded(EchoEngine(settings.slots, settings.prompt_tokens), "echo", VOICES)
     if settings.step_times is not None:
@@ -51,6 +53,7 @@ def _resolve(settings: ReplicaSettings) -> Resolved:
             mimi_weight=settings.mimi_weight,
             tokenizer=settings.tokenizer,
             voice_prompt_dir=settings.voice_prompt_dir,
+            lora=settings.lora,
             device=settings.device,
             dtype=settings.dtype,
             weights=settings.weights,

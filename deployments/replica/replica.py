@@ -18,6 +18,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from deployments import logs, metrics
+from deployments.keysync import KeySync
 from deployments.parts import ReplicaSettings
 from deployments.replica.models import load
 from deployments.replica.reporter import Reporter
@@ -25,6 +26,7 @@ from deployments.replica.sessions import Sessions
 from deployments.settings import AUTO
 from deployments.wire.link import listen
 from deployments.wire.messages import Grant, LeaseRequest, Refusal, ReplicaStatus
+from deployments.wire.tls import replica_context
 from personaplex.engine.interface import Loaded, Stepper
 
 logger = logging.getLogger(__name__)
@@ -42,14 +44,26 @@ class Replica:
         self._settings = settings
         self._name = serve.get_replica_context().replica_tag
         self._metrics = metrics.replica_metrics()
-        self._sessions = Sessions(settings, self._load, self._metrics, self._publish_slots)
+        self._keys = KeySync(fleet)
+        self._sessions = Sessions(
+            settings, self._load, self._metrics, self._publish_slots, self._keys.keyring, self._name
+        )
         self._engine = self._sessions.engine
         began = time.monotonic()
         started = asyncio.wrap_future(self._engine.start())
         self._slots = self._sessions.slots = await asyncio.wait_for(started, settings.load_timeout_s)
+        tls = None
+        if settings.media_tls != "off":
+            tls, self._sessions.certificate = await asyncio.to_thread(replica_context, settings.media_tls_dir)
         self._host = settings.media_host or _node_address()
+        await asyncio.wait_for(self._keys.known(), settings.load_timeout_s)
         self._server, self._port = await listen(
-            self._sessions.accept, self._host, settings.media_port_min, settings.media_port_max
+            self._sessions.accept,
+            self._host,
+            settings.media_port_min,
+            settings.media_port_max,
+            tls=tls,
+            tls_timeout_s=settings.lease_timeout_s,
         )
         self._reporter = Reporter(fleet, self._status, self._sessions.close)
         self._publish_slots()
@@ -64,9 +78,9 @@ class Replica:
             yield Refusal()
             return
         token, holder = self._sessions.hold(request)
-        host = _node_address() if self._host in _ANYWHERE else self._host
+        host, port = self._address()
         try:
-            yield Grant(host, self._port, token, self._name, self._slots)
+            yield Grant(host, port, token, self._name, self._slots)
             await holder.freed.wait()
         finally:
             self._sessions.drop(token)
@@ -81,6 +95,7 @@ class Replica:
     async def __del__(self) -> None:
         if hasattr(self, "_reporter"):
             self._keeping.cancel()
+            self._keys.close()
             await self._reporter.close()
             self._server.close()
             await asyncio.to_thread(self._engine.stop)
@@ -95,6 +110,8 @@ class Replica:
             slots=self._slots,
             accepting=self._sessions.accepting,
             sessions=self._sessions.statuses(),
+            detached=self._sessions.detached.statuses,
+            media=self._address(),
             engine={
                 "model": self._loaded.name if self._settings.model == AUTO else self._settings.model,
                 "repo": self._settings.hf_repo,
@@ -102,8 +119,13 @@ class Replica:
                 "dtype": self._settings.dtype,
                 "weights": self._settings.weights,
                 "kv": self._settings.kv,
+                "lora": self._settings.lora.name if self._settings.lora else "",
             },
         )
+
+    def _address(self) -> tuple[str, int]:
+        """Where gateways make their links."""
+        return _node_address() if self._host in _ANYWHERE else self._host, self._port
 
     def _load(self) -> Stepper:
         # On the engine's thread, which is to own the device.
@@ -114,6 +136,7 @@ class Replica:
         self._reporter.changed()
         self._metrics.set(metrics.SLOTS_TOTAL, self._slots)
         self._metrics.set(metrics.SLOTS_USED, self._sessions.used)
+        self._metrics.set(metrics.DETACHED, len(self._sessions.detached))
 
 
 def _node_address() -> str:

@@ -26,6 +26,7 @@ from deployments.replica.rebuilds import Rebuilds
 from deployments.replica.running import RunningLog
 from deployments.wire import messages
 from deployments.wire.detached import Detached
+from deployments.wire.handshake import Keyring, ReplicaHandshake
 from deployments.wire.link import Link
 from deployments.wire.messages import (
     NOTHING_HELD,
@@ -84,10 +85,12 @@ class Sessions:
         make: Callable[[], Stepper],
         published: Metrics,
         changed: Callable[[], None],
-        tokens: Callable[[], ResumeTokens] | None = None,
+        keyring: Keyring,
+        name: str,
     ) -> None:
         """`make` builds the engine, on its thread. `changed` is called when a slot is taken or freed.
-        `tokens` reads what clients come back with; without it none does."""
+        `keyring` holds the application's secret, `name` is the replica's."""
+        self.certificate = b""  # digest of the media link's, over TLS
         self.slots = 0
         self.accepting = True
         self.engine = EngineLoop(
@@ -105,7 +108,7 @@ class Sessions:
         self._linked: dict[Link, Holder] = {}
         self._coming: set[Holder] = set()  # linked, but not with the engine yet
         self._open: dict[int, Holder] = {}  # by the engine loop's number
-        self._tokens = tokens
+        self._keyring, self._name = keyring, name
         self._takers: dict[Link, str] = {}  # of which session
         limit = max(DETACHED_LEAST, 2 * settings.slots)
         self.detached = Detached(settings.resume_grace_s, limit, time.monotonic)
@@ -154,6 +157,8 @@ class Sessions:
         link = Link(
             self._message,
             self._lost,
+            handshake=ReplicaHandshake(self._keyring, self._name),
+            certificate=self.certificate,
             outbox=self._settings.burst_frames,
             stall_s=self._settings.stall_limit_s,
         )
@@ -271,7 +276,7 @@ class Sessions:
     # Sessions whose clients may come back
 
     def _keep_log(self, holder: Holder, recorder: SessionRecorder) -> None:
-        if holder.held and self._tokens is not None:
+        if holder.held and self._settings.resume_grace_s:
             holder.running = RunningLog(recorder, holder.generation, holder.held)
 
     def _detach(self, holder: Holder) -> None:
@@ -295,9 +300,7 @@ class Sessions:
     def _give(self, link: Link, token: bytes) -> None:
         """Somebody has come back: gives the session's log to whoever shows its token."""
         try:
-            if self._tokens is None:
-                raise ResumeRefused
-            claim = self._tokens().read(token.decode("ascii", "replace"))
+            claim = ResumeTokens(self._keyring.secrets).read(token.decode("ascii", "replace"))
             for holder in self._open.values():
                 if holder.running is not None and holder.request.session == claim.session:
                     self._interrupt(holder, holder.running, claim.counter)

@@ -6,6 +6,9 @@ peer does not read, the newest `outbox` frames are kept, older ones are dropped 
 a connection whose other machine is gone, or whose other process stands still, within about a second more than
 `stall_s` (the setting `stall_limit_s`): a shorter stall is a gap. A process that ends closes it at once.
 Bytes outside this protocol raise ProtocolError and end the connection.
+
+Before the first message both ends prove that they know the application's secret (handshake.py); over TLS the
+proof names the replica's certificate (tls.py). Who proves nothing is told nothing and is cut off.
 """
 
 from __future__ import annotations
@@ -13,12 +16,15 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
+import ssl
 import struct
 from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
+from deployments.wire.handshake import Handshake
 from deployments.wire.messages import FRAME_BYTES, MessageKind, pack_error
+from deployments.wire.tls import digest_of_peer
 from personaplex.errors import PersonaplexError, ProtocolError
 
 SOCKET_BYTES = 65_536  # the kernel's send buffer: 8 frames
@@ -33,25 +39,39 @@ OnLost = Callable[["Link"], None]
 class Link(asyncio.Protocol):
     """One end of a connection. `on_message(kind, payload)` and `on_lost()` are called on the event loop;
     `on_lost` once, after the last message. A ProtocolError raised by `on_message` ends the connection.
-    `outbox` is the number of frames that may wait for a peer that does not read."""
+    `outbox` is the number of frames that may wait for a peer that does not read. `handshake` comes before the
+    first message; `certificate` is the digest of a replica's own, b"" without TLS and in a gateway."""
 
-    def __init__(self, on_message: OnMessage, on_lost: OnLost, *, outbox: int, stall_s: float) -> None:
+    def __init__(
+        self,
+        on_message: OnMessage,
+        on_lost: OnLost,
+        *,
+        handshake: Handshake,
+        outbox: int,
+        stall_s: float,
+        certificate: bytes = b"",
+    ) -> None:
         self._on_message, self._on_lost = on_message, on_lost
+        self._handshake, self._certificate = handshake, certificate
         self._outbox_limit, self._stall_s = outbox, stall_s
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
         self._outbox: deque[bytes] = deque()
         self._writable = True
         self._closing = False
+        self.settled = asyncio.Event()  # the handshake is over, or the connection
         self.dropped = 0  # messages not sent because the peer does not read
 
     @property
     def open(self) -> bool:
-        return self._transport is not None and not self._closing
+        """Whether messages can be sent: the other end has proved what it is, and the link was not closed."""
+        return self._transport is not None and not self._closing and self._handshake.done
 
     def send(self, kind: MessageKind, payload: bytes) -> None:
-        """Sends one message in order, however much is waiting. Without effect once the link is closed."""
-        if self._transport is not None and not self._closing:
+        """Sends one message in order, however much is waiting. Without effect while the link is not open."""
+        if self.open:
+            assert self._transport is not None
             self._flush()
             self._transport.write(_LENGTH.pack(len(payload) + 1) + bytes((kind,)) + payload)
 
@@ -67,9 +87,14 @@ class Link(asyncio.Protocol):
 
     def close(self, error: PersonaplexError | None = None) -> None:
         """Says why, sends what is waiting and closes; a peer that does not read is cut off after a while by
-        the kernel. A link that is not connected yet never will be. Idempotent."""
+        the kernel. Who has not proved what it is is told nothing. A link that is not connected yet never will
+        be. Idempotent."""
         if self._transport is None or self._closing:
             self._closing = True
+            return
+        if not self._handshake.done:
+            self._closing = True
+            self._transport.abort()
             return
         self.send(MessageKind.CLOSE, b"{}" if error is None else pack_error(error))
         self._closing = True
@@ -86,17 +111,23 @@ class Link(asyncio.Protocol):
         tune(cast(socket.socket, transport.get_extra_info("socket")), self._stall_s)
         if self._closing:
             self._transport.abort()
+            return
+        self._transport.write(self._handshake.begin(self._certificate or digest_of_peer(transport)))
 
     def data_received(self, data: bytes) -> None:
         self._received += data
         try:
-            self._parse()
+            if not self._handshake.done:
+                self._shake_hands()
+            if self._handshake.done:
+                self._parse()
         except ProtocolError as error:
             self._received.clear()
             self.close(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
+        self.settled.set()
         self._on_lost(self)
 
     def pause_writing(self) -> None:
@@ -105,6 +136,15 @@ class Link(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._writable = True
         self._flush()
+
+    def _shake_hands(self) -> None:
+        if self._closing:
+            self._received.clear()
+            return
+        assert self._transport is not None
+        self._transport.write(self._handshake.receive(self._received))
+        if self._handshake.done:
+            self.settled.set()
 
     def _parse(self) -> None:
         start = 0
@@ -143,24 +183,44 @@ def tune(sock: Any, stall_s: float) -> None:
 
 
 async def connect(
-    host: str, port: int, on_message: OnMessage, on_lost: OnLost, *, outbox: int, stall_s: float
+    host: str,
+    port: int,
+    on_message: OnMessage,
+    on_lost: OnLost,
+    *,
+    handshake: Handshake,
+    outbox: int,
+    stall_s: float,
+    tls: ssl.SSLContext | None = None,
 ) -> Link:
-    """A link to a listening replica; see `Link`. Raises OSError."""
-    link = Link(on_message, on_lost, outbox=outbox, stall_s=stall_s)
-    await asyncio.get_running_loop().create_connection(lambda: link, host, port)
+    """A link to a listening replica that has proved what it is; see `Link`. Raises OSError, ssl.SSLError
+    among them. However long it takes: the caller bounds it."""
+    link = Link(on_message, on_lost, handshake=handshake, outbox=outbox, stall_s=stall_s)
+    try:
+        await asyncio.get_running_loop().create_connection(lambda: link, host, port, ssl=tls)
+        await link.settled.wait()
+    except BaseException:
+        link.close()
+        raise
     if not link.open:
-        raise ConnectionError("the replica hung up at once")
+        raise ConnectionError("the replica hung up at once, or is none of this application")
     return link
 
 
 async def listen(
-    make_link: Callable[[], Link], host: str, port_min: int = 0, port_max: int = 0
+    make_link: Callable[[], Link],
+    host: str,
+    port_min: int = 0,
+    port_max: int = 0,
+    tls: ssl.SSLContext | None = None,
+    tls_timeout_s: float = 5.0,
 ) -> tuple[asyncio.Server, int]:
     """A server on the first free port of the range (0: any), and that port. OSError when none is free."""
     loop = asyncio.get_running_loop()
+    secure: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": tls_timeout_s}
     for port in range(port_min, max(port_min, port_max) + 1):
         try:
-            server = await loop.create_server(make_link, host, port, backlog=512)
+            server = await loop.create_server(make_link, host, port, backlog=512, **secure)
         except OSError:
             if port >= port_max:
                 raise

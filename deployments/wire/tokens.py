@@ -22,7 +22,6 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from personaplex.errors import ResumeRefused
 
-SECRET_BYTES = 32
 TOKEN_LENGTH = 64  # characters
 
 _PURPOSE = b"personaplex resume token 1"
@@ -43,10 +42,7 @@ class ResumeTokens:
     """Makes and reads the tokens of one application."""
 
     def __init__(self, secrets: Sequence[bytes]) -> None:
-        """`secrets`, at least one: the first makes tokens, all of them read. Each is SECRET_BYTES or
-        longer."""
-        assert secrets, "nothing to make tokens with"
-        assert all(len(secret) >= SECRET_BYTES for secret in secrets)
+        """`secrets`: the first makes tokens, all of them read."""
         self._ciphers = [AESGCM(hmac.digest(secret, _PURPOSE, hashlib.sha256)) for secret in secrets]
 
     def make(self, claim: ResumeClaim) -> str:

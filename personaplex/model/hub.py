@@ -6,6 +6,7 @@ The hub's cache, its offline switch and HF_TOKEN are huggingface_hub's own and r
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -53,6 +54,9 @@ class Checkpoint:
     lm: Path | None
     mimi: Path | None
     voices: Path | None  # a folder of .pt files or a voices.tgz; None: tiny's own, or no voices
+    lora: Path | None = None  # an adapter, merged into the language model as it is loaded
+    repo: str = ""  # of one from the hub, and the commit its files are of
+    revision: str = ""
 
     @property
     def built_in(self) -> bool:
@@ -68,6 +72,7 @@ def resolve(
     mimi_weight: Path | None = None,
     tokenizer: Path | None = None,
     voice_prompt_dir: Path | None = None,
+    lora: Path | None = None,
 ) -> Checkpoint:
     """The checkpoint behind `spec`: `tiny`, `7b` (the hub's `hf_repo` at `revision`) or a local directory.
 
@@ -77,7 +82,9 @@ def resolve(
     """
     given = {"lm": moshi_weight, "mimi": mimi_weight, "tokenizer": tokenizer, "voices": voice_prompt_dir}
     try:
-        return _resolve(spec, hf_repo, revision, given)
+        if lora is not None and not lora.is_file():
+            raise CheckpointError(f"no such file for the adapter (LoRA): {lora.name}")
+        return dataclasses.replace(_resolve(spec, hf_repo, revision, given), lora=lora)
     except OSError as error:  # a name too long, a folder that may not be searched
         raise CheckpointError(f"the model's files cannot be looked up: {error.strerror}") from error
 
@@ -126,7 +133,15 @@ def _from_hub(repo: str, revision: str | None, given: dict[str, Path | None]) ->
     def find(part: str) -> Path | None:
         return _download(repo, revision, files[part], optional=part == "voices" and repo != DEFAULT_REPO)
 
-    return _complete("7b", PRESET_7B, given, find)
+    found = _complete("7b", PRESET_7B, given, find)
+    return dataclasses.replace(found, repo=repo, revision=_commit(found.lm) or revision or "")
+
+
+def _commit(path: Path | None) -> str:
+    """The commit that a file in the hub's cache belongs to."""
+    if path is not None and path.parent.parent.name == "snapshots":
+        return path.parent.name
+    return ""
 
 
 def _complete(

@@ -2,7 +2,8 @@
 
 Safetensors are read through a memory map, tensor by tensor, straight to their device and dtype. The modules
 are built on the meta device with the checkpoint's names and shapes; no tensor is left uninitialized. The
-language model is loaded in the dtype asked for, the codec always in float32.
+language model is loaded in the dtype asked for, the codec always in float32. A checkpoint's adapter is merged
+on the way, before any other rounding.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from personaplex.errors import CheckpointError, ConfigError
 from personaplex.model import Model, tiny
 from personaplex.model.hub import Checkpoint
 from personaplex.model.lm import LM
+from personaplex.model.lora import Adapter, adapter_of
 from personaplex.model.mimi import Mimi
 from personaplex.model.offload import place, place_quantized
 from personaplex.sizing import WORKSPACE, footprint
@@ -66,30 +68,56 @@ def load_model(
     device, config = torch.device(device), checkpoint.config
     if device.type == "cuda":
         torch.cuda.set_device(device)  # kernels are launched on the thread's current device
+    adapter = adapter_of(checkpoint)
     mimi = load_mimi(checkpoint.mimi, config.mimi, device)
     if weights == "int8":
-        lm = load_lm(checkpoint.lm, config.lm, torch.device("cpu"), dtype)
+        lm = load_lm(checkpoint.lm, config.lm, torch.device("cpu"), dtype, adapter)
         place_quantized(lm, device)
     elif offload_slots and device.type == "cuda":
-        lm = load_lm(checkpoint.lm, config.lm, torch.device("cpu"), dtype)
+        lm = load_lm(checkpoint.lm, config.lm, torch.device("cpu"), dtype, adapter)
         session = footprint(config, str(dtype).removeprefix("torch."), weights, kv).session
         free, _ = torch.cuda.mem_get_info(device)
         place(lm, device, free - offload_slots * session - WORKSPACE)
     else:
-        lm = load_lm(checkpoint.lm, config.lm, device, dtype)
+        lm = load_lm(checkpoint.lm, config.lm, device, dtype, adapter)
     return Model(lm, mimi, config)
 
 
-def load_lm(path: Path | None, config: LMConfig, device: torch.device, dtype: torch.dtype) -> LM:
-    """The language model from a file, or tiny's when `path` is None."""
+def load_lm(
+    path: Path | None,
+    config: LMConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter: Adapter | None = None,
+) -> LM:
+    """The language model from a file, or tiny's when `path` is None, with the adapter merged."""
     with torch.device("meta"):
         lm = LM(config)
     expected = _shapes(lm)
     if path is None:
-        weights = {name: w.to(device, dtype) for name, w in tiny.lm_weights(expected).items()}
+        weights = {n: w.to(device, dtype) for n, w in _adapted(tiny.lm_weights(expected), adapter).items()}
     else:
-        weights = _read(path, expected, device, dtype, depth_plan)
+        weights = _read(path, expected, device, dtype, depth_plan, adapter)
     return _fill(lm, weights)
+
+
+def merged_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The language model's tensors with the checkpoint's adapter, on the CPU, in the types of its file.
+
+    Raises CheckpointError.
+    """
+    adapter = adapter_of(checkpoint)
+    with torch.device("meta"):
+        expected = _shapes(LM(checkpoint.config.lm))
+    if checkpoint.lm is None:
+        return _adapted(tiny.lm_weights(expected), adapter)
+    return _read(checkpoint.lm, expected, torch.device("cpu"), None, depth_plan, adapter)
+
+
+def _adapted(weights: dict[str, Tensor], adapter: Adapter | None) -> dict[str, Tensor]:
+    if adapter is None:
+        return weights
+    return {n: adapter.adapted(n, w) if adapter.touches(n) else w for n, w in weights.items()}
 
 
 def load_mimi(path: Path | None, config: MimiConfig, device: torch.device) -> Mimi:
@@ -164,9 +192,15 @@ def _shapes(module: nn.Module) -> Shapes:
 
 
 def _read(
-    path: Path, expected: Shapes, device: torch.device, dtype: torch.dtype, make_plan: MakePlan
+    path: Path,
+    expected: Shapes,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    make_plan: MakePlan,
+    adapter: Adapter | None = None,
 ) -> dict[str, Tensor]:
-    """All expected tensors from one safetensors file."""
+    """All expected tensors from one safetensors file, with the adapter in them, then in `dtype`; None leaves
+    the file's."""
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -177,13 +211,17 @@ def _read(
             plan = make_plan(expected, found)
             _check(path.name, expected, found, other, plan)
             loaded: dict[str, Tensor] = {}
-            for piece in plan.values():
+            weights: dict[str, Tensor] = {}
+            for name, piece in plan.items():
+                if adapter is not None and adapter.touches(name):
+                    stored = torch.cat([file.get_tensor(piece.name).cpu()] * piece.times)
+                    weights[name] = adapter.adapted(name, stored).to(device, dtype)
+                    continue
                 if piece.name not in loaded:
                     loaded[piece.name] = file.get_tensor(piece.name).to(dtype)
-            return {
-                name: torch.cat([loaded[piece.name]] * piece.times) if piece.times > 1 else loaded[piece.name]
-                for name, piece in plan.items()
-            }
+                kept = loaded[piece.name]
+                weights[name] = torch.cat([kept] * piece.times) if piece.times > 1 else kept
+            return weights
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path.name} is damaged or only partly there ({error}): fetch it again"

@@ -61,6 +61,7 @@ def add_model(group: argparse._ArgumentGroup) -> None:
         group.add_argument(
             f"--{name}", type=Path, metavar="PATH", help=f"{what}, in place of the checkpoint's"
         )
+    group.add_argument("--lora", type=Path, metavar="FILE", help="the adapter, where one is recorded")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), help="of the language model; as recorded"

@@ -143,6 +143,8 @@ def test_commands_know_their_options(page: Path) -> None:
     """Options of our own commands in indented or fenced shell lines."""
     for module, arguments in _commands(page.read_text()):
         known = _help(module)
+        if arguments and arguments[0].isalpha():  # one of several commands, with options of its own
+            known += _help(module, arguments[0])
         for argument in arguments:
             if argument.startswith("--"):
                 assert argument.split("=")[0] in known, f"{named(page)}: {module} {argument}"
@@ -155,10 +157,11 @@ def _commands(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 @cache
-def _help(module: str) -> str:
+def _help(module: str, *command: str) -> str:
     said = io.StringIO()
+    package = hasattr(importlib.import_module(module), "__path__")
     with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-        importlib.import_module(module).main(["--help"])
+        importlib.import_module(f"{module}.__main__" if package else module).main([*command, "--help"])
     assert "usage:" in said.getvalue()
     return said.getvalue()
 

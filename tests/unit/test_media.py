@@ -16,6 +16,7 @@ import pytest
 from mutation import mutants
 
 from deployments.wire import messages
+from deployments.wire.handshake import GatewayHandshake, Keyring, ReplicaHandshake
 from deployments.wire.link import MESSAGE_LIMIT, Link, connect, listen
 from deployments.wire.messages import MessageKind, SlotReady
 from deployments.wire.transfer import LOG_LIMIT, PIECE_BYTES, LogReceiver, pieces
@@ -33,6 +34,7 @@ from personaplex.persona import Persona
 
 T = TypeVar("T")
 OUTBOX = 25  # frames
+KEYRING = Keyring(bytes(range(32)))
 STALL_S = 10.0
 
 
@@ -239,13 +241,16 @@ def test_other_shapes_are_refused(unpack: Callable[[bytes], Any], payload: bytes
 
 
 class End:
-    """One end of a connection, and what it heard."""
+    """One end of a connection, and what it heard; the replica's unless `gateway`."""
 
-    def __init__(self) -> None:
+    def __init__(self, gateway: bool = False) -> None:
         self.messages: list[tuple[MessageKind, bytes]] = []
         self.news = asyncio.Event()
         self.lost = asyncio.Event()
-        self.link = Link(self._message, lambda _: self.lost.set(), outbox=OUTBOX, stall_s=STALL_S)
+        handshake = GatewayHandshake(KEYRING, "r") if gateway else ReplicaHandshake(KEYRING, "r")
+        self.link = Link(
+            self._message, lambda _: self.lost.set(), handshake=handshake, outbox=OUTBOX, stall_s=STALL_S
+        )
 
     def _message(self, link: Link, kind: MessageKind, payload: bytes) -> None:
         if payload == b"refuse":
@@ -279,9 +284,36 @@ def _with_server(run: Callable[[End, int], Awaitable[T]]) -> T:
 
 
 async def _connect(port: int) -> End:
-    end = End()
+    end = End(gateway=True)
     await asyncio.get_running_loop().create_connection(lambda: end.link, "127.0.0.1", port)
+    await asyncio.wait_for(end.link.settled.wait(), 5)
     return end
+
+
+async def _streams(
+    port: int, sock: socket.socket | None = None
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A gateway's end as bare streams, once the replica's end trusts it."""
+    where: dict[str, Any] = {"host": "127.0.0.1", "port": port} if sock is None else {"sock": sock}
+    reader, writer = await asyncio.open_connection(**where)
+    handshake, received = GatewayHandshake(KEYRING, "r"), bytearray()
+    handshake.begin(b"")
+    while not handshake.done:
+        received += await asyncio.wait_for(reader.read(52 if not received else 36), 5)
+        writer.write(handshake.receive(received))
+    return reader, writer
+
+
+async def _silent(port: int) -> socket.socket:
+    """A gateway's end that is trusted and from then on reads nothing."""
+    silent, received = socket.create_connection(("127.0.0.1", port)), bytearray()
+    silent.setblocking(False)
+    loop, handshake = asyncio.get_running_loop(), GatewayHandshake(KEYRING, "r")
+    handshake.begin(b"")
+    while not handshake.done:
+        received += await asyncio.wait_for(loop.sock_recv(silent, 1_024), 5)
+        await loop.sock_sendall(silent, handshake.receive(received))
+    return silent
 
 
 def test_messages_arrive_in_order_and_a_close_says_why() -> None:
@@ -303,7 +335,7 @@ def test_messages_arrive_in_order_and_a_close_says_why() -> None:
 
 def test_messages_may_come_in_any_pieces() -> None:
     async def run(server: End, port: int) -> None:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        _, writer = await _streams(port)
         stream = b"".join(
             struct.pack("<IB", 1 + len(body), MessageKind.FRAME) + body
             for body in (b"", b"a", b"b" * 9_000, b"c")
@@ -332,7 +364,7 @@ def test_messages_may_come_in_any_pieces() -> None:
 )
 def test_nonsense_ends_the_connection(nonsense: bytes) -> None:
     async def run(server: End, port: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await _streams(port)
         writer.write(nonsense)
         answer = await asyncio.wait_for(reader.read(), 5)
         assert MessageKind(answer[4]) is MessageKind.CLOSE
@@ -346,8 +378,7 @@ def test_nonsense_ends_the_connection(nonsense: bytes) -> None:
 
 def test_a_peer_that_does_not_read_costs_a_bounded_queue() -> None:
     async def run(server: End, port: int) -> None:
-        silent = socket.create_connection(("127.0.0.1", port))
-        await asyncio.sleep(0.05)
+        silent = await _silent(port)
         for number in range(2_000):
             server.link.send_frame(MessageKind.REPLY, struct.pack("<I", number) + bytes(7_700))
         assert len(server.link._outbox) == OUTBOX
@@ -369,7 +400,7 @@ def test_a_peer_that_does_not_read_costs_a_bounded_queue() -> None:
 
 def test_a_link_closed_before_it_is_connected_never_is() -> None:
     async def run() -> None:
-        closed, heard = End(), End()
+        closed, heard = End(), End(gateway=True)
         closed.link.close()
         server, port = await listen(lambda: closed.link, "127.0.0.1")
         async with server:
@@ -382,8 +413,7 @@ def test_a_link_closed_before_it_is_connected_never_is() -> None:
 
 def test_a_peer_that_does_not_read_is_cut_off_on_close() -> None:
     async def run(server: End, port: int) -> None:
-        silent = socket.create_connection(("127.0.0.1", port))
-        await asyncio.sleep(0.05)
+        silent = await _silent(port)
         for _ in range(2_000):
             server.link.send_frame(MessageKind.REPLY, bytes(7_700))
         server.link.close()
@@ -408,7 +438,13 @@ def test_the_kernel_gives_up_just_after_the_longest_stall(stall_s: float) -> Non
     async def run(server: End, port: int) -> None:
         client = End()
         client.link = await connect(
-            "127.0.0.1", port, client._message, lambda _: None, outbox=OUTBOX, stall_s=stall_s
+            "127.0.0.1",
+            port,
+            client._message,
+            lambda _: None,
+            handshake=GatewayHandshake(KEYRING, "r"),
+            outbox=OUTBOX,
+            stall_s=stall_s,
         )
         assert client.link._transport is not None
         sock = client.link._transport.get_extra_info("socket")

@@ -14,8 +14,7 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "protocols"
 def first_snippet(page: str) -> str:
     found = re.search(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
     assert found is not None
-    code = found.group(1)
-    return code
+    return found.group(1)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ class MoshiTranslator:
     handshake_delay_s = HANDSHAKE_DELAY_S
     byte_share = 1.0
 
-    def __init__(self, clock: Callable[[], float], burst_s: float) -> None:
-        self.transcoder = Transcoder(clock=clock, burst_s=burst_s)
+    def __init__(self, clock: Callable[[], float], burst_s: float, *, frames_before: int = 0) -> None:
+        """See Transcoder."""
+        self.transcoder = Transcoder(clock=clock, burst_s=burst_s, frames_before=frames_before)
 
     def open(self) -> Sequence[Message]:
         return ()
