@@ -73,7 +73,7 @@ class ScriptedReplica:
         stats: Any,
         emit: Callable[[Event], None],
         on_frame: Callable[[int, Pcm, bool], None],
-        recording: Any = None,
+        **_: Any,
     ) -> None:
         self.log = SimpleNamespace()
         self._services, self._emit, self._on_frame = services, emit, on_frame
