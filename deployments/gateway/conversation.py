@@ -107,6 +107,7 @@ class Conversation:
             limits,
             self._stats.began,
             status=status,
+            user_text=protocol.user_text,
             handshake_delay_s=protocol.handshake_delay_s if comeback is None else 0.0,
             begin_s=limits.idle_s if begin is not None else float("inf"),
         )

@@ -35,6 +35,7 @@ class AsteriskTranslator:
 
     name = "asterisk"
     handshake_delay_s = 0.0
+    user_text = False
     byte_share = 1.6  # slin48 in pieces of 20 ms
 
     def __init__(self, persona: Persona, *, clock: Callable[[], float], burst_s: float) -> None:

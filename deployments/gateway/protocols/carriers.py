@@ -89,6 +89,7 @@ class CarrierTranslator:
     is refused with."""
 
     handshake_delay_s = 0.0
+    user_text = False
     byte_share = 1.0
 
     def __init__(
