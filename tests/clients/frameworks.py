@@ -120,7 +120,7 @@ def verdicts(environment: Callable[[str, tuple[str, ...]], Path], only: str = ""
         attempts = {}
         for one in chosen:
             with ProtocolService(agent, slots=0, queue_limit=0, api_keys=KEY) as full:
-                run(pythons[one.name], one, full.base, folder, 30)
+                run(pythons[one.name], one, full.base, folder, 90)
                 attempts[one.name] = round(
                     sum(
                         n
