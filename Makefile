@@ -76,9 +76,19 @@ promtool:
 	  echo "promtool is missing (Debian: apt-get install prometheus): the tests of the alerts are skipped"; \
 	fi
 
-# The web page in a headless Chromium, which this needs and does not install.
-test-browser: install
+# The web page in a headless Chromium, which this needs and does not install; in Firefox where there is one.
+test-browser: install axe
 	$(BIN)/python -m pytest -m browser tests/browser
+
+# The pictures of the documentation, made by the test that looks at every screen.
+page-images: install axe
+	PAGE_IMAGES=docs/images $(BIN)/python -m pytest -m browser tests/browser/test_looks.py
+
+# axe-core, which finds barriers for people with disabilities; without it that test is skipped.
+.PHONY: axe page-images
+axe:
+	@test -d .cache/browser/node_modules/axe-core || ! command -v npm >/dev/null || \
+	  npm install --silent --no-fund --no-audit --prefix .cache/browser axe-core@4.14.1 || true
 
 # Lint, format, types, import rules: the gate beside `make test`, without tests.
 check: install

@@ -11,6 +11,7 @@ done again.
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 import time
@@ -32,7 +33,7 @@ from personaplex.text import PieceDecoder
 
 EACH = 2  # calls of every wording by every caller
 ANSWER = 30  # frames of silence behind a question, in which it is answered
-STEPS = {"bakery": 250, "garage": 250}
+STEPS = {"bakery": 160, "garage": 120}
 FIRMS = {"bakery": firm.BAKERY, "garage": firm.GARAGE}
 KINDS = ("temporal-attention", "temporal-feedforward", "depth-attention", "depth-feedforward", "depth-inputs",
          "heads", "embeddings")  # fmt: skip
@@ -58,7 +59,7 @@ def train(folder: Path, name: str, base: str, *more: object) -> float:
         model = ["--model", base, "--device", "cpu"]
         what = ["--targets", *KINDS, "--rank", 16, "--quiet-share", 0.1, "--validation", 0.03]
         how = ["--steps", STEPS[name], "--batch-size", 6, "--rate", 6e-3, "--warmup", 20, "--samples", 0]
-        often = ["--save-every", 20, "--evaluate-every", 100]
+        often = ["--save-every", 20, "--evaluate-every", 40]
         ran(["train", folder / name / "data", "--output", run, *model, *what, *how, *often, *more])
         adapter = run / "adapter.safetensors"
         ran(["merge", "--lora", adapter, "--output", folder / name / "model", *model])
@@ -74,7 +75,7 @@ def suite(model: str, name: str) -> dict[str, list[int]]:
     """[right, asked] by what of the question is new: its wording, its caller, or both."""
     parts = load_parts(resolve(ModelSpec(model, device="cpu")), EngineConfig(slots=SLOTS))
     engine = parts.engine(EngineConfig(slots=SLOTS))
-    asked = list(firm.held_questions(FIRMS[name], 1, random.Random(2)))
+    asked = held(name)
     result: dict[str, list[int]] = {}
     for start in range(0, len(asked), SLOTS):
         some = asked[start : start + SLOTS]
@@ -85,6 +86,11 @@ def suite(model: str, name: str) -> dict[str, list[int]]:
             row[0] += text == question.answer
             row[1] += 1
     return result
+
+
+@functools.cache
+def held(name: str) -> list[tuple[str, firm.Question]]:
+    return list(firm.held_questions(FIRMS[name], 1, random.Random(2)))
 
 
 def answers(

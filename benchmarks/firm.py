@@ -37,9 +37,9 @@ CALLERS = (
 )
 HELD_CALLERS = ("en-us+f5", "en-gb+m5")
 _LOUDNESS = 0.08
-_PAUSE = 4  # frames from the end of a question to the answer
+_PAUSE = 6  # frames from the end of a question to the answer
 _BEHIND = 8  # frames behind an answer
-_INSIDE = 6 * FRAME_SIZE  # samples of a pause inside a question
+_INSIDE = 3 * FRAME_SIZE  # samples of a pause inside a question, less than _PAUSE
 
 
 @dataclass(frozen=True)

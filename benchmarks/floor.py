@@ -1,4 +1,4 @@
-"""The floor of the serving benchmark: the same gateway with the engine in its own process.
+"""The floor of the serving benchmark: a gateway's conversations with the engine in their own process.
 
 No lease, no socket between gateway and engine, one process less. What is left is the work nobody can avoid:
 WebSocket, Opus, Ogg, pacing, and the engine's thread.
@@ -7,23 +7,31 @@ WebSocket, Opus, Ogg, pacing, and the engine's thread.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
+import uuid
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from ray import serve
 from ray.serve.deployment import Application
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocket
 
 from deployments.application import GATEWAY_ENVIRONMENT, GATEWAY_HEADROOM, QUIET_LOGS
-from deployments.gateway.app import Gateway
-from deployments.parts import GatewaySettings
+from deployments.gateway.conversation import Conversation
+from deployments.gateway.leases import Claim, Leases
+from deployments.gateway.upstream import Services
+from deployments.metrics import gateway_metrics
 from deployments.settings import Settings
 from deployments.wire import messages
 from deployments.wire.link import Link, OnLost, OnMessage
-from deployments.wire.messages import Grant, LeaseRequest, MessageKind, SlotReady
+from deployments.wire.messages import Grant, MessageKind, SlotReady
 from personaplex.engine.echo import EchoEngine
 from personaplex.engine.loop import Batch, EngineLoop, Opened, Stepped
+from personaplex.persona import Persona
+from personaplex.session.core import Limits
+from personaplex.tokenlog import TokenLog
 
 
 class LocalLink:
@@ -76,20 +84,12 @@ class LocalClaim:
         pass
 
 
-class LocalLeases:
-    queued = 0
+class FloorGateway:
+    """Conversations over an engine in this process, and nothing else."""
 
-    async def claim(self, request: LeaseRequest) -> LocalClaim:
-        return LocalClaim()
-
-
-class FloorGateway(Gateway):
-    """A gateway that is its own replica."""
-
-    def __init__(self, settings: Settings, fleet: Any) -> None:
-        super().__init__(GatewaySettings.of(settings), fleet, fleet)
+    def __init__(self, settings: Settings) -> None:
         self._links: dict[int, LocalLink] = {}
-        self._event_loop = asyncio.get_event_loop()
+        self._event_loop = asyncio.get_running_loop()
         self._engine = EngineLoop(
             lambda: EchoEngine(settings.slots),
             self._from_engine,
@@ -97,11 +97,29 @@ class FloorGateway(Gateway):
             inbox_limit=settings.burst_frames,
         )
         self._engine.start().result()
-        self._leases = cast(Any, LocalLeases())
-        self._services = dataclasses.replace(self._services, leases=self._leases, connect=self._connect)
+        self._services = Services(
+            leases=cast(Leases, None),  # asked only for a second lease, after a link that failed
+            metrics=gateway_metrics(),
+            limits=Limits(session_s=settings.session_limit_s),
+            connect=self._connect,
+            connect_timeout_s=settings.lease_timeout_s,
+            keep=self._keep_nothing,
+            changed=lambda: None,
+        )
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        return Starlette(routes=[WebSocketRoute("/api/chat", self.chat)])
+
+    async def chat(self, socket: WebSocket) -> None:
+        await socket.accept()
+        conversation = Conversation(socket, uuid.uuid4().hex, self._services)
+        await conversation.run(Persona(), cast(Claim, LocalClaim()))
 
     async def _connect(self, grant: Grant, on_message: OnMessage, on_lost: OnLost) -> Link:
         return cast(Link, LocalLink(self._engine, self._links, on_message))
+
+    async def _keep_nothing(self, session: str, log: TokenLog) -> None:
+        pass
 
     def _from_engine(self, batch: Batch) -> None:
         self._event_loop.call_soon_threadsafe(self._dispatch, batch)
@@ -119,21 +137,11 @@ class FloorGateway(Gateway):
                 link.hear(MessageKind.READY, messages.pack_ready(SlotReady(event.prefill_s)))
 
 
-class NoFleet:
-    """Nobody is there; the floor asks nobody."""
-
-    async def describe(self) -> list[Any]:
-        return []
-
-    async def wait_close(self, gateway: str) -> None:
-        await asyncio.Event().wait()
-
-
 def build_floor(settings: Settings) -> Application:
-    """The floor as an application with one gateway."""
-    fleet = serve.deployment(name="fleet", ray_actor_options={"num_cpus": 0})(NoFleet).bind()
+    """The floor as an application with as many gateways as the service."""
     gateway = serve.deployment(
         name="gateway",
+        num_replicas=settings.gateways_min,
         max_ongoing_requests=settings.sessions_per_gateway + GATEWAY_HEADROOM,
         ray_actor_options={
             "num_cpus": settings.gateway_num_cpus,
@@ -141,4 +149,4 @@ def build_floor(settings: Settings) -> Application:
         },
         logging_config=QUIET_LOGS,
     )(serve.ingress()(FloorGateway))
-    return cast(Application, gateway.bind(settings, fleet))
+    return cast(Application, gateway.bind(settings))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,3 +23,18 @@ def publish(result: dict[str, Any], output: Path | None) -> None:
     print(text)
     if output:
         output.write_text(text + "\n", encoding="utf-8")
+
+
+def cpu_seconds(processes: Iterable[int]) -> float:
+    """CPU time that these processes have used."""
+    ticks = 0
+    for pid in processes:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def stolen_seconds() -> float:
+    """What the machine's host has taken from all its cores."""
+    fields = Path("/proc/stat").read_text().split(maxsplit=9)
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK")

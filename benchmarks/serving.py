@@ -2,10 +2,10 @@
 
     python -m benchmarks.serving [--sessions 1 16 64] [--seconds 20] [--rounds 1] [--gateways 1] [--output F]
 
-The engine does no maths (`echo`), so only the serving path is measured. The floor is the same gateway with
-the engine inside its process (`floor.py`): no replica, no lease, no media link. Both stand behind Serve's
-HAProxy on one machine, which the clients share; they take turns. Clients send one page of 80 ms speech every
-80 ms, each at a phase of its own.
+The engine does no maths (`echo`), so only the serving path is measured. The floor is the same conversation
+with the engine inside the gateway's process (`floor.py`): no replica, no lease, no media link. Both stand
+behind Serve's HAProxy on one machine, which the clients share; they take turns. Clients send one page of
+80 ms speech every 80 ms, each at a phase of its own.
 
 - delay: from sending the page that completes a user frame to receiving the page that answers it, with pacing
 - on time: the answer arrives before the next one is due (80 ms); after a stall of the machine a session stays
@@ -37,7 +37,7 @@ import numpy as np
 import uvloop
 
 from benchmarks.caller import Caller, framed
-from benchmarks.machine import machine, publish
+from benchmarks.machine import cpu_seconds, machine, publish, stolen_seconds
 from loadtest.listener import Listener
 from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
@@ -83,9 +83,9 @@ async def _calls(
         for caller in callers
     ]
     await asyncio.sleep(WARM_UP_S)
-    before = (_cpu_seconds(processes), time.process_time(), _stolen_seconds())
+    before = (cpu_seconds(processes), time.process_time(), stolen_seconds())
     await asyncio.sleep(len(pages) * FRAME_SECONDS - WARM_UP_S)
-    after = (_cpu_seconds(processes), time.process_time(), _stolen_seconds())
+    after = (cpu_seconds(processes), time.process_time(), stolen_seconds())
     await asyncio.gather(*talking)
     return callers, [end - begin for begin, end in zip(before, after, strict=True)]
 
@@ -115,20 +115,6 @@ def measure(url: str, count: int, stream: Stream, processes: Sequence[int]) -> d
     result["clients_cpu_ms_per_session_second"] = round(1_000 * clients / (count * seconds), 2)
     result["stolen_share"] = round(stolen / (seconds * (os.cpu_count() or 1)), 3)
     return result
-
-
-def _cpu_seconds(processes: Sequence[int]) -> float:
-    ticks = 0
-    for pid in processes:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _stolen_seconds() -> float:
-    """What the machine's host has taken from all its cores."""
-    fields = Path("/proc/stat").read_text().split(maxsplit=9)
-    return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def _processes(app: str) -> list[int]:

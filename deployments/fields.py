@@ -299,8 +299,8 @@ class Fields(BaseModel):
         "ignores that header; unset is 1 behind personaplex-haproxy, else 0.",
     )
     content_security_policy: str = Field(
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; img-src 'self'; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
         description="Content-Security-Policy of every page; a page of your own (static) may need another. "
         "Empty sends none.",
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,17 @@ class Series:
 
 
 # Gateway
+SESSIONS_OPEN = Series(
+    "personaplex_sessions_open", "gauge", "Sessions a gateway holds, from the upgrade to the end of its work."
+)
 SESSIONS_LIVE = Series("personaplex_sessions_live", "gauge", "Sessions past the handshake.")
 SESSIONS_QUEUED = Series("personaplex_sessions_queued", "gauge", "Sessions waiting for a slot.")
+CALLERS = Series("personaplex_callers", "gauge", "Keys and addresses that hold a counted session.")
+TASKS = Series(
+    "personaplex_gateway_tasks",
+    "gauge",
+    "Tasks of a gateway's event loop; without sessions it goes back to what it was.",
+)
 SESSIONS_ADMITTED = Series("personaplex_sessions_admitted", "counter", "Sessions that got a slot.")
 SESSIONS_REFUSED = Series(
     "personaplex_sessions_refused",
@@ -104,7 +113,7 @@ RECORDS = Series(
     "personaplex_records",
     "counter",
     "Records, by result: kept, failed (the disk was full, gone or too slow; the session went on unrecorded), "
-    "uploaded, upload_failed (tried again), expired.",
+    "uploaded, upload_failed (tried again), expired, look_failed (the folder could not be looked after).",
     ("result",),
 )
 
@@ -223,10 +232,12 @@ class Metrics:
         if self._shown:
             self._on_page(series, labels).observe(value)
 
-    async def keep(self) -> None:
-        """Sets every gauge again, for ever; to be run as a task of the process that publishes them."""
+    async def keep(self, measure: Callable[[], None] = lambda: None) -> None:
+        """Calls `measure`, which may set gauges, and sets every gauge again, for ever; to be run as a task of
+        the process that publishes them."""
         while True:
             await asyncio.sleep(REFRESH_S)
+            measure()
             for name, value in self._levels.items():
                 self._published[name].set(value)
 
@@ -241,8 +252,11 @@ class Metrics:
 
 def gateway_metrics(page: bool = False) -> Metrics:
     return Metrics(
+        SESSIONS_OPEN,
         SESSIONS_LIVE,
         SESSIONS_QUEUED,
+        CALLERS,
+        TASKS,
         SESSIONS_ADMITTED,
         SESSIONS_REFUSED,
         SESSIONS_ENDED,

@@ -33,7 +33,7 @@ SETTLED_READINGS = 3  # an in-place update is believed after this many equal rea
 
 
 @dataclass(frozen=True)
-class State:
+class ServiceState:
     """What matters of a RayService, as one reading shows it."""
 
     uid: str
@@ -72,7 +72,7 @@ class State:
         return f"{self.active} serves" if self.ready else f"{self.active} is not ready"
 
 
-def read(service: Any) -> State:
+def read(service: Any) -> ServiceState:
     """The state in a RayService object."""
     status = service.get("status", {})
     active, pending = status.get("activeServiceStatus", {}), status.get("pendingServiceStatus", {})
@@ -83,7 +83,7 @@ def read(service: Any) -> State:
         for name, application in sorted(active.get("applicationStatuses", {}).items())
         if application.get("status") != "RUNNING"
     )
-    return State(
+    return ServiceState(
         uid=service["metadata"]["uid"],
         generation=service["metadata"].get("generation", 0),
         observed=status.get("observedGeneration", -1),
@@ -111,7 +111,7 @@ class Rollout:
     zeros: int = 4  # times interval_s: more than the ten seconds after which Ray exports a change
     sleep: Callable[[float], None] = time.sleep
     now: Callable[[], float] = time.monotonic
-    _newest: State | None = field(default=None, init=False)
+    _newest: ServiceState | None = field(default=None, init=False)
     _service: Any = field(default=None, init=False)  # the object that _newest was read from
     _said: str = field(default="", init=False)
     _told: set[str] = field(default_factory=set, init=False)
@@ -130,7 +130,7 @@ class Rollout:
         if release:
             self._release_all(end)
 
-    def state(self) -> State:
+    def state(self) -> ServiceState:
         """A reading at least as new as every one before it; an answer from a stale cache is asked again.
 
         Raises Unreachable when only stale answers come, Failed when the service was replaced.
@@ -167,7 +167,7 @@ class Rollout:
                     raise errors.TimedOut(f"{self.name}: {state.describe()} after {self.timeout_s:.0f} s")
                 self.sleep(self.interval_s)
 
-    def _explain(self, state: State) -> None:
+    def _explain(self, state: ServiceState) -> None:
         """Says, each thing once, which way the change goes and what keeps its pods from running."""
         if state.active and not state.pending and state.unhealthy and state.observed >= state.generation:
             with contextlib.suppress(errors.Failed):  # a Serve config unlike ours: nothing is known of it
@@ -214,7 +214,7 @@ class Rollout:
                 self._watch(item, zeros)
             self.sleep(self.interval_s)
 
-    def _old_clusters(self, state: State) -> list[Any]:
+    def _old_clusters(self, state: ServiceState) -> list[Any]:
         """RayClusters that belong to this RayService, serve no more and are not on their way out."""
         return [
             item

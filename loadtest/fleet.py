@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import Any
 
 from deployments.policy import Candidate, rank
 from personaplex.config import EngineConfig
@@ -28,6 +29,8 @@ class SimulatedReplica:
     kind: ReplicaKind | None = None  # among those with room; None when it takes no session
     begun: float = 0.0  # sum of the moments its live sessions began
     live: int = 0
+    holders: dict[int, Any] = field(default_factory=dict)  # its sessions, by their numbers
+    rebuilding_until: float = 0.0
 
 
 class SimulatedFleet:
@@ -67,6 +70,11 @@ class SimulatedFleet:
         self._file(replica)
         self._remove_if_done(replica)
 
+    def remove(self, replica: SimulatedReplica) -> None:
+        """It died."""
+        del self.replicas[replica.key]
+        self._unfile(replica)
+
     def drain(self, count: int) -> list[SimulatedReplica]:
         """Takes the `count` newest replicas out of service, as Serve does whatever their load."""
         newest = sorted((one for one in self.replicas.values() if not one.draining), key=lambda one: one.key)
@@ -83,15 +91,19 @@ class SimulatedFleet:
 
     def _file(self, replica: SimulatedReplica) -> None:
         """Keeps `_kinds` in step with one replica."""
+        self._unfile(replica)
+        room = replica.sessions < self._slots and not replica.draining
+        replica.kind = (replica.sessions, frozenset(replica.voices)) if room else None
+        if replica.kind is not None:
+            self._kinds.setdefault(replica.kind, set()).add(replica.key)
+
+    def _unfile(self, replica: SimulatedReplica) -> None:
         if replica.kind is not None:
             keys = self._kinds[replica.kind]
             keys.discard(replica.key)
             if not keys:
                 del self._kinds[replica.kind]
-        room = replica.sessions < self._slots and not replica.draining
-        replica.kind = (replica.sessions, frozenset(replica.voices)) if room else None
-        if replica.kind is not None:
-            self._kinds.setdefault(replica.kind, set()).add(replica.key)
+            replica.kind = None
 
     def _remove_if_done(self, replica: SimulatedReplica) -> None:
         if replica.draining and not replica.sessions:

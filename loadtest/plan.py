@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from html import escape
@@ -20,9 +21,10 @@ from pathlib import Path
 
 from loadtest import arrivals
 from loadtest.chart import chart
+from loadtest.failures import Failures
+from loadtest.forecast import Timing
 from loadtest.planner import Goals, Plan, Prices, make
 from loadtest.report import page, report_files, shown, table
-from loadtest.simulation import Timing
 from personaplex import cli
 from personaplex.engine.steptimes import StepTimes
 from personaplex.errors import ConfigError, PersonaplexError
@@ -98,6 +100,21 @@ def _parser() -> argparse.ArgumentParser:
         "--ready-p95", type=cli.not_negative, default=2.0, help="goal: 95 %% are ready within so many seconds"
     )
     add("--refused", type=cli.number(0, 1), default=0.01, help="goal: at most this share is refused")
+    add("--mtbf-hours", type=cli.positive, help="mean time until a GPU or its node dies; never unless given")
+    add(
+        "--lost",
+        type=cli.number(0, 1),
+        default=0.0,
+        help="goal: of sessions hit by that, at most this share is lost",
+    )
+    add(
+        "--rebuild",
+        nargs=2,
+        type=cli.not_negative,
+        default=(0.15, 0.004),
+        metavar=("S", "S_PER_S"),
+        help="seconds to rebuild a session, and for each second it has talked",
+    )
     add("--startup", type=cli.not_negative, default=60.0, help="seconds until a new replica takes sessions")
     add("--push", type=cli.positive, default=10.0, help="seconds between Serve's reports of load")
     add("--gpu-hour", type=cli.not_negative, default=0.0, help="price of a GPU")
@@ -130,10 +147,15 @@ def run(options: argparse.Namespace) -> Plan:
         values,
         steps,
         Timing(startup_s=options.startup, push_s=options.push),
-        Goals(options.ready_p95, options.refused),
+        Goals(options.ready_p95, options.refused, options.lost),
         Prices(options.gpu_hour, options.core_hour),
         tick_limit_s=options.tick_limit_ms / 1e3,
         gpus=options.gpus,
+        failures=Failures(
+            mtbf_s=math.inf if options.mtbf_hours is None else 3_600 * options.mtbf_hours,
+            rebuild_s=options.rebuild[0],
+            rebuild_per_s=options.rebuild[1],
+        ),
     )
 
 

@@ -15,7 +15,9 @@ from typing import Any
 
 from deployments.settings import Settings
 from loadtest.arrivals import Arrival, Piece
-from loadtest.simulation import Forecast, Simulation, Timing
+from loadtest.failures import Failures
+from loadtest.forecast import Forecast, Timing
+from loadtest.simulation import Simulation
 from personaplex.config import PRESET_7B
 from personaplex.engine.steptimes import StepTimes
 from personaplex.errors import ConfigError
@@ -42,10 +44,17 @@ class Goals:
 
     ready_p95_s: float = 2.0
     refused_share: float = 0.01
+    lost_share: float = 0.0  # of sessions whose replica died
 
     def met(self, figures: Mapping[str, float | None]) -> bool:
         ready, refused = figures["ready_p95_s"], figures["refused_share"]
-        return ready is not None and ready <= self.ready_p95_s and (refused or 0.0) <= self.refused_share
+        hit = (figures["lost"] or 0.0) + (figures["failovers"] or 0.0)
+        return (
+            ready is not None
+            and ready <= self.ready_p95_s
+            and (refused or 0.0) <= self.refused_share
+            and (figures["lost"] or 0.0) <= self.lost_share * hit
+        )
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,7 @@ def make(
     *,
     tick_limit_s: float,
     gpus: int | None = None,
+    failures: Failures | None = None,
 ) -> Plan:
     """Searches the smallest fleet that meets `goals`. `values` are settings of the service.
 
@@ -136,7 +146,7 @@ def make(
     def attempt(most: int) -> tuple[Settings, Forecast]:
         sized = _sized(values, settings, most, rates, length)
         gateways = _gateways(sized, max(rates) * length)
-        return sized, Simulation(sessions, sized, steps, timing, gateways).run()
+        return sized, Simulation(sessions, sized, steps, timing, gateways, failures).run()
 
     if gpus:
         settings, forecast = attempt(gpus)

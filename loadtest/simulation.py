@@ -4,12 +4,14 @@ Time is simulated; nothing sleeps. Placement and scaling are decided by the serv
 (`fleet.py`, `autoscaler.py`), settings are the service's own, step and prompt times come from a table. Laws:
 
 1. A session that finds no slot waits, first come first served over all gateways. It counts as queued after
-   GRACE_S; beyond `queue_limit` per gateway it is refused then, and after `queue_timeout_s` in any case.
-2. A slot that becomes free while somebody waits is taken after `Timing.handover_s`.
-3. A prompt runs in pieces between ticks; a voice in the replica's cache is not run again.
-4. A conversation begins with the handshake, not before HANDSHAKE_DELAY_S after the connection, lasts as long
-   as its caller wished (at most `session_limit_s`) and holds its slot for `Timing.close_s` more.
-5. A replica that is asked for takes sessions after `Timing.startup_s`; one that goes finishes its sessions.
+   GRACE_S; beyond `queue_limit` per gateway it is refused then, and after `queue_timeout_s` in any case. 2.
+   A slot that becomes free while somebody waits is taken after `Timing.handover_s`. 3. A prompt runs in
+   pieces between ticks; a voice in the replica's cache is not run again. 4. A conversation begins with the
+   handshake, not before HANDSHAKE_DELAY_S after the connection, lasts as long as its caller wished (at most
+   `session_limit_s`) and holds its slot for `Timing.close_s` more. 5. A replica that is asked for takes
+   sessions after `Timing.startup_s`; one that goes finishes its sessions. 6. A replica that dies is asked
+   for again at once. Its sessions go on at others, the shortest first; those that find no slot wait before
+   all others and are lost after `queue_timeout_s` (`failures.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -27,75 +28,16 @@ from deployments.policy import GRACE_S
 from deployments.settings import Settings
 from loadtest.arrivals import Arrival
 from loadtest.autoscaler import Autoscaler, History
+from loadtest.failures import Failures
 from loadtest.fleet import SimulatedFleet, SimulatedReplica
-from personaplex.config import FRAME_RATE, FRAME_SECONDS
+from loadtest.forecast import Forecast, Session, Timing
+from personaplex.config import FRAME_RATE
 from personaplex.engine.simulated import VOICE_POSITIONS, WINDOW, prompt_positions
 from personaplex.engine.steptimes import StepTimes
 from personaplex.persona import PROMPTS
 from personaplex.session.core import HANDSHAKE_DELAY_S
 
 SAMPLES = 400  # of the fleet's state, over the whole run
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What settings do not say. Seconds; the defaults were seen on one machine, measure your own."""
-
-    startup_s: float = 60.0  # from the decision until a new replica takes sessions: node, image, weights
-    handover_s: float = 0.1  # half of the longest pause between two looks for a free slot
-    grant_s: float = 0.02  # from the slot to the start of the prompt: lease, media link
-    close_s: float = 0.3  # the last answers and the end of the link
-    push_s: float = 10.0  # Serve's reports of load to its controller
-    control_s: float = 1.0  # between two looks of the controller
-
-
-@dataclass
-class Session:
-    """One arrival on its way. Times are of the simulation; None for what did not happen."""
-
-    arrival: Arrival
-    ready_s: float | None = None  # from its arrival until slot and prompt were ready
-    waited: bool = False
-    refused: bool = False
-    placed: bool = False
-
-
-@dataclass
-class Forecast:
-    """What the simulation saw; series are sampled at `times`."""
-
-    sessions: list[Session]
-    seconds: float = 0.0
-    replica_seconds: float = 0.0
-    live_seconds: float = 0.0
-    asked: list[float] = field(default_factory=list)  # when each further replica was asked for
-    times: list[float] = field(default_factory=list)
-    held: list[int] = field(default_factory=list)  # slots
-    waiting: list[int] = field(default_factory=list)
-    replicas: list[int] = field(default_factory=list)  # that take sessions
-    ticks: list[float] = field(default_factory=list)  # seconds, of busy replicas at the samples
-
-    def figures(self) -> dict[str, float | None]:
-        """By the names a load test's report uses, where it has them too."""
-        ready = np.array([one.ready_s for one in self.sessions if one.ready_s is not None])
-        offered, ticks = len(self.sessions), np.array(self.ticks)
-        refused = sum(one.refused for one in self.sessions)
-        levels = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
-        return {
-            "offered": offered,
-            "refused": refused,
-            "refused_share": refused / offered if offered else None,
-            "queued": sum(one.waited for one in self.sessions),
-            "ready_mean_s": float(ready.mean()) if len(ready) else None,
-            **{f"ready_{name}_s": _quantile(ready, share) for name, share in levels.items()},
-            **{f"tick_{name}_ms": _scaled(_quantile(ticks, share), 1e3) for name, share in levels.items()},
-            "ticks_late_share": float((ticks > FRAME_SECONDS).mean()) if len(ticks) else None,
-            "peak_held": max(self.held, default=0),
-            "peak_replicas": max(self.replicas, default=0),
-            "replica_hours": self.replica_seconds / 3_600,
-            "session_hours": self.live_seconds / 3_600,
-            "scale_outs": len(self.asked),
-        }
 
 
 class Simulation:
@@ -108,10 +50,14 @@ class Simulation:
         steps: StepTimes,
         timing: Timing,
         gateways: int = 1,
+        failures: Failures | None = None,
     ) -> None:
         """Raises ConfigError when the table does not reach to `settings.slots` sessions a step."""
         steps.tick(settings.slots, 0)
         self._settings, self._steps, self._timing = settings, steps, timing
+        self._failures = failures or Failures()
+        self._dice = np.random.default_rng(self._failures.seed)
+        self._homeless: deque[Session] = deque()  # whose replica died
         self._queue_limit = gateways * settings.queue_limit
         self._fleet = SimulatedFleet(settings.slots, settings.placement)
         self._scaler = Autoscaler(settings, timing.push_s)
@@ -132,7 +78,9 @@ class Simulation:
     def run(self) -> Forecast:
         initial = self._settings.replicas_initial
         for _ in range(self._settings.replicas_min if initial is None else initial):
-            self._fleet.add(SimulatedReplica(self._name(), 0.0))
+            self._add(SimulatedReplica(self._name(), 0.0))
+        for moment in self._failures.at:
+            self._at(moment, self._kill_one)
         self._target = self._fleet.serving
         for session in self._forecast.sessions:
             self._at(session.arrival.at_s, partial(self._arrive, session))
@@ -154,7 +102,7 @@ class Simulation:
     # Sessions
 
     def _arrive(self, session: Session) -> None:
-        if not self._waiting and self._place(session, self._timing.grant_s):
+        if not (self._waiting or self._homeless) and self._place(session, self._timing.grant_s):
             return
         self._waiting.append(session)
         self._count()
@@ -189,16 +137,21 @@ class Simulation:
             return False
         replica, cached = found
         session.placed = True
-        self._held += 1
-        self._count()
+        self._hold(session, replica)
         ready = self._now + delay_s + self._prompt_s(session, replica, cached)
         session.ready_s = ready - session.arrival.at_s
         live = max(ready, session.arrival.at_s + HANDSHAKE_DELAY_S)
         end = live + min(session.arrival.length_s, self._settings.session_limit_s)
-        self._at(live, partial(self._change_live, replica, live, 1))
-        self._at(end, partial(self._change_live, replica, live, -1))
-        self._at(end + self._timing.close_s, partial(self._leave, replica))
+        self._at(live, partial(self._begin, session))
+        self._at(end, partial(self._end, session))
+        self._at(end + self._timing.close_s, partial(self._leave, session))
         return True
+
+    def _hold(self, session: Session, replica: SimulatedReplica) -> None:
+        session.replica = replica
+        replica.holders[session.arrival.number] = session
+        self._held += 1
+        self._count()
 
     def _prompt_s(self, session: Session, replica: SimulatedReplica, cached: bool) -> float:
         text = prompt_positions(PROMPTS[session.arrival.prompt].text)
@@ -206,22 +159,44 @@ class Simulation:
         between = self._steps.tick(replica.live, self._context(replica)) if replica.live else 0.0
         return sum(self._steps.prefill(piece) + between for piece in pieces)
 
+    def _begin(self, session: Session) -> None:
+        session.began = self._now
+        if session.replica is not None:
+            self._change_live(session.replica, self._now, 1)
+
+    def _end(self, session: Session) -> None:
+        if session.over:
+            return
+        session.over = True
+        assert session.began is not None, "its conversation began"
+        self._forecast.live_seconds += self._now - session.began
+        if session.replica is not None:
+            self._change_live(session.replica, session.began, -1)
+        else:  # it ended in silence, but by its caller's will
+            self._homeless.remove(session)
+            self._open -= 1
+            self._count()
+
     def _change_live(self, replica: SimulatedReplica, began: float, change: int) -> None:
         replica.live += change
         replica.begun += change * began
-        if change < 0:
-            self._forecast.live_seconds += self._now - began
 
-    def _leave(self, replica: SimulatedReplica) -> None:
+    def _leave(self, session: Session) -> None:
+        replica = session.replica
+        if replica is None:  # it was lost, or ended while it waited for another replica
+            return
         self._held -= 1
         self._open -= 1
+        del replica.holders[session.arrival.number]
         self._fleet.leave(replica)
         self._settle(replica)
         self._count()
         self._serve_waiting()
 
     def _serve_waiting(self) -> None:
-        while self._waiting:
+        while self._homeless and self._go_on(self._homeless[0]):
+            self._homeless.popleft()
+        while self._waiting and not self._homeless:
             session = self._waiting[0]
             if not self._place(session, self._timing.handover_s + self._timing.grant_s):
                 return
@@ -230,7 +205,68 @@ class Simulation:
             self._count()
 
     def _count(self) -> None:
-        self._load.set(self._now, self._held + len(self._waiting))
+        self._load.set(self._now, self._held + len(self._waiting) + len(self._homeless))
+
+    # Replicas that die
+
+    def _add(self, replica: SimulatedReplica) -> None:
+        self._fleet.add(replica)
+        if np.isfinite(self._failures.mtbf_s):
+            lifetime = self._dice.exponential(self._failures.mtbf_s)
+            self._at(self._now + lifetime, partial(self._die, replica))
+
+    def _kill_one(self) -> None:
+        serving = sorted(key for key, one in self._fleet.replicas.items() if not one.draining)
+        if serving:
+            self._die(self._fleet.replicas[serving[self._dice.integers(len(serving))]])
+
+    def _die(self, replica: SimulatedReplica) -> None:
+        if replica.key not in self._fleet.replicas:
+            return
+        self._forecast.deaths += 1
+        self._fleet.remove(replica)
+        self._settle(replica)
+        if not replica.draining:
+            self._starting += 1
+            self._at(self._now + self._timing.startup_s, partial(self._come_up, self._now))
+        sessions = sorted(replica.holders.values(), key=lambda one: -(one.began or self._now))
+        for session in sessions:
+            self._held -= 1
+            session.replica, session.silent_since = None, self._now
+            if session.over:
+                self._open -= 1
+            elif self._homeless or not self._go_on(session):
+                self._homeless.append(session)
+                give_up = self._now + self._settings.queue_timeout_s
+                self._at(give_up, partial(self._lose, session, self._now))
+        self._count()
+
+    def _go_on(self, session: Session) -> bool:
+        """Takes a slot for a session whose replica died, if there is one."""
+        found = self._fleet.place(session.arrival.voice)
+        if found is None:
+            return False
+        replica, _ = found
+        self._hold(session, replica)
+        talk_s = 0.0
+        if session.began is not None:
+            talk_s = session.silent_since - session.began
+            self._change_live(replica, session.began, 1)
+        begins = max(self._now, session.silent_since + self._failures.noticed_s, replica.rebuilding_until)
+        replica.rebuilding_until = begins + self._failures.rebuild(talk_s)
+        self._forecast.gaps.append(replica.rebuilding_until - session.silent_since)
+        return True
+
+    def _lose(self, session: Session, since: float) -> None:
+        if session.replica is not None or session.silent_since != since or session.over:
+            return
+        session.over = True
+        self._forecast.lost += 1
+        self._open -= 1
+        self._homeless.remove(session)
+        if session.began is not None:
+            self._forecast.live_seconds += session.silent_since - session.began
+        self._count()
 
     # The fleet
 
@@ -257,7 +293,7 @@ class Simulation:
             self._unwanted -= 1
             self._forecast.replica_seconds += self._now - asked
             return
-        self._fleet.add(SimulatedReplica(self._name(), asked))
+        self._add(SimulatedReplica(self._name(), asked))
         self._serve_waiting()
 
     def _settle(self, replica: SimulatedReplica) -> None:
@@ -281,11 +317,3 @@ class Simulation:
         forecast.replicas.append(self._fleet.serving)
         forecast.ticks += self._steps.tick_many(batches, contexts).tolist()
         self._at(self._now + max(0.5, self._horizon / SAMPLES), self._sample)
-
-
-def _quantile(values: np.ndarray, share: float) -> float | None:
-    return float(np.quantile(values, share, method="higher")) if len(values) else None
-
-
-def _scaled(value: float | None, factor: float) -> float | None:
-    return None if value is None else value * factor

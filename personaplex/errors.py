@@ -26,8 +26,7 @@
     └── EngineFault          the engine cannot go on; its replica reports itself unhealthy (1011)
 
 The message of every error is fit to be read by a client: it holds no path, no key and nothing of another
-session. `close_code` is the WebSocket close code and `http_status` the answer to an upgrade that is refused;
-`retryable` says whether the same request may succeed later.
+session. `close_code` is the WebSocket close code and `http_status` the answer to an upgrade that is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ class PersonaplexError(Exception):
 
     close_code = 1011
     http_status = 500
-    retryable = False
 
 
 class ConfigError(PersonaplexError):
@@ -117,7 +115,6 @@ class TooManySessions(ClientError):
     """The caller holds as many sessions as it may, or is back too soon; try after `retry_after_s` seconds."""
 
     http_status = 429
-    retryable = True
 
     def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
         super().__init__(message, retry_after_s)
@@ -132,7 +129,6 @@ class NoCapacity(PersonaplexError):
 
     close_code = 1013
     http_status = 503
-    retryable = True
 
     def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
         super().__init__(message, retry_after_s)
@@ -147,7 +143,6 @@ class SessionLost(PersonaplexError):
 
     close_code = 1012
     http_status = 503
-    retryable = True
 
 
 class SessionTaken(PersonaplexError):
@@ -164,7 +159,6 @@ class LogRefused(PersonaplexError):
 
     close_code = 1012
     http_status = 503
-    retryable = True
 
 
 class UnknownVersion(LogRefused):

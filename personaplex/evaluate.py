@@ -60,7 +60,7 @@ def _command(argv: Sequence[str] | None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from personaplex.config import Sampling
-    from personaplex.evaluation.runner import Job, Runner, Settings, note_failure, pending
+    from personaplex.evaluation.runner import Job, Runner, RunSettings, note_failure, pending
     from personaplex.loading import ModelSpec
 
     found = dataset.load(options.data, options.tasks or (), options.limit)
@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> int:
         kv=options.kv,
     )
     sampling = Sampling().greedy() if options.greedy else Sampling()
-    settings = Settings(spec, options.voice, sampling, options.seed, options.repeats)
+    settings = RunSettings(spec, options.voice, sampling, options.seed, options.repeats)
     runner = Runner(settings, options.batch_size)
     options.output.mkdir(parents=True, exist_ok=True)
     jobs, records = runner.plan(found.samples, options.output)

@@ -35,7 +35,7 @@ from personaplex.loading import ModelSpec, load_parts, resolve
 from personaplex.model import Model
 from personaplex.model.hub import Checkpoint
 from personaplex.model.lm import LM
-from personaplex.offline_io import Conversation, Job, Report, plan_jobs, prepare_outputs
+from personaplex.offline_io import Job, JobRun, RunReport, plan_jobs, prepare_outputs
 from personaplex.offline_options import AUTO, parser
 from personaplex.outputs import make_folder_of, refuse_overwriting, try_output
 from personaplex.persona import Persona
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    report = Report()
+    report = RunReport()
     jobs = _prepared_jobs(options, report)
     found = resolve(_spec(options))
     checkpoint, lm = found.checkpoint, found.checkpoint.config.lm
@@ -124,7 +124,7 @@ def _encoded(model: Model, pcm: NDArray[np.float32]) -> Voice:
     return Voice.from_codes(encode_voice(model, torch.from_numpy(pcm)))
 
 
-def _prepared_jobs(options: argparse.Namespace, report: Report) -> list[Job]:
+def _prepared_jobs(options: argparse.Namespace, report: RunReport) -> list[Job]:
     """The jobs whose outputs can be written; what cannot be run is said, and noted in `report`."""
     found = find_recordings(options.input_wav)
     jobs = plan_jobs(options.input_wav, options.output_wav, options.output_text, options.output_tokens)
@@ -162,7 +162,7 @@ def converse(
     persona: Persona,
     voice: Voice,
     jobs: Sequence[Job],
-    report: Report,
+    report: RunReport,
     channel: int = 1,
 ) -> None:
     """Runs all jobs through the engine's slots, each written as soon as it ends.
@@ -171,13 +171,13 @@ def converse(
     others.
     """
     waiting = list(reversed(jobs))
-    live: dict[Slot, Conversation] = {}
+    live: dict[Slot, JobRun] = {}
     with tqdm(unit="frame", disable=None) as progress:
         while waiting or live:
             while waiting and engine.free:
                 job = waiting.pop()
                 try:
-                    conversation = Conversation(job, time.perf_counter(), channel)
+                    conversation = JobRun(job, time.perf_counter(), channel)
                 except (PersonaplexError, OSError) as error:
                     report.fail(job.input.name, cli.reason(error))
                     continue
@@ -190,7 +190,7 @@ def converse(
                 _finish(live.pop(slot), tokenizer, report)
 
 
-def _finish(conversation: Conversation, tokenizer: Tokenizer, report: Report) -> None:
+def _finish(conversation: JobRun, tokenizer: Tokenizer, report: RunReport) -> None:
     name = conversation.job.input.name
     try:
         conversation.write(tokenizer)
@@ -200,7 +200,7 @@ def _finish(conversation: Conversation, tokenizer: Tokenizer, report: Report) ->
     report.rows.append((name, conversation.frames, time.perf_counter() - conversation.started))
 
 
-def _tick(engine: Engine, live: dict[Slot, Conversation]) -> None:
+def _tick(engine: Engine, live: dict[Slot, JobRun]) -> None:
     for slot, conversation in live.items():
         engine.feed(slot, conversation.next_frame())
     for output in engine.step():

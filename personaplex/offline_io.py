@@ -102,7 +102,7 @@ def prepare_outputs(jobs: Sequence[Job]) -> tuple[list[Job], list[Failure]]:
     return ready, failures
 
 
-class Conversation:
+class JobRun:
     """One job while it runs: hands out the user's frames, takes the agent's, and writes the outputs."""
 
     def __init__(self, job: Job, started: float, channel: int = 1) -> None:
@@ -173,7 +173,7 @@ class Conversation:
 
 
 @dataclass
-class Report:
+class RunReport:
     """What was done, for the table at the end; times in seconds."""
 
     rows: list[tuple[str, int, float]] = field(default_factory=list)  # name, frames, time it took

@@ -63,12 +63,14 @@ class TokenLog:
     @property
     def agent_codes(self) -> NDArray[np.int32]:
         """int32 [8, frames]."""
-        return self.tokens[:, AGENT].T
+        codes: NDArray[np.int32] = self.tokens[:, AGENT]
+        return codes.T
 
     @property
     def user_codes(self) -> NDArray[np.int32]:
         """int32 [8, frames]."""
-        return self.tokens[:, USER].T
+        codes: NDArray[np.int32] = self.tokens[:, USER]
+        return codes.T
 
     def save(self, path: Path) -> None:
         """Writes an .npz with `text`, `agent_codes`, `user_codes` and `forced`; whole or not at all.

@@ -1,116 +1,31 @@
-"""Clients that mean harm: raw sockets, since libraries would not send such things.
+"""Clients that mean harm, over raw sockets, since libraries would not send such things.
 
-`Raw` speaks just enough HTTP and WebSocket to say anything at all. The attacks are plain functions over a
-host, a port and a path; each returns when it was refused, when it ran out of things to send, or at `until`
-(seconds of the monotonic clock). None of them shows a key.
+The attacks are plain functions over a host, a port and a path; each returns when it was refused, when it ran
+out of things to send, or at `until` (seconds of the monotonic clock). None of them shows a key. FLOODS say
+too much, CROWDS say nothing, CUTS begin and leave.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
-import os
+import random
+import selectors
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
-CONT, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
-SOURCE = "127.0.0.2"  # another loopback address than the neighbours'
+from rawsocket import BINARY, CONT, PING, Raw, Target, frame
 
-
-@dataclass(frozen=True)
-class Target:
-    """Where the service listens; `path` begins with a slash."""
-
-    host: str
-    port: int
-    path: str = "/api/chat"
-
-
-def frame(opcode: int, data: bytes, *, final: bool = True, compressed: bool = False) -> bytes:
-    """One masked frame, with a mask of zeros."""
-    head = bytes([(0x80 if final else 0) | (0x40 if compressed else 0) | opcode])
-    if len(data) < 126:
-        size = bytes([0x80 | len(data)])
-    elif len(data) < 65_536:
-        size = bytes([0x80 | 126]) + struct.pack(">H", len(data))
-    else:
-        size = bytes([0x80 | 127]) + struct.pack(">Q", len(data))
-    return head + size + bytes(4) + data
-
-
-class Raw:
-    """A connection from `source`. Raises OSError like its socket."""
-
-    made = 0  # connections, and bytes that were taken from all of them
-    taken = 0
-
-    def __init__(self, target: Target, source: str = SOURCE) -> None:
-        self.target = target
-        self.socket = socket.create_connection((target.host, target.port), 10, source_address=(source, 0))
-        Raw.made += 1
-
-    def __enter__(self) -> Raw:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.socket.close()
-
-    def request(self, *headers: str, method: str = "GET", end: bool = True) -> None:
-        lines = [f"{method} {self.target.path} HTTP/1.1", f"Host: {self.target.host}", *headers]
-        self.socket.sendall("\r\n".join([*lines, "", ""] if end else [*lines, ""]).encode())
-
-    def upgrade(self, *headers: str) -> str:
-        """Asks for a WebSocket; the head of the answer."""
-        key = base64.b64encode(os.urandom(16)).decode()
-        self.request(
-            *("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"),
-            *(f"Sec-WebSocket-Key: {key}", *headers),
-        )
-        return self.head()
-
-    def pour(self, data: bytes) -> None:
-        """Sends all of `data`; waits as long as the socket's timeout for a server that does not read."""
-        left = memoryview(data)
-        while left:
-            sent = self.socket.send(left)
-            Raw.taken += sent
-            left = left[sent:]
-
-    def head(self) -> str:
-        """Reads up to the end of an answer's head, byte by byte."""
-        read = b""
-        while not read.endswith(b"\r\n\r\n"):
-            byte = self.socket.recv(1)
-            if not byte:
-                break
-            read += byte
-        return read.decode("latin-1")
-
-    def frames(self) -> Iterator[tuple[int, bytes]]:
-        """What the server sends, until it hangs up."""
-        stream = self.socket.makefile("rb")
-        with contextlib.suppress(OSError):
-            while len(head := stream.read(2)) == 2:
-                size = head[1] & 127
-                if size == 126:
-                    (size,) = struct.unpack(">H", stream.read(2))
-                elif size == 127:
-                    (size,) = struct.unpack(">Q", stream.read(8))
-                yield head[0] & 15, stream.read(size)
-
-    def close_code(self) -> int | None:
-        """The code of the server's close; None when it just hangs up."""
-        for opcode, data in self.frames():
-            if opcode == CLOSE:
-                return int(struct.unpack(">H", data[:2])[0]) if data else 1005
-        return None
+CROWD = 500  # connections of one that wants nothing
+AGAIN_S = 0.5  # between two bytes of a slow request, and before a connection that was closed is opened again
+PATIENCE_S = 15.0  # for a crowd's last connections to be closed
 
 
 def deflate_bomb(target: Target, until: float) -> None:
@@ -176,11 +91,36 @@ def pipeline(target: Target, until: float) -> None:
             raw.pour(f"GET {target.path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 2_000)
 
 
+def half_open(target: Target, until: float) -> None:
+    """Connections that say nothing."""
+    _crowd(target, until, b"", b"")
+
+
+def slow_headers(target: Target, until: float) -> None:
+    """Requests whose head comes byte by byte."""
+    head = f"GET {target.path} HTTP/1.1\r\nHost: x\r\nX-Slow: ".encode()
+    _crowd(target, until, head, b"a")
+
+
+def cut_upgrades(target: Target, until: float) -> None:
+    """Upgrades, one after the other, cut at any moment of the way, half of them by a reset."""
+    draw = random.Random(1)
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError), Raw(target) as raw:
+            raw.ask_for_websocket()
+            time.sleep(draw.random() * 0.02)
+            if draw.random() < 0.5:
+                linger = struct.pack("ii", 1, 0)
+                raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
 Attack = Callable[[Target, float], None]
 FLOODS: tuple[Attack, ...] = (
     *(deflate_bomb, big_messages, small_frames, empty_fragments, pings, large_audio),
     *(endless_header, endless_body, pipeline),
 )
+CROWDS: tuple[Attack, ...] = (half_open, slow_headers)
+CUTS: tuple[Attack, ...] = (cut_upgrades,)
 
 
 def assault(attacks: Sequence[Attack], target: Target, connections: int, seconds: float) -> None:
@@ -198,7 +138,44 @@ def assault(attacks: Sequence[Attack], target: Target, connections: int, seconds
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(seconds + 15)
+        thread.join(seconds + PATIENCE_S + 5)
+
+
+def _crowd(target: Target, until: float, first: bytes, then: bytes) -> None:
+    """CROWD connections that say `first` and then `then`, over and over; one that is closed is opened anew
+    while the time lasts. Ends when all of them were closed, or PATIENCE_S after that."""
+    waiting = selectors.DefaultSelector()
+    due = time.monotonic()
+    while (now := time.monotonic()) < until or (waiting.get_map() and now < until + PATIENCE_S):
+        if now >= due:
+            due = now + AGAIN_S
+            for key in list(waiting.get_map().values()):
+                with contextlib.suppress(OSError):
+                    key.fileobj.send(then)  # type: ignore[union-attr]
+            for _ in range(CROWD - len(waiting.get_map()) if now < until else 0):
+                one = Raw(target).socket
+                one.sendall(first)
+                one.setblocking(False)
+                waiting.register(one, selectors.EVENT_READ, time.monotonic())
+        for key, _ in waiting.select(0.05):
+            if _gone(key.fileobj):
+                waiting.unregister(key.fileobj)
+                Raw.longest_s = max(Raw.longest_s, time.monotonic() - key.data)
+    if waiting.get_map():
+        Raw.longest_s = float("inf")
+
+
+def _gone(one: Any) -> bool:
+    """Whether the other side has closed this connection; then it is closed here too."""
+    try:
+        if one.recv(65_536):
+            return False
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    one.close()
+    return True
 
 
 def _pour(target: Target, until: float, data: bytes, first: bytes = b"") -> None:
@@ -215,10 +192,49 @@ def _linger(raw: Raw, until: float) -> None:
         pass
 
 
-if __name__ == "__main__":  # a process of its own, so that its work is not the neighbours'
-    names, port, connections, seconds = sys.argv[1:]
-    chosen = [attack for attack in FLOODS if attack.__name__ in names.split(",")]
+@contextlib.contextmanager
+def attackers(
+    attacks: Sequence[Attack], target: Target, connections: int, seconds: float
+) -> Iterator[tuple[Callable[[], None], Callable[[], dict[str, float]]]]:
+    """Attackers in a process of their own, so that their work is not the neighbours': what lets them loose,
+    and what waits for their own count. Floods have the lowest priority; the others work little."""
+    niceness = "19" if set(attacks) & set(FLOODS) else "0"
+    names = ",".join(attack.__name__ for attack in attacks)
+    arguments = [names, target.host, str(target.port), target.path, str(connections), str(seconds)]
+    with subprocess.Popen(
+        ["nice", "-n", niceness, sys.executable, __file__, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+
+        def start() -> None:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+        def report() -> dict[str, float]:
+            assert process.stdout is not None
+            return dict(json.loads(process.stdout.readline()))
+
+        try:
+            yield start, report
+        finally:
+            process.kill()
+
+
+def _main() -> None:
+    names, host, port, path, connections, seconds = sys.argv[1:]
+    chosen = [attack for attack in (*FLOODS, *CROWDS, *CUTS) if attack.__name__ in names.split(",")]
     print("ready", flush=True)
     sys.stdin.readline()
-    assault(chosen, Target("127.0.0.1", int(port)), int(connections), float(seconds))
-    print(json.dumps({"connections": Raw.made, "mb_taken": Raw.taken / 1e6}), flush=True)
+    assault(chosen, Target(host, int(port), path), int(connections), float(seconds))
+    counts = {"connections": Raw.made, "mb_taken": Raw.taken / 1e6, "kept_s": Raw.longest_s}
+    print(json.dumps(counts), flush=True)
+
+
+if __name__ == "__main__":
+    _main()

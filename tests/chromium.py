@@ -25,6 +25,11 @@ START_TIMEOUT_S = 20.0
 REPLY_TIMEOUT_S = 15.0
 
 
+def found() -> str | None:
+    """The program, where there is one."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
 class PageError(AssertionError):
     """A script in the page threw."""
 
@@ -33,15 +38,18 @@ class Chromium:
     """One browser with one tab. `microphone` False lets the page be refused it."""
 
     def __init__(self, *, microphone: bool = True, flags: tuple[str, ...] = ()) -> None:
-        program = next(filter(None, map(shutil.which, NAMES)), None)
+        program = found()
         if program is None:
             raise FileNotFoundError(f"the browser tests need a Chromium: one of {', '.join(NAMES)}")
         self._folder = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         ask = ["--use-fake-ui-for-media-stream"] if microphone else ["--deny-permission-prompts"]
         self.console: list[str] = []  # what the page complained of
+        self.requests: list[str] = []  # addresses that were asked for, WebSockets included
+        self.downloads = Path(self._folder.name) / "downloads"
         self._ids = 0
         self._command = [program, *FLAGS.split(), *ask, *flags, f"--user-data-dir={self._folder.name}"]
         self._process: subprocess.Popen[bytes] | None = None
+        self._address = ("", "")  # of the browser: host, path
         self._connections = contextlib.ExitStack()
         self._socket: ClientConnection | None = None
 
@@ -49,10 +57,7 @@ class Chromium:
         silent = subprocess.DEVNULL
         self._process = subprocess.Popen([*self._command, "about:blank"], stdout=silent, stderr=silent)
         try:
-            connection = connect(self._find_tab(), max_size=None, proxy=None)
-            self._socket = self._connections.enter_context(connection)
-            for domain in ("Page", "Runtime", "Log"):
-                self.call(f"{domain}.enable")
+            self._attach(self._find_tab())
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -66,6 +71,38 @@ class Chromium:
             self._process.terminate()
             self._process.wait(10)
         self._folder.cleanup()
+
+    def _attach(self, tab: str) -> None:
+        self._socket = self._connections.enter_context(connect(tab, max_size=None, proxy=None))
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+        self.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.downloads))
+
+    def crash(self) -> None:
+        """Ends the tab's process at once, as a fault would, and goes on in a new tab."""
+        assert self._socket is not None, "use it in a with block"
+        base, _, crashed = self._find_tab().rpartition("/")
+        self._socket.send(json.dumps({"id": 0, "method": "Page.crash"}))
+        with self._browser() as browser:
+            made = _ask(browser, "Target.createTarget", url="about:blank")["targetId"]
+            _ask(browser, "Target.closeTarget", targetId=crashed)
+        self._socket.close()
+        self._attach(f"{base}/{made}")
+
+    def downloaded(self, suffix: str, timeout_s: float = 20.0) -> Path:
+        """The newest file that was saved with this ending, once it is whole."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            if files := sorted(self.downloads.glob(f"*{suffix}"), key=lambda file: file.stat().st_mtime):
+                return files[-1]
+            self.run("0")  # reads events
+            time.sleep(0.05)
+        raise AssertionError(f"no {suffix} was saved within {timeout_s:g} s; console: {self.console}")
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "use it in a with block"
+        return self._process.pid
 
     def open(self, url: str) -> None:
         """Loads `url` and waits for its scripts."""
@@ -83,9 +120,9 @@ class Chromium:
         return reply["result"].get("value")
 
     def wait(self, condition: str, timeout_s: float = 10.0) -> None:
-        """Until a JavaScript expression is true."""
+        """Until a JavaScript expression is true, or an element."""
         end = time.monotonic() + timeout_s
-        while not self.run(condition):
+        while not self.run(f"Boolean({condition})"):
             if time.monotonic() > end:
                 raise AssertionError(f"not within {timeout_s:g} s: {condition}; console: {self.console}")
             time.sleep(0.02)
@@ -93,11 +130,15 @@ class Chromium:
     def text(self, selector: str) -> str:
         return str(self.run(f"document.querySelector({json.dumps(selector)}).textContent"))
 
-    def screenshot(self, path: Path, width: int = 1_100, height: int = 800, *, dark: bool = False) -> None:
-        """The whole page, at least `height` high."""
+    def screenshot(
+        self, path: Path, width: int = 1_280, height: int = 860, *, dark: bool = False, whole: bool = True
+    ) -> None:
+        """The window, or the whole page, at least `height` high."""
         self.look(width, height, dark=dark)
-        height = max(height, int(self.run("document.documentElement.scrollHeight")))
-        self.look(width, height, dark=dark)
+        if whole:
+            height = max(height, int(self.run("document.documentElement.scrollHeight")))
+            self.look(width, height, dark=dark)
+        self.run("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def look(self, width: int, height: int, *, dark: bool = False) -> None:
@@ -128,6 +169,10 @@ class Chromium:
                 self.console.append(details.get("exception", {}).get("description", details["text"]))
             case "Runtime.consoleAPICalled" if parameters["type"] in ("error", "warning"):
                 self.console.append(" ".join(str(argument.get("value")) for argument in parameters["args"]))
+            case "Network.requestWillBeSent":
+                self.requests.append(parameters["request"]["url"])
+            case "Network.webSocketCreated":
+                self.requests.append(parameters["url"])
             case "Log.entryAdded" if parameters["entry"]["level"] == "error":
                 self.console.append(f"{parameters['entry']['text']} {parameters['entry'].get('url', '')}")
 
@@ -139,14 +184,25 @@ class Chromium:
             if self._process.poll() is not None or time.monotonic() > end:
                 raise AssertionError("Chromium did not start")
             time.sleep(0.05)
-        base = f"ws://127.0.0.1:{lines[0]}"
-        with connect(base + lines[1], max_size=None, proxy=None) as browser:
+        self._address = f"ws://127.0.0.1:{lines[0]}", lines[1]
+        with self._browser() as browser:
             while True:
-                browser.send(json.dumps({"id": 1, "method": "Target.getTargets"}))
-                targets = json.loads(browser.recv(timeout=REPLY_TIMEOUT_S))["result"]["targetInfos"]
+                targets = _ask(browser, "Target.getTargets")["targetInfos"]
                 tabs = [target["targetId"] for target in targets if target["type"] == "page"]
                 if tabs:
-                    return f"{base}/devtools/page/{tabs[0]}"
+                    return f"{self._address[0]}/devtools/page/{tabs[0]}"
                 if time.monotonic() > end:
                     raise AssertionError("Chromium opened no tab")
                 time.sleep(0.05)
+
+    def _browser(self) -> ClientConnection:
+        return connect("".join(self._address), max_size=None, proxy=None)
+
+
+def _ask(browser: ClientConnection, method: str, **parameters: Any) -> dict[str, Any]:
+    """One command to the browser itself."""
+    browser.send(json.dumps({"id": 1, "method": method, "params": parameters}))
+    while True:
+        message = json.loads(browser.recv(timeout=REPLY_TIMEOUT_S))
+        if message.get("id") == 1:
+            return dict(message["result"])

@@ -9,8 +9,10 @@ import urllib.request
 import ray
 from serving import Service
 
+from deployments import metrics
 from deployments.metrics import Series
 
+HELD = (metrics.SESSIONS_OPEN, metrics.SESSIONS_LIVE, metrics.SESSIONS_QUEUED, metrics.CALLERS)  # by sessions
 _SAMPLE = re.compile(r"(\w+)(?:\{([^}]*)\})? (\S+)")
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -37,7 +39,13 @@ def value(samples: Samples, series: Series, **labels: str) -> float:
     return 0.0
 
 
-class Fleet:
+def gauges(service: Service, *wanted: Series) -> dict[str, float]:
+    """Gauges by name as the gateway has them now, from its own page; KeyError where one is not there."""
+    samples = parse(service.get("metrics").text, ())
+    return {one.name: samples[one.name, frozenset()] for one in wanted}
+
+
+class FleetMetrics:
     """The series of one application, as Prometheus would read them from Ray on this machine."""
 
     def __init__(self, service: Service) -> None:

@@ -18,6 +18,7 @@ import requests
 from ports import free_port
 from serving import Service
 
+from deployments import ingress
 from deployments.processes import below
 
 SLOTS = 4
@@ -57,17 +58,21 @@ PROXY = "ray::ProxyActor"
 
 
 @contextlib.contextmanager
-def hosted(*flags: str) -> Iterator[Hosted]:
-    """A service with SLOTS slots that is ready for sessions; gone at the end with everything below it."""
+def hosted(*flags: str, limits: bool = True) -> Iterator[Hosted]:
+    """A service with SLOTS slots that is ready for sessions; gone at the end with everything below it.
+    Without `limits` its proxies are as Serve makes them."""
     port = free_port()
     command = [sys.executable, "-m", "personaplex.server", "--model", "echo", "--host", "127.0.0.1"]
     command += ["--port", str(port), "--slots", str(SLOTS), *flags]
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    if not limits:
+        environment[ingress.VARIABLE] = ""
     with subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
+        env={**os.environ, **environment},
     ) as process:
         host = Hosted(process, port)
         reader = threading.Thread(target=host.read)
@@ -75,7 +80,7 @@ def hosted(*flags: str) -> Iterator[Hosted]:
         try:
             until(lambda: host.find("Open ") or process.poll() is not None, 120.0)
             assert process.poll() is None, host.said
-            until(lambda: healthy(host), 30.0)
+            until(lambda: healthy(host, limits=limits), 30.0)
             yield host
         finally:
             if process.poll() is None:
@@ -95,10 +100,11 @@ def until(condition: Callable[[], Any], timeout_s: float) -> float:
     return time.monotonic() - began
 
 
-def healthy(host: Hosted) -> bool:
-    """Whether sessions can be taken, by a proxy with its limits."""
+def healthy(host: Hosted, *, limits: bool = True) -> bool:
+    """Whether sessions can be taken, by a proxy with its limits, or by one without."""
     with contextlib.suppress(requests.RequestException):
-        return bool(host.service.get("healthz").json()["proxy_limits"] and host.service.info()["slots"])
+        limited = host.service.get("healthz").json()["proxy_limits"]
+        return bool(limited is limits and host.service.info()["slots"])
     return False
 
 

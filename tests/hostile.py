@@ -1,11 +1,13 @@
 """Hostile clients against a real service, and what its neighbours notice: `python -m tests.hostile`.
 
-    python -m tests.hostile --rounds 3 --output hostile.json    # the median of three
-    python -m tests.hostile --haproxy --only mixed              # every flood at once, through HAProxy
+    python -m tests.hostile --rounds 3 --output benchmarks/results/hostile.json   # the median of three
+    python -m tests.hostile --only mixed crowds --haproxy       # these parts alone, through HAProxy
+    python -m tests.hostile --only mixed --without-limits       # Serve's own proxies: this must fail
 
 Each round starts `python -m personaplex.server` with the echo model on a free loopback port. Attackers are
-processes of their own at the lowest priority, from 127.0.0.2; the neighbour talks from 127.0.0.1. LIMITS says
-what must hold; the exit status is 1 when a median does not. tests/service/test_hostile.py runs one round.
+processes of their own at the lowest priority, from 127.0.0.2; the neighbour talks from 127.0.0.1.
+`verdict.LIMITS` says what must hold; the exit status is 1 when a median does not. The output keeps the parts
+that this run leaves out. tests/service/test_hostile.py and test_serve_admission.py run one round.
 """
 
 from __future__ import annotations
@@ -16,18 +18,19 @@ import contextlib
 import json
 import os
 import signal
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from requests import RequestException
+from websockets import ConnectionClosed
 
 sys.path.insert(0, str(Path(__file__).parent))  # as pytest has it
 
-from attackers import FLOODS, Attack
+from attackers import CROWDS, CUTS, FLOODS, Attack, attackers
 from hosted import (
     GATEWAY,
     PROXY,
@@ -41,8 +44,12 @@ from hosted import (
     open_to_the_network,
     until,
 )
+from rawsocket import Target
 from serving import Client, Heard, connect, speech
+from verdict import LIMITS, Figures, summary
 
+from benchmarks.machine import machine, publish
+from deployments.connections import REQUEST_TIMEOUT_S
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE
 from personaplex.session.moshi import Audio
 
@@ -50,20 +57,7 @@ CONNECTIONS = 8
 FLOOD_S = 2.0
 CPU_S = 3.0
 STALL_S = 4.0
-ATTACKERS = Path(__file__).with_name("attackers.py")
-
-PARTS = ("floods", "mixed", "queue", "stall", "proxy", "stop", "raylet")
-LIMITS = {  # figure: the most it may be
-    "memory_mb": 400.0,  # of any process, above idle
-    "gap_s": 0.5,  # of a neighbour; or three times its quiet gap
-    "queue_cpu": 1.3,  # of gateway and replica, over nobody waiting
-    "slots_back_s": 5.0,  # after a flood, and after the proxy was killed
-    "log_lines": 8.0,  # "Failed to route", while somebody waited
-    "ports_open": 0.0,  # on other interfaces than loopback
-    "left_s": 20.0,  # after the raylet was killed
-}
-
-Figures = dict[str, float]
+CROWD_S = REQUEST_TIMEOUT_S + 2.0  # long enough for every deadline to pass
 
 
 # The neighbour
@@ -95,38 +89,6 @@ def gap(times: Sequence[float]) -> float:
 # What is tried
 
 
-@contextlib.contextmanager
-def _attackers(
-    attacks: Sequence[Attack], port: int, connections: int, seconds: float
-) -> Iterator[tuple[Callable[[], None], Callable[[], Figures]]]:
-    """Attackers that are ready, what lets them loose, and what waits for their own count."""
-    names = ",".join(attack.__name__ for attack in attacks)
-    arguments = [names, str(port), str(connections), str(seconds)]
-    with subprocess.Popen(
-        ["nice", "-n", "19", sys.executable, str(ATTACKERS), *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-
-        def start() -> None:
-            assert process.stdin is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-
-        def report() -> Figures:
-            assert process.stdout is not None
-            return dict(json.loads(process.stdout.readline()))
-
-        try:
-            yield start, report
-        finally:
-            process.kill()
-
-
 def flood(
     host: Hosted, attacks: Sequence[Attack], connections: int = CONNECTIONS, seconds: float = FLOOD_S
 ) -> Figures:
@@ -136,14 +98,20 @@ def flood(
     async def run() -> tuple[list[float], list[float]]:
         async with connect(host.service) as client:
             await begin(client)
-            quiet = await talk(client, seconds)
+            quiet, hostile = await talk(client, seconds), list[float]()
             start()
-            return quiet, await talk(client, seconds + 1.0)
+            with contextlib.suppress(ConnectionClosed):  # one gap without an end
+                hostile = await talk(client, seconds + 1.0)
+            return quiet, hostile
 
-    with _attackers(attacks, host.port, connections, seconds) as (start, report), Memory(host) as memory:
+    target = Target("127.0.0.1", host.port)
+    with attackers(attacks, target, connections, seconds) as (start, report), Memory(host) as memory:
         quiet, hostile = asyncio.run(run())
         counts = report()
-    idle = until(lambda: host.service.info()["used"] == 0, 20.0)
+    try:
+        idle = until(lambda: host.service.info()["used"] == 0, 20.0)
+    except (AssertionError, RequestException):
+        idle = float("inf")
     figures = {"memory_mb": memory.peak_mb, "quiet_gap_s": gap(quiet), "gap_s": gap(hostile)}
     return {**figures, "slots_back_s": idle, **counts}
 
@@ -278,63 +246,74 @@ def kill_raylet(host: Hosted) -> Figures:
 # The command
 
 
-def attempt(only: str, flags: Sequence[str]) -> Figures:
-    """One round."""
+def _named(attack: str, found: Figures) -> Figures:
+    return {f"{attack}.{name}": value for name, value in found.items()}
+
+
+def _ports(host: Hosted) -> Figures:
+    doors = [where for where in open_to_the_network(host) if " ray::ServeReplica" not in where]
+    return {"ports_open": float(len(doors))}
+
+
+def _floods(host: Hosted) -> Figures:
     figures: Figures = {}
-    with hosted(*flags) as host:
-        doors = [where for where in open_to_the_network(host) if " ray::ServeReplica" not in where]
-        figures["ports_open"] = float(len(doors))
-        if only in ("", "floods"):
-            for attack in FLOODS:
-                found = flood(host, [attack])
-                print(attack.__name__, found, file=sys.stderr)
-                figures |= {f"{attack.__name__}.{name}": value for name, value in found.items()}
-        if only in ("", "mixed"):
-            found = flood(host, FLOODS, connections=2, seconds=2 * FLOOD_S)
-            figures |= {f"all.{name}": value for name, value in found.items()}
-        if only in ("", "queue"):
-            figures |= queue_cpu(host) | wait_after_a_slot_is_free(host)
-        if only in ("", "stall"):
-            figures |= stall(host, REPLICA) | stall(host, GATEWAY)
-        if only in ("", "proxy") and "--haproxy" not in flags:
-            figures |= kill_proxy(host)
-        if only in ("", "stop"):
-            heard = stop_with_a_queue(host)
-            figures["told_1012"] = sum(one.code == 1012 for one in heard) / len(heard)
-    if only in ("", "raylet"):
-        with hosted(*flags) as host:
-            figures |= kill_raylet(host)
+    for attack in FLOODS:
+        figures |= _named(attack.__name__, flood(host, [attack]))
     return figures
 
 
-def broken(figures: Figures) -> list[str]:
-    """Which of LIMITS do not hold."""
-    found = []
-    for name, value in figures.items():
-        attack, _, kind = name.rpartition(".")
-        most = LIMITS.get(kind, float("inf"))
-        if kind == "gap_s":
-            most = max(most, 3 * figures[f"{attack}.quiet_gap_s"])
-        if value > most or (kind == "told_1012" and value < 1):
-            found.append(f"{name} is {value:.3g}, over {most:.3g}")
-    return found
+def _stop(host: Hosted) -> Figures:
+    heard = stop_with_a_queue(host)
+    return {"told_1012": sum(one.code == 1012 for one in heard) / len(heard)}
+
+
+PARTS: dict[str, Callable[[Hosted], Figures]] = {  # in this order: the last ones end the service
+    "ports": _ports,
+    "floods": _floods,
+    "mixed": lambda host: _named("all", flood(host, FLOODS, connections=2, seconds=2 * FLOOD_S)),
+    "crowds": lambda host: _named("crowds", flood(host, CROWDS, connections=1, seconds=CROWD_S)),
+    "cuts": lambda host: _named("cuts", flood(host, CUTS, connections=1, seconds=2 * FLOOD_S)),
+    "queue": lambda host: queue_cpu(host) | wait_after_a_slot_is_free(host),
+    "stall": lambda host: stall(host, REPLICA) | stall(host, GATEWAY),
+    "proxy": kill_proxy,
+    "stop": _stop,
+    "raylet": kill_raylet,
+}
+
+
+def attempt(parts: Sequence[str], flags: Sequence[str], limits: bool) -> dict[str, Figures]:
+    """One round: the figures of each part."""
+    figures: dict[str, Figures] = {}
+    services = [[part for part in parts if part != "raylet"], [part for part in parts if part == "raylet"]]
+    for together in filter(None, services):
+        with hosted(*flags, limits=limits) as host:
+            for part in together:
+                figures[part] = PARTS[part](host)
+                print(part, json.dumps(figures[part]), file=sys.stderr, flush=True)
+    return figures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--only", default="", choices=["", *PARTS])
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART")
     parser.add_argument("--haproxy", action="store_true")
+    parser.add_argument("--without-limits", action="store_true")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     flags = ["--haproxy"] if options.haproxy else []
-    rounds = [attempt(options.only, flags) for _ in range(options.rounds)]
-    figures = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    report = json.dumps({"median": figures, "rounds": rounds, "broken": broken(figures)}, indent=2)
-    if options.output is not None:
-        options.output.write_text(report + "\n")
-    print(report)
-    return 1 if broken(figures) else 0
+    parts = [part for part in PARTS if part in options.only and not (part == "proxy" and options.haproxy)]
+    rounds = [attempt(parts, flags, not options.without_limits) for _ in range(options.rounds)]
+    found = {part: summary([one[part] for one in rounds]) for part in parts}
+    kept: dict[str, Any] = {}
+    if options.output is not None and options.output.exists():
+        kept = json.loads(options.output.read_text())["parts"]
+    result = {"benchmark": "hostile", "machine": machine("ray", "uvicorn"), "limits": LIMITS}
+    publish(
+        result | {"parts": {part: (kept | found)[part] for part in PARTS if part in kept | found}},
+        options.output,
+    )
+    return 1 if any(one["broken"] for one in found.values()) else 0
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from personaplex.sizing import footprint
 
 
 @dataclass(frozen=True)
-class Plan:
+class Sizes:
     """Sizes of everything. Int8 engines come first: they tell most."""
 
     config: ModelConfig = PRESET_7B
@@ -55,7 +55,7 @@ class Plan:
     at_once: tuple[int, ...] = (1, 40)
 
 
-DRY = Plan(
+DRY = Sizes(
     config=PRESET_TINY, dtype=torch.float32, counts=(1, 3), contexts=(20,), slots={"int8": 3, "auto": 3},
     rounds=2, paced_s=0.4, joining=1, joins=(1, 2), chunks=(1, 16), rebuilt=(5,), at_once=(1, 2),
 )  # fmt: skip
@@ -66,7 +66,7 @@ MIN_GROUP_S = 20.0  # left, for a group to be worth its start
 GROUPS = {"checks": 130.0, "int8": 260.0, "bf16": 200.0, "tuning": 120.0}
 
 
-def slots_that_fit(plan: Plan, kv: str, device: torch.device) -> int:
+def slots_that_fit(plan: Sizes, kv: str, device: torch.device) -> int:
     """At most the plan's, as many as memory holds."""
     if device.type != "cuda":
         return plan.slots[kv]
@@ -75,7 +75,7 @@ def slots_that_fit(plan: Plan, kv: str, device: torch.device) -> int:
     return min(plan.slots[kv], planned.slots(free + planned.weights))  # the weights are there already
 
 
-def run(plan: Plan, group: str, device: torch.device, report: Report, dry: bool) -> None:
+def run(plan: Sizes, group: str, device: torch.device, report: Report, dry: bool) -> None:
     """All parts of one group."""
     report.part("ceilings", 5, lambda: parts.ceilings(device, dry))
     if group == "checks":
@@ -88,7 +88,7 @@ def run(plan: Plan, group: str, device: torch.device, report: Report, dry: bool)
             measure(plan, model, device, report, group)
 
 
-def make_model(plan: Plan, group: str, device: torch.device, report: Report) -> Model | None:
+def make_model(plan: Sizes, group: str, device: torch.device, report: Report) -> Model | None:
     """Random weights, or None with the reason in the report."""
     made: list[Model] = []
 
@@ -103,7 +103,7 @@ def make_model(plan: Plan, group: str, device: torch.device, report: Report) -> 
     return made[0] if made else None
 
 
-def check(plan: Plan, device: torch.device, report: Report, dry: bool) -> None:
+def check(plan: Sizes, device: torch.device, report: Report, dry: bool) -> None:
     """Whether it computes what it should."""
     report.part("kernel_checks", 20, lambda: compare.all_kernels(device, 40 if dry else 1_000))
     report.part("against_cpu", 20, lambda: checks.against_cpu(device, 3 if dry else 40))
@@ -115,7 +115,7 @@ def check(plan: Plan, device: torch.device, report: Report, dry: bool) -> None:
     report.part("captured_against_eager", 30, both_ways)
 
 
-def tune(plan: Plan, device: torch.device, report: Report, dry: bool) -> None:
+def tune(plan: Sizes, device: torch.device, report: Report, dry: bool) -> None:
     """Sizes of kernels, one layer at a time, and what int8 costs in quality."""
     temporal = plan.config.lm.temporal
     sizes: dict[str, Any] = {"rows": [1, 3], "copies": 1, "rounds": 1} if dry else {"rows": [1, 8, 32, 128]}
@@ -125,7 +125,7 @@ def tune(plan: Plan, device: torch.device, report: Report, dry: bool) -> None:
     report.part("int8_cost", 20, lambda: checks.int8_cost(20 if dry else 200))
 
 
-def measure(plan: Plan, model: Model, device: torch.device, report: Report, name: str) -> None:
+def measure(plan: Sizes, model: Model, device: torch.device, report: Report, name: str) -> None:
     """Everything about engines with one kind of keys and values."""
     kv = "int8" if name == "int8" else "auto"
     read_gb_s = (report.data.get("ceilings") or {}).get("read_gb_s", 1.0)
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, with the first kernel
     if arguments.group:
         report = Report(arguments.budget, arguments.output, device)
-        run(DRY if arguments.dry_run else Plan(), arguments.group, device, report, arguments.dry_run)
+        run(DRY if arguments.dry_run else Sizes(), arguments.group, device, report, arguments.dry_run)
     else:
         report = Report(arguments.budget, arguments.output)
         run_groups(report, device, arguments.dry_run, arguments.output)

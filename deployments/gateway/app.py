@@ -32,6 +32,7 @@ from ray.exceptions import TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
@@ -140,7 +141,7 @@ class Gateway:
         self._empty = asyncio.Event()  # no session is open
         self._empty.set()
         asyncio.get_running_loop().set_exception_handler(report_failure)
-        self._keeping = asyncio.ensure_future(self._metrics.keep())
+        self._keeping = asyncio.ensure_future(self._metrics.keep(self._publish))
         self._watching = asyncio.ensure_future(self._fleet.wait_close(uuid.uuid4().hex, self._close))
         warn_of_proxies_without_limits()
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
@@ -164,7 +165,9 @@ class Gateway:
             page = Path(self._settings.static) if self._settings.static else PAGE
             if not page.is_dir():
                 raise ConfigError("static is neither none nor a directory")
-            routes.append(Mount("/", StaticFiles(directory=page, html=True)))
+            # Compressing a small file takes half a millisecond; the large ones of vendor would delay speech.
+            routes.append(Mount("/vendor", StaticFiles(directory=page / "vendor", check_dir=False)))
+            routes.append(Mount("/", GZipMiddleware(StaticFiles(directory=page, html=True), compresslevel=6)))
         pages = Middleware(
             SecurityHeaders, policy=self._settings.content_security_policy, hsts_s=self._settings.hsts_s
         )
@@ -185,7 +188,7 @@ class Gateway:
             except PersonaplexError as error:
                 await self._refuse(socket, session, error)
             except asyncio.CancelledError:
-                logger.info("session %s ended: its client left before it began", session)
+                self._left(session)
                 raise
             else:
                 await self._converse(socket, session, persona, caller, claim, taken)
@@ -257,7 +260,7 @@ class Gateway:
         try:
             await socket.accept(subprotocol)
         except _LEFT:
-            logger.info("session %s ended: its client left before it began", session)
+            self._left(session, translator.name)
             return
         conversation = Conversation(socket, session, self._services, protocol=translator, begin=begin)
         try:
@@ -280,12 +283,15 @@ class Gateway:
             await socket.accept()
             recording = self._begin_record(query, session, persona, engine)
             comeback = None if taken is None else Comeback(taken, heard_from(query))
-        except _LEFT:
+        except (*_LEFT, asyncio.CancelledError) as error:
             claim.give_up()
-            logger.info("session %s ended: its client left before it began", session)
+            self._left(session)
+            if isinstance(error, asyncio.CancelledError):  # the socket's state does not tell: it changes late
+                raise
             return
-        except BaseException:  # a cancellation too; the socket's state does not tell, it changes too soon
+        except BaseException:  # a fault of ours
             claim.give_up()
+            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.FAILED)
             raise
         conversation: Conversation | None = None
         try:
@@ -306,6 +312,8 @@ class Gateway:
 
     def _ended(self, caller: str, conversation: Conversation | None, recording: Recording | None) -> None:
         error = SessionLost("it never began") if conversation is None else conversation.error
+        if conversation is None:
+            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
         self._reconnects.ended(caller, error, time.monotonic())
         if recording is not None and self._records is not None:
             self._records.finish(recording, metrics.cause(error))
@@ -322,6 +330,11 @@ class Gateway:
         if self._records is None or not self._records.wanted(query):
             return {}
         return next((one.engine for one in await self._fleet.describe()), {})
+
+    def _left(self, session: str, protocol: str = "chat") -> None:
+        """A client that went before its session began."""
+        self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.LEFT, protocol=protocol)
+        logger.info("session %s ended: its client left before it began", session)
 
     async def _refuse(
         self,
@@ -355,16 +368,6 @@ class Gateway:
             return refusal(error)
         return Response(status_code=204, headers={"cache-control": "no-store"})
 
-    async def census(self) -> dict[str, int]:
-        """What must go back to nothing when the last session has ended; for operators and tests."""
-        return {
-            "sessions": self._open,
-            "live": len(self._services.live),
-            "queued": self._leases.queued,
-            "counted": self._access.counted,
-            "tasks": len(asyncio.all_tasks()),
-        }
-
     async def info(self, request: Request) -> Response:
         replicas = await self._fleet.describe()
         return JSONResponse(
@@ -389,6 +392,7 @@ class Gateway:
         return JSONResponse(prompt_list())
 
     async def metrics(self, request: Request) -> Response:
+        self._publish()
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def health(self, request: Request) -> Response:
@@ -470,8 +474,11 @@ class Gateway:
             await self._records.close()
 
     def _publish(self) -> None:
+        self._metrics.set(metrics.SESSIONS_OPEN, self._open)
         self._metrics.set(metrics.SESSIONS_LIVE, len(self._services.live))
         self._metrics.set(metrics.SESSIONS_QUEUED, self._leases.queued)
+        self._metrics.set(metrics.CALLERS, self._access.counted)
+        self._metrics.set(metrics.TASKS, len(asyncio.all_tasks()))
 
     async def _keep(self, session: str, log: TokenLog) -> None:
         folder = self._settings.token_log_dir

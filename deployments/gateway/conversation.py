@@ -47,7 +47,7 @@ from personaplex.session.moshi import close_reason
 
 logger = logging.getLogger(__name__)
 
-UNSENT_LIMIT = 256  # messages a client may leave unread: 20 s of speech
+UNSENT_LIMIT = 256  # messages a client may leave unread, times `burst_share`: 20 s of speech
 FAILED = "the server failed; please connect again"
 Claiming = Callable[[Persona, str], Awaitable[Claim]]  # a persona and a ticket; see `Begin`
 CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
@@ -115,6 +115,7 @@ class Conversation:
         if recording is not None:
             self.record(recording)
         self._unsent: deque[Message] = deque(protocol.open())
+        self._unsent_limit = round(UNSENT_LIMIT * services.limits.burst_share)
         self._tasks: list[asyncio.Future[None]] = []
         self._claim: Claim | None = None
         self._close: Close | None = None
@@ -263,7 +264,7 @@ class Conversation:
         self._check_unsent()
 
     def _check_unsent(self) -> None:
-        if len(self._unsent) > UNSENT_LIMIT and self._close is None:
+        if len(self._unsent) > self._unsent_limit and self._close is None:
             self._unsent.clear()
             self._on(Failed(ClientError("the client does not read what it is sent")))
 

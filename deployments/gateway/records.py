@@ -15,7 +15,7 @@ import personaplex
 from deployments import metrics
 from deployments.gateway.query import person_from, wants_record
 from deployments.gateway.recorder import Recorder, Recording
-from deployments.gateway.retention import Limits, Retention, store_at
+from deployments.gateway.retention import Retention, RetentionLimits, store_at
 from deployments.metrics import Metrics
 from deployments.parts import GatewaySettings
 from personaplex.persona import Persona
@@ -32,7 +32,7 @@ class Records:
         self._settings, self._metrics = settings, published
         self._loop = asyncio.get_running_loop()
         store = store_at(settings.record_upload) if settings.record_upload else None
-        limits = Limits(settings.record_keep_days * _DAY_S, settings.record_keep_bytes)
+        limits = RetentionLimits(settings.record_keep_days * _DAY_S, settings.record_keep_bytes)
         self._recorder = Recorder(folder, self._tell)
         self._retention = Retention(folder, limits, self._tell, store)
         self._retention.start()

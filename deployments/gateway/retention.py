@@ -24,13 +24,14 @@ logger = logging.getLogger(__name__)
 
 EVERY_S = 30.0  # between two looks at the folder
 RETRY_S, LONGEST_RETRY_S = 2.0, 600.0  # after an upload that failed, doubled each time
-EXPIRED, UPLOADED, UPLOAD_FAILED = "expired", "uploaded", "upload_failed"  # what is told
+# What is told. The last: a fault of ours, or a folder that cannot be read.
+EXPIRED, UPLOADED, UPLOAD_FAILED, LOOK_FAILED = "expired", "uploaded", "upload_failed", "look_failed"
 
 Store = Callable[[Path], None]  # brings one file to its place; raises what it likes
 
 
 @dataclass(frozen=True)
-class Limits:
+class RetentionLimits:
     """How old, in seconds, and how many bytes in all; 0 is no limit."""
 
     age_s: float
@@ -71,10 +72,11 @@ class Retention:
     """Looks after one folder. `tell` hears of each record that went, on a thread of its own."""
 
     def __init__(
-        self, folder: Path, limits: Limits, tell: Callable[[str], None], store: Store | None = None
+        self, folder: Path, limits: RetentionLimits, tell: Callable[[str], None], store: Store | None = None
     ) -> None:
         self._folder, self._limits, self._tell, self._store = folder, limits, tell, store
         self._retry_s = RETRY_S
+        self._refused: set[Path] = set()  # records whose last upload failed
         self._stopping = threading.Event()
 
     def start(self) -> None:
@@ -100,31 +102,49 @@ class Retention:
         return gone
 
     def upload(self) -> float:
-        """Brings every finished record to the store and deletes it here; seconds until the next try."""
-        assert self._store is not None
-        for path, _ in sorted(_records(self._folder)):
-            try:
-                with claimed(path) as ours:
-                    if not ours:
-                        continue
-                    self._store(path)
-                    path.unlink(missing_ok=True)
-            except FileNotFoundError as error:
-                if not path.exists():  # another gateway was faster, or it has expired
-                    continue
-                return self._upload_failed(error)
-            except Exception as error:  # noqa: BLE001  stores raise all sorts
-                return self._upload_failed(error)
-            self._retry_s = RETRY_S
-            self._tell(UPLOADED)
-        return EVERY_S
+        """Brings every finished record to the store and deletes it here; seconds until the next try.
 
-    def _upload_failed(self, error: Exception) -> float:
-        wait = self._retry_s
-        self._retry_s = min(2 * wait, LONGEST_RETRY_S)
-        logger.warning("records cannot be uploaded (%s); next try in %.0f s", type(error).__name__, wait)
-        self._tell(UPLOAD_FAILED)
+        A record that failed before comes last, so that one the store will not take holds no other back. Two
+        failures in a row are a store out of reach.
+        """
+        paths = [path for path, _ in _records(self._folder)]
+        self._refused.intersection_update(paths)
+        uploaded, in_a_row, causes = 0, 0, list[str]()
+        for path in sorted(paths, key=lambda path: (path in self._refused, path)):
+            try:
+                uploaded += self._upload(path)
+                in_a_row = 0
+            except Exception as error:  # noqa: BLE001  stores raise all sorts
+                self._refused.add(path)
+                self._tell(UPLOAD_FAILED)
+                causes.append(type(error).__name__)
+                in_a_row += 1
+                if in_a_row == 2:
+                    break
+        if not causes:
+            self._retry_s = RETRY_S
+            return EVERY_S
+        wait = EVERY_S if uploaded else self._retry_s
+        self._retry_s = RETRY_S if uploaded else min(2 * wait, LONGEST_RETRY_S)
+        logger.warning("records cannot be uploaded (%s); next try in %.0f s", causes[-1], wait)
         return wait
+
+    def _upload(self, path: Path) -> bool:
+        """Whether it was brought there; False for one that is written still, or is gone."""
+        assert self._store is not None
+        try:
+            with claimed(path) as ours:
+                if not ours:
+                    return False
+                self._store(path)
+                path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            if path.exists():
+                raise
+            return False  # another gateway was faster, or it has expired
+        self._refused.discard(path)
+        self._tell(UPLOADED)
+        return True
 
     def _expire_all(self) -> float:
         self.expire(time.time())
@@ -134,8 +154,9 @@ class Retention:
         while not self._stopping.is_set():
             try:
                 pause = work()
-            except Exception:  # a thread's root
+            except Exception:  # a thread's root; the next look may find things mended
                 logger.exception("records could not be looked after")
+                self._tell(LOOK_FAILED)
                 pause = EVERY_S
             self._stopping.wait(pause)
 

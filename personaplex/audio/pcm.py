@@ -15,7 +15,7 @@ import numpy as np
 from personaplex.audio.framer import Framer
 from personaplex.audio.g711 import A_LAW, MU_LAW, Law, Samples
 from personaplex.audio.resample import Resampler
-from personaplex.audio.transcoder import Counters, RealTime
+from personaplex.audio.transcoder import RealTime, StreamCounters
 from personaplex.config import BURST_S, FRAME_SIZE, SAMPLE_RATE, Pcm
 from personaplex.errors import BadAudio
 
@@ -66,7 +66,7 @@ class PcmTranscoder:
     dropped_pages = resyncs = 0
 
     def __init__(self, *, clock: Callable[[], float] | None = None, burst_s: float = BURST_S) -> None:
-        self.counters = Counters()
+        self.counters = StreamCounters()
         self._real_time = RealTime(clock, burst_s)
         self._framer = Framer()
         self.set_formats(PcmFormat(), PcmFormat())

@@ -27,7 +27,7 @@ _GRANULES = 48_000 // SAMPLE_RATE  # Ogg counts Opus at 48 kHz whatever the code
 
 
 @dataclass
-class Counters:
+class StreamCounters:
     """What one transcoder has seen."""
 
     packets: int = 0  # received
@@ -77,7 +77,7 @@ class Transcoder:
         longest burst a peer may send. `serial` of our own stream is random unless given. `frames_before`:
         frames that went out by another stream, which this one continues: pages and granules count on.
         """
-        self.counters = Counters()
+        self.counters = StreamCounters()
         self._frames_before = frames_before
         self._demuxer = OggDemuxer()
         self._muxer = OggMuxer(secrets.randbits(32) if serial is None else serial, frames_before)

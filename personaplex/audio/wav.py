@@ -112,7 +112,8 @@ def _full_scale(pcm: Pcm, name: str) -> Pcm:
     if scale is None:
         raise BadAudio(f"the file holds samples up to {peak:.3g}, where full scale is 1")
     log.warning("%s: float samples up to %.0f are taken as integers and divided by %.0f", name, peak, scale)
-    return pcm / np.float32(scale)
+    scaled: Pcm = pcm / np.float32(scale)
+    return scaled
 
 
 def one_channel(pcm: Pcm, name: str, channel: int = 1, option: str = "") -> Pcm:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from personaplex.config import FRAME_SIZE, EngineConfig, LMConfig, Sampling
-from personaplex.engine.graph import Frames, Runner
+from personaplex.engine.graph import Frames, TickRunner
 from personaplex.engine.interface import Output, Slot, Usage
 from personaplex.engine.prefill import Prefill, Prompt
 from personaplex.engine.rebuild import CodecRebuild, check_log, logged_voice, spoken_frames
@@ -82,7 +82,7 @@ class Engine:
         self._prefill = Prefill(model, self._state, config)
         if model.device.type == "cuda":
             self._prefill.warm()
-        self._runner = Runner(model, self._state, config.slots, config.graphs)
+        self._runner = TickRunner(model, self._state, config.slots, config.graphs)
         self._open: list[_SlotState | None] = [None] * config.slots
         self._generations = [0] * config.slots
         self._vacant = list(range(config.slots))  # a heap: lowest first, so that ticks run on short prefixes

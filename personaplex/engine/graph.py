@@ -43,7 +43,7 @@ class Frames:
     user_codes: NDArray[np.int64]
 
 
-class Runner:
+class TickRunner:
     """Runs the ticks of one engine over its state of `slots` slots."""
 
     def __init__(self, model: Model, state: EngineState, slots: int, graphs: bool) -> None:

@@ -161,7 +161,8 @@ class EngineLoop:
 
     def start(self) -> Future[int]:
         """Starts the thread. The future gives the number of slots once the engine is built and warm, or the
-        error that prevented it."""
+        error that prevented it; it cannot be cancelled."""
+        self._started.set_running_or_notify_cancel()
         self._thread.start()
         return self._started
 

@@ -19,7 +19,7 @@ from personaplex.evaluation.scoring import SAMPLE_FILE, write_json
 from personaplex.evaluation.speech import Word
 
 
-class Conversation:
+class AnswerRun:
     """`recording` is answered into `folder`, in files called `output`."""
 
     def __init__(self, recording: Path, folder: Path, output: str) -> None:

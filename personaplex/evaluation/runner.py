@@ -25,7 +25,7 @@ from personaplex.engine.engine import Engine, check_sampling
 from personaplex.engine.interface import Slot
 from personaplex.engine.script import encode_voice
 from personaplex.errors import BadAudio, ClientError, ConfigError
-from personaplex.evaluation.conversation import Conversation
+from personaplex.evaluation.conversation import AnswerRun
 from personaplex.evaluation.dataset import TASKS, Sample
 from personaplex.evaluation.scoring import RECORD_VERSION, SAMPLE_FILE, Record, read_record, write_json
 from personaplex.loading import ModelSpec, Parts, Resolved, load_parts, resolve
@@ -38,7 +38,7 @@ _PROBE = 1 << 16  # bytes of a weight file's two ends that tell it from others
 
 
 @dataclass(frozen=True)
-class Settings:
+class RunSettings:
     """What answers depend on. The seeds of `sampling` are drawn for each answer from `seed`."""
 
     spec: ModelSpec
@@ -69,7 +69,7 @@ class Job:
 class Runner:
     """One loaded model that answers samples."""
 
-    def __init__(self, settings: Settings, slots: int) -> None:
+    def __init__(self, settings: RunSettings, slots: int) -> None:
         """Raises ConfigError, CheckpointError, BadParameter or BadAudio; nothing is answered then."""
         self.found = resolve(settings.spec)
         check_sampling(settings.sampling, self.found.checkpoint.config.lm)
@@ -133,7 +133,7 @@ class Runner:
         if not jobs:
             return
         engine, waiting = self._parts.engine(self._config), deque(_conversations(jobs))
-        live: dict[Slot, Conversation] = {}
+        live: dict[Slot, AnswerRun] = {}
         answering = {job.folder: job for job in jobs}
         left = {job.folder: len(TASKS[job.sample.task].inputs) for job in jobs}
         total = sum(round(job.seconds / FRAME_SECONDS) for job in jobs)
@@ -158,7 +158,7 @@ class Runner:
                         if not left[one.folder]:
                             finished(answering.pop(one.folder), None)
 
-    def _open(self, engine: Engine, job: Job, conversation: Conversation) -> Slot:
+    def _open(self, engine: Engine, job: Job, conversation: AnswerRun) -> Slot:
         conversation.read()
         return engine.open(Persona(text_prompt=job.prompt, sampling=job.sampling), self._voice)
 
@@ -208,13 +208,13 @@ def _failed(sample: Sample, repeat: int, reason: str) -> Record:
     }
 
 
-def _conversations(jobs: Sequence[Job]) -> Iterator[tuple[Job, Conversation]]:
+def _conversations(jobs: Sequence[Job]) -> Iterator[tuple[Job, AnswerRun]]:
     for job in jobs:
         for output, stem in TASKS[job.sample.task].inputs.items():
-            yield job, Conversation(job.sample.recording(stem), job.folder, output)
+            yield job, AnswerRun(job.sample.recording(stem), job.folder, output)
 
 
-def _tick(engine: Engine, live: dict[Slot, Conversation]) -> None:
+def _tick(engine: Engine, live: dict[Slot, AnswerRun]) -> None:
     for slot, conversation in live.items():
         engine.feed(slot, conversation.next_frame())
     for output in engine.step():
@@ -240,7 +240,7 @@ def _voice(name: str, parts: Parts) -> Voice:
     return Voice.from_codes(encode_voice(parts.model, torch.from_numpy(load_voice_wav(path))))
 
 
-def _made_with(found: Resolved, settings: Settings, voice: Voice) -> dict[str, Any]:
+def _made_with(found: Resolved, settings: RunSettings, voice: Voice) -> dict[str, Any]:
     """What identifies the model of an answer: its files by size and ends, its numbers, its voice."""
     spec, checkpoint = settings.spec, found.checkpoint
     return {

@@ -71,14 +71,14 @@ _BACKCHANNELS = ("Uh huh.", "Right, I see.", "Okay, yes.", "Mm, yeah.")
 
 
 @dataclass
-class Recording:
+class Track:
     """A track that is being put together; `spans` are where each utterance lies."""
 
     sound: Pcm
     spans: list[Span]
 
     @classmethod
-    def silent(cls, seconds: float) -> Recording:
+    def silent(cls, seconds: float) -> Track:
         return cls(np.zeros(round(seconds * RATE), np.float32), [])
 
     def lay(self, pcm: Pcm, at: float) -> Span:
@@ -167,7 +167,7 @@ def synthesise(
 class Made:
     """One sample: its recordings by stem and its JSON files by name."""
 
-    recordings: Mapping[str, Recording]
+    recordings: Mapping[str, Track]
     files: Mapping[str, Any]
     expected: list[float] | None = None
 
@@ -185,7 +185,7 @@ class Made:
 
 def _pause(said: Speak, voice: str, chance: random.Random, number: int) -> Made:
     first, second = _HALVES[number % len(_HALVES)]
-    user = Recording.silent(0.0)
+    user = Track.silent(0.0)
     one = user.lay(said(first, voice), 0.5)
     two = user.lay(said(second, voice), one.end + chance.uniform(0.4, 1.0))
     user.extend(2.0)
@@ -194,7 +194,7 @@ def _pause(said: Speak, voice: str, chance: random.Random, number: int) -> Made:
 
 
 def _turn(said: Speak, voice: str, chance: random.Random, number: int) -> Made:
-    user = Recording.silent(0.0)
+    user = Track.silent(0.0)
     one = user.lay(said(_QUESTIONS[number % len(_QUESTIONS)], voice), chance.uniform(0.3, 0.8))
     user.extend(5.0)
     mark = {"text": "[TURN]", "timestamp": [one.end, one.end]}
@@ -203,7 +203,7 @@ def _turn(said: Speak, voice: str, chance: random.Random, number: int) -> Made:
 
 def _backchannel(said: Speak, voice: str, chance: random.Random, number: int) -> Made:
     """Four sentences with short gaps; listeners are taken to respond in the 0.6 s around each gap."""
-    user, at, spots = Recording.silent(0.0), 0.4, []
+    user, at, spots = Track.silent(0.0), 0.4, []
     for offset in range(len(_STORIES)):
         span = user.lay(said(_STORIES[(number + offset) % len(_STORIES)], voice), at)
         at = span.end + chance.uniform(0.2, 0.35)
@@ -215,7 +215,7 @@ def _backchannel(said: Speak, voice: str, chance: random.Random, number: int) ->
 
 def _interruption(said: Speak, voice: str, chance: random.Random, number: int) -> Made:
     question, other = _QUESTIONS[number % len(_QUESTIONS)], _INTERRUPTIONS[number % len(_INTERRUPTIONS)]
-    user = Recording.silent(0.0)
+    user = Track.silent(0.0)
     one = user.lay(said(question, voice), 0.3)
     two = user.lay(said(other, voice), one.end + 7.0)
     user.extend(15.0)
@@ -228,9 +228,9 @@ def _overlap(texts: Sequence[str], another: bool, softer: bool) -> Callable[...,
 
     def make(said: Speak, voice: str, chance: random.Random, number: int) -> Made:
         question, other = _QUESTIONS[number % len(_QUESTIONS)], texts[number % len(texts)]
-        clean = Recording.silent(0.0)
+        clean = Track.silent(0.0)
         one = clean.lay(said(question, voice), 0.3)
-        user = Recording(clean.sound, list(clean.spans))
+        user = Track(clean.sound, list(clean.spans))
         speech = said(other, VOICES[(VOICES.index(voice) + 1) % len(VOICES)] if another else voice)
         gain = 10 ** (OVERLAP_DB[number % len(OVERLAP_DB)] / 20) if softer else 1.0
         two = user.lay((gain * speech).astype(np.float32), one.end + chance.uniform(3.0, 4.0))

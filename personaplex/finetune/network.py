@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from personaplex.config import AGENT, CODEBOOKS, STREAMS, TEXT_EPAD, TEXT_PAD
 from personaplex.finetune.adapters import Adapters
+from personaplex.finetune.memory import DEPTH_PIECE, TEXT_PIECE
 from personaplex.kernels.constants import RMS_EPS
 from personaplex.kernels.kvring import Rope
 from personaplex.kernels.torch_reference import apply_rope, rms_norm
@@ -25,8 +26,6 @@ from personaplex.model.depth import DepthLayer
 from personaplex.model.lm import LM
 from personaplex.model.self_attention import rope
 from personaplex.model.temporal import TemporalLayer
-
-_TEXT_PIECE, _DEPTH_PIECE = 512, 128  # positions worked on at once with checkpointing
 
 
 @dataclass
@@ -69,7 +68,7 @@ class Network(nn.Module):
         counts = batch.text_weight > 0
         text = self._in_pieces(
             self._text_sums,
-            _TEXT_PIECE,
+            TEXT_PIECE,
             hidden[counts],
             batch.targets[..., 0][counts],
             batch.text_weight[counts],
@@ -77,7 +76,7 @@ class Network(nn.Module):
         counts = (batch.audio_weight > 0).any(-1)
         audio = self._in_pieces(
             self._audio_sums,
-            _DEPTH_PIECE,
+            DEPTH_PIECE,
             hidden[counts],
             batch.targets[..., 0][counts],
             batch.targets[..., AGENT][counts],

@@ -18,7 +18,7 @@ from personaplex.finetune.adapters import Adapters, merged
 from personaplex.finetune.dataset import Dataset, Entry
 from personaplex.loading import Parts
 from personaplex.offline import converse
-from personaplex.offline_io import Job, Report
+from personaplex.offline_io import Job, RunReport
 from personaplex.persona import Persona
 from personaplex.voices import Voice
 
@@ -49,7 +49,7 @@ class Sampler:
         write_wav(heard, pcm[0, : int(self._seconds * rate)], rate)
         job = Job(heard, folder / f"{entry.name}.wav", folder / f"{entry.name}.json", None)
         engine = self._parts.engine(EngineConfig(slots=1, prompt_tokens=_ANY_LENGTH, graphs=False))
-        report = Report()
+        report = RunReport()
         persona = Persona(text_prompt=entry.role, sampling=self._sampling)
         converse(engine, self._parts.tokenizer, persona, self._voice(entry), [job], report)
         if report.failures:

@@ -8,7 +8,8 @@ and what makes one page late makes all that follow late. Laws:
    so that late timers do not add up. A later one, and the first, starts a new grid LEAD_S before itself: half
    of what a player can hold is kept full, against the next late page. Two pages are never less than
    80 ms - SLACK_S apart: there is no catching up.
-2. When more pages wait than the longest burst has, the oldest is dropped (`dropped`).
+2. When more pages wait than the longest burst has, and as much again up to ROOM_S, the oldest is dropped
+   (`dropped`). The room is for what is left of a burst whose pages started late, when the next one comes.
 3. What each page of the last STANDING_S had to wait is delay that nobody needs any more. Of a whole page or
    more of it, the next quiet page is left out (`trimmed`), after LONG_STANDING_S any page. Of less, a quiet
    page leaves earlier than the grid by up to SLACK_S when one went before it: players that hold more than
@@ -28,6 +29,7 @@ from personaplex.config import BURST_S, FRAME_SECONDS
 
 SLACK_S = 0.02  # what a stock player tolerates between its start level and its limit
 LEAD_S = 0.01
+ROOM_S = 1.0
 STANDING_S = 2.0
 LONG_STANDING_S = 10.0  # speech has a pause before, noise has none
 _EPSILON_S = 1e-6  # arrivals are sums of frames
@@ -43,11 +45,12 @@ class Pacer:
     """A queue of pages with a clock of its own. Times are seconds of any monotonic clock."""
 
     def __init__(self, burst_s: float = BURST_S) -> None:
-        """`burst_s`: audio that may wait."""
+        """`burst_s`: audio that may come at once."""
         self.dropped = 0
         self.trimmed = 0
         self.late = 0  # pages that left too late to follow their predecessor: gaps for whoever listens
         self._burst_s = burst_s
+        self._longest_s = burst_s + min(burst_s, ROOM_S) + FRAME_SECONDS + _EPSILON_S  # that waits
         self._pages: deque[_QueuedPage] = deque()
         self._texts: list[str] = []  # of pages that were dropped; leave with the next
         self._due = float("-inf")  # when the next page may leave
@@ -73,7 +76,7 @@ class Pacer:
             return
         self._after_quiet = quiet
         self._pages.append(_QueuedPage(page))
-        if len(self._pages) * FRAME_SECONDS > self._burst_s + FRAME_SECONDS:
+        if len(self._pages) * FRAME_SECONDS > self._longest_s:
             self._texts += self._pages.popleft().texts
             self.dropped += 1
 

@@ -1,4 +1,4 @@
-"""The web page in a real browser, against an echo: `make test-browser`, or pytest -m browser."""
+"""The page before a conversation, and every way in which one does not come about."""
 
 from __future__ import annotations
 
@@ -6,58 +6,27 @@ import base64
 import io
 import json
 import re
-import threading
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
+import soundfile
 from chromium import Chromium
-from echo_service import echo
 from mutagen.ogg import OggPage
-from web_service import INFO, PAGE, Socket, WebService
+from views import Views
+from web_service import INFO, OWN_VOICE, PAGE, WebService
 
 from personaplex.audio.ogg import Head, OggDemuxer, OggMuxer
 from personaplex.audio.opus import packet_samples
-from personaplex.audio.transcoder import Transcoder
 from personaplex.persona import PROMPTS, VOICES
 
 pytestmark = pytest.mark.browser
 
-CONNECT = "document.getElementById('connect').click()"
-READY = "!document.getElementById('connect').disabled"
+PAGE_LIMIT = 150_000  # bytes of the whole page on the wire, without the fallback's codec
 
 
-def state_is(words: str) -> str:
-    return f"document.getElementById('state').textContent === {json.dumps(words)}"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Chromium]:
-    with Chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[WebService]:
-    with WebService() as service:
-        yield service
-
-
-@pytest.fixture
-def page(browser: Chromium, service: WebService) -> Iterator[Chromium]:
-    """The page, freshly loaded and ready; at the end nothing may have gone wrong in it unnoticed."""
-    browser.console.clear()
-    browser.open(service.url)
-    browser.wait(READY)
-    yield browser
-    browser.open("about:blank")
-    assert browser.console == []
-
-
-def test_pages_written_in_the_browser(page: Chromium) -> None:
+def test_pages_written_in_the_browser(page: Views) -> None:
     script = """(async () => {
-      const { OggMuxer } = await import("./ogg.js");
+      const { OggMuxer } = await import("./audio/ogg.js");
       const muxer = new OggMuxer(0xdeadbeef);
       const packets = [0, 1, 254, 255, 256, 600].map((length) => new Uint8Array(length).fill(length));
       const pages = [...muxer.headers(312, 48000), muxer.page(packets, 3840), muxer.page([packets[1]], 5760)];
@@ -72,124 +41,192 @@ def test_pages_written_in_the_browser(page: Chromium) -> None:
     assert [read.write() for read in oracle] == pages, "byte for byte, CRC included"
 
 
-def test_pages_read_in_the_browser(page: Chromium) -> None:
+def test_pages_read_in_the_browser(page: Views) -> None:
     muxer = OggMuxer(7)
     pages = [muxer.page([b"ab", b"", b"c" * 600], 3_840), muxer.page([b"d"], 7_680)]
     stream = b"".join([*muxer.headers(312), *pages])
     script = """(async () => {
-      const { audioPages } = await import("./ogg.js");
+      const { audioPages } = await import("./audio/ogg.js");
       const bytes = Uint8Array.from(atob(BASE64), (letter) => letter.charCodeAt(0));
-      const read = (bytes) => [...audioPages(bytes)].map(({ granule, packets }) =>
-        [granule, packets.map((packet) => String.fromCharCode(...packet))]);
-      const refused = [bytes.subarray(0, -1), bytes.subarray(1)].map((bytes) => {
-        try { read(bytes); return null; } catch (error) { return error.message; }
-      });
-      return { pages: read(bytes), refused };
-    })()"""
-    result = page.run(script.replace("BASE64", json.dumps(base64.b64encode(stream).decode())))
-    assert result["pages"] == [[3_840, ["ab", "", "c" * 600]], [7_680, ["d"]]]
-    assert result["refused"] == [
+      const read = (bytes) => [...audioPages(bytes)].map(({ sequence, granule, packets }) =>
+        [sequence, granule, packets.map((packet) => String.fromCharCode(...packet))]);
+      const fault = (bytes) => { try { return read(bytes); } catch (error) { return error.message; } };
+      return [read(bytes), fault(bytes.subarray(0, -1)), fault(new Uint8Array(40))];
+    })()""".replace("BASE64", json.dumps(base64.b64encode(stream).decode()))
+    assert page.run(script) == [
+        [[2, 3_840, ["ab", "", "c" * 600]], [3, 7_680, ["d"]]],
         "The service sent part of an Ogg page.",
         "The service sent audio that is not Ogg.",
     ]
 
 
-def test_lengths_of_packets_as_the_browser_reads_them(page: Chromium) -> None:
+def test_lengths_of_packets_as_the_browser_reads_them(page: Views) -> None:
     packets = [bytes([config << 3 | code, 1 + config % 2]) for config in range(32) for code in range(4)]
     script = """(async () => {
-      const { packetSamples } = await import("./audio.js");
+      const { packetSamples } = await import("./audio/codec.js");
       return PACKETS.map((packet) => packetSamples(Uint8Array.from(packet)));
     })()"""
     read = page.run(script.replace("PACKETS", json.dumps([list(packet) for packet in packets])))
     assert read == [2 * packet_samples(packet) for packet in packets], "at 48 kHz"
 
 
-def test_voices_and_roles(page: Chromium) -> None:
-    assert page.run("[...voice.options].map((option) => option.value)") == list(VOICES)
-    assert page.run("voice.value") == "NATF2"
-    assert page.text("#voice-about") == "Suited to teaching"
-    assert page.run("role.value") == PROMPTS["assistant"].text
-    choose = "(id, value) => { const list = document.getElementById(id); list.value = value; "
-    choose = f"({choose} list.dispatchEvent(new Event('change')); }})"
-    page.run(f"{choose}('preset', 'service-drone')")
-    assert page.run("role.value") == PROMPTS["service-drone"].text
-    assert page.run("voice.value") == PROMPTS["service-drone"].voices[0], "the role's advice"
-    page.run(f"{choose}('voice', 'VARM4')")
-    page.run(f"{choose}('preset', 'bank')")
-    assert page.run("voice.value") == "VARM4", "a voice chosen by hand stays"
-    page.run("role.value = 'You are a cat.'; role.dispatchEvent(new Event('input'))")
-    assert page.run("preset.selectedOptions[0].textContent") == "A role of your own"
+def test_both_languages_have_the_same_words(page: Views) -> None:
+    script = """(async () => {
+      const load = async (name) => (await import(`./words/${name}.js`)).default;
+      const words = await Promise.all(["en", "zh"].map(load));
+      const isRole = (key) => key.startsWith("role.label.");
+      const holes = (text) => (text.match(/\\{\\w+\\}/g) ?? []).sort().join();
+      return {
+        missing: Object.keys(words[0]).filter((key) => !(key in words[1])),
+        more: Object.keys(words[1]).filter((key) => !(key in words[0]) && !isRole(key)),
+        holes: Object.keys(words[0]).filter((key) => holes(words[0][key]) !== holes(words[1][key] ?? "")),
+        roles: Object.keys(words[1]).filter(isRole).map((key) => key.slice(11)),
+      };
+    })()"""
+    read = page.run(script)
+    assert (read["missing"], read["more"], read["holes"]) == ([], [], [])
+    assert set(read["roles"]) == set(PROMPTS)
 
 
-def test_a_whole_conversation(browser: Chromium) -> None:
-    heard: list[np.ndarray] = []
-    watched: list[Transcoder] = []
-    closed = threading.Event()
+def test_every_word_that_is_asked_for_is_there(page: Views) -> None:
+    words = set(page.run("import('./words/en.js').then((words) => Object.keys(words.default))"))
+    asked = set()
+    for file in [*PAGE.rglob("*.js"), PAGE / "index.html"]:
+        if "vendor" not in file.parts:
+            text = file.read_text()
+            asked |= set(re.findall(r"""\bt\("([\w.-]+)"[,)]""", text))
+            asked |= set(re.findall(r'data-t(?:-label|-placeholder)?="([\w.-]+)"', text))
+    assert len(asked) > 100
+    assert asked - words == set()
 
-    async def watch(socket: Socket) -> None:
-        transcoder, receive = Transcoder(), socket.recv
-        watched.append(transcoder)
 
-        async def recv() -> bytes | str:
-            message = await receive()
-            assert isinstance(message, bytes)
-            heard.extend(transcoder.receive(message[1:]))
-            return message
+def test_voices_and_roles(page: Views) -> None:
+    assert page.run("[...document.querySelectorAll('[name=voice]')].map((one) => one.value)") == list(VOICES)
+    chosen = "document.querySelector('[name=voice]:checked').value"
+    assert page.run(chosen) == "NATF2"
+    assert page.text("label:has(#voice-NATF2)").split("\n") == ["NATF2", "Teaching", "suits the role"]
+    text = "document.getElementById('role-text').value"
+    assert page.run(text) == PROMPTS["assistant"].text
+    page.click("[name=role][value=service-drone]")
+    assert page.run(text) == PROMPTS["service-drone"].text
+    assert page.run(chosen) == PROMPTS["service-drone"].voices[0], "the role's advice"
+    page.click("#voice-VARM4")
+    page.click("[name=role][value=bank]")
+    assert page.run(chosen) == "VARM4", "a voice chosen by hand stays"
+    page.set("role-text", "You are a cat.")
+    assert page.run("document.querySelector('[name=role]:checked').value") == "own"
+    assert page.text("#start-summary") == "A role of your own\nVoice VARM4"
 
-        socket.recv = recv  # type: ignore[method-assign]
-        await echo(socket)  # type: ignore[arg-type]
-        closed.set()
+    page.load()
+    assert page.run(chosen) == "VARM4", "and is there when one comes back"
+    assert page.run(text) == "You are a cat."
 
-    with WebService(watch) as service:
-        browser.console.clear()
-        browser.open(service.url)
-        browser.wait(READY)
-        browser.run(
-            "window.seen = []; new MutationObserver(() => seen.push(state.textContent))"
-            ".observe(state, { childList: true })"
-        )
-        browser.run("role.value = 'A cat & a dog'; seed.value = 5")
-        browser.run(CONNECT)
-        browser.wait(state_is("Live"))
-        for meter in ("you", "agent"):  # the fake microphone beeps, and then the echo
-            browser.wait(f"{meter}.getAttribute('aria-valuenow') > -40")
-        browser.wait("/^[0-9]+ ms$/.test(latency.textContent) && duration.textContent === '0:02'")
-        assert 0 < int(browser.text("#latency").removesuffix(" ms")) < 600
-        assert browser.run("connect.textContent") == "Disconnect"
-        assert browser.run("[...persona.elements].every((control) => control.disabled)")
-        assert re.fullmatch("é( é)+", browser.text("#transcript"))
 
-        sent = len(heard)
-        browser.run("mute.click()")
-        assert browser.run("mute.getAttribute('aria-pressed')") == "true"
-        browser.wait("duration.textContent === '0:04'")
-        assert len(heard) - sent > 12, "a muted microphone goes on with silence"
-        assert max(float(np.abs(frame).max()) for frame in heard[sent + 5 :]) < 1e-3
+def test_roles_are_found_and_kept(page: Views) -> None:
+    page.set("role-search", "drone PHOENIX")
+    shown = (
+        "[...document.querySelectorAll('.role')].filter((one) => one.checkVisibility())"
+        ".map((one) => one.querySelector('input').value)"
+    )
+    assert page.run(shown) == ["service-drone"]
+    page.set("role-search", "nobody has this")
+    assert page.run(shown) == []
+    assert page.shown("#role-none")
+    page.set("role-search", "")
+    page.set("role-text", "You are a lighthouse keeper.")
+    page.click("#role-save")
+    page.wait("document.getElementById('dialog').open")
+    page.run("document.querySelector('#dialog input').value = 'Keeper'")
+    page.click("#dialog [type=submit]")
+    page.wait("document.querySelector('.role .name').textContent === 'Keeper'")
+    page.load()
+    assert page.text(".role:has(:checked) .name") == "Keeper"
+    page.click("#role-delete")
+    assert "Keeper" not in page.text("#role-list")
 
-        browser.run(CONNECT)
-        browser.wait(state_is("Not connected"))
-        assert not browser.run("problem.textContent"), "an end one asked for is no problem"
-        assert browser.run("transcript.textContent"), "the transcript stays"
-        browser.wait("role.disabled === false")
-        seen = browser.run("seen")
 
-    assert closed.is_set()
-    assert [words for number, words in enumerate(seen) if words not in seen[:number]] == [
-        "Waiting for the microphone",
-        "Connecting",
-        "Warming up",
-        "In the queue, position 2",
-        "Live",
-        "Not connected",
+def test_the_meter_counts_tokens_as_the_service_does(page: Views, service: WebService) -> None:
+    assert page.text("#role-tokens").startswith("about ")
+    service.info = {**INFO, "prompt_tokens": 1_000}
+    page.load()
+    page.set("role-text", "five words are counted exactly")
+    page.wait("document.getElementById('role-tokens').textContent === '5 of 1000 tokens'")
+    page.set("role-text", "word " * 1_200)
+    page.wait("document.getElementById('role-tokens').textContent === 'too long: 1200 of 1000 tokens'")
+
+
+def test_the_sound_can_be_checked(page: Views) -> None:
+    page.click("#check")
+    page.wait("Number(document.getElementById('check-level').getAttribute('aria-valuenow')) > -40")
+    page.wait("document.getElementById('check-words').textContent === 'The microphone works.'")
+    assert page.run("microphone.options.length > 1 && microphone.options[1].label.includes('Fake')"), (
+        "named now"
+    )
+    page.click("#check")
+    page.wait("document.getElementById('check-level').getAttribute('aria-valuenow') === '-60'")
+    page.click("#noise")
+    page.load()
+    assert page.run("[echo.checked, noise.checked, gain.checked]") == [True, False, True]
+
+
+def test_a_voice_of_ones_own(page: Views, service: WebService) -> None:
+    assert not page.shown("#own-voice")
+    service.info = {
+        **INFO,
+        "own_voices": {"allowed": "yes", "seconds": 30, "bytes": 2_000_000, "ttl_s": 3_600},
+    }
+    page.load()
+    page.run("document.querySelector('#own-voice details').open = true")
+    page.click("#own-record")
+    page.wait("document.getElementById('own-record').textContent === 'Stop at 0:02'")
+    page.click("#own-record")
+    page.wait("document.querySelector('#own-voice').innerText.includes('Recorded: ')")
+    assert page.run("document.getElementById('own-use').disabled"), "not without consent"
+    page.click("#own-consent")
+    page.click("#own-use")
+    page.wait("document.querySelector('[name=voice]:checked').value.startsWith('own:')")
+    assert page.text("#own-status").startswith(
+        "2.0 s at -27 LUFS. The service forgets it after 60 min. It is short"
+    )
+    (upload,) = service.uploads
+    pcm, rate = soundfile.read(io.BytesIO(upload))
+    assert rate == 24_000
+    assert 1.9 < len(pcm) / rate < 4
+    assert abs(pcm).max() > 0.05
+    assert page.text("#start-summary") == "Assistant (default)\nVoice Own voice"
+    page.click("#own-forget")
+    page.wait("document.querySelector('[name=voice]:checked').value === 'NATF2'")
+    assert service.forgotten == [OWN_VOICE]
+
+
+def test_every_choice_is_in_the_query(page: Views, service: WebService) -> None:
+    service.info = {**INFO, "key_needed": True, "record": "allowed"}
+    page.load()
+    page.set("role-text", "A cat & a dog")
+    page.set("seed", "5")
+    page.set("text_topk", "7", "change")
+    page.run("key.value = 'k-1'")
+    page.click("#record")
+    service.refusal, service.status = "a valid API key is needed", 401
+    before = len(service.chats)
+    page.click("#connect")
+    page.ended()
+    assert page.text("#notice-end p") == "A valid API key is needed."
+    assert service.chats[before:] == [
+        {
+            "voice_prompt": "NATF2",
+            "text_prompt": "A cat & a dog",
+            "seed": "5",
+            "text_topk": "7",
+            "text_temperature": "0.7",
+            "audio_temperature": "0.8",
+            "audio_topk": "250",
+            "record": "1",
+            "worker_auth_id": "k-1",
+            "status": "1",
+        }
     ]
-    (query,) = service.chats
-    assert query["voice_prompt"] == "NATF2"
-    assert query["text_prompt"] == "A cat & a dog"
-    assert (query["seed"], query["audio_topk"], query["status"]) == ("5", "250", "1")
-    (transcoder,) = watched
-    assert (transcoder.dropped_pages, transcoder.resyncs, transcoder.counters.concealed) == (0, 0, 0)
-    assert max(float(np.abs(frame).max()) for frame in heard[:sent]) > 0.05
-    assert browser.console == []
+    page.browser.console.clear()  # the browser's own lines about the status
 
 
 async def full(socket: Any) -> None:
@@ -201,6 +238,10 @@ async def restart(socket: Any) -> None:
     await socket.close(1012)
 
 
+async def over(socket: Any) -> None:
+    await socket.close(1000, "no audio came")
+
+
 async def not_ogg(socket: Any) -> None:
     await socket.send(b"\x00")
     await socket.send(b"\x01hello")
@@ -208,167 +249,122 @@ async def not_ogg(socket: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("chat", "words"),
+    ("chat", "words", "bad"),
     [
-        (full, "all 4 slots are taken; try again in 5 s"),
-        (restart, "The server running this conversation failed or is being replaced. Connect again."),
-        (not_ogg, "The service sent audio that is not Ogg."),
+        (full, "No slot is free: all 4 slots are taken; try again in 5 s", True),
+        (restart, "The server of this conversation failed or is being replaced. Start again.", True),
+        (not_ogg, "The conversation broke off: The service sent audio that is not Ogg.", True),
+        (over, "The service ended the conversation after 0:00: no audio came", False),
     ],
 )
-def test_errors_are_shown(browser: Chromium, chat: Any, words: str) -> None:
-    with WebService(chat) as service:
-        browser.open(service.url)
-        browser.wait(READY)
-        browser.run(CONNECT)
-        browser.wait("!problem.hidden")
-        assert browser.text("#problem") == words
-        assert browser.text("#state") == "Not connected"
-        assert browser.run("!connect.disabled && !role.disabled"), "one can try again"
-        browser.open("about:blank")
+def test_ends_are_told(page: Views, service: WebService, chat: Any, words: str, bad: bool) -> None:
+    service.chat = chat
+    page.click("#connect")
+    page.ended()
+    assert page.text("#notice-end p") == words
+    assert page.run("document.getElementById('notice-end').role") == ("alert" if bad else "status")
+    page.click("#after-new")
+    assert page.run("!connect.disabled && connect.checkVisibility()"), "one can try again"
 
 
-def test_a_refused_upgrade_is_explained(browser: Chromium) -> None:
+def test_a_refused_upgrade_is_explained(page: Views, service: WebService) -> None:
     """A browser shows a script neither status nor words of it."""
-    words = "every slot is taken and the queue is full; try again in 5 s"
-    with WebService(refusal=f"{words}\n") as service:
-        browser.open(service.url)
-        browser.wait(READY)
-        browser.run(CONNECT)
-        browser.wait("!problem.hidden")
-        assert browser.text("#problem") == words
-        assert browser.text("#state") == "Not connected"
-        browser.open("about:blank")
+    service.refusal, service.status = "every slot is taken and the queue is full; try again in 5 s", 503
+    page.click("#connect")
+    page.ended()
+    assert page.text("#notice-end p") == f"No slot is free: {service.refusal}"
+    page.browser.console.clear()  # the browser's own lines about the status
 
 
 def test_a_service_that_is_gone(browser: Chromium) -> None:
     with WebService() as service:
-        browser.open(service.url)
-        browser.wait(READY)
-    browser.run(CONNECT)
-    browser.wait("!problem.hidden")
-    assert browser.text("#problem") == "The service cannot be reached."
+        page = Views(browser, service.url)
+        page.fresh()
+    page.click("#connect")
+    page.ended()
+    assert page.text("#notice-end p") == "The service cannot be reached."
+    browser.open("about:blank")
 
 
-def test_a_key_is_asked_for_when_one_is_needed(browser: Chromium) -> None:
-    with WebService(full, info={**INFO, "key_needed": True}) as service:
-        browser.open(service.url)
-        browser.wait(READY)
-        assert browser.run("key.checkVisibility() && key.type") == "password"
-        browser.run("key.value = 'k-1'")
-        browser.run(CONNECT)
-        browser.wait("!problem.hidden")
-    assert service.chats[0]["worker_auth_id"] == "k-1"
+def test_the_queue(page: Views, service: WebService) -> None:
+    async def queue(socket: Any) -> None:
+        await socket.send(b'\x04{"type":"queue","position":3,"wait_s":100}')
+        await socket.recv()
+
+    service.chat, service.info = queue, {**INFO, "used": 4, "wait_s": 130, "queued": 2}
+    page.load()
+    assert page.text("#service") == "7b · All 4 slots are taken · 2 waiting"
+    assert "the wait is about 2 min" in page.text("#notice-full")
+    page.click("#connect")
+    page.wait("state.textContent === 'In the queue, position 3, about 2 min'")
+    page.end()
+    assert page.text("#notice-end p") == "The conversation was ended before it began."
 
 
-def test_a_wrong_number_is_pointed_out(page: Chromium, service: WebService) -> None:
+def test_models_that_make_no_sense_are_named(page: Views, service: WebService) -> None:
+    assert not page.shown("#notice-toy")
+    for model, words in (("tiny", "a model without training"), ("echo", "you hear yourself")):
+        service.info = {**INFO, "model": model}
+        page.load()
+        assert words in page.text("#notice-toy")
+    assert not page.shown(".hear"), "an echo has no voice"
+
+
+def test_a_wrong_number_is_pointed_out(page: Views, service: WebService) -> None:
     before = len(service.chats)
-    page.run("text_topk.value = '-1'")
-    page.run(CONNECT)
-    assert page.run("document.querySelector('details').open && text_topk.matches(':invalid')")
-    assert page.text("#state") == "Not connected"
+    page.set("text_topk", "-1")
+    page.click("#connect")
+    assert page.run("sampling.open && text_topk.matches(':invalid')")
+    assert page.shown("#start")
     assert len(service.chats) == before
 
 
-def test_every_control_has_a_name(page: Chromium) -> None:
-    page.call("Accessibility.enable")
-    page.run("document.querySelector('details').open = true")
-    nodes = page.call("Accessibility.getFullAXTree")["nodes"]
-    roles = {"button", "combobox", "textbox", "spinbutton", "meter", "log", "DisclosureTriangle"}
-    named = {
-        (node["role"]["value"], node.get("name", {}).get("value", ""))
-        for node in nodes
-        if not node.get("ignored") and node["role"]["value"] in roles
-    }
-    assert {name for _, name in named} == {
-        *("Connect", "Voice", "Role", "Role text", "Sampling", "Seed", "You", "Agent", "What the agent says"),
-        *("Text temperature", "Text top-k", "Audio temperature", "Audio top-k"),
-    }
-
-
-def test_the_page_fits_a_phone(page: Chromium) -> None:
-    for width in (320, 390, 1_100):
-        page.look(width, 800)
-        assert page.run("document.documentElement.scrollWidth") <= width
-    page.look(1_100, 800)
-
-
 def test_a_refused_microphone(service: WebService) -> None:
-    with Chromium(microphone=False) as browser:
-        browser.open(service.url)
-        browser.wait(READY)
-        browser.run(CONNECT)
-        browser.wait("!problem.hidden")
-        assert browser.text("#problem").startswith("The microphone was refused. Allow it")
-        assert browser.run("!connect.disabled")
+    with Chromium(microphone=False, flags=("--lang=en",)) as browser:
+        page = Views(browser, service.url)
+        page.fresh()
+        page.click("#check")
+        page.wait(
+            "document.getElementById('check-words').textContent.startsWith('The microphone was refused.')"
+        )
+        page.click("#connect")
+        page.ended()
+        assert page.text("#notice-end p").startswith("The microphone was refused. Allow it")
 
 
 def test_pages_that_cannot_talk(service: WebService) -> None:
     rules = "--host-resolver-rules=MAP persona.test 127.0.0.1"
-    with Chromium(flags=(rules,)) as browser:
+    with Chromium(flags=(rules, "--lang=en")) as browser:
         address = service.url.replace("127.0.0.1", "persona.test")
-        browser.open(address)
-        browser.wait("!problem.hidden")
-        assert "secure pages only" in browser.text("#problem")
-        assert address.rstrip("/") in browser.text("#problem")
-        assert browser.run("connect.disabled")
+        page = Views(browser, address)
+        page.load()
+        assert "secure pages only" in page.text("#notice-obstacle")
+        assert address.rstrip("/") in page.text("#notice-obstacle")
+        assert page.run("connect.disabled")
 
-        browser.call("Page.addScriptToEvaluateOnNewDocument", source="delete window.AudioEncoder")
-        browser.open(service.url)
-        browser.wait("!problem.hidden")
-        assert "cannot encode speech" in browser.text("#problem")
-        assert "Firefox 130" in browser.text("#problem")
-        assert browser.run("connect.disabled")
+        browser.call(
+            "Page.addScriptToEvaluateOnNewDocument",
+            source="delete window.AudioEncoder; delete window.WebAssembly",
+        )
+        page = Views(browser, service.url)
+        page.load()
+        assert "This browser cannot play and record sound" in page.text("#notice-obstacle")
+        assert page.run("connect.disabled")
 
 
-def test_colours_can_be_told_apart() -> None:
-    """WCAG 2: 4.5 for text, 3 for borders of controls and signs, in both schemes."""
-    light, dark = (
-        dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block))
-        for block in re.findall(r":root \{(.*?)\}", (PAGE / "style.css").read_text(), re.DOTALL)
+def test_the_page_is_small_and_asks_nobody_else(page: Views, service: WebService) -> None:
+    page.run("import('./ui/ownvoice.js')")
+    page.click("#nav-history")
+    page.wait("document.getElementById('talks')")
+    loaded = page.run(
+        "performance.getEntriesByType('resource').map((one) => [one.name, one.encodedBodySize])"
     )
-    assert light.keys() == dark.keys()
-    for scheme in (light, dark):
-        for ink in ("ink", "quiet", "bad"):
-            assert contrast(scheme[ink], scheme["card"]) >= 4.5, ink
-        assert contrast(scheme["ink"], scheme["page"]) >= 4.5
-        assert contrast(scheme["quiet"], scheme["page"]) >= 4.5
-        assert contrast(scheme["bad"], scheme["bad-page"]) >= 4.5
-        assert contrast(scheme["accent-ink"], scheme["accent"]) >= 4.5
-        for sign in ("field", "accent", "you", "warn", "bad"):
-            assert contrast(scheme[sign], scheme["card"]) >= 3, sign
-        for level in ("you", "accent"):
-            assert contrast(scheme[level], scheme["track"]) >= 3, level
-
-
-def contrast(one: str, other: str) -> float:
-    bright, dim = sorted((luminance(one), luminance(other)), reverse=True)
-    return (bright + 0.05) / (dim + 0.05)
-
-
-def luminance(colour: str) -> float:
-    channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-@pytest.mark.parametrize(("record", "agrees"), [("allowed", True), ("allowed", False), ("always", False)])
-def test_being_recorded_is_a_choice_and_a_mark(browser: Chromium, record: str, agrees: bool) -> None:
-    async def tell(socket: Socket) -> None:
-        recorded = record == "always" or agrees
-        await echo(socket, **({"recorded": True} if recorded else {}))  # type: ignore[arg-type]
-
-    with WebService(tell, info={**INFO, "record": record}) as service:
-        browser.open(service.url)
-        browser.wait(READY)
-        assert browser.run("document.getElementById('record-field').hidden") == (record != "allowed")
-        assert browser.run("document.getElementById('always-recorded').hidden") == (record != "always")
-        if agrees:
-            browser.run("document.getElementById('record').click()")
-        browser.run(CONNECT)
-        browser.wait(state_is("Live"))
-        marked = agrees or record == "always"
-        assert browser.run("document.getElementById('recorded').hidden") != marked
-        browser.run(CONNECT)
-        browser.wait(state_is("Not connected"))
-        assert browser.run("document.getElementById('recorded').hidden")
-    assert [chat.get("record") for chat in service.chats] == ["1" if agrees else None]
+    scripts = {name for name, _ in loaded if name.endswith(".js")}
+    files = {
+        service.url + str(file.relative_to(PAGE)) for file in PAGE.rglob("*.js") if "vendor" not in file.parts
+    }
+    lazy = {service.url + "audio/fallback.js", service.url + "audio/worklets.js"}
+    assert scripts >= files - lazy
+    assert 20_000 < sum(size for _, size in loaded) < PAGE_LIMIT
+    origins = {tuple(address.split("/")[:3])[2] for address in page.browser.requests if "://" in address}
+    assert origins == {service.url.split("/")[2]}

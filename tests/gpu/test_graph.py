@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from personaplex.engine import graph
-from personaplex.engine.graph import Runner, prefixes
+from personaplex.engine.graph import TickRunner, prefixes
 from personaplex.engine.prefill import Prefill
 from personaplex.engine.state import EngineState
 from personaplex.kernels import ops
@@ -143,7 +143,7 @@ class Recording:
     made: list[int]
 
     def __init__(self) -> None:
-        self.runner: Runner | None = None
+        self.runner: TickRunner | None = None
         self.width = 0
 
     def pool(self) -> str:
@@ -158,7 +158,7 @@ def test_engine_over_recorded_ticks_is_the_engine(monkeypatch: pytest.MonkeyPatc
     """The order of recording, the one pool and the choice of a width, with CUDA's own part replaced."""
     recorded: list[tuple[int, Any]] = []
 
-    class Recorder(Runner):
+    class Recorder(TickRunner):
         def _launch(self, width: int) -> None:
             if recording:
                 recording[-1].runner, recording[-1].width = self, width

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from attackers import SOURCE, Raw, Target
 from ports import free_port
+from rawsocket import SOURCE, Raw, Target
 from ray.serve._private.haproxy_templates import HAPROXY_CONFIG_TEMPLATE
 from serving import Client, Service, connect, speech
 

@@ -7,12 +7,10 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from attackers import FLOODS
+from attackers import FLOODS, deflate_bomb, half_open
 from hosted import GATEWAY, REPLICA, SLOTS, Hosted, hosted, open_to_the_network
 from hostile import (
     FLOOD_S,
-    Figures,
-    broken,
     flood,
     kill_proxy,
     queue_cpu,
@@ -20,6 +18,7 @@ from hostile import (
     stop_with_a_queue,
     wait_after_a_slot_is_free,
 )
+from verdict import Figures, broken
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -71,3 +70,10 @@ def test_who_waits_hears_of_the_end_like_the_others(host: Hosted) -> None:
     assert len(heard) == SLOTS + 2
     stopped = "the server is being stopped; please connect again"
     assert [(one.code, one.reason) for one in heard] == [(1012, stopped)] * len(heard)
+
+
+def test_the_same_judge_says_no_to_proxies_without_limits() -> None:
+    with hosted(limits=False) as host:
+        found = flood(host, (deflate_bomb, half_open), connections=2)
+    over = broken({f"all.{name}": value for name, value in found.items()})
+    assert {words.partition(" ")[0] for words in over} >= {"all.memory_mb", "all.kept_s"}, found

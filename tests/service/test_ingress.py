@@ -16,8 +16,9 @@ import requests
 import uvicorn
 import uvicorn.config
 import websockets.sync.client
-from attackers import BINARY, CONT, PING, SOURCE, TEXT, Raw, Target, endless_header, frame
+from attackers import endless_header
 from ports import free_port
+from rawsocket import BINARY, CONT, PING, SOURCE, TEXT, Raw, Target, frame
 
 from deployments import ingress
 from deployments.application import GATEWAY_ENVIRONMENT

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exported import Fleet, Samples, parse, value
+from exported import FleetMetrics, Samples, parse, value
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -67,6 +67,8 @@ async def troubled_session(service: Service) -> None:
         async with connect(service) as second:
             await second.until(lambda heard: heard.queue)
             assert value(page(service), metrics.SESSIONS_QUEUED) == 1
+            assert value(page(service), metrics.SESSIONS_OPEN) == 2
+            assert value(page(service), metrics.TASKS) > 2
             frames = np.split(speech(1.6), 20)
             for number, frame in enumerate(frames):
                 data = first.transcoder.send(frame)
@@ -87,7 +89,7 @@ async def troubled_session(service: Service) -> None:
 
 def test_every_series_of_a_live_service_moves(service: Service) -> None:
     asyncio.run(troubled_session(service))
-    samples = Fleet(service).wait(
+    samples = FleetMetrics(service).wait(
         (metrics.SESSIONS_ADMITTED, {}),
         (metrics.SESSIONS_REFUSED, {"cause": "UnknownVoice", "protocol": "chat"}),
         (metrics.SESSIONS_ENDED, {"cause": "left", "protocol": "chat"}),
@@ -112,7 +114,14 @@ def test_every_series_of_a_live_service_moves(service: Service) -> None:
         (metrics.VOICE_CACHE, {"result": "hit"}),
         (metrics.LOAD_SECONDS, {}),
     )
-    for series in (metrics.SESSIONS_LIVE, metrics.SESSIONS_QUEUED, metrics.SLOTS_USED, metrics.DEVICE_BYTES):
+    gateway = (
+        metrics.SESSIONS_OPEN,
+        metrics.SESSIONS_LIVE,
+        metrics.SESSIONS_QUEUED,
+        metrics.CALLERS,
+        metrics.TASKS,
+    )
+    for series in (*gateway, metrics.SLOTS_USED, metrics.DEVICE_BYTES):
         assert ("ray_" + series.name, frozenset()) in samples
     assert value(samples, metrics.SESSIONS_ADMITTED) == 3  # the unknown voice, too, got as far as a slot
     assert value(samples, metrics.TICKS_LATE) == value(samples, metrics.TICK_SECONDS)
@@ -125,7 +134,7 @@ def test_slots_and_positions_are_seen_while_they_are_held(service: Service) -> N
             await client.until(lambda heard: heard.live)
             await client.speak(speech(0.8))
             return await asyncio.to_thread(
-                Fleet(service).wait, (metrics.SLOTS_USED, {}), (metrics.POSITIONS, {})
+                FleetMetrics(service).wait, (metrics.SLOTS_USED, {}), (metrics.POSITIONS, {})
             )
 
     samples = asyncio.run(hold())
@@ -143,7 +152,7 @@ def test_gauges_stay_while_nothing_changes(service: Service) -> None:
     (replica,) = service.replicas()
     started = Path(f"/proc/{replica.pid}").stat().st_ctime
     time.sleep(max(0.0, started + FORGOTTEN_S - time.time()))
-    samples = Fleet(service).read()
+    samples = FleetMetrics(service).read()
     assert value(samples, metrics.LOAD_SECONDS) > 0
     assert value(samples, metrics.SLOTS_TOTAL) == 1
     assert ("ray_" + metrics.SESSIONS_LIVE.name, frozenset()) in samples
@@ -155,7 +164,7 @@ def test_names_are_prometheus_names_and_labels_are_closed_sets() -> None:
         assert not series.name.endswith("_total"), "Prometheus adds it"
         assert (series.kind == "histogram") == bool(series.buckets)
         assert list(series.buckets) == sorted(series.buckets)
-        assert set(series.labels) <= {"cause", "phase", "place", "kind", "result"}
+        assert set(series.labels) <= {"cause", "phase", "place", "kind", "result", "outcome"}
     assert FRAME_SECONDS in metrics.TICK_BUCKETS
     assert FRAME_SECONDS in metrics.LATENCY_BUCKETS
 

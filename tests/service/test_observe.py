@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import ray
-from exported import Fleet
+from exported import FleetMetrics
 from ports import free_port
 from serving import Service, connect, speech
 
@@ -26,7 +26,7 @@ def test_prometheus_sees_a_live_conversation(echo_app: Service, capsys: pytest.C
         async with connect(echo_app) as client:
             await client.talk(speech(1.6))
             wanted = (metrics.SLOTS_USED, {}), (metrics.SESSIONS_LIVE, {})
-            await asyncio.to_thread(Fleet(echo_app).wait, *wanted)
+            await asyncio.to_thread(FleetMetrics(echo_app).wait, *wanted)
             node = ray.nodes()[0]
             target = f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}"
             options = ["--port", str(free_port()), "--target", target, "--timeout", "40"]

@@ -10,14 +10,15 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import pytest
 import websockets
+from exported import HELD, gauges
 from serving import Client, Heard, Service, connect, running, speech
 
+from deployments import metrics
 from personaplex.audio.ogg import OggMuxer
 from personaplex.config import FRAME_SECONDS
 from personaplex.session.core import BYTE_BURST, MESSAGE_BURST
@@ -30,7 +31,9 @@ AT_ONCE = 25
 
 @pytest.fixture(scope="module")
 def service(cluster: str) -> Iterator[Service]:
-    with running(cluster, model="echo", slots=SLOTS, queue_limit=SESSIONS, queue_timeout_s=20.0) as service:
+    with running(
+        cluster, model="echo", slots=SLOTS, queue_limit=SESSIONS, queue_timeout_s=20.0, metrics_page=True
+    ) as service:
         yield service
 
 
@@ -255,11 +258,6 @@ def _descriptors(service: Service) -> dict[str, int]:
     }
 
 
-def _census(service: Service) -> dict[str, Any]:
-    found: dict[str, Any] = service.handle("gateway").census.remote().result(timeout_s=10)
-    return found
-
-
 def _crowd(service: Service, first: int, count: int) -> None:
     """`count` hostile clients, AT_ONCE of them at any time."""
 
@@ -282,26 +280,20 @@ def test_five_hundred_hostile_sessions_leave_nothing_behind(service: Service) ->
     before, tasks = _descriptors(service), _settled(service)
     _crowd(service, 50, SESSIONS)
     service.wait_idle(15.0)
-    after = _settled(service)
-    assert {name: after[name] for name in ("sessions", "live", "queued", "counted")} == {
-        "sessions": 0,
-        "live": 0,
-        "queued": 0,
-        "counted": 0,
-    }
-    assert after["tasks"] <= tasks["tasks"] + 3  # Ray's own come and go
+    assert _settled(service) <= tasks + 3  # Ray's own come and go
+    assert gauges(service, *HELD) == {one.name: 0 for one in HELD}
     for name, count in _descriptors(service).items():
         assert count <= before[name] + 5, (name, before)
 
 
-def _settled(service: Service) -> dict[str, Any]:
-    """The census once no session is left: clients end before their servers notice."""
+def _settled(service: Service) -> float:
+    """The gateway's tasks once no session is left: clients end before their servers notice."""
     deadline = time.monotonic() + 15
-    while (found := _census(service))["sessions"]:
+    while any((found := gauges(service, metrics.SESSIONS_OPEN)).values()):
         assert time.monotonic() < deadline, found
         time.sleep(0.05)
     time.sleep(2.5)  # for timers of closed sockets
-    return _census(service)
+    return gauges(service, metrics.TASKS)[metrics.TASKS.name]
 
 
 def test_a_bystander_notices_nothing(service: Service) -> None:

@@ -118,7 +118,7 @@ SHAPES = {
     },
     "pages of 5 s": Shape(lambda: paged(0.02, 5.0, 15.0), share=0.9),
     "bursts of 3 s": Shape(lambda: bursts(3.0)),
-    "bursts of 6 s": Shape(lambda: bursts(6.0), share=0.9),
+    "bursts of 6 s": Shape(lambda: bursts(6.0)),
     "pages cut anywhere": Shape(scattered),
     "a file for each second": Shape(lambda: files(1.0)),
     "a file for each 80 ms": Shape(lambda: files(0.08)),
@@ -204,7 +204,7 @@ def test_a_legal_sender_is_heard_whole(conversations: dict[str, Heard], name: st
     assert len(heard.numbers) >= shape.share * heard.expected
     assert heard.numbers == sorted(set(heard.numbers)), "in order, none twice"
     steps = np.diff(said(heard)) % TONES
-    assert max(steps) < TONES // 2, "what is left out makes a step forward; nothing of before comes again"
+    assert set(steps) <= {0, 1, 2, 3}, "two in a row may be left out; nothing of before comes again"
     assert np.mean(steps == 1) > 0.9
 
 

@@ -42,11 +42,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Say:
-    return Say(capsys, caplog)
-
-
 def link() -> None:
     os.symlink("user.wav", "link.wav")
 

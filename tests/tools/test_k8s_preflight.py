@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +11,11 @@ from aiohttp import web
 from kube import chart, kuberay
 from kube.apiserver import ApiServer
 from kube.objects import Status
-from kube.world import Clock, connected, node, ready
+from kube.world import node, ready
 
 from k8s import __main__ as tool
 from k8s import crd, preflight
 from k8s.cluster import Cluster
-
-
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
-    with ApiServer() as server:
-        yield server
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def cluster(
-    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> Iterator[Cluster]:
-    with connected(server, tmp_path, monkeypatch, clock) as found:
-        yield found
 
 
 def levels(cluster: Cluster, values: str = "ci/everything-values.yaml") -> dict[str, list[str]]:

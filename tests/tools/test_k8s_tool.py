@@ -6,7 +6,7 @@ Preflight has a file of its own: test_k8s_preflight.py.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +15,13 @@ from aiohttp import web
 from kube import chart
 from kube.apiserver import ApiServer
 from kube.objects import Status
-from kube.world import NAME, Clock, World, connected, ready
+from kube.world import NAME, Clock, World, ready
 
 from deployments import metrics
 from k8s import __main__ as tool
 from k8s import conversation, errors, preflight, rollout, sessions, smoke
 from k8s.cluster import ATTEMPTS, Cluster
 from k8s.differences import differences
-
-
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
-    with ApiServer() as server:
-        yield server
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def cluster(
-    server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Clock
-) -> Iterator[Cluster]:
-    with connected(server, tmp_path, monkeypatch, clock) as found:
-        yield found
 
 
 @pytest.fixture

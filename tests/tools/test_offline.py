@@ -19,7 +19,7 @@ from personaplex.config import PRESET_TINY
 from personaplex.errors import BadAudio, ConfigError
 from personaplex.loading import choose_device
 from personaplex.offline import main
-from personaplex.offline_io import Conversation, Job, plan_jobs
+from personaplex.offline_io import Job, JobRun, plan_jobs
 from personaplex.tokenlog import TokenLog
 
 ROOT = Path(__file__).parents[2]
@@ -305,7 +305,7 @@ def test_a_recording_of_nothing_is_refused(tmp_path: Path) -> None:
     """One sample at 96 kHz is none at 24 kHz: there would be no frame to wait for."""
     soundfile.write(tmp_path / "blip.wav", np.zeros(1, np.float32), 96_000)
     with pytest.raises(BadAudio, match="shorter than one sample"):
-        Conversation(Job(tmp_path / "blip.wav", tmp_path / "out.wav", None, None), 0.0)
+        JobRun(Job(tmp_path / "blip.wav", tmp_path / "out.wav", None, None), 0.0)
 
 
 def test_a_role_text_of_any_length(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from deployments.settings import Settings
 from loadtest import arrivals, plan
 from loadtest.arrivals import Arrival
 from loadtest.autoscaler import Autoscaler, History
+from loadtest.failures import Failures, fit
 from loadtest.fleet import SimulatedFleet, SimulatedReplica
+from loadtest.forecast import Forecast, Timing
 from loadtest.planner import Goals, Prices, erlang_c, fewest_gpus, make
-from loadtest.simulation import Forecast, Simulation, Timing
+from loadtest.simulation import Simulation
 from personaplex.engine.simulated import VOICE_POSITIONS, prompt_positions
 from personaplex.engine.steptimes import StepTimes
 from personaplex.errors import ConfigError
@@ -54,6 +56,74 @@ def calls(*times: tuple[float, float]) -> list[Arrival]:
 
 def simulate(sessions: list[Arrival], chosen: Settings, steps: StepTimes, **timing: float) -> Forecast:
     return Simulation(sessions, chosen, steps, Timing(**timing)).run()
+
+
+# Replicas that die
+
+
+def fail(sessions: list[Arrival], steps: StepTimes, *at: float, seed: int = 1, **values: Any) -> Forecast:
+    failures = Failures(at=at, seed=seed, noticed_s=0.1, rebuild_s=0.5, rebuild_per_s=0.01)
+    chosen = settings(**values)
+    return Simulation(sessions, chosen, steps, Timing(startup_s=20.0), failures=failures).run()
+
+
+def test_sessions_of_a_dead_replica_go_on_the_shortest_first(steps: StepTimes) -> None:
+    sessions = calls(*((float(at), 100.0) for at in (0, 10, 20, 30)))
+    runs = [
+        fail(sessions, steps, 60.0, seed=seed, slots=4, replicas_min=2, replicas_max=2) for seed in range(6)
+    ]
+    assert all((seen.deaths, seen.lost) == (1, 0) for seen in runs)
+    hit = [seen for seen in runs if seen.gaps]  # all of them are on one replica: the other one died in some
+    rebuilds = np.cumsum([0.5 + 0.01 * (60.0 - at) for at in (30, 20, 10, 0)])
+    assert 0 < len(hit) < len(runs)
+    for seen in hit:
+        assert seen.gaps == pytest.approx(0.1 + rebuilds, abs=0.1)
+
+
+def test_without_a_slot_they_wait_for_the_replica_that_comes_instead(steps: StepTimes) -> None:
+    patient = fail(calls((0, 100.0), (1, 100.0)), steps, 50.0, replicas_max=1, queue_timeout_s=30.0)
+    assert (patient.lost, len(patient.gaps)) == (0, 2)
+    assert patient.gaps[0] == pytest.approx(20.0 + 0.5 + 0.01 * 48, abs=0.1)
+    assert patient.figures()["failover_gap_p95_s"] == max(patient.gaps)
+    short = fail(calls((0, 100.0), (1, 55.0)), steps, 50.0, replicas_max=1, queue_timeout_s=10.0)
+    assert (short.lost, len(short.gaps)) == (1, 0)  # the other one had ended by then
+
+
+def test_spare_slots_save_the_sessions_of_a_dead_replica(steps: StepTimes) -> None:
+    """And a plan whose goal is that none is lost is met only with them."""
+    pieces = arrivals.profile("600@0.2")
+    sessions = arrivals.draw(pieces, arrivals.lengths("exponential:60"), 1, longest_s=300.0)
+    failures = Failures(at=tuple(range(60, 600, 60)))
+
+    def planned(spare: int) -> Any:
+        values = {"slots": 4, "queue_timeout_s": 5.0, "spare_slots": spare}
+        goals, timing = Goals(5.0, 1.0, 0.0), Timing(startup_s=20.0)
+        return make(
+            sessions,
+            *(pieces, values, steps, timing, goals, Prices()),
+            tick_limit_s=0.064,
+            gpus=40,
+            failures=failures,
+        )
+
+    none, some = planned(0), planned(8)
+    assert none.forecast.deaths == some.forecast.deaths == 9
+    assert (none.forecast.lost > 0, none.met) == (True, False)
+    assert (some.forecast.lost, some.met) == (0, True)
+
+
+def test_a_mean_time_is_kept(steps: StepTimes) -> None:
+    sessions = calls(*((float(at), 1.0) for at in range(0, 100_000, 500)))
+    failures = Failures(mtbf_s=5_000.0)
+    chosen = settings(replicas_min=4, replicas_max=4, replicas_initial=4)
+    seen = Simulation(sessions, chosen, steps, Timing(startup_s=1.0), failures=failures).run()
+    assert seen.deaths == pytest.approx(4 * 100_000 / 5_000, rel=0.3)
+
+
+def test_rebuild_times_are_fitted() -> None:
+    talks = np.array([5.0, 20.0, 40.0, 80.0])
+    assert fit(talks, 0.1 + 0.3 + 0.02 * talks, 0.1) == pytest.approx((0.3, 0.02))
+    assert fit([5.0, 10.0], [0.9, 0.5], 0.1) == pytest.approx((0.6, 0.0))
 
 
 # Queue, slots and prompts

@@ -40,11 +40,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         write(head, conversation()[0])
 
 
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Say:
-    return Say(capsys, caplog)
-
-
 def unreadable() -> None:
     Path("records/bad.record").write_text("hello")
 

@@ -74,11 +74,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> Say:
-    return Say(capsys, caplog)
-
-
 def run(arguments: str) -> int:
     return replay.main(["call.record", "--device", "cpu", *shlex.split(arguments)])
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import pytest
 import uvicorn
 import websockets
-from attackers import CLOSE, frame
+from rawsocket import CLOSE, frame
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse

@@ -189,6 +189,74 @@ def test_a_short_silence_is_a_gap() -> None:
     assert (FAILOVERS.name, "continued") not in counted.totals
 
 
+def test_a_gateway_that_stood_still_itself_blames_nobody() -> None:
+    counted = Counted()
+
+    async def test() -> None:
+        async with fleet_of(2, memory, slots=2) as fleet:
+            talker = await _talks(fleet, counted, speech(0, 40))
+            for frame in talker.sound[10:15]:
+                talker.upstream.send_frame(frame)
+            await asyncio.sleep(0)
+            time.sleep(2 * AFTER_S)  # noqa: ASYNC251  that is the point
+            await talker.speak(15, 40)
+            await talker.answered(40)
+            assert_unharmed(talker, memory(), 40)
+            assert not talker.told(INTERRUPTED)
+            await talker.close()
+
+    run(test)
+
+
+def test_a_replica_that_cannot_be_reached_is_asked_once() -> None:
+    """Its lease is had, its port is closed; the third one takes the session."""
+    counted = Counted()
+
+    async def test() -> None:
+        async with fleet_of(3, memory, slots=2) as fleet:
+            talker = await _talks(fleet, counted, speech(0, 40))
+            first, second, third = fleet.replicas
+            second._server.close()
+            await second._server.wait_closed()
+            fleet.kill(first)
+            await talker.speak(10, 40)
+            await talker.answered(40)
+            assert_unharmed(talker, memory(), 40)
+            assert talker.replica == third.name
+            assert [second.name in one.excluded for one in fleet.asked[1:]] == [False, True]
+            await talker.close()
+            await all_free(fleet, talker._lent)
+
+    run(test)
+
+
+def test_a_replica_that_speaks_another_version_is_left_for_one_that_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A rollout: the session was never begun there, so it opens at the next one."""
+    spoken = replica_sessions.messages.unpack_opening
+    asked: list[bytes] = []
+
+    def refuse_once(payload: bytes) -> Any:
+        asked.append(payload)
+        if len(asked) == 1:
+            raise UnknownVersion("the link speaks version 2, this process 1")
+        return spoken(payload)
+
+    monkeypatch.setattr(replica_sessions.messages, "unpack_opening", refuse_once)
+
+    async def test() -> None:
+        async with fleet_of(2, memory, slots=2) as fleet:
+            talker = await _talks(fleet, Counted(), speech(0, 20))
+            assert len(asked) == 2
+            assert talker.replica == fleet.replicas[1].name
+            assert_unharmed(talker, memory(), 10)
+            await talker.close()
+            await all_free(fleet, talker._lent)
+
+    run(test)
+
+
 def test_after_a_long_silence_nothing_of_the_old_replica_is_heard() -> None:
     counted = Counted()
 

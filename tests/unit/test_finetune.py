@@ -9,13 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import calls
 import pytest
 import torch
+from ports import free_port
 
 from personaplex.config import PRESET_TINY
 from personaplex.errors import CheckpointError, ConfigError
@@ -98,22 +98,34 @@ def test_a_run_learns_and_leaves_what_it_promises(run: Path) -> None:
     assert read_adapter(run / "adapter-best.safetensors").training["steps"] == best["step"]
 
 
+KILLED = """
+import os, signal, sys, torch
+from personaplex.finetune.__main__ import main
+
+save, saved = torch.save, []
+
+def dying(content, file):
+    saved.append(content)
+    if len(saved) == 3:
+        file.write(b"half a checkpoint")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(content, file)
+
+torch.save = dying
+main(sys.argv[1:])
+"""
+
+
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(data: Path, run: Path, tmp_path: Path) -> None:
-    """SIGKILL in the middle, then the same command: same curve, and the adapter of the undisturbed run, which
-    had another interval between its checkpoints. At most the steps since the last checkpoint are lost.
+    """SIGKILL while the third checkpoint is being written: the second is whole, only the steps behind it are
+    lost, and the same command ends with the curve and the adapter of the undisturbed run.
     """
-    line = [sys.executable, "-m", "personaplex.finetune", *command(data, tmp_path, "--save-every", "1")]
-    process = subprocess.Popen(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    checkpoint, deadline = tmp_path / "checkpoint.pt", time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if checkpoint.exists() and len(history(tmp_path)) >= 3:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    saved = len(history(tmp_path))
-    assert 3 <= saved < STEPS
-    (tmp_path / ".checkpoint.pt.0a1b2c3d.part").write_bytes(b"half")  # as if it had died while writing
+    line = [sys.executable, "-c", KILLED, *command(data, tmp_path, "--save-every", "2")]
+    killed = subprocess.run(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    assert killed.returncode == -signal.SIGKILL
+    assert [row["step"] for row in history(tmp_path)] == [1, 2, 3, 4]
+    assert list(tmp_path.glob(".checkpoint.pt.*.part"))
 
     assert main(command(data, tmp_path)) == 0
     assert history(tmp_path) == history(run)
@@ -172,6 +184,25 @@ def test_pieces_and_checkpointing_change_nothing_but_rounding(data: Path, run: P
     for key, (a, b) in plain.pairs.items():
         torch.testing.assert_close(pieces.pairs[key][0], a, rtol=1e-3, atol=2e-3)
         torch.testing.assert_close(pieces.pairs[key][1], b, rtol=1e-3, atol=2e-3)
+
+
+def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path) -> None:
+    """torchrun and DDP over gloo: the same losses step by step, and one process that writes."""
+    given = ("--steps", "2", "--validation", "0")
+    assert main(command(data, tmp_path / "one", *given)) == 0
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    line = [*torchrun, "--master-port", str(free_port()), "-m", "personaplex.finetune"]
+    done = subprocess.run(
+        [sys.executable, "-m", *line, *command(data, tmp_path / "two", *given)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("use it with --lora") == 1
+    for one, two in zip(history(tmp_path / "one"), history(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(

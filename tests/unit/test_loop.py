@@ -317,6 +317,22 @@ def test_an_engine_that_cannot_be_built_says_why(ear: Ear) -> None:
         loop.start().result(5)
 
 
+def test_who_does_not_wait_for_a_slow_start_does_it_no_harm(ear: Ear) -> None:
+    """asyncio.wait_for cancels what it waits for: the thread then died of its own result."""
+    built = threading.Event()
+
+    def make() -> Any:
+        built.wait(10)
+        return EchoEngine(1)
+
+    loop = EngineLoop(make, ear, gather_s=0.0, inbox_limit=5)
+    started = loop.start()
+    assert not started.cancel()
+    built.set()
+    assert started.result(5) == 1
+    loop.stop()
+
+
 def test_a_stuck_engine_is_noticed_and_an_idle_one_is_not(ear: Ear) -> None:
     go_on = threading.Event()
 

@@ -17,6 +17,7 @@ from personaplex.config import AGENT, CODEBOOKS, PRESET_TINY, EngineConfig, Samp
 from personaplex.engine.engine import Engine
 from personaplex.errors import CheckpointError, ConfigError
 from personaplex.finetune.adapters import Adapters, matrix, merged
+from personaplex.finetune.memory import adapter_parameters, training_step
 from personaplex.finetune.merge import config_json, merge
 from personaplex.finetune.network import Batch, Network
 from personaplex.kernels.int8 import Int8Matrix
@@ -136,23 +137,39 @@ def test_an_int8_base_has_the_gradients_of_what_it_stands_for() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def kept_bytes(network: Network, given: Batch) -> int:
+    """What autograd holds on to between the passes, less the weights."""
+    lm = network.lm
+    layers = [*lm.transformer.layers, *lm.depformer.layers]
+    own: list[Tensor] = [*lm.parameters(), *lm.buffers(), *network.parameters()]
+    own += [tensor for layer in layers for tensor in (layer.norm1.gain, layer.norm2.gain)]
+    own += [part for layer in layers for part in (*layer.self_attn.inputs, *layer.self_attn.outputs)]  # type: ignore
+    weights = {tensor.untyped_storage().data_ptr() for tensor in own}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        network(given)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
+
+
 def test_checkpointing_keeps_less_than_half_between_the_passes() -> None:
-    """What autograd holds on to, in bytes; `benchmarks.finetune_memory` measures a whole process."""
-    network = Network(load_model(tiny(), CPU, torch.float32).lm, adapted(), False)
-    held = []
-    for checkpointing in (False, True):
-        network.checkpointing = checkpointing
-        kept: dict[int, int] = {}
+    """Without it, what the arithmetic says; `benchmarks.finetune_memory` measures a whole process."""
+    adapters = Adapters(targets(PRESET_TINY.lm), 4, 1.0)
+    network, given = Network(load_model(tiny(), CPU, torch.float32).lm, adapters), batch(2, 200)
+    plain = kept_bytes(network, given)
+    assert plain == pytest.approx(training_step(PRESET_TINY, 400, 0, dtype="float32").activations, rel=0.05)
+    network.checkpointing = True
+    assert kept_bytes(network, given) <= plain / 2
 
-        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            network(batch(2, 300))
-        held.append(sum(kept.values()))
-    assert held[1] <= held[0] / 2
+def test_the_arithmetic_counts_the_adapters() -> None:
+    chosen = targets(PRESET_TINY.lm)
+    counted = adapter_parameters([(target.rows, target.columns) for target in chosen], 4)
+    assert counted == sum(parameter.numel() for parameter in Adapters(chosen, 4, 1.0).parameters())
 
 
 def spoken(parts: Parts, frames: int = 12) -> list[list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,12 @@ from personaplex import loading, server, sizing
 from personaplex.config import FRAME_SIZE, PRESET_7B, PRESET_TINY, EngineConfig
 from personaplex.engine.engine import Engine
 from personaplex.errors import ConfigError
+from personaplex.finetune.adapters import Adapters
+from personaplex.finetune.merge import merge
 from personaplex.kernels.int8 import Int8Matrix
+from personaplex.model.hub import resolve
+from personaplex.model.identity import base_of
+from personaplex.model.lora import targets, write_adapter
 from personaplex.persona import Persona
 
 TINY: dict[str, Any] = {"model": "tiny", "device": "cpu", "slots": 2}
@@ -142,3 +148,32 @@ def test_a_bfloat16_model_speaks_on_a_cpu() -> None:
 
 def test_page_cache_does_not_count_as_taken() -> None:
     assert loading._inactive_file("anon 5\ninactive_file 4096\nactive_file 7\n") == 4096
+
+
+def test_a_replica_with_an_adapter_says_what_one_with_the_merged_checkpoint_says(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    adapters = Adapters(targets(PRESET_TINY.lm), 2, 1.0)
+    with torch.no_grad():
+        for parameter in adapters.parameters():
+            parameter.fill_(0.05)
+    write_adapter(path, adapters.exported(base_of(resolve("tiny")), {}))
+    merge(resolve("tiny", lora=path), tmp_path / "merged")
+    said = []
+    chosen: list[dict[str, Any]] = [{}, {"lora": path}, {"model": str(tmp_path / "merged")}]
+    for one in chosen:
+        engine = _engine(slots=1, **one)
+        slot = engine.admit(Persona("NATM1", "Be brief."))
+        while engine.prefill() != slot:
+            pass
+        frames = []
+        for _ in range(6):
+            engine.feed(slot, np.zeros(1920, np.float32))
+            frames += [output.tokens.tolist() for output in engine.step()]
+        said.append(frames)
+    assert said[1] == said[2] != said[0]
+
+
+def test_an_adapter_needs_weights(tmp_path: Path) -> None:
+    (tmp_path / "adapter").write_bytes(b"")
+    with pytest.raises(ConfigError, match="lora needs a model with weights, and echo has none"):
+        _engine(model="echo", lora=tmp_path / "adapter")

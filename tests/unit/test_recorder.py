@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 
 from deployments.gateway import recorder as module
+from deployments.gateway import retention as retention_module
 from deployments.gateway.recorder import Recorder, Recording
 from deployments.gateway.retention import (
     EVERY_S,
     EXPIRED,
     LONGEST_RETRY_S,
+    LOOK_FAILED,
+    RETRY_S,
     UPLOAD_FAILED,
     UPLOADED,
-    Limits,
     Retention,
+    RetentionLimits,
     store_at,
 )
 from personaplex.errors import BadRecord, ConfigError, RecordingFailed
@@ -32,7 +35,7 @@ from personaplex.record.format import Head, Record, Row
 from personaplex.record.transcript import words
 from personaplex.record.writer import RecordWriter, claimed
 
-NO_LIMIT = Limits(0, 0)
+NO_LIMIT = RetentionLimits(0, 0)
 
 
 def head(session: str = "5e55") -> Head:
@@ -239,7 +242,7 @@ def test_old_records_go_and_others_stay(tmp_path: Path, told: Told) -> None:
     os.utime(other, (0, 0))
     writer = RecordWriter(tmp_path, Head("open", 1e9, Persona()))
     os.utime(writer.path, (0, 0))
-    assert Retention(tmp_path, Limits(100, 0), told).expire(time.time()) == 1
+    assert Retention(tmp_path, RetentionLimits(100, 0), told).expire(time.time()) == 1
     assert told.results == [EXPIRED]
     assert {path.name for path in tmp_path.iterdir()} == {young.name, other.name, writer.path.name}
     assert not old.exists()
@@ -249,11 +252,11 @@ def test_old_records_go_and_others_stay(tmp_path: Path, told: Told) -> None:
 def test_beyond_the_bytes_the_oldest_go(tmp_path: Path, told: Told) -> None:
     paths = [finished(tmp_path, f"s{age}", age, frames=100) for age in (1, 3, 2)]
     limit = sum(path.stat().st_size for path in paths) - 1
-    assert Retention(tmp_path, Limits(0, limit), told).expire(time.time()) == 1
+    assert Retention(tmp_path, RetentionLimits(0, limit), told).expire(time.time()) == 1
     assert [path.exists() for path in paths] == [True, False, True]
-    assert Retention(tmp_path, Limits(0, limit), told).expire(time.time()) == 0
+    assert Retention(tmp_path, RetentionLimits(0, limit), told).expire(time.time()) == 0
     assert Retention(tmp_path, NO_LIMIT, told).expire(time.time()) == 0
-    assert Retention(tmp_path / "missing", Limits(1, 1), told).expire(time.time()) == 0
+    assert Retention(tmp_path / "missing", RetentionLimits(1, 1), told).expire(time.time()) == 0
 
 
 # Upload
@@ -304,6 +307,45 @@ def test_a_store_out_of_reach_is_tried_again_and_nothing_is_lost(tmp_path: Path,
     assert told.results == [UPLOAD_FAILED] * 12 + [UPLOADED]
 
 
+def test_a_record_that_the_store_refuses_holds_no_other_back(tmp_path: Path, told: Told) -> None:
+    refused = finished(tmp_path, "a")
+    seen: list[str] = []
+
+    def store(path: Path) -> None:
+        if path == refused:
+            raise PermissionError("not this one")
+        seen.append(path.name)
+
+    retention = Retention(tmp_path, NO_LIMIT, told, store)
+    assert retention.upload() == RETRY_S
+    for number in range(3):
+        done = finished(tmp_path, f"b{number}")
+        assert retention.upload() == EVERY_S, "the store is there"
+        assert seen[-1] == done.name
+    assert [retention.upload() for _ in range(2)] == [RETRY_S, 2 * RETRY_S]
+    assert refused.exists()
+    assert told.results == [UPLOAD_FAILED] + [UPLOADED, UPLOAD_FAILED] * 3 + [UPLOAD_FAILED] * 2
+
+
+def test_a_fault_of_ours_is_logged_and_counted_and_the_next_look_comes(
+    tmp_path: Path, told: Told, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention_module, "EVERY_S", 0.01)
+    retention, looks = Retention(tmp_path, NO_LIMIT, told), threading.Semaphore(0)
+
+    def stumble(now: float) -> int:
+        looks.release()
+        raise MemoryError
+
+    monkeypatch.setattr(retention, "expire", stumble)
+    retention.start()
+    assert looks.acquire(timeout=5)
+    assert looks.acquire(timeout=5), "a second time"
+    retention.stop()
+    assert told.results[0] == LOOK_FAILED
+    assert "MemoryError" in caplog.text
+
+
 def test_a_full_store_leaves_no_half_a_record(tmp_path: Path, told: Told) -> None:
     (tmp_path / "file").write_text("")
     path = finished(tmp_path / "here", "s")
@@ -320,7 +362,7 @@ def test_a_store_that_hangs_holds_up_neither_writing_nor_deleting(tmp_path: Path
         release.wait(30)
 
     finished(tmp_path, "a", 200)
-    retention = Retention(tmp_path, Limits(100, 0), told, hang)
+    retention = Retention(tmp_path, RetentionLimits(100, 0), told, hang)
     retention._limits = NO_LIMIT  # until the upload has begun
     retention.start()
     assert reached.wait(10)
@@ -329,7 +371,9 @@ def test_a_store_that_hangs_holds_up_neither_writing_nor_deleting(tmp_path: Path
     talk(recording, 3)
     recorder.finish(recording, "left")
     assert recording.wait(5)
-    assert Retention(tmp_path, Limits(100, 0), told).expire(time.time() + 1_000) == 1, "b; a is in use"
+    assert Retention(tmp_path, RetentionLimits(100, 0), told).expire(time.time() + 1_000) == 1, (
+        "b; a is in use"
+    )
     retention.stop()
     release.set()
     assert recorder.close(5)

@@ -69,17 +69,29 @@ def test_no_burst_after_a_stall() -> None:
 
 def test_all_of_a_burst_leaves_and_of_more_the_oldest_is_dropped() -> None:
     pacer = Pacer(burst_s=0.4)
-    assert [page for _, page in play([0.0] * 7, pacer=pacer)] == list(range(7))
+    assert [page for _, page in play([0.0] * 12, pacer=pacer)] == list(range(12))
     assert pacer.dropped == 0
-    left = play([9.0] * 9, pacer=pacer)
-    assert [page for _, page in left] == [0, *range(3, 9)]  # 0 left before the others came
+    left = play([9.0] * 14, pacer=pacer)
+    assert [page for _, page in left] == [0, *range(3, 14)]  # 0 left before the others came
     assert pacer.dropped == 2
+
+
+@pytest.mark.parametrize("late_s", [0.1, 0.3, 0.9])
+@pytest.mark.parametrize("burst_s", [2.0, 6.0])
+def test_a_burst_that_meets_the_rest_of_the_one_before_leaves_whole(burst_s: float, late_s: float) -> None:
+    """A busy machine answers the first burst late, so that its last pages still wait when the next one comes;
+    four pages in a row were lost to that."""
+    pacer, size = Pacer(burst_s), round(burst_s / FRAME)
+    moments = [burst_s * turn + (late_s if turn == 1 else 0.0) for turn in (1, 2, 3) for _ in range(size)]
+    left = play(moments, pacer=pacer)
+    assert [page for _, page in left] == list(range(3 * size))
+    assert pacer.dropped == 0
 
 
 def test_what_is_told_beside_a_page_leaves_behind_it_and_is_never_lost() -> None:
     pacer, left = Pacer(burst_s=0.2), []
     assert pacer.add_text("at once") == ["at once"]
-    for number in range(8):
+    for number in range(12):
         pacer.push(b"page %d" % number, 0.0)
         left += pacer.add_text(f"text {number}")
         if (released := pacer.release(0.0)) is not None:
@@ -88,9 +100,9 @@ def test_what_is_told_beside_a_page_leaves_behind_it_and_is_never_lost() -> None
         released = pacer.release(due)
         assert released is not None
         left += [released[0], *released[1]]
-    assert [one for one in left if isinstance(one, str)] == [f"text {number}" for number in range(8)]
+    assert [one for one in left if isinstance(one, str)] == [f"text {number}" for number in range(12)]
     assert pacer.dropped > 2
-    assert left[-2:] == [b"page 7", "text 7"]
+    assert left[-2:] == [b"page 11", "text 11"]
 
 
 @pytest.mark.parametrize("engine", [2, 5, 50])

@@ -130,6 +130,64 @@ def test_other_containers_whose_sizes_were_never_filled_in(
     assert np.abs(heard[0] - tone(4_800, 24_000)).max() <= 1 / 32_768
 
 
+STALE = {  # container -> where its size of the samples stands, how it is written, and what it counts besides
+    "WAV": (b"data", 4, "<I", 0),
+    "WAVEX": (b"data", 4, "<I", 0),
+    "RF64": (b"ds64", 16, "<Q", 0),
+    "AIFF": (b"SSND", 4, ">I", 8),
+    "AU": (b".snd", 8, ">I", 0),
+    "CAF": (b"data", 4, ">q", 4),
+}
+
+
+def stale(kind: str, size: int, more: bytes = b"") -> bytes:
+    """A recording of 9600 bytes of samples whose header counts `size` of them, and `more` behind them."""
+    data = written(kind)
+    chunk, offset, code, besides = STALE[kind]
+    at = data.index(chunk) + offset
+    data[at : at + struct.calcsize(code)] = struct.pack(code, size + besides)
+    return bytes(data) + more
+
+
+@pytest.mark.parametrize("kind", STALE)
+@pytest.mark.parametrize("size", [2_400, 2_401, 9_590])
+def test_samples_beyond_what_the_header_counts_are_read_and_said(
+    tmp_path: Path, kind: str, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A recorder that brought its header up to date now and then was cut off in between."""
+    (tmp_path / "a.wav").write_bytes(stale(kind, size))
+    heard, _ = wav.read_wav(tmp_path / "a.wav")
+    assert heard.shape == (1, 4_800)
+    assert np.abs(heard[0] - tone(4_800, 24_000)).max() <= 1 / 32_768
+    (said,) = caplog.messages
+    assert said.startswith("a.wav: its header counts ")
+    assert f"and {9_600 - size} more follow" in said
+
+
+@pytest.mark.parametrize("kind", ["WAV", "AIFF"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        b"ABCD\x04\0\0\0abcdEFGH\x02\0\0\0ab",  # whole chunks, whatever they are called
+        b"LIST\xff\xff\0\0INFOICMT",  # one that was cut off
+        b"\0LIST\x04\0\0\0abcd",  # behind a byte of padding
+        b"TAG" + bytes(125),
+        b"ID3\x04" + bytes(500),
+        b"\r\n",
+    ],
+)
+def test_metadata_behind_the_samples_is_no_sound(
+    tmp_path: Path, kind: str, more: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "AIFF":  # sizes the other way round
+        more = more.replace(b"\x04\0\0\0", b"\0\0\0\x04").replace(b"\x02\0\0\0", b"\0\0\0\x02")
+    padded = more.startswith(b"\0")
+    data = stale(kind, 9_600 - padded)[: -1 if padded else None]
+    (tmp_path / "a.wav").write_bytes(data + more)
+    assert wav.read_wav(tmp_path / "a.wav")[0].shape == (1, 4_800 - padded)
+    assert not caplog.messages
+
+
 def test_an_empty_recording_stays_empty_whatever_follows(tmp_path: Path) -> None:
     """A text chunk behind no samples is no sound."""
     data = written("WAV", samples=0) + b"LIST" + struct.pack("<I", 14) + b"INFOICMT\x01\x00\x00\x00x\x00"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from personaplex.audio.transcoder import Counters
+from personaplex.audio.transcoder import StreamCounters
 from personaplex.config import Pcm
 from personaplex.persona import Persona
 from personaplex.session.events import Event, Send
@@ -42,7 +42,7 @@ Read = Event | Reply | Begin
 class Codec(Protocol):
     """Between the client's audio and frames; see `Transcoder` and `PcmTranscoder`."""
 
-    counters: Counters
+    counters: StreamCounters
 
     @property
     def feed_bytes(self) -> int: ...

@@ -1,207 +1,137 @@
-// The page: fills in voices and roles, opens and closes sessions, shows what happens.
+// The page: which view is shown, what the service says of itself, language and colours.
 
-import { SAMPLE_RATE, obstacle } from "./audio.js";
-import { Session } from "./session.js";
+import * as i18n from "./i18n.js";
+import * as settings from "./settings.js";
+import { t } from "./i18n.js";
+import { ServiceError, load } from "./service.js";
+import { openHistory, recover } from "./store/history.js";
+import { $ } from "./ui/dom.js";
+import { HistoryView } from "./ui/history.js";
+import { notice } from "./ui/notices.js";
+import { Start } from "./ui/start.js";
+import { TalkView } from "./ui/talk.js";
+import { voiceName } from "./ui/words.js";
 
-const $ = (id) => document.getElementById(id);
-const CUSTOM = ""; // value of the role list's entry for a text of one's own
-const NOTHING = "–";
-const FLOOR_DB = -60;
-const REFRESH_MS = 15_000; // of the number of free slots, while not connected
+const REFRESH_MS = 15_000; // of what the service says
+const THEMES = ["auto", "light", "dark"];
 
-const STATES = {
-  idle: ["idle", () => "Not connected"],
-  blocked: ["failed", () => "Cannot connect"],
-  microphone: ["busy", () => "Waiting for the microphone"],
-  connecting: ["busy", () => "Connecting"],
-  queued: ["busy", (position) => `In the queue, position ${position}`],
-  warming: ["busy", () => "Warming up"],
-  live: ["live", () => "Live"],
-};
+let info = {};
+let offers = null; // voices and prompts, once they are known
+let after = false; // a conversation is over and still shown
+let lastTalk = null; // its record, or its persona where none was kept
 
-let session = null;
-let prompts = [];
-let voices = [];
-let voiceChosen = false; // by hand, so a role's advice does not change it
-let liveSince = null;
-let latency = null; // smoothed, ms
+i18n.apply();
+const history = await openHistory();
+const start = new Start(history, talkWith);
+const view = new TalkView(refresh, ({ persona, talk }) => {
+  after = true;
+  lastTalk = talk ?? persona;
+  refresh();
+});
+const past = new HistoryView(history, again);
 
-function show(name, detail) {
-  const [kind, words] = STATES[name];
-  $("state").dataset.state = kind;
-  $("state").textContent = words(detail);
+function talkWith(persona) {
+  after = false;
+  location.hash = "#talk";
+  const kept = settings.get("keep") ? history : null;
+  view.start(persona, { info, title: persona.role.label, voice: voiceName(persona.voice), history: kept });
+  route();
 }
 
-function complain(message) {
-  $("problem").textContent = message ?? "";
-  $("problem").hidden = !message;
+/** A conversation with the persona of another one; with its seeds too where `seeds`. */
+function again(talk, seeds) {
+  if (view.going) return notice("busy", t("talk.busy"));
+  start.use(talk);
+  const persona = { ...start.persona(), role: talk.role, voice: talk.voice, sampling: { ...talk.sampling } };
+  for (const name of ["seed", "text_seed", "audio_seed"]) delete persona.sampling[name];
+  if (seeds) Object.assign(persona.sampling, { text_seed: talk.text_seed, audio_seed: talk.audio_seed });
+  talkWith(persona);
 }
 
-async function load(path) {
-  const response = await fetch(new URL(path, document.baseURI));
-  if (!response.ok) throw new Error(`The service does not answer (HTTP ${response.status} for ${path}).`);
-  return response.json();
-}
-
-function option(value, label) {
-  return Object.assign(document.createElement("option"), { value, textContent: label });
-}
-
-function fillVoices(list, chosen) {
-  voices = list;
-  for (const family of new Set(voices.map((voice) => voice.family))) {
-    const group = Object.assign(document.createElement("optgroup"), { label: family });
-    group.append(...voices.filter((voice) => voice.family === family).map(({ name }) => option(name, name)));
-    $("voice").append(group);
+function route() {
+  const [name, id] = location.hash.slice(1).split("/");
+  const wanted = name === "history" ? "history" : view.going || after ? "talk" : "start";
+  document.body.dataset.view = wanted;
+  for (const one of ["start", "talk", "history"]) $(one).hidden = one !== wanted;
+  for (const one of ["talk", "history"]) {
+    const here = (name === "history" ? "history" : "talk") === one;
+    if (here) $(`nav-${one}`).setAttribute("aria-current", "page");
+    else $(`nav-${one}`).removeAttribute("aria-current");
   }
-  chooseVoice(chosen);
+  if (wanted !== "start") start.leave();
+  if (wanted === "history") past.show(id ?? null);
+  else past.leave();
 }
 
-function chooseVoice(name) {
-  if (voices.some((voice) => voice.name === name)) $("voice").value = name;
-  $("voice-about").textContent = voices.find((voice) => voice.name === $("voice").value)?.description ?? "";
-}
-
-function fillPrompts(list, chosen) {
-  prompts = list;
-  $("preset").append(...prompts.map(({ id, label }) => option(id, label)), option(CUSTOM, "A role of your own"));
-  $("preset").value = chosen;
-  choosePrompt();
-}
-
-function choosePrompt() {
-  const prompt = prompts.find(({ id }) => id === $("preset").value);
-  if (!prompt) return $("role").focus();
-  $("role").value = prompt.text;
-  if (!voiceChosen && prompt.voices.length) chooseVoice(prompt.voices[0]);
-}
-
-function describe(info) {
-  const model = info.model ? `${info.model} · ` : "";
-  $("service").textContent = info.slots ? `${model}${info.slots - info.used} of ${info.slots} slots free` : "";
-  $("key-field").hidden = !info.key_needed;
-  $("record-field").hidden = info.record !== "allowed";
-  $("always-recorded").hidden = info.record !== "always";
+function describe() {
+  const { model, slots, used, queued } = info;
+  if (!slots) return t("service.none");
+  const places = view.holds && used > 0
+    ? t("service.yours", { used, slots })
+    : used >= slots ? t("service.full", { slots }) : t("service.free", { free: slots - used, slots });
+  return [model, places, queued > 0 && t("service.waiting", { queued })].filter(Boolean).join(" · ");
 }
 
 async function refresh() {
-  if (session || document.hidden) return;
   try {
-    describe(await load("api/info"));
-  } catch {
-    $("service").textContent = "The service does not answer";
+    info = await load("api/info");
+    if (!offers) {
+      const [voices, prompts] = await Promise.all(["api/voices", "api/prompts"].map(load));
+      await start.fill(voices, prompts);
+      if (voices.voices.length) offers = { voices, prompts }; // none: no replica yet
+    }
+    start.describe(info);
+    notice("away", "");
+    $("service").textContent = describe();
+  } catch (error) {
+    if (!(error instanceof ServiceError)) throw error;
+    $("service").textContent = t("service.away");
+    if (!offers) notice("away", `${t("service.away")} (${error.message})`, { bad: true, fixed: true });
   }
 }
 
-function chatUrl() {
-  const url = new URL("api/chat", document.baseURI);
-  url.protocol = url.protocol.replace("http", "ws");
-  for (const [name, value] of new FormData($("persona"))) {
-    // An empty role is a role; every other empty field leaves the choice to the service.
-    if (value || name === "text_prompt") url.searchParams.set(name, value);
-  }
-  url.searchParams.set("status", "1"); // the place in the queue, before the handshake
-  return url;
+function labelButtons() {
+  const other = i18n.current() === "en" ? "zh" : "en";
+  $("language").lastElementChild.textContent = i18n.LANGUAGES[other].name;
+  $("language").setAttribute("aria-label", t("nav.language"));
+  $("theme").setAttribute("aria-label", t(`theme.${settings.get("theme")}`));
+  for (const id of ["language", "theme"]) $(id).title = $(id).getAttribute("aria-label");
 }
 
-function connect() {
-  if (!$("persona").checkValidity()) {
-    document.querySelector("details").open = true; // a browser cannot point at a field that is folded away
-    $("persona").reportValidity();
-    return;
-  }
-  complain(null);
-  $("transcript").replaceChildren(document.createElement("p"));
-  latency = liveSince = null;
-  session = new Session(chatUrl(), {
-    state: (name, detail) => {
-      show(name, detail);
-      $("mute").hidden = name !== "live";
-      if (name === "live") liveSince = performance.now();
-    },
-    recorded: () => ($("recorded").hidden = false),
-    text: write,
-    latency: (ms) => (latency = latency === null ? ms : latency + (ms - latency) / 16),
-    spoken: (level) => showLevel($("you"), level),
-    heard: hear,
-    end: (message) => {
-      session = null;
-      $("recorded").hidden = true;
-      show("idle");
-      complain(message);
-      setBusy(false);
-      refresh();
-    },
-  });
-  setBusy(true);
-  session.open();
+function relabel() {
+  i18n.apply();
+  labelButtons();
+  if (offers) start.relabel();
+  view.relabel();
+  $("service").textContent = describe();
+  if (!history.kept) notice("memory", t("notice.memory"));
+  route();
 }
 
-function setBusy(busy) {
-  for (const control of $("persona").elements) control.disabled = busy;
-  $("connect").textContent = busy ? "Disconnect" : "Connect";
-  $("connect").classList.toggle("leave", busy);
-  $("mute").hidden = true;
-  mute(false);
-  if (!busy) for (const id of ["you", "agent"]) showLevel($(id), 0);
-}
-
-function mute(muted) {
-  $("mute").setAttribute("aria-pressed", muted);
-  $("mute").textContent = muted ? "Muted" : "Mute";
-}
-
-function write(piece) {
-  const log = $("transcript");
-  const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
-  const paragraph = log.lastElementChild;
-  paragraph.append(paragraph.textContent ? piece : piece.trimStart());
-  if (follows) log.scrollTop = log.scrollHeight;
-}
-
-function showLevel(meter, level) {
-  const decibels = Math.max(FLOOR_DB, Math.min(0, 10 * Math.log10(level || 1e-12)));
-  meter.firstElementChild.style.transform = `scaleX(${1 - decibels / FLOOR_DB})`;
-  meter.setAttribute("aria-valuenow", Math.round(decibels));
-}
-
-function hear({ level, stored, gaps, dropped }) {
-  showLevel($("agent"), level);
-  if (liveSince === null) return;
-  const buffered = (1e3 * stored) / SAMPLE_RATE;
-  const seconds = Math.floor((performance.now() - liveSince) / 1e3);
-  $("latency").textContent = latency === null ? NOTHING : `${Math.round(latency + buffered)} ms`;
-  $("buffered").textContent = `${Math.round(buffered)} ms`;
-  $("gaps").textContent = dropped ? `${gaps} (${Math.round((1e3 * dropped) / SAMPLE_RATE)} ms cut)` : `${gaps}`;
-  $("duration").textContent = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
-}
-
-$("connect").addEventListener("click", () => (session ? session.close() : connect()));
-$("mute").addEventListener("click", () => {
-  const muted = $("mute").getAttribute("aria-pressed") !== "true";
-  session.muted = muted;
-  mute(muted);
+$("language").addEventListener("click", () => {
+  i18n.use(i18n.current() === "en" ? "zh" : "en");
+  relabel();
 });
-$("voice").addEventListener("change", () => {
-  voiceChosen = true;
-  chooseVoice($("voice").value);
+$("theme").addEventListener("click", () => {
+  settings.set("theme", THEMES[(THEMES.indexOf(settings.get("theme")) + 1) % THEMES.length]);
+  document.dispatchEvent(new Event("themechosen"));
+  labelButtons();
 });
-$("preset").addEventListener("change", choosePrompt);
-$("role").addEventListener("input", () => ($("preset").value = CUSTOM));
-$("persona").addEventListener("submit", (event) => event.preventDefault());
-window.addEventListener("pagehide", () => session?.close());
+$("after-new").addEventListener("click", () => {
+  after = false;
+  notice("end", "");
+  route();
+  $("connect").focus();
+});
+$("after-persona").addEventListener("click", () => again(lastTalk, false));
+$("after-seed").addEventListener("click", () => again(lastTalk, true));
+window.addEventListener("hashchange", route);
 
-try {
-  const [info, voiceList, promptList] = await Promise.all(["api/info", "api/voices", "api/prompts"].map(load));
-  fillVoices(voiceList.voices, voiceList.default);
-  fillPrompts(promptList.prompts, promptList.default);
-  describe(info);
-  const reason = await obstacle();
-  complain(reason);
-  show(reason ? "blocked" : "idle");
-  $("connect").disabled = Boolean(reason);
-  setInterval(refresh, REFRESH_MS);
-} catch (error) {
-  show("blocked");
-  complain(error.message);
-}
+labelButtons();
+if (!history.kept) notice("memory", t("notice.memory"));
+await recover(history);
+await refresh();
+route();
+setInterval(() => document.hidden || refresh(), REFRESH_MS);
+document.documentElement.dataset.ready = "";
+

@@ -1,170 +1,202 @@
-// One conversation: the WebSocket protocol of /api/chat around a Sound. Knows no page.
-
-import { PRE_SKIP, SAMPLE_RATE, Sound } from "./audio.js";
-import { OggMuxer, audioPages } from "./ogg.js";
+// The WebSocket protocol of /api/chat: one conversation, which may outlive its sockets. Knows no sound and no page.
+//
+// A service that offers to resume sends a token with the session's details. When the socket is lost, `Session` connects
+// again with the newest token, with back-off, until the grace that came with it is over.
 
 const Kind = { HANDSHAKE: 0, AUDIO: 1, TEXT: 2, METADATA: 4, ERROR: 5 };
-const PACKETS_PER_PAGE = 2; // 40 ms
-const PACKET_SAMPLES = SAMPLE_RATE / 50;
-const FRAME_SAMPLES = SAMPLE_RATE * 0.08; // the agent answers each frame of ours with one of its own
 const PATIENCE_MS = 10_000; // without a message, once live
+const RESUMABLE = new Set([1001, 1006, 1011, 1012]); // close codes of a socket or a server that is gone
+const BACKOFF_MS = { first: 250, most: 4_000 };
+const GRACE_S = 30; // where the service names none
 
-const CLOSE_WORDS = {
-  1000: "The conversation is over.",
-  1001: "The service is going away.",
-  1006: "The connection to the service was lost.",
-  1012: "The server running this conversation failed or is being replaced. Connect again.",
-  1013: "All slots are taken. Try again in a moment.",
-};
+/** How a conversation ended: `kind` is asked, over, full, refused, lost, silent or failed; `words` are the service's. */
+function ending(kind, { code = null, status = null, words = "" } = {}) {
+  return { kind, code, status, words };
+}
+
+function kindOfClose(code) {
+  if (code === 1000) return "over";
+  if (code === 1013) return "full";
+  return code === 1006 || code === 1001 ? "lost" : "failed";
+}
 
 export class Session {
   #url;
   #handlers;
   #socket;
-  #sound;
-  #muxer = new OggMuxer(crypto.getRandomValues(new Uint32Array(1))[0]);
-  #packets = [];
-  #granule = 0;
-  #frameSent = []; // when each 80 ms of ours had left, in ms of performance.now()
   #words = ""; // the service's own about its error
-  #timer;
+  #patience;
+  #retry;
+  #token = null;
+  #graceS = GRACE_S;
+  #deadline = null; // of the tries to resume
+  #tries = 0;
   #live = false;
   #over = false;
+  heard = 0; // frames of the agent that arrived, as the service numbers them
 
   /**
-   * Handlers: `state(name, detail)` with name `microphone`, `connecting`, `queued`, `warming` or `live`;
-   * `recorded()` when the service keeps a record; `text(piece)`; `latency(ms)`; `spoken(level)`; `heard(report)`; `end(message)`, last of all, where the
-   * message is null if the end was asked for.
+   * Handlers: `state(name, detail)` with connecting, queued ({position, wait_s}), warming, live ({resumed}) or lost
+   * ({deadline} by performance.now()); `details(object)` of the session; `audio(bytes)`, whole Ogg pages;
+   * `text(piece)` of the agent; `metadata(object)` of any other type; `end(ending)`, last of all and once. Who takes the
+   * audio keeps `heard`.
    */
   constructor(url, handlers) {
-    this.#url = url;
+    this.#url = new URL(url);
     this.#handlers = handlers;
   }
 
-  async open() {
-    this.#handlers.state("microphone");
-    this.#sound = new Sound({
-      packet: (packet) => this.#speak(packet),
-      spoken: (level) => this.#handlers.spoken(level),
-      heard: (report) => this.#handlers.heard(report),
-      failed: (message) => this.#finish(message),
-    });
-    try {
-      await this.#sound.open();
-    } catch (error) {
-      this.#finish(error.message);
-      return;
-    }
-    if (this.#over) {
-      await this.#sound.close();
-      return;
-    }
+  open() {
     this.#handlers.state("connecting");
-    this.#socket = new WebSocket(this.#url);
-    this.#socket.binaryType = "arraybuffer";
-    let accepted = false;
-    this.#socket.onopen = () => {
-      accepted = true;
-      this.#handlers.state("warming");
-    };
-    this.#socket.onmessage = ({ data }) => this.#receive(data);
-    this.#socket.onclose = async ({ code, reason }) => {
-      const refused = accepted ? "" : await this.#whyRefused();
-      this.#finish(this.#words || reason || refused || CLOSE_WORDS[code]
-        || `The service closed the connection (code ${code}).`);
-    };
-  }
-
-  // Browsers tell scripts nothing about an upgrade that was refused, so the question is asked again.
-  async #whyRefused() {
-    const url = new URL(this.#url);
-    url.protocol = url.protocol.replace("ws", "http");
-    url.pathname = url.pathname.replace(/chat$/, "admission");
-    try {
-      const answer = await fetch(url, { cache: "no-store" });
-      if (answer.status === 204) return "The service was busy. Try again.";
-      return answer.headers.get("content-type")?.startsWith("text/plain") ? (await answer.text()).trim() : "";
-    } catch {
-      return ""; // it cannot be reached at all
-    }
+    this.#connect(this.#url);
   }
 
   close() {
-    this.#finish(null);
+    this.#finish(ending("asked"));
   }
 
-  set muted(muted) {
-    this.#sound.muted = muted;
+  /** Whether what is sent now is heard. */
+  get live() {
+    return this.#live && this.#socket?.readyState === WebSocket.OPEN;
   }
 
-  #receive(data) {
-    const bytes = new Uint8Array(data);
-    const payload = bytes.subarray(1);
-    clearTimeout(this.#timer);
-    if (this.#granule || bytes[0] === Kind.HANDSHAKE) {
-      this.#timer = setTimeout(() => this.#finish("The service has fallen silent."), PATIENCE_MS);
-    }
-    try {
-      switch (bytes[0]) {
-        case Kind.HANDSHAKE: return this.#start();
-        case Kind.AUDIO: return this.#hear(payload);
-        case Kind.TEXT: return this.#handlers.text(new TextDecoder().decode(payload));
-        case Kind.METADATA: return this.#learn(JSON.parse(new TextDecoder().decode(payload)));
-        case Kind.ERROR: this.#words = new TextDecoder().decode(payload);
-      }
-    } catch (error) {
-      this.#finish(error.message);
-    }
-  }
-
-  #start() {
-    this.#live = true;
-    this.#handlers.state("live");
-    for (const page of this.#muxer.headers(PRE_SKIP, SAMPLE_RATE)) this.#send(page);
-    this.#sound.start();
-  }
-
-  #learn(details) {
-    if (details.type === "session" && details.recorded) this.#handlers.recorded();
-    if (this.#live) return;
-    if (details.type === "queue" && details.position > 0) this.#handlers.state("queued", details.position);
-    else if (details.type === "queue" || details.type === "session") this.#handlers.state("warming");
-  }
-
-  #speak(packet) {
-    this.#packets.push(packet);
-    if (this.#packets.length < PACKETS_PER_PAGE) return;
-    this.#granule += PACKETS_PER_PAGE * PACKET_SAMPLES;
-    this.#send(this.#muxer.page(this.#packets, this.#granule));
-    this.#packets = [];
-    if (this.#granule % FRAME_SAMPLES === 0) this.#frameSent.push(performance.now());
-  }
-
-  #hear(payload) {
-    for (const { granule, packets } of audioPages(payload)) {
-      for (const packet of packets) this.#sound.play(packet);
-      const sent = this.#frameSent[Math.round(granule / FRAME_SAMPLES) - 1];
-      if (sent !== undefined) this.#handlers.latency(performance.now() - sent);
-    }
-  }
-
-  #send(page) {
-    if (this.#socket?.readyState !== WebSocket.OPEN) return;
+  /** Sends one piece of an Ogg stream; what is sent while not live is lost. */
+  send(page) {
+    if (!this.live) return;
     const message = new Uint8Array(1 + page.length);
     message[0] = Kind.AUDIO;
     message.set(page, 1);
     this.#socket.send(message);
   }
 
-  #finish(message) {
+  #connect(url) {
+    const socket = new WebSocket(url);
+    let accepted = false;
+    this.#socket = socket;
+    socket.binaryType = "arraybuffer";
+    socket.onopen = () => {
+      accepted = true;
+      if (!this.#deadline) this.#handlers.state("warming");
+    };
+    socket.onmessage = ({ data }) => this.#receive(data);
+    socket.onclose = ({ code, reason }) => this.#closed(accepted, code, this.#words || reason);
+  }
+
+  async #closed(accepted, code, words) {
+    this.#live = false;
+    clearTimeout(this.#patience);
+    if (this.#token && (accepted ? RESUMABLE.has(code) : this.#deadline)) return this.#resume(accepted);
+    if (accepted) return this.#finish(ending(kindOfClose(code), { code, words }));
+    this.#finish(await this.#whyRefused());
+  }
+
+  async #resume(accepted) {
+    this.#deadline ??= performance.now() + 1e3 * this.#graceS;
+    this.#handlers.state("lost", { deadline: this.#deadline });
+    if (!accepted) {
+      const refusal = await this.#whyRefused();
+      const final = refusal.status !== null && refusal.status < 500 && refusal.status !== 429;
+      if (this.#over) return;
+      if (final) return this.#finish(refusal.status === 410 ? ending("lost") : refusal);
+    }
+    const rest = this.#deadline - performance.now();
+    if (rest <= 0) return this.#finish(ending("lost"));
+    const delay = Math.min(BACKOFF_MS.first * 2 ** this.#tries++, BACKOFF_MS.most) * (0.75 + Math.random() / 2);
+    this.#retry = setTimeout(() => this.#again(), Math.min(delay, rest));
+    window.addEventListener("online", this.#again, { once: true });
+  }
+
+  #again = () => {
+    clearTimeout(this.#retry);
+    window.removeEventListener("online", this.#again);
+    if (this.#over) return;
+    const url = new URL(this.#url);
+    url.searchParams.set("resume", this.#token);
+    url.searchParams.set("heard", this.heard);
+    this.#connect(url);
+  };
+
+  // Browsers tell scripts nothing about an upgrade that was refused, so the question is asked again.
+  async #whyRefused() {
+    const url = new URL(this.#socket.url);
+    url.protocol = url.protocol.replace("ws", "http");
+    url.pathname = url.pathname.replace(/chat$/, "admission");
+    try {
+      const answer = await fetch(url, { cache: "no-store" });
+      if (answer.status === 204) return ending("full", { status: 503 }); // it was, a moment ago
+      const plain = answer.headers.get("content-type")?.startsWith("text/plain");
+      const full = answer.status === 503 || answer.status === 429;
+      const words = plain ? (await answer.text()).trim() : "";
+      return ending(full ? "full" : "refused", { status: answer.status, words });
+    } catch {
+      return ending("lost"); // it cannot be reached at all
+    }
+  }
+
+  #receive(data) {
+    const bytes = new Uint8Array(data);
+    const payload = bytes.subarray(1);
+    if (this.#live || bytes[0] === Kind.HANDSHAKE) this.#wait();
+    try {
+      switch (bytes[0]) {
+        case Kind.HANDSHAKE: return this.#start();
+        case Kind.AUDIO: return this.#handlers.audio(payload);
+        case Kind.TEXT: return this.#handlers.text(new TextDecoder().decode(payload));
+        case Kind.METADATA: return this.#learn(JSON.parse(new TextDecoder().decode(payload)));
+        case Kind.ERROR: this.#words = new TextDecoder().decode(payload);
+      }
+    } catch (error) {
+      this.#finish(ending("failed", { words: error.message }));
+    }
+  }
+
+  #wait() {
+    clearTimeout(this.#patience);
+    this.#patience = setTimeout(() => this.#silent(), PATIENCE_MS);
+  }
+
+  #silent() {
+    if (!this.#token) return this.#finish(ending("silent"));
+    this.#drop();
+    this.#closed(true, 1006, "");
+  }
+
+  #start() {
+    const resumed = this.#deadline !== null;
+    this.#live = true;
+    this.#deadline = null;
+    this.#tries = 0;
+    this.#words = "";
+    this.#handlers.state("live", { resumed });
+  }
+
+  #learn(details) {
+    if (details.type === "session") {
+      if (typeof details.resume === "string") this.#token = details.resume;
+      if (details.grace_s > 0) this.#graceS = details.grace_s;
+      this.#handlers.details(details);
+    } else if (details.type === "reconnect" && this.#token) {
+      this.#drop();
+      this.#closed(true, 1012, "");
+    } else if (details.type !== "queue") this.#handlers.metadata(details);
+    if (this.#live || this.#deadline) return;
+    if (details.type === "queue" && details.position > 0) this.#handlers.state("queued", details);
+    else if (details.type === "queue" || details.type === "session") this.#handlers.state("warming");
+  }
+
+  #drop() {
+    this.#socket.onmessage = this.#socket.onclose = null;
+    this.#socket.close(1000); // said, so that the session is not kept for us
+  }
+
+  #finish(how) {
     if (this.#over) return;
     this.#over = true;
-    clearTimeout(this.#timer);
-    if (this.#socket) {
-      this.#socket.onmessage = this.#socket.onclose = null;
-      this.#socket.close();
-    }
-    this.#sound?.close();
-    this.#handlers.end(message);
+    this.#live = false;
+    clearTimeout(this.#patience);
+    clearTimeout(this.#retry);
+    window.removeEventListener("online", this.#again);
+    if (this.#socket) this.#drop();
+    this.#handlers.end(how);
   }
 }

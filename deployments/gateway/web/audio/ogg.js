@@ -80,7 +80,8 @@ export class OggMuxer {
   }
 }
 
-/** Audio pages in `bytes`, which begin and end with a page: `{granule, packets}` each; headers are left out. */
+/** Audio pages in `bytes`, which begin and end with a page: `{sequence, granule, packets}` each; headers are left
+ * out. */
 export function* audioPages(bytes) {
   for (let start = 0; start < bytes.length; ) {
     const page = bytes.subarray(start);
@@ -99,7 +100,9 @@ export function* audioPages(bytes) {
     }
     const view = new DataView(page.buffer, page.byteOffset, size);
     const isHeader = packets.length === 1 && (isText(packets[0], "OpusHead") || isText(packets[0], "OpusTags"));
-    if (!isHeader) yield { granule: Number(view.getBigInt64(6, true)), packets };
+    if (!isHeader) {
+      yield { sequence: view.getUint32(18, true), granule: Number(view.getBigInt64(6, true)), packets };
+    }
     start += size;
   }
 }

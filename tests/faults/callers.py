@@ -1,0 +1,68 @@
+"""Sessions that talk all the time, each for a while, then another one in its place."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+
+import numpy as np
+import websockets
+from serving import Service, connect, speech
+
+from personaplex.config import FRAME_SIZE
+
+from .ledger import Entry, Ledger
+
+PIECE = 5  # frames between two looks at the clock
+LAST_ANSWERS_S = 3.0
+
+
+class Callers:
+    """Sessions until `until`, each at most `longest_s` long and at least half of that."""
+
+    def __init__(self, service: Service, ledger: Ledger, until: float, longest_s: float, seed: int) -> None:
+        self.live = 0
+        self._service, self._ledger, self._until, self._longest_s = service, ledger, until, longest_s
+        self._dice = random.Random(seed)
+        self._sound = np.tile(speech(9.6), 2)
+
+    def stop(self) -> None:
+        """No further session begins; those that talk end soon."""
+        self._until = min(self._until, time.monotonic() + 1.0)
+
+    async def run(self, count: int) -> None:
+        await asyncio.gather(*(self._one_after_another() for _ in range(count)))
+
+    async def _one_after_another(self) -> None:
+        while time.monotonic() < self._until:
+            entry = self._ledger.begin()
+            try:
+                await self._talk(entry, self._dice.uniform(self._longest_s / 2, self._longest_s))
+            except (AssertionError, TimeoutError, asyncio.TimeoutError):
+                entry.failure = entry.failure or "it was never live, or not answered"
+            except (OSError, websockets.WebSocketException) as error:
+                entry.failure = entry.failure or f"not connected: {type(error).__name__}"
+            entry.ended = time.monotonic()
+
+    async def _talk(self, entry: Entry, seconds: float) -> None:
+        async with connect(self._service, seed=entry.number) as client:
+            entry.heard = client.heard
+            await client.headers()
+            await client.until(lambda heard: heard.live, 60.0)
+            self.live += 1
+            try:
+                end = time.monotonic() + seconds
+                start = self._dice.randrange(60)
+                while time.monotonic() < min(end, self._until) and not client.ended:
+                    at = (start + entry.frames_sent) % 120 * FRAME_SIZE
+                    piece = np.roll(self._sound, -at)[: PIECE * FRAME_SIZE]
+                    await client.speak(piece)
+                    entry.frames_sent += PIECE
+                await asyncio.sleep(0 if client.ended else LAST_ANSWERS_S)
+            except websockets.ConnectionClosed:
+                pass  # its code says why
+            finally:
+                self.live -= 1
+            if client.ended:
+                entry.failure = f"{client.heard.code} {client.heard.reason}"

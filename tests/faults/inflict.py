@@ -1,0 +1,72 @@
+"""Faults of a local service's replicas: SIGKILL, SIGSTOP for a while, and links that are cut.
+
+A link is cut by shutting down the replica's own socket, of which Linux gives a copy to root (pidfd_getfd):
+the process lives on and hears of it as of any broken connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from hosted import REPLICA, Hosted
+
+_PIDFD_GETFD = 438  # on every architecture
+_ESTABLISHED = "01"
+
+
+def replicas(host: Hosted) -> list[int]:
+    """Processes of the replicas."""
+    return [pid for pid, command in host.named().items() if command.startswith(REPLICA)]
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def stop(pid: int, seconds: float) -> None:
+    """The process stands still for so long."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(seconds)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def cut(pid: int, ports: range) -> int:
+    """Cuts the process' connections at these local ports; how many there were. Raises OSError where the
+    kernel gives no copies of sockets."""
+    inodes, count = set(_established(ports)), 0
+    pidfd = os.pidfd_open(pid)
+    try:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(entry) in inodes:
+                    _shut_down(pidfd, int(entry.name))
+                    count += 1
+    finally:
+        os.close(pidfd)
+    return count
+
+
+def _established(ports: range) -> Iterator[str]:
+    for row in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, *rest = row.split()
+        if state == _ESTABLISHED and int(local.partition(":")[2], 16) in ports:
+            yield f"socket:[{rest[5]}]"
+
+
+def _shut_down(pidfd: int, number: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    copy = libc.syscall(_PIDFD_GETFD, pidfd, number, 0)
+    if copy < 0:
+        raise OSError(ctypes.get_errno(), "the kernel gives no copy of another process' socket")
+    with socket.socket(fileno=copy) as sock:
+        sock.shutdown(socket.SHUT_RDWR)
