@@ -159,7 +159,7 @@ class Published:
     def observe(self, series: Any, value: float, **labels: str) -> None:
         assert set(labels) == set(series.labels)
 
-    async def keep(self) -> None:
+    async def keep(self, *_: Any) -> None:
         await asyncio.Event().wait()
 
 

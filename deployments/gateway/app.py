@@ -259,8 +259,10 @@ class Gateway:
 
         try:
             await socket.accept(subprotocol)
-        except _LEFT:
+        except (*_LEFT, asyncio.CancelledError) as error:
             self._left(session, translator.name)
+            if isinstance(error, asyncio.CancelledError):
+                raise
             return
         conversation = Conversation(socket, session, self._services, protocol=translator, begin=begin)
         try:
@@ -291,7 +293,7 @@ class Gateway:
             return
         except BaseException:  # a fault of ours
             claim.give_up()
-            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.FAILED)
+            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.FAILED, protocol="chat")
             raise
         conversation: Conversation | None = None
         try:
@@ -313,7 +315,7 @@ class Gateway:
     def _ended(self, caller: str, conversation: Conversation | None, recording: Recording | None) -> None:
         error = SessionLost("it never began") if conversation is None else conversation.error
         if conversation is None:
-            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
+            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error), protocol="chat")
         self._reconnects.ended(caller, error, time.monotonic())
         if recording is not None and self._records is not None:
             self._records.finish(recording, metrics.cause(error))
