@@ -20,10 +20,11 @@ from ray.serve.deployment import Application
 from deployments import ingress
 from deployments.fleet import Fleet
 from deployments.gateway.app import Gateway
-from deployments.parts import GatewaySettings, ReplicaSettings
+from deployments.parts import GatewaySettings, ReplicaSettings, TranscriberSettings
 from deployments.policy import SessionScaling
 from deployments.replica.replica import Replica
 from deployments.settings import PROXY_CALLBACK, Settings, refuse_keys_among
+from deployments.transcriber import AT_ONCE, Transcriber
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ QUIET_LOGS = {"enable_access_log": False, "log_level": "WARNING"}
 
 
 def build(settings: Settings) -> Application:
-    """The application for `settings`: gateways in front, replicas behind, the fleet beside them."""
+    """The application for `settings`: gateways in front, replicas behind, the fleet beside them, and with
+    transcription=on transcribers."""
     refuse_keys_among(sys.argv[1:])  # of `serve run deployments:build`, and of our own command
     logger.info("settings: %s", json.dumps(settings.public(), sort_keys=True))
     if not settings.guarded:
@@ -58,7 +60,12 @@ def build(settings: Settings) -> Application:
         logger.warning("gateways hold %d sessions at most, replicas %d: see gateways_max", room, slots)
     fleet = _fleet().bind()
     replicas = _replica(settings).bind(ReplicaSettings.of(settings), fleet)
-    application: Application = _gateway(settings).bind(GatewaySettings.of(settings), replicas, fleet)
+    transcribers = None
+    if settings.transcription == "on":
+        transcribers = _transcriber(settings).bind(TranscriberSettings.of(settings))
+    application: Application = _gateway(settings).bind(
+        GatewaySettings.of(settings), replicas, fleet, transcribers
+    )
     return application
 
 
@@ -133,6 +140,30 @@ def _fleet() -> serve.Deployment:
         graceful_shutdown_timeout_s=1.0,
         logging_config=QUIET_LOGS,
     )(Fleet)
+
+
+def _transcriber(settings: Settings) -> serve.Deployment:
+    waiting: dict[str, Any] = {"max_backoff_s": LONGEST_RETRY_S}
+    return serve.deployment(
+        name="transcriber",
+        max_ongoing_requests=AT_ONCE,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=settings.transcribers_min,
+            max_replicas=settings.transcribers_max,
+            # One at a time is worked on: the mean of those waiting or worked on is utilisation and backlog.
+            target_ongoing_requests=settings.target_utilisation,
+            upscale_delay_s=settings.upscale_delay_s,
+            downscale_delay_s=settings.downscale_delay_s,
+            look_back_period_s=settings.autoscaling_lookback_s,
+        ),
+        request_router_config=RequestRouterConfig(**waiting),
+        ray_actor_options={
+            "num_cpus": settings.transcriber_num_cpus,
+            "resources": settings.transcriber_resources,
+        },
+        graceful_shutdown_timeout_s=5.0,
+        logging_config=QUIET_LOGS,
+    )(Transcriber)
 
 
 def replica_gpus(settings: Settings) -> float:

@@ -29,6 +29,7 @@ from deployments.replica.models import slots_that_fit
 from deployments.settings import HAPROXY_SWITCH, Settings, behind_haproxy
 from personaplex.errors import ConfigError
 from personaplex.outputs import try_output
+from personaplex.transcription.whisper import check_installed
 
 CLOSE_TIMEOUT_S = 3.0  # for sessions to end once the service stops
 WATCH_EVERY_S = 1.0  # a look whether Ray is still there
@@ -128,6 +129,8 @@ def _check_files(settings: Settings) -> None:
             raise ConfigError(f"{name}: {folder}: {error.strerror}") from error
     if settings.record_upload:
         store_at(settings.record_upload)
+    if settings.transcription == "on":
+        check_installed(settings.transcription_model)
 
 
 def addresses(host: str, port: int, secure: bool, lan: str) -> list[str]:
@@ -225,6 +228,8 @@ def _serve(host: str, port: int, certificate: tuple[Path, Path] | None, settings
     needed = (
         settings.replicas_max * settings.replica_num_cpus + settings.gateways_max * settings.gateway_num_cpus
     )
+    if settings.transcription == "on":
+        needed += settings.transcribers_max * settings.transcriber_num_cpus
     http: dict[str, Any] = {"host": host, "port": port}
     if certificate is not None:
         http["ssl_certfile"], http["ssl_keyfile"] = map(str, certificate)

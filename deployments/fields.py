@@ -267,6 +267,37 @@ class Fields(BaseModel):
         "their end; record_dir then holds only what is on its way.",
     )
 
+    # Transcription of the user's speech: see docs/transcription.md
+    transcription: Literal["off", "on"] = Field(
+        "off",
+        description="on: what users say is read by Whisper on CPUs, for clients that ask and for records. "
+        "Clients are told.",
+    )
+    transcription_model: str = Field(
+        "",
+        description="Whisper model: a name that faster-whisper knows or downloads (base.en, small, ...), or "
+        "a directory; empty is the embedded tiny.en.",
+    )
+    transcription_language: str = Field(
+        "en",
+        pattern=r"^[a-z]{0,3}$",
+        description="Language that users speak, as Whisper's code; empty has each piece recognised.",
+    )
+    transcription_backlog_s: float = Field(
+        30.0,
+        gt=0,
+        description="Speech that one gateway lets wait for a transcriber, and for how long; beyond it the "
+        "oldest is dropped, counted, and its client told.",
+    )
+    transcribers_min: int = Field(1, ge=0, description="Fewest transcribers.")
+    transcribers_max: int = Field(1, ge=1, description="Most transcribers.")
+    transcriber_num_cpus: float = Field(
+        1.0, gt=0, description="Ray CPUs of a transcriber, and its threads, rounded up."
+    )
+    transcriber_resources: Resources = Field(
+        default_factory=dict, description='Custom Ray resources of a transcriber, as {"name": amount}.'
+    )
+
     # Access
     api_keys: SecretList = Field((), description="Keys that open a session; unset: anyone may connect.")
     api_keys_file: Path | None = Field(

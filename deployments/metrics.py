@@ -117,6 +117,24 @@ RECORDS = Series(
     ("result",),
 )
 
+TRANSCRIPTION_LAG = Series(
+    "personaplex_transcription_lag_seconds",
+    "histogram",
+    "From the end of a piece of the user's speech to its words.",
+    (),
+    (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0),
+)
+TRANSCRIPTION_BACKLOG = Series(
+    "personaplex_transcription_backlog_seconds", "gauge", "Speech at or on its way to a transcriber."
+)
+TRANSCRIPTION_DROPPED = Series(
+    "personaplex_transcription_dropped_seconds",
+    "counter",
+    "Speech without a text, by reason: behind (transcribers cannot keep up), unavailable (there is none, or "
+    "it did not answer), detector (the gateway had no time to listen).",
+    ("reason",),
+)
+
 FAILOVERS = Series(
     "personaplex_failovers",
     "counter",
@@ -142,6 +160,22 @@ FAILOVER_SECONDS = Series(
     "first of the new one), catch_up (from slot live until no frame waits any more).",
     ("phase",),
     GAP_BUCKETS,
+)
+
+# Transcriber
+TRANSCRIBER_READY = Series("personaplex_transcriber_ready", "gauge", "1 with its model loaded, else 0.")
+TRANSCRIPTION_FACTOR = Series(
+    "personaplex_transcription_real_time_factor",
+    "histogram",
+    "Seconds of work for a second of speech.",
+    (),
+    (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0),
+)
+TRANSCRIPTION_SPEECH = Series(
+    "personaplex_transcription_speech_seconds", "counter", "Speech that was transcribed."
+)
+TRANSCRIPTION_WORK = Series(
+    "personaplex_transcription_work_seconds", "counter", "Time that transcribing it took."
 )
 
 # Both
@@ -268,6 +302,9 @@ def gateway_metrics(page: bool = False) -> Metrics:
         STREAM_ERRORS,
         PROMPT_CHARACTERS,
         RECORDS,
+        TRANSCRIPTION_LAG,
+        TRANSCRIPTION_BACKLOG,
+        TRANSCRIPTION_DROPPED,
         FAILOVERS,
         FAILOVER_SECONDS,
         RESUMES,
@@ -293,6 +330,10 @@ def replica_metrics() -> Metrics:
         DEVICE_BYTES,
         LOAD_SECONDS,
     )
+
+
+def transcriber_metrics() -> Metrics:
+    return Metrics(TRANSCRIBER_READY, TRANSCRIPTION_FACTOR, TRANSCRIPTION_SPEECH, TRANSCRIPTION_WORK)
 
 
 def cause(error: PersonaplexError | None) -> str:

@@ -25,13 +25,6 @@ P = TypeVar("P", bound="_Part")
 class _Part:
     log_level: Literal["debug", "info", "warning", "error"]
     log_format: Literal["text", "json"]
-    burst_frames: int
-    stall_limit_s: float
-    lease_timeout_s: float
-    resume_grace_s: float
-    rebuild_audio_s: float
-    media_tls: Literal["off", "own", "files"]
-    media_tls_dir: Path | None
 
     @classmethod
     def of(cls: type[P], settings: Settings) -> P:
@@ -43,6 +36,13 @@ class _Part:
 class GatewaySettings(_Part):
     """What a gateway reads; see `Settings` for each."""
 
+    burst_frames: int
+    stall_limit_s: float
+    lease_timeout_s: float
+    resume_grace_s: float
+    rebuild_audio_s: float
+    media_tls: Literal["off", "own", "files"]
+    media_tls_dir: Path | None
     queue_limit: int
     queue_timeout_s: float
     failover_after_s: float
@@ -78,12 +78,22 @@ class GatewaySettings(_Part):
     record_keep_days: float
     record_keep_bytes: int
     record_upload: str
+    transcription: Literal["off", "on"]
+    transcription_backlog_s: float
+    transcribers_max: int
 
 
 @dataclass(frozen=True)
 class ReplicaSettings(_Part):
     """What a replica reads; see `Settings` for each."""
 
+    burst_frames: int
+    stall_limit_s: float
+    lease_timeout_s: float
+    resume_grace_s: float
+    rebuild_audio_s: float
+    media_tls: Literal["off", "own", "files"]
+    media_tls_dir: Path | None
     model: str
     step_times: Path | None
     hf_repo: str
@@ -108,3 +118,12 @@ class ReplicaSettings(_Part):
     media_host: str
     media_port_min: int
     media_port_max: int
+
+
+@dataclass(frozen=True)
+class TranscriberSettings(_Part):
+    """What a transcriber reads; see `Settings` for each."""
+
+    transcription_model: str
+    transcription_language: str
+    transcriber_num_cpus: float

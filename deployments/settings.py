@@ -137,6 +137,8 @@ class Settings(BaseSettings, Fields):
             raise ValueError("replicas_initial is not between replicas_min and replicas_max")
         if self.gateways_max < self.gateways_min:
             raise ValueError("gateways_max is less than gateways_min")
+        if self.transcribers_max < self.transcribers_min:
+            raise ValueError("transcribers_max is less than transcribers_min")
         if self.media_port_max < self.media_port_min:
             raise ValueError("media_port_max is less than media_port_min")
         if self.media_port_min == 0 and self.media_port_max != 0:

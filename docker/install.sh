@@ -10,9 +10,9 @@ set -eu
 
 target=$1 prefix=$2 part=${3:-all}
 case $target in
-  gateway) extras=serve,client ;;
-  gpu) extras=serve,client,model ;;
-  cpu) extras=serve,client,model ;;
+  gateway) extras=serve,client,transcribe ;;
+  gpu) extras=serve,client,model,transcribe ;;
+  cpu) extras=serve,client,model,transcribe ;;
   *) echo "install.sh: no target '$target': gateway, gpu or cpu" >&2; exit 2 ;;
 esac
 case $part in

@@ -30,6 +30,9 @@ DERIVED = (  # the chart's own, or a secret that does not belong in values
     "gateways_max",
     "replica_resources",
     "gateway_resources",
+    "transcribers_min",
+    "transcribers_max",
+    "transcriber_resources",
     "api_keys",
     "api_keys_file",
 )

@@ -23,7 +23,7 @@ from loadtest import arrivals
 from loadtest.chart import chart
 from loadtest.failures import Failures
 from loadtest.forecast import Timing
-from loadtest.planner import Goals, Plan, Prices, make
+from loadtest.planner import Goals, Plan, Prices, make, transcriber_cores
 from loadtest.report import page, report_files, shown, table
 from personaplex import cli
 from personaplex.engine.steptimes import StepTimes
@@ -46,8 +46,19 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
         ("slots per GPU", str(plan.settings.slots)),
         ("GPUs, fewest to most", f"{plan.settings.replicas_min} to {plan.settings.replicas_max}"),
         ("gateways at the peak", str(plan.gateways)),
+        *_transcribers(plan),
         ("goals", "met" if plan.met else "NOT met"),
         *((name, shown(value)) for name, value in {**plan.forecast.figures(), **plan.costs}.items()),
+    ]
+
+
+def _transcribers(plan: Plan) -> list[tuple[str, str]]:
+    if not plan.transcriber_cores:
+        return []
+    each = transcriber_cores(plan.settings, 100)
+    return [
+        ("transcriber cores at the peak", shown(plan.transcriber_cores)),
+        ("transcriber cores per 100 sessions", shown(each)),
     ]
 
 

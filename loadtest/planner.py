@@ -24,6 +24,10 @@ from personaplex.errors import ConfigError
 
 FULL_WINDOW = PRESET_7B.lm.temporal.context
 TRIES = 8
+SPEAKING = 0.45  # of a conversation, the share in which its user speaks
+TRANSCRIBING = (
+    0.35  # core seconds for a second of speech, with the embedded model: benchmarks/results/words.json
+)
 GROWTH = 0.04  # of the GPUs, from one try to the next
 SHOWN = (
     "slots",
@@ -74,6 +78,7 @@ class Plan:
     goals: Goals
     forecast: Forecast
     gateways: int
+    transcriber_cores: float  # at the peak; 0 with transcription=off
     costs: Mapping[str, float | None]
 
     @property
@@ -88,6 +93,7 @@ class Plan:
             "goals": {**asdict(self.goals), "met": self.met},
             "settings": {name: getattr(self.settings, name) for name in SHOWN},
             "gateways": self.gateways,
+            "transcriber_cores": self.transcriber_cores,
             "costs": dict(self.costs),
             "forecast": self.forecast.figures(),
         }
@@ -155,7 +161,9 @@ def make(
         settings, forecast = _search(attempt, guess, goals)
     peak = max(held + more for held, more in zip(forecast.held, forecast.waiting, strict=True))
     gateways = _gateways(settings, peak)
-    return Plan(settings, steps, goals, forecast, gateways, _costs(forecast, settings, gateways, prices))
+    cores = transcriber_cores(settings, peak)
+    costs = _costs(forecast, settings, gateways, cores, prices)
+    return Plan(settings, steps, goals, forecast, gateways, cores, costs)
 
 
 def _search(
@@ -197,10 +205,20 @@ def _gateways(settings: Settings, sessions: float) -> int:
     return max(1, math.ceil(sessions / (settings.sessions_per_gateway * settings.target_utilisation)))
 
 
-def _costs(forecast: Forecast, settings: Settings, gateways: int, prices: Prices) -> dict[str, float | None]:
-    """Gateways run all the time at their peak number; replicas while they are up or coming up."""
+def transcriber_cores(settings: Settings, sessions: float) -> float:
+    """CPU cores that keep up with what the users of so many sessions say; 0 with transcription=off."""
+    if settings.transcription == "off":
+        return 0.0
+    return sessions * SPEAKING * TRANSCRIBING / settings.target_utilisation
+
+
+def _costs(
+    forecast: Forecast, settings: Settings, gateways: int, transcribing: float, prices: Prices
+) -> dict[str, float | None]:
+    """Gateways and transcribers run all the time at their peak number; replicas while they are up or coming
+    up."""
     gpu = forecast.replica_seconds / 3_600 * prices.gpu_hour
-    cores = gateways * max(1.0, settings.gateway_num_cpus) * forecast.seconds / 3_600
+    cores = (gateways * max(1.0, settings.gateway_num_cpus) + transcribing) * forecast.seconds / 3_600
     hours = forecast.live_seconds / 3_600
     total = gpu + cores * prices.core_hour
     slot_hours = forecast.replica_seconds / 3_600 * settings.slots

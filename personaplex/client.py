@@ -31,6 +31,8 @@ from personaplex.config import Pcm
 from personaplex.errors import BadAudio, PersonaplexError
 from personaplex.outputs import check_room, wav_bytes
 
+LAST_WORDS_S = 2.0  # that a transcriber may need for the end of a recording, beyond its tail
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 0 when the conversation ended as wished, 1 for an error, 2 for a command line that
@@ -67,8 +69,12 @@ def _talk(options: argparse.Namespace, url: str, said: Pcm | None) -> int:
     for conversation in kept:
         report = conversation.report
         print("\n" * bool(report.transcript), end="")
+        if options.transcript and report.session and not report.session.get("transcription"):
+            _inform("this service does not transcribe what you say: --transcript has the agent's side only")
         _inform(report.lines())
-        for failure in keep(report, conversation.heard, options, 0 if said is None else len(said)):
+        for failure in keep(
+            report, conversation.heard, conversation.transcript, options, 0 if said is None else len(said)
+        ):
             cli.complain(failure)
             code = code or cli.FAILED
     return code
@@ -84,13 +90,20 @@ async def _converse(
     def notify() -> None:
         loop.call_soon_threadsafe(ready.set)
 
+    last_words_s = LAST_WORDS_S if options.transcript else 0.0
     with contextlib.ExitStack() as stack:
         if said is not None:
-            conversation = Conversation(lambda: paced(said), show=_show, tell=_inform)
+            conversation = Conversation(
+                lambda: paced(said), show=_show, tell=_inform, last_words_s=last_words_s
+            )
         else:
             device = stack.enter_context(Device(notify))
             conversation = Conversation(
-                lambda: microphone(device, ready), play=device.play, show=_show, tell=_inform
+                lambda: microphone(device, ready),
+                play=device.play,
+                show=_show,
+                tell=_inform,
+                last_words_s=last_words_s,
             )
         kept.append(conversation)
         await conversation.run(url, headers, tls_context(url, options.insecure))

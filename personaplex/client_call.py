@@ -46,8 +46,10 @@ from personaplex.session.peer import (
     Send,
     Show,
 )
+from personaplex.transcript import Transcript
 
 TAIL_S = 3.0  # longest wait for the last answers after a recording has ended
+HEADER_PAGES = 2  # of the agent's stream, before its first frame
 _OPEN_TIMEOUT_S = 20.0
 _CLOSE_TIMEOUT_S = 2.0
 
@@ -77,13 +79,17 @@ class Conversation:
         play: Callable[[Pcm], None] = lambda frame: None,
         show: Callable[[str], None] = lambda text: None,
         tell: Callable[[str], None] = lambda notice: None,
+        last_words_s: float = 0.0,
     ) -> None:
         """`source` gives our frames at their own pace, from the handshake on; it is asked for none while the
         connection is lost. `play` takes each frame heard, `show` each piece of the transcript, `tell` what a
-        person may want to know meanwhile.
+        person may want to know meanwhile. `last_words_s`: after the last answer, the wait for the text of
+        what we said last, where the service tells it.
         """
         self.report = Report()
+        self.transcript = Transcript()
         self.heard: Recorder | None = None
+        self._last_words_s = last_words_s
         self._source, self._play, self._show, self._inform = source, play, show, tell
         self._transcoder = Transcoder()
         self._line = _Line()
@@ -210,6 +216,8 @@ class Conversation:
         self._check_answered()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._answered.wait(), TAIL_S)
+        if self.report.session.get("transcription") is True:
+            await asyncio.sleep(self._last_words_s)
         await self._live.wait()
         self._line.hung_up = True
         await self._tell(self._line, HangUp())
@@ -246,6 +254,7 @@ class Conversation:
 
     def _write(self, text: str) -> None:
         self.report.transcript += text
+        self.transcript.add_agent(self._next_page - 1 - HEADER_PAGES, text)
         self._show(text)
 
     def _hear(self, data: bytes, now: float) -> None:
@@ -275,6 +284,7 @@ class Conversation:
 
     async def _notice(self, line: _Line, data: Mapping[str, Any]) -> None:
         kind = data.get("type")
+        self.transcript.add_notice(data)
         if kind == "queue" and data.get("position"):
             self._inform(f"waiting for a free slot, position {data.get('position')}")
         elif kind == "session":

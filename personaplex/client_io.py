@@ -38,6 +38,7 @@ from personaplex.errors import (
 )
 from personaplex.files import replacing
 from personaplex.outputs import file_name, refuse_overwriting, try_output
+from personaplex.transcript import Transcript
 
 # Of opening a connection; see `refusal`. ImportError: a SOCKS proxy needs a package of its own.
 CONNECT_ERRORS = (OSError, InvalidHandshake, InvalidURI, InvalidProxy, ImportError)
@@ -202,6 +203,7 @@ def check_outputs(options: argparse.Namespace) -> None:
 
 def _outputs(options: argparse.Namespace) -> list[tuple[str, Path]]:
     named = [(f"--output-{kind}", getattr(options, f"output_{kind}")) for kind in ("wav", "text", "json")]
+    named.append(("--transcript", options.transcript))
     return [(option, path) for option, path in named if path is not None]
 
 
@@ -219,8 +221,10 @@ def load_recording(path: Path, tail_s: float, channel: int = 1) -> Pcm:
     return np.concatenate((resample(heard, rate, SAMPLE_RATE), silence))
 
 
-def keep(report: Report, heard: Recorder | None, options: argparse.Namespace, samples: int) -> list[str]:
-    """Writes what was heard, at least `samples` long, and the reports asked for; whole files or none.
+def keep(
+    report: Report, heard: Recorder | None, transcript: Transcript, options: argparse.Namespace, samples: int
+) -> list[str]:
+    """Writes what was heard, at least `samples` long, and the texts asked for; whole files or none.
 
     Gives the reasons why some could not be written; one does not keep another from it.
     """
@@ -231,8 +235,14 @@ def keep(report: Report, heard: Recorder | None, options: argparse.Namespace, sa
                 if heard is not None:
                     write_wav(path, heard.pcm(samples), SAMPLE_RATE)
                 continue
+            if option == "--output-text":
+                text = report.transcript
+            elif option == "--output-json":
+                text = report.json()
+            else:
+                text = transcript.json(report.session)
             with replacing(path) as part:
-                part.write_text(report.transcript if option == "--output-text" else report.json(), "utf-8")
+                part.write_text(text, "utf-8")
         except OSError as error:
             failures.append(cli.reason(error))
     return failures
@@ -262,6 +272,12 @@ def parser() -> argparse.ArgumentParser:
     files.add_argument("--output-wav", type=file_name, metavar="PATH", help="what was heard")
     files.add_argument("--output-text", type=file_name, metavar="PATH", help="the agent's transcript")
     files.add_argument("--output-json", type=file_name, metavar="PATH", help="the report, for programs")
+    files.add_argument(
+        "--transcript",
+        type=file_name,
+        metavar="PATH",
+        help="what both sides said, with times (JSON); your side where the service transcribes it",
+    )
     files.add_argument(
         "--tail",
         type=cli.number(0, 3_600),

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import logging
 import math
+import os
 import secrets
 import sys
 import time
@@ -41,6 +42,8 @@ from personaplex.outputs import make_folder_of, refuse_overwriting, try_output
 from personaplex.persona import Persona
 from personaplex.recordings import find_recordings
 from personaplex.text import Tokenizer
+from personaplex.transcription.recording import Transcriber
+from personaplex.transcription.whisper import Options
 from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, save_voice
 
 _ANY_LENGTH = 2**31  # tokens of a role text: whoever runs this may wait as long as they like
@@ -75,6 +78,7 @@ def _run(options: argparse.Namespace) -> int:
     checkpoint, lm = found.checkpoint, found.checkpoint.config.lm
     sampling = _sampling(options, lm)
     refuse_overwriting(_outputs(jobs, options), [("the model", path) for path in _files(checkpoint, options)])
+    transcriber = None if options.transcribe is None else Transcriber(_whisper(options))
     spoken = find_voice(options.voice_prompt, checkpoint, VoiceLibrary(lm, checkpoint.voices))
     config = EngineConfig(kv=options.kv, prompt_tokens=_ANY_LENGTH, voice_cache=1)
     most = found.slots(config, live=False) if options.batch_size == AUTO else options.batch_size
@@ -92,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
     persona = Persona(text_prompt=options.text_prompt, sampling=sampling)
     started = time.perf_counter()
     try:
-        converse(engine, parts.tokenizer, persona, voice, jobs, report, options.channel)
+        converse(engine, parts.tokenizer, persona, voice, jobs, report, options.channel, transcriber)
     except EngineFault as error:
         cli.complain(f"{error}; the conversations that had ended are written")
         return cli.FAILED
@@ -120,6 +124,10 @@ def _spec(options: argparse.Namespace) -> ModelSpec:
     )
 
 
+def _whisper(options: argparse.Namespace) -> Options:
+    return Options(options.transcribe_model, options.transcribe_language, threads=os.cpu_count() or 1)
+
+
 def _encoded(model: Model, pcm: NDArray[np.float32]) -> Voice:
     return Voice.from_codes(encode_voice(model, torch.from_numpy(pcm)))
 
@@ -127,7 +135,13 @@ def _encoded(model: Model, pcm: NDArray[np.float32]) -> Voice:
 def _prepared_jobs(options: argparse.Namespace, report: RunReport) -> list[Job]:
     """The jobs whose outputs can be written; what cannot be run is said, and noted in `report`."""
     found = find_recordings(options.input_wav)
-    jobs = plan_jobs(options.input_wav, options.output_wav, options.output_text, options.output_tokens)
+    jobs = plan_jobs(
+        options.input_wav,
+        options.output_wav,
+        options.output_text,
+        options.output_tokens,
+        options.transcribe,
+    )
     named = [(f"--{name.replace('_', '-')}", getattr(options, name)) for name in _INPUT_FILES]
     inputs = [("--input-wav", path) for path in found.recordings]
     inputs += [(option, Path(value)) for option, value in named if value is not None]
@@ -164,6 +178,7 @@ def converse(
     jobs: Sequence[Job],
     report: RunReport,
     channel: int = 1,
+    transcriber: Transcriber | None = None,
 ) -> None:
     """Runs all jobs through the engine's slots, each written as soon as it ends.
 
@@ -187,13 +202,15 @@ def converse(
             progress.update(len(live))
             for slot in [slot for slot, conversation in live.items() if conversation.finished]:
                 engine.close(slot)
-                _finish(live.pop(slot), tokenizer, report)
+                _finish(live.pop(slot), tokenizer, report, transcriber)
 
 
-def _finish(conversation: JobRun, tokenizer: Tokenizer, report: RunReport) -> None:
+def _finish(
+    conversation: JobRun, tokenizer: Tokenizer, report: RunReport, transcriber: Transcriber | None
+) -> None:
     name = conversation.job.input.name
     try:
-        conversation.write(tokenizer)
+        conversation.write(tokenizer, transcriber)
     except OSError as error:
         report.fail(name, cli.reason(error))
         return
@@ -204,7 +221,7 @@ def _tick(engine: Engine, live: dict[Slot, JobRun]) -> None:
     for slot, conversation in live.items():
         engine.feed(slot, conversation.next_frame())
     for output in engine.step():
-        live[output.slot].take(output.pcm, output.tokens, output.user_codes)
+        live[output.slot].take(output.pcm, output.tokens, output.user_codes, output.text)
 
 
 def find_voice(prompt: str, checkpoint: Checkpoint, library: VoiceLibrary) -> Voice | NDArray[np.float32]:

@@ -19,6 +19,8 @@ from personaplex.outputs import check_room, is_folder, make_folder_of, try_outpu
 from personaplex.recordings import Failure, PathLike, find_recordings
 from personaplex.text import Tokenizer
 from personaplex.tokenlog import save_arrays
+from personaplex.transcript import Transcript
+from personaplex.transcription.recording import Transcriber
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Job:
     wav: Path
     text: Path | None
     tokens: Path | None
+    transcript: Path | None = None
 
     @property
     def outputs(self) -> list[tuple[str, Path]]:
@@ -37,12 +40,17 @@ class Job:
             ("--output-wav", self.wav),
             ("--output-text", self.text),
             ("--output-tokens", self.tokens),
+            ("--transcribe", self.transcript),
         )
         return [(option, path) for option, path in named if path is not None]
 
 
 def plan_jobs(
-    inputs: Sequence[PathLike], wav: PathLike, text: PathLike | None, tokens: PathLike | None
+    inputs: Sequence[PathLike],
+    wav: PathLike,
+    text: PathLike | None,
+    tokens: PathLike | None,
+    transcript: PathLike | None = None,
 ) -> list[Job]:
     """One job a recording. Several recordings, a folder of them, or --output-wav that is a folder or ends in
     a slash, make all outputs folders.
@@ -51,7 +59,12 @@ def plan_jobs(
     same name, and when a file stands where a folder is meant or a folder where a file is.
     """
     recordings = find_recordings(inputs).recordings
-    named = {"--output-wav": wav, "--output-text": text, "--output-tokens": tokens}
+    named = {
+        "--output-wav": wav,
+        "--output-text": text,
+        "--output-tokens": tokens,
+        "--transcribe": transcript,
+    }
     given = {option: value for option, value in named.items() if value is not None}
     paths = {option: Path(value) for option, value in given.items()}
     single = len(recordings) == 1 and not Path(inputs[0]).is_dir() and not is_folder(wav)
@@ -63,7 +76,8 @@ def plan_jobs(
         if not single and paths[option].exists() and not paths[option].is_dir():
             raise ConfigError(f"{option} {value} is a file, but here the outputs need a folder")
     if single:
-        return [Job(recordings[0], Path(wav), paths.get("--output-text"), paths.get("--output-tokens"))]
+        rest = (paths.get(option) for option in ("--output-text", "--output-tokens", "--transcribe"))
+        return [Job(recordings[0], Path(wav), *rest)]
     stems = [recording.stem for recording in recordings]
     twice = sorted({stem for stem in stems if stems.count(stem) > 1})
     if twice:
@@ -74,6 +88,7 @@ def plan_jobs(
             wav=paths["--output-wav"] / f"{recording.stem}.wav",
             text=paths["--output-text"] / f"{recording.stem}.json" if text is not None else None,
             tokens=paths["--output-tokens"] / f"{recording.stem}.npz" if tokens is not None else None,
+            transcript=paths["--transcribe"] / f"{recording.stem}.json" if transcript is not None else None,
         )
         for recording in recordings
     ]
@@ -117,6 +132,7 @@ class JobRun:
         check_room(job.wav, wav_bytes(len(self.samples)))
         self.frames = -(-len(self.samples) // FRAME_SIZE)
         self._sent = 0
+        self._transcript = Transcript()
         self._pcm: list[NDArray[np.float32]] = []
         self._tokens: list[NDArray[np.int64]] = []
         self._user_codes: list[NDArray[np.int64]] = []
@@ -133,15 +149,22 @@ class JobRun:
         return np.pad(frame, (0, FRAME_SIZE - len(frame)))
 
     def take(
-        self, pcm: NDArray[np.float32], tokens: NDArray[np.int64], user_codes: NDArray[np.int64]
+        self,
+        pcm: NDArray[np.float32],
+        tokens: NDArray[np.int64],
+        user_codes: NDArray[np.int64],
+        text: str = "",
     ) -> None:
-        """The agent's frame [1920], its tokens [17] and the codes [8] of the frame that was heard."""
+        """The agent's frame [1920], its tokens [17] and text, and the codes [8] of the frame it heard."""
+        if text:
+            self._transcript.add_agent(len(self._pcm), text)
         self._pcm.append(pcm.copy())
         self._tokens.append(tokens.copy())
         self._user_codes.append(user_codes.copy())
 
-    def write(self, tokenizer: Tokenizer) -> None:
-        """All outputs; the sound is as long as the recording, the text one string a frame.
+    def write(self, tokenizer: Tokenizer, transcriber: Transcriber | None = None) -> None:
+        """All outputs; the sound is as long as the recording, the text one string a frame. A transcript needs
+        `transcriber`.
 
         Raises the first OSError, after all that can be written is.
         """
@@ -149,6 +172,7 @@ class JobRun:
             (self.job.wav, self._write_wav),
             (self.job.text, lambda path: self._write_text(path, tokenizer)),
             (self.job.tokens, self._write_tokens),
+            (self.job.transcript, lambda path: self._write_transcript(path, transcriber)),
         ]
         errors = []
         for path, write in writers:
@@ -167,6 +191,13 @@ class JobRun:
         labels = [tokenizer.label(tokens[0]) for tokens in np.stack(self._tokens).tolist()]
         with replacing(path) as part:
             part.write_text(json.dumps(labels, ensure_ascii=False), encoding="utf-8")
+
+    def _write_transcript(self, path: Path, transcriber: Transcriber | None) -> None:
+        assert transcriber is not None
+        for segment in transcriber.read(self.samples):
+            self._transcript.add_user(segment)
+        with replacing(path) as part:
+            part.write_text(self._transcript.json({"transcription": True}), encoding="utf-8")
 
     def _write_tokens(self, path: Path) -> None:
         save_arrays(path, tokens=np.stack(self._tokens), user_codes=np.stack(self._user_codes, axis=1))

@@ -64,6 +64,21 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         help=".npz with tokens [n, 17] and user_codes [8, n]",
     )
     group.add_argument(
+        "--transcribe",
+        type=some_name,
+        metavar="PATH",
+        help="JSON: what both sides said, with the times of words; the user as Whisper hears it",
+    )
+    group.add_argument(
+        "--transcribe-model",
+        default="",
+        metavar="NAME",
+        help="Whisper model by name or folder; empty is the embedded tiny.en",
+    )
+    group.add_argument(
+        "--transcribe-language", default="en", metavar="CODE", help="of the user; empty to recognise it"
+    )
+    group.add_argument(
         "--channel", type=cli.whole(1), default=1, metavar="N", help="of recordings that have several"
     )
 

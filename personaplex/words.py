@@ -1,13 +1,19 @@
-"""Words and when they were said: what a transcript is made of. Stdlib only.
+"""Words and when they were said: what a transcript is made of. Pure.
 
 Times are seconds of the conversation, whose frame k, the user's and the agent's alike, begins at 0.08 k.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from personaplex.config import FRAME_SECONDS
+
+PAUSE_S = 1.0
+_SPACE = re.compile(r"\s")
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,34 @@ class Segment:
     def of(cls, words: Sequence[Word]) -> Segment:
         """The segment that `words` make; at least one."""
         return cls(" ".join(word.text for word in words), words[0].start, words[-1].end, tuple(words))
+
+
+def spelled(pieces: Iterable[tuple[int, str]]) -> list[Word]:
+    """The words that pieces of text with their frames spell, in order, each with the times of the frames it
+    came with. A piece that begins with a space begins a word."""
+    found: list[Word] = []
+    spelling = False  # the last word may go on
+    for frame, piece in pieces:
+        start, end = round(frame * FRAME_SECONDS, 2), round((frame + 1) * FRAME_SECONDS, 2)
+        for number, part in enumerate(_SPACE.split(piece)):
+            spelling = spelling and number == 0
+            if part and spelling:
+                found[-1] = Word(found[-1].text + part, found[-1].start, end)
+            elif part:
+                found.append(Word(part, start, end))
+                spelling = True
+    return found
+
+
+def segments(words: Iterable[Word], pause_s: float = PAUSE_S) -> list[Segment]:
+    """Words in order, cut where nothing is said for more than `pause_s`."""
+    rows: list[list[Word]] = []
+    for word in words:
+        if rows and word.start - rows[-1][-1].end <= pause_s:
+            rows[-1].append(word)
+        else:
+            rows.append([word])
+    return [Segment.of(row) for row in rows]
 
 
 def as_json(segment: Segment) -> dict[str, Any]:

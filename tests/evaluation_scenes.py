@@ -25,7 +25,8 @@ import soundfile
 from personaplex.evaluation.dataset import Sample, load
 from personaplex.evaluation.speech import Span, Track, Word, merge
 from personaplex.evaluation.synth import EXPECTED_FILE, synthesise
-from personaplex.evaluation.vad import RATE, segments
+from personaplex.evaluation.vad import segments
+from personaplex.transcription.silero import RATE
 
 DATA = Path(__file__).parent / "data" / "evaluation"
 KEPT = DATA / "probabilities.npz"

@@ -48,15 +48,17 @@ from deployments.gateway.failover import Failovers
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
 from deployments.gateway.leases import Claim, Leases
+from deployments.gateway.listening import Listening
 from deployments.gateway.observer import Observer
 from deployments.gateway.openai import Admit, OpenAIEndpoints
 from deployments.gateway.protocols.translator import Translator
-from deployments.gateway.query import heard_from, persona_from, read_query, wants_status
+from deployments.gateway.query import allows_transcription, heard_from, persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
 from deployments.gateway.resumes import Resumes, Taken
 from deployments.gateway.telephone import TICKET_S, TelephoneEndpoints
+from deployments.gateway.transcripts import Transcripts
 from deployments.gateway.upstream import Services
 from deployments.keysync import KeySync
 from deployments.parts import GatewaySettings
@@ -64,6 +66,7 @@ from deployments.settings import all_keys, behind_haproxy, proxies_in_front, pro
 from deployments.wire.handshake import GatewayHandshake
 from deployments.wire.link import Link, OnLost, OnMessage, connect
 from deployments.wire.messages import Grant, LeaseRequest
+from deployments.wire.speech import Answer
 from deployments.wire.tls import gateway_context
 from deployments.wire.tokens import ResumeTokens
 from personaplex.errors import (
@@ -77,6 +80,7 @@ from personaplex.errors import (
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
 from personaplex.tokenlog import TokenLog
+from personaplex.transcription.listener import Speech
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +93,13 @@ class Gateway:
     """Made by Serve, one per process, with handles to the replicas and to the fleet."""
 
     def __init__(
-        self, settings: GatewaySettings, replicas: DeploymentHandle[Any], fleet: DeploymentHandle[Any]
+        self,
+        settings: GatewaySettings,
+        replicas: DeploymentHandle[Any],
+        fleet: DeploymentHandle[Any],
+        transcribers: DeploymentHandle[Any] | None = None,
     ) -> None:
+        """`transcribers`: none with transcription=off."""
         logs.configure(settings.log_level, settings.log_format)
         self._settings = settings
         self._fleet = Observer(fleet)
@@ -134,6 +143,7 @@ class Gateway:
             keep=self._keep,
             changed=self._publish,
             trace=tracing.connect() if settings.tracing else None,
+            transcripts=None if transcribers is None else self._transcripts(transcribers),
             failovers=failovers,
             resumes=self._make_resumes(),
         )
@@ -145,6 +155,19 @@ class Gateway:
         self._watching = asyncio.ensure_future(self._fleet.wait_close(uuid.uuid4().hex, self._close))
         warn_of_proxies_without_limits()
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
+
+    def _transcripts(self, transcribers: DeploymentHandle[Any]) -> Transcripts:
+        async def transcribe(speech: Speech) -> Answer:
+            answer: Answer = await transcribers.transcribe.remote(speech)
+            return answer
+
+        return Transcripts(
+            transcribe,
+            self._metrics,
+            Listening(self._settings.burst_frames),
+            backlog_s=self._settings.transcription_backlog_s,
+            transcribers=self._settings.transcribers_max,
+        )
 
     def __serve_build_asgi_app__(self) -> Starlette:
         routes: list[BaseRoute] = [
@@ -264,7 +287,14 @@ class Gateway:
             if isinstance(error, asyncio.CancelledError):
                 raise
             return
-        conversation = Conversation(socket, session, self._services, protocol=translator, begin=begin)
+        conversation = Conversation(
+            socket,
+            session,
+            self._services,
+            protocol=translator,
+            begin=begin,
+            transcribe=translator.user_text and allows_transcription(query),
+        )
         try:
             await conversation.run()
         finally:
@@ -304,6 +334,7 @@ class Gateway:
                 self._services,
                 status=status,
                 recording=recording,
+                transcribe=allows_transcription(query) and (status or recording is not None),
                 resumable=status,
                 comeback=comeback,
             )
@@ -318,7 +349,20 @@ class Gateway:
             self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error), protocol="chat")
         self._reconnects.ended(caller, error, time.monotonic())
         if recording is not None and self._records is not None:
-            self._records.finish(recording, metrics.cause(error))
+            recording.over()
+            finishing = asyncio.ensure_future(self._finish_record(self._records, recording, conversation))
+            self._services.ending.add(finishing)
+            finishing.add_done_callback(self._services.ending.discard)
+
+    async def _finish_record(
+        self, records: Records, recording: Recording, conversation: Conversation | None
+    ) -> None:
+        error = SessionLost("it never began") if conversation is None else conversation.error
+        try:
+            if conversation is not None:
+                await conversation.last_words()
+        finally:
+            records.finish(recording, metrics.cause(error))
 
     def _begin_record(
         self, query: Mapping[str, str], session: str, persona: Persona, engine: Mapping[str, str]
@@ -383,6 +427,7 @@ class Gateway:
                 "session_limit_s": self._settings.session_limit_s,
                 "key_needed": self._settings.guarded,
                 "record": self._settings.record,
+                "transcription": self._settings.transcription,
             }
         )
 
@@ -472,6 +517,8 @@ class Gateway:
         self._leases.close()
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._empty.wait(), CLOSE_TIMEOUT_S)
+        if self._services.transcripts is not None:
+            self._services.transcripts.close()
         if self._records is not None:
             await self._records.close()
 

@@ -26,6 +26,7 @@ from deployments.gateway.protocols.translator import Begin, Message, Reply, Tran
 from deployments.gateway.recorder import Recording
 from deployments.gateway.resumes import Taken
 from deployments.gateway.stats import SessionStats
+from deployments.gateway.transcripts import Heard, Transcript
 from deployments.gateway.upstream import Services, Upstream
 from personaplex.config import Pcm
 from personaplex.errors import ClientError, PersonaplexError, RecordingFailed, SessionLost
@@ -42,6 +43,7 @@ from personaplex.session.events import (
     PeerClosed,
     SessionNotice,
     Tick,
+    UserText,
 )
 from personaplex.session.moshi import close_reason
 
@@ -50,6 +52,7 @@ logger = logging.getLogger(__name__)
 UNSENT_LIMIT = 256  # messages a client may leave unread, times `burst_share`: 20 s of speech
 FAILED = "the server failed; please connect again"
 Claiming = Callable[[Persona, str], Awaitable[Claim]]  # a persona and a ticket; see `Begin`
+LAST_WORDS_S = 5.0  # that a record waits for the words of its end
 CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
 
 
@@ -81,11 +84,13 @@ class Conversation:
         begin: Claiming | None = None,
         resumable: bool = False,
         comeback: Comeback | None = None,
+        transcribe: bool = False,
     ) -> None:
         """`protocol`: /api/chat's unless another is given. `status`: see `SessionCore`. `recording` gets what
         happens; who began it ends it. `begin` claims the slot of a session whose client says only after the
         upgrade which one it wants. `resumable`: its client may come back after it was lost. `comeback`: it
-        has."""
+        has. `transcribe`: what the user says is read, where the service does that, for the record and for the
+        client if it asked for `status`."""
         self._socket, self._session, self._services = socket, session, services
         if protocol is None:
             before = 0 if comeback is None else comeback.taken.log.frames
@@ -94,8 +99,18 @@ class Conversation:
         self._cleanly = False  # whether the client said that it leaves
         self._protocol, self._claim_slot = protocol, begin
         self._stats = SessionStats(session, services.metrics, services.trace, protocol.name)
+        self._recording: Recording | None = None
+        self._transcript: Transcript | None = None
+        if transcribe and services.transcripts is not None:
+            self._transcript = services.transcripts.open(self._on_heard)
         self._upstream = Upstream(
-            session, services, self._stats, self._on, self._on_agent_frame, resumable=resumable
+            session,
+            services,
+            self._stats,
+            self._on,
+            self._on_agent_frame,
+            resumable=resumable,
+            on_heard=None if self._transcript is None else self._transcript.hear,
         )
         self._audio = AudioStep(
             protocol.transcoder, services.limits, services.metrics, self._on, self._upstream.send_frame
@@ -107,7 +122,7 @@ class Conversation:
             limits,
             self._stats.began,
             status=status,
-            user_text=protocol.user_text,
+            user_text=status or protocol.user_text,
             handshake_delay_s=protocol.handshake_delay_s if comeback is None else 0.0,
             begin_s=limits.idle_s if begin is not None else float("inf"),
         )
@@ -133,8 +148,14 @@ class Conversation:
 
     def record(self, recording: Recording) -> None:
         """What happens goes to `recording` too; who began it ends it. Before the session has its slot."""
+        self._recording = recording
         recording.on_failure = self._on_recording_failed
         self._upstream.record(recording)
+
+    async def last_words(self) -> None:
+        """After `run`: returns once everything that the user said is in the record, or after LAST_WORDS_S."""
+        if self._transcript is not None:
+            await self._transcript.settled(LAST_WORDS_S)
 
     async def run(self, persona: Persona | None = None, claim: Claim | None = None) -> None:
         """Serves the client until either side ends it. The claim is this session's from now on; without one
@@ -246,6 +267,11 @@ class Conversation:
         self._unsent.append(message)
         self._writable.set()
 
+    def _on_heard(self, heard: Heard) -> None:
+        if self._recording is not None and isinstance(heard, UserText):
+            self._recording.user_text(heard.segment)
+        self._on(heard)
+
     def _on_agent_frame(self, number: int, pcm: Pcm, stale: bool) -> None:
         self._audio.encode(number, pcm, stale)
 
@@ -320,6 +346,10 @@ class Conversation:
         if self._resumable and (isinstance(error, SessionLost) if error else not self._cleanly):
             self._upstream.detach()
         self._upstream.close()
+        if self._transcript is not None:
+            self._transcript.end()
+            if self._recording is None:
+                self._transcript.close()  # nobody is left to be told
         self._services.live.discard(self._session)
 
     async def _wind_up(self) -> None:

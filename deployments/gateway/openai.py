@@ -86,6 +86,7 @@ class OpenAIEndpoints:
             speech_dbfs=settings.speech_dbfs,
             pause_s=settings.pause_s,
             barge_in=settings.barge_in,
+            transcribes=settings.transcription == "on",
         )
 
     def routes(self) -> list[BaseRoute]:
@@ -157,7 +158,9 @@ class OpenAIEndpoints:
             with self._host.admitted(request):
                 wanted = await _read_json(request)
                 seconds, session = _read_secret(wanted)
-                base = Configuration(Persona(), voice_name=Persona().voice)
+                base = Configuration(
+                    Persona(), voice_name=Persona().voice, transcribes=self._options.transcribes
+                )
                 configuration = base.updated(session, Dialect.GA, self._settings.voice_aliases)
                 content = {"key": _bearer(request.headers) or _api_key(request.headers), "session": session}
                 value = SECRET_PREFIX + self._tickets.make(content, now + seconds)

@@ -3,8 +3,9 @@
 Everything has a default, and names nobody knows are ignored, since stock clients send more than is used
 (`pad_mult`, `repetition_penalty`, `repetition_penalty_context`, `email`). A name given twice counts once.
 `record=1` is the consent to be recorded, and `record_person` a name to find the record by.
-`status=1` asks for news before the handshake: the place in the queue and the session's details. `resume` is a
-token to come back with, and `heard` how many of the agent's frames were heard before.
+`status=1` asks for news before the handshake: the place in the queue and the session's details; and for the
+words of the user, where the service reads them. `transcription=0` forbids that.
+`resume` is a token to come back with, and `heard` how many of the agent's frames were heard before.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def read_query(query: bytes, limit: int) -> dict[str, str]:
 def wants_status(query: Mapping[str, str]) -> bool:
     """Whether the client asks to be told how it stands before the handshake. Any value but 1 is no."""
     return query.get("status") == "1"
+
+
+def allows_transcription(query: Mapping[str, str]) -> bool:
+    """Whether the client lets the service read what its user says. Any value but 0 is yes."""
+    return query.get("transcription") != "0"
 
 
 def wants_record(query: Mapping[str, str]) -> bool:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from personaplex.errors import BadRecord, RecordingFailed
 from personaplex.record.format import Event, Head, Row
-from personaplex.record.transcript import TEXT
+from personaplex.record.transcript import TEXT, USER_TEXT
 from personaplex.record.writer import RecordWriter
+from personaplex.words import Segment, as_json
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Recording:
         self._waiting: list[Row | Event] = []
         self._lock = threading.Lock()
         self._began: float | None = None  # monotonic
+        self._over_at: float | None = None  # since then
         self._ended = False
         self._done = threading.Event()  # all of it is written, or lost
         self._writer: RecordWriter | None = None
@@ -53,12 +55,23 @@ class Recording:
         if text:
             self._add(Event(TEXT, at, {"frame": row.frame, "text": text}))
 
+    def user_text(self, segment: Segment) -> None:
+        """What the user said, as it was read."""
+        self._add(Event(USER_TEXT, self._at(), as_json(segment)))
+
+    def over(self) -> None:
+        """The session is over; words of it may still come, until `end`."""
+        self._over_at = self._at()
+
     def end(self, cause: str) -> None:
-        """The session is over. Idempotent."""
-        at = 0.0 if self._began is None else time.monotonic() - self._began
+        """All is said. Idempotent."""
+        at = self._at() if self._over_at is None else self._over_at
         self._add(Event("end", at, {"cause": cause}))
         with self._lock:
             self._ended = True
+
+    def _at(self) -> float:
+        return 0.0 if self._began is None else time.monotonic() - self._began
 
     def wait(self, timeout_s: float) -> bool:
         """After `end`: whether all of it is written, or lost, within `timeout_s`."""

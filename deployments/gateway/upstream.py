@@ -33,6 +33,7 @@ from deployments.gateway.silence import SilenceWatch
 from deployments.gateway.slot import Connect, Slot, UserFrame
 from deployments.gateway.stats import SessionStats
 from deployments.gateway.tracing import Trace
+from deployments.gateway.transcripts import Transcripts
 from deployments.metrics import Metrics
 from deployments.wire import messages
 from deployments.wire.messages import NOTHING_HELD, Held, LeaseRequest, MessageKind, SlotReady
@@ -84,6 +85,7 @@ class Services:
     keep: Callable[[str, TokenLog], Awaitable[None]]  # called at the end with the session's name and tokens
     changed: Callable[[], None]  # called when a session went live or joined or left the queue
     trace: Trace | None = None
+    transcripts: Transcripts | None = None  # of what users say; None with transcription=off
     failovers: Failovers = field(default_factory=Failovers)
     resumes: Resumes | None = None  # None where no client can come back
     live: set[str] = field(default_factory=set)  # names of the sessions past their handshake
@@ -103,14 +105,17 @@ class Upstream:
         recording: Recording | None = None,
         *,
         resumable: bool = False,
+        on_heard: Callable[[int, Pcm], None] | None = None,
     ) -> None:
         """`on_frame(number, pcm, stale)` takes the agent's frames; `stale` ones answer frames that waited for
         the slot. `resumable`: the client may come back after its connection was lost, if the service lets
-        it."""
+        it. `on_heard(number, pcm)` gets each frame of the user once the agent's frame of that number has
+        answered it; without, nobody transcribes the session."""
         self._session, self._services, self._stats, self._emit = session, services, stats, emit
         self._on_frame = on_frame
         self._metrics = services.metrics
         self._recording = recording
+        self._on_heard = on_heard
         self._recorder: SessionRecorder | None = None
         self._generations = itertools.count()
         self._resumes = services.resumes if resumable else None
@@ -177,6 +182,8 @@ class Upstream:
         }
         if self._recording is not None:
             self._details["recorded"] = True
+        if self._on_heard is not None:
+            self._details["transcription"] = True
         try:
             slot = await self._join(claim)
         except OSError:  # the replica has just ended or is out of reach; another one may do better
@@ -338,6 +345,8 @@ class Upstream:
         latency_s = ((_micros() - reply.timestamp) % 2**32) / 1e6
         self._record(reply, latency_s)
         self._on_frame(reply.frame, reply.pcm, reply.frame < self._stale)
+        if self._on_heard is not None and frame is not None:
+            self._on_heard(reply.frame, frame.pcm)
         if reply.frame % metrics.SAMPLED == 0:
             self._metrics.observe(metrics.FRAME_SECONDS, latency_s)
         if reply.text:

@@ -26,8 +26,8 @@ from personaplex.evaluation.figures import STYLE, histogram, span, timeline
 from personaplex.evaluation.published import PUBLISHED
 from personaplex.evaluation.results import RESULTS_FILE, SCHEMA_VERSION, badness
 from personaplex.evaluation.scoring import agents_channel, read_record
-from personaplex.evaluation.vad import RATE
 from personaplex.files import read_bounded, replacing
+from personaplex.transcription.silero import RATE
 
 SHOWN = 12  # samples of a task with a time line
 PLAYED = 4  # of those, with their sound

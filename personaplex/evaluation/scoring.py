@@ -23,8 +23,9 @@ from personaplex.evaluation import event, official, transcript
 from personaplex.evaluation.dataset import TASKS, BadSample, Sample
 from personaplex.evaluation.speech import Span, Track
 from personaplex.evaluation.transcript import Source, Transcript, Whisper
-from personaplex.evaluation.vad import RATE, Detector
+from personaplex.evaluation.vad import Detector
 from personaplex.files import read_bounded, replacing
+from personaplex.transcription.silero import RATE
 
 Record = dict[str, Any]
 

@@ -12,14 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from personaplex.config import FRAME_SECONDS
-from personaplex.errors import ConfigError
+from personaplex.config import FRAME_SECONDS, Pcm
 from personaplex.evaluation.dataset import BadSample, numbers
 from personaplex.evaluation.speech import Span, Word, nearest
 from personaplex.files import read_bounded
+from personaplex.transcription import whisper
 
 Source = Literal["text", "file", "whisper"]
 Pieces = Sequence[tuple[int, str]]
@@ -127,23 +124,9 @@ class Whisper:
 
     def __init__(self, model: str) -> None:
         """`model`: a name or a folder that faster-whisper knows. Raises ConfigError without the package."""
-        try:
-            from faster_whisper import WhisperModel
-        except ImportError as error:
-            raise ConfigError("--transcript whisper needs: pip install faster-whisper") from error
-        try:
-            self._model = WhisperModel(model, device="auto", compute_type="default")
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(f"faster-whisper cannot load {model!r}: {error}") from error
+        self._whisper = whisper.Whisper(whisper.Options(model, device="auto", compute="default", threads=0))
 
-    def words(self, pcm16k: npt.NDArray[np.float32]) -> Transcript:
+    def words(self, pcm16k: Pcm) -> Transcript:
         """Of float32 [samples] at 16 kHz."""
-        found, _ = self._model.transcribe(pcm16k, language="en", word_timestamps=True, beam_size=1)
-        return Transcript(
-            tuple(
-                Word(word.word.strip(), float(word.start), float(word.end))
-                for segment in found
-                for word in segment.words or ()
-                if word.word.strip()
-            )
-        )
+        found = self._whisper.words(pcm16k)
+        return Transcript(tuple(Word(word.text, word.start, word.end) for word in found))

@@ -8,11 +8,9 @@ read about 0.1 s long, gaps up to 0.1 s short.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +19,13 @@ from personaplex.audio.wav import resample
 from personaplex.config import Pcm
 from personaplex.errors import ConfigError
 from personaplex.evaluation.speech import Span
+from personaplex.transcription.silero import CONTEXT, RATE, SILERO_VAD, WINDOW, Silero, find, windows_of
 
-RATE = 16_000
-WINDOW = 512
 ENTER, LEAVE = 0.5, 0.35  # probabilities at which speech begins and ends
 SHORTEST_SPEECH = RATE * 250 // 1_000
 SHORTEST_SILENCE = RATE * 100 // 1_000
 PAD = RATE * 30 // 1_000
-_CONTEXT = 64  # samples before each window that the model also sees
-_MODEL = Path("silero_vad") / "data" / "silero_vad_16k_op15.onnx"
+_MISSING = "detecting speech needs: pip install 'personaplex-serve[evaluate]'"
 
 
 class Detector:
@@ -37,15 +33,7 @@ class Detector:
 
     def __init__(self) -> None:
         """Raises ConfigError when the extra `evaluate` is not installed."""
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ConfigError("detecting speech needs: pip install 'personaplex-serve[evaluate]'") from error
-        options = onnxruntime.SessionOptions()
-        options.inter_op_num_threads = options.intra_op_num_threads = 1
-        self._session: Any = onnxruntime.InferenceSession(
-            str(model_file()), sess_options=options, providers=["CPUExecutionProvider"]
-        )
+        self._silero = Silero(model_file(), _MISSING)
 
     def segments(self, pcm: Pcm, rate: int) -> list[Span]:
         """Speech in float32 [samples] at `rate` Hz, in seconds."""
@@ -54,27 +42,19 @@ class Detector:
 
     def probabilities(self, pcm: Pcm) -> npt.NDArray[np.float32]:
         """Of speech in each 512 samples at 16 kHz, the last ones filled with zeros; float32 [windows]."""
-        windows = -(-len(pcm) // WINDOW)
-        padded = np.zeros((1, _CONTEXT + windows * WINDOW), np.float32)
-        padded[0, _CONTEXT : _CONTEXT + len(pcm)] = pcm
-        state = np.zeros((2, 1, 128), np.float32)
-        found = np.empty(windows, np.float32)
-        for number in range(windows):
-            window = padded[:, number * WINDOW : (number + 1) * WINDOW + _CONTEXT]
-            feed = {"input": window, "state": state, "sr": np.array(RATE, np.int64)}
-            output, state = self._session.run(None, feed)
-            found[number] = output.item()
-        return found
+        count = -(-len(pcm) // WINDOW)
+        padded = np.zeros(CONTEXT + count * WINDOW, np.float32)
+        padded[CONTEXT : CONTEXT + len(pcm)] = pcm
+        found, _ = self._silero.run(windows_of(padded), self._silero.start())
+        return np.array(found, np.float32)
 
 
 def model_file() -> Path:
     """The model inside the installed `silero-vad`. Raises ConfigError when it is not there."""
-    spec = importlib.util.find_spec("silero_vad")  # finds, does not import
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(place).parent / _MODEL
-        if path.is_file():
-            return path
-    raise ConfigError("detecting speech needs: pip install 'personaplex-serve[evaluate]'")
+    path = find(SILERO_VAD)
+    if path is None:
+        raise ConfigError(_MISSING)
+    return path
 
 
 def segments(probabilities: Sequence[float] | npt.NDArray[np.float32], samples: int) -> list[Span]:

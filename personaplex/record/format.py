@@ -4,7 +4,8 @@
     entry   = kind (1 byte) | length of the payload uint32 LE | CRC-32 of all three uint32 LE | payload
     H head  = JSON, first and once: session, time, persona with sampling and seeds, model, versions
     R row   = frame uint32 | time uint32 ms | latency uint32 us | forced uint8 | int32 [17], in stream order
-    E event = JSON: `type` and `at`, seconds since the beginning; `text` and `end` are among the types
+    E event = JSON: `type` and `at`, seconds since the beginning; `text`, `user_text` and `end` are among the
+              types
 
 Row k holds the complete frame one step back (see `Output`): its agent codes are the sound of the agent's
 frame k, its user codes the user's frame k - 1, and row 0 is the last frame of the prompt. Frames of which the

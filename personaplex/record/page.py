@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from personaplex.config import FRAME_SIZE, SAMPLE_RATE
 from personaplex.record.format import Record
-from personaplex.record.transcript import words
+from personaplex.record.transcript import TEXT, USER_TEXT, user_words, words
 
 _BLOCK = 2**18  # samples encoded at once
 
@@ -48,12 +48,13 @@ def _facts(record: Record, sound: NDArray[np.float32]) -> dict[str, object]:
         "damage": record.damage,
         "missing": record.span - len(record),
         "words": [[word.text, word.start, word.end] for word in words(record)],
+        "user_words": [[word.text, word.start, word.end] for word in user_words(record)],
         "peaks": [np.round(lane, 3).tolist() for lane in peaks],
         "delays": [None if np.isnan(delay) or delay == 0 else round(delay, 1) for delay in delays.tolist()],
         "events": [
             [event.at, event.type, str(event.fields.get("cause", ""))]
             for event in record.events
-            if event.type != "text"
+            if event.type not in (TEXT, USER_TEXT)
         ],
     }
 

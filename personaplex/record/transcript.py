@@ -1,42 +1,33 @@
-"""What the agent said in a record, as words with times. No model is needed: the text is in the record."""
+"""What was said in a record, as words with times. No model is needed: the text is in the record.
+
+The agent's text is the model's own; the user's is there where the service transcribed it.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator
 
-from personaplex.config import FRAME_SECONDS
 from personaplex.record.format import Record
+from personaplex.words import Word, from_json, spelled
 
-_SPACE = re.compile(r"\s")
+TEXT = "text"  # type of the events that carry the agent's: `frame` and `text`
+USER_TEXT = "user_text"  # and the user's: a segment as words.as_json has it
 
-TEXT = "text"  # type of the events that carry it: `frame` and `text`
 
-
-@dataclass(frozen=True)
-class Word:
-    """`start` and `end` in seconds from the first frame: those of the frames that spell it."""
-
-    text: str
-    start: float
-    end: float
+def user_words(record: Record) -> list[Word]:
+    """The user's words in order of time; what is no segment is left out."""
+    found: list[Word] = []
+    for event in record.events:
+        if event.type == USER_TEXT:
+            with contextlib.suppress(ValueError):
+                found += from_json(event.fields).words
+    return sorted(found, key=lambda word: word.start)
 
 
 def words(record: Record) -> list[Word]:
-    """The agent's words in order. A piece of text that begins with a space begins a word."""
-    found: list[Word] = []
-    spelling = False  # the last word may go on
-    for frame, piece in _pieces(record):
-        start, end = round(frame * FRAME_SECONDS, 2), round((frame + 1) * FRAME_SECONDS, 2)
-        for number, part in enumerate(_SPACE.split(piece)):
-            spelling = spelling and number == 0
-            if part and spelling:
-                found[-1] = Word(found[-1].text + part, found[-1].start, end)
-            elif part:
-                found.append(Word(part, start, end))
-                spelling = True
-    return found
+    """The agent's words in order, each with the times of the frames that spell it."""
+    return spelled(_pieces(record))
 
 
 def as_json(record: Record) -> dict[str, object]:
@@ -49,8 +40,13 @@ def as_json(record: Record) -> dict[str, object]:
         "voice": head.persona.voice,
         "text_prompt": head.persona.text_prompt,
         "ended": record.ended,
-        "words": [{"text": word.text, "start": word.start, "end": word.end} for word in words(record)],
+        "words": _rows(words(record)),
+        "user_words": _rows(user_words(record)),
     }
+
+
+def _rows(found: Iterable[Word]) -> list[dict[str, object]]:
+    return [{"text": word.text, "start": word.start, "end": word.end} for word in found]
 
 
 def alignments(record: Record) -> dict[str, object]:

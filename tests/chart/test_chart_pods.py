@@ -155,11 +155,19 @@ def test_a_surge_has_room() -> None:
     assert _surges(MINIMAL) == {"gateway": 25}  # of 12 gateways 3, as many as one pod holds
     assert _most(MINIMAL) == {"gateway": 5, "gpu": 4}
     assert _surges(EVERYTHING) == {"gateway": 25, "replica": 7}  # of 6 + 4 * 2 replicas 1
-    assert _most(EVERYTHING) == {"gateway": 5, "gpu": 7, "spot": 4}
+    assert _most(EVERYTHING) == {"gateway": 5, "gpu": 7, "spot": 4, "transcriber": 2}
     many = ("replicaGroups.gpu.maxPods=7", "replicaGroups.gpu.surgePods=3")
     percent = _surges(MINIMAL, many)["replica"]
     assert [-(-percent * count // 100) for count in range(1, 8)][-1] == 3
     assert -(-(percent + 1) * 7 // 100) > 3
+
+
+def test_transcribers_have_pods_only_where_there_are_any() -> None:
+    assert "transcriber" in _most(EVERYTHING)
+    assert "transcriber" not in _most(MINIMAL)
+    settings = yaml.safe_load(_service(EVERYTHING)["spec"]["serveConfigV2"])["applications"][0]["args"]
+    assert (settings["transcribers_min"], settings["transcribers_max"]) == (3, 6)
+    assert settings["transcriber_resources"] == {"personaplex_transcriber": 1}
 
 
 def test_without_room_there_is_no_surge() -> None:

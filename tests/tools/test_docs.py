@@ -259,6 +259,29 @@ def test_figures_are_those_of_the_results() -> None:
             assert holds, f"{start}: {figure}, measured {value}"
 
 
+def test_figures_of_transcription_are_those_of_the_results() -> None:
+    page = (ROOT / "docs" / "transcription.md").read_text()
+    table = {cells[0]: cells[1] for cells in rows(section(page, "Figures"))}
+    found = _results("words-pipeline")
+    speech, silence = found["speech"], found["no_speech"]
+    rates = (speech["word_error_rate"], speech["word_error_rate_of_clean_files"])
+    assert (
+        table["word error rate, against the same model on the clean files"]
+        == f"{rates[0]:.3f} and {rates[1]:.3f}"
+    )
+    assert rates[0] <= rates[1] + 0.05
+    for name, key in (("starts", "start_off_by_s"), ("ends", "end_off_by_s")):
+        assert table[f"{name} of words, off by"] == f"{speech[key]['p95']:.2f} s at p95"
+        assert speech[key]["p95"] <= 0.2
+    delay = speech["text_after_end_of_speech_s"]["p95"]
+    assert table["text after the end of speech, on a core that is free"] == f"{delay:.2f} s at p95"
+    assert (silence["minutes"], silence["words"]) == (10.0, 0)
+    share = found["cpu_seconds_of_the_gateways_ear_per_second"]
+    assert table["what listening adds in a gateway"] == f"{share:.1%} of a core per session".replace(
+        "%", " %"
+    )
+
+
 def _results(name: str) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
     return data

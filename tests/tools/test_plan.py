@@ -318,6 +318,24 @@ def test_a_plan_is_the_smallest_fleet_that_meets_its_goals(steps: StepTimes) -> 
     assert made.costs["cost_per_session_hour"] == pytest.approx(cost / (figures["session_hours"] or 1))
 
 
+def test_users_that_are_transcribed_need_cores(steps: StepTimes) -> None:
+    pieces = arrivals.profile("60@0.2")
+    drawn = arrivals.draw(pieces, arrivals.lengths("fixed:30"), 4)
+    rest = (steps, Timing(), Goals(), Prices(0.0, 1.0))
+    off, on = (
+        make(drawn, pieces, {"transcription": which, "target_utilisation": 0.5}, *rest, tick_limit_s=0.02)
+        for which in ("off", "on")
+    )
+    assert off.transcriber_cores == 0
+    assert on.transcriber_cores == pytest.approx(max(on.forecast.held) * 2 * 0.45 * 0.35, rel=0.2)
+    more = (on.costs["cost"] or 0) - (off.costs["cost"] or 0)
+    assert more == pytest.approx(on.transcriber_cores * on.forecast.seconds / 3_600)
+    names = [name for name, _ in plan.rows(on)]
+    assert "transcriber cores per 100 sessions" in names
+    assert not any("transcriber" in name for name, _ in plan.rows(off))
+    assert on.data()["transcriber_cores"] == on.transcriber_cores
+
+
 def test_slots_come_from_the_table_unless_they_are_set(steps: StepTimes) -> None:
     pieces = arrivals.profile("60@0.2")
     drawn = arrivals.draw(pieces, arrivals.lengths("fixed:30"), 4)

@@ -141,7 +141,8 @@ class FakeWhisper(ModuleType):
     """faster-whisper as far as it is used."""
 
     class WhisperModel:
-        def __init__(self, name: str, device: str, compute_type: str) -> None:
+        def __init__(self, name: str, **options: object) -> None:
+            self.model = SimpleNamespace(is_multilingual=False)
             if name == "unknown":
                 raise ValueError("Invalid model size")
 
@@ -153,11 +154,13 @@ class FakeWhisper(ModuleType):
 
 def test_whisper_gives_words_with_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "faster_whisper", FakeWhisper("faster_whisper"))
-    assert Whisper("tiny.en").words(np.zeros(100, np.float32)).words == (Word("Hi", 1.0, 1.5),)
+    assert Whisper("tiny.en").words(np.zeros(100, np.float32)).words == (
+        Word("Hi", pytest.approx(0.94), pytest.approx(1.44)),
+    )
     with pytest.raises(ConfigError, match="cannot load 'unknown'"):
         Whisper("unknown")
     monkeypatch.setitem(sys.modules, "faster_whisper", None)
-    with pytest.raises(ConfigError, match="pip install faster-whisper"):
+    with pytest.raises(ConfigError, match=r"personaplex-serve\[transcribe\]"):
         Whisper("tiny.en")
 
 

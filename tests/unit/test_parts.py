@@ -23,6 +23,8 @@ BASE: dict[str, Any] = {
     "record_dir": Path("first"),
     "public_url": "https://first.example.org",
     "twilio_token_file": Path("first"),
+    "transcription": "on",
+    "transcribers_max": 2,
 }
 GATEWAY: dict[str, Any] = {
     "queue_limit": 7,
@@ -60,6 +62,14 @@ GATEWAY: dict[str, Any] = {
     "record_keep_days": 7.0,
     "record_keep_bytes": 7,
     "record_upload": "s3://bucket/records",
+    "transcription_backlog_s": 7.0,
+}
+TRANSCRIBER: dict[str, Any] = {
+    "transcription_model": "small",
+    "transcription_language": "de",
+    "transcribers_min": 2,
+    "transcriber_num_cpus": 2.0,
+    "transcriber_resources": {"words": 1.0},
 }
 REPLICA: dict[str, Any] = {
     "model": "tiny",
@@ -103,10 +113,12 @@ BOTH: dict[str, Any] = {
     "stall_limit_s": 70.0,
     "burst_s": 7.0,
     "rebuild_audio_s": 7.0,
-    "lease_timeout_s": 7.0,
     "resume_grace_s": 7.0,
+    "lease_timeout_s": 7.0,
     "media_tls": "own",
     "media_tls_dir": Path("tls"),
+}
+ALL: dict[str, Any] = {
     "target_utilisation": 0.5,
     "upscale_delay_s": 7.0,
     "downscale_delay_s": 7.0,
@@ -114,6 +126,7 @@ BOTH: dict[str, Any] = {
     "log_level": "debug",
     "log_format": "json",
 }
+BESIDE = {"transcription", "transcribers_max"}  # tested below
 ELSEWHERE = {"route_prefix", "step_times"}  # the application's; only with model=simulated
 
 
@@ -146,13 +159,15 @@ def before() -> dict[str, Any]:
     [
         *((name, {"gateway"}) for name in GATEWAY),
         *((name, {"replica"}) for name in REPLICA),
+        *((name, {"transcriber"}) for name in TRANSCRIBER),
         *((name, {"gateway", "replica"}) for name in BOTH),
+        *((name, {"gateway", "replica", "transcriber"}) for name in ALL),
     ],
 )
 def test_a_setting_changes_the_deployments_that_read_it_and_no_other(
     name: str, deployments: set[str], before: dict[str, Any]
 ) -> None:
-    after = made_with(**{name: {**GATEWAY, **REPLICA, **BOTH}[name]})
+    after = made_with(**{name: {**GATEWAY, **REPLICA, **TRANSCRIBER, **BOTH, **ALL}[name]})
     assert {one for one in before if before[one] != after[one]} == deployments
 
 
@@ -161,4 +176,13 @@ def test_the_same_settings_make_the_same_deployments(before: dict[str, Any]) -> 
 
 
 def test_every_setting_is_some_deployments() -> None:
-    assert {*GATEWAY, *REPLICA, *BOTH, *ELSEWHERE} == set(Settings.model_fields)
+    named = {*GATEWAY, *REPLICA, *TRANSCRIBER, *BOTH, *ALL, *BESIDE, *ELSEWHERE}
+    assert named == set(Settings.model_fields)
+
+
+def test_transcription_changes_no_replica(before: dict[str, Any]) -> None:
+    after = made_with(transcription="off")
+    assert set(before) - set(after) == {"transcriber"}
+    assert before["replica"] == after["replica"]
+    more = made_with(transcribers_max=3)
+    assert {one for one in before if before[one] != more[one]} == {"gateway", "transcriber"}

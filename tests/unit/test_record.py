@@ -19,12 +19,15 @@ import numpy as np
 import pytest
 from mutation import memory_within, mutants
 
-from personaplex.config import Sampling
+from personaplex.config import FRAME_SIZE, Sampling
 from personaplex.errors import BadRecord, ConfigError, RecordingFailed
 from personaplex.persona import Persona
+from personaplex.record import transcript
 from personaplex.record.folder import Filter, Unreadable, find_records, read_record, select
 from personaplex.record.format import MAGIC, Event, Head, Record, Row, pack_event, pack_head, pack_row, parse
+from personaplex.record.page import render
 from personaplex.record.writer import RecordWriter, claimed, record_name
+from personaplex.words import Segment, Word, as_json
 
 HEAD = Head(
     session="5e551011",
@@ -356,3 +359,22 @@ def test_found_by_what_they_are_about(tmp_path: Path) -> None:
         ]
     with pytest.raises(ConfigError, match="is not there"):
         find_records([tmp_path / "missing"])
+
+
+def test_what_the_user_said_is_in_the_record_and_shown() -> None:
+    said = Segment.of([Word("Guten", 0.4, 0.7), Word("Tag.", 0.7, 1.1)])
+    events = [
+        Event("user_text", 1.9, as_json(said)),
+        Event("user_text", 2.0, {"text": "no words"}),
+        Event("user_text", 2.1, {**as_json(said), "words": [{"text": "x", "start_ms": 9, "end_ms": 3}]}),
+    ]
+    record = parse(packed(4) + b"".join(map(pack_event, events)))
+    assert transcript.user_words(record) == list(said.words)
+    shown = transcript.as_json(record)
+    assert shown["user_words"] == [
+        {"text": "Guten", "start": 0.4, "end": 0.7},
+        {"text": "Tag.", "start": 0.7, "end": 1.1},
+    ]
+    page = render(record, np.zeros((2, record.span * FRAME_SIZE), np.float32))
+    assert '"user_words": [["Guten", 0.4, 0.7], ["Tag.", 0.7, 1.1]]' in page
+    assert '"user_text"' not in page, "an event that is text is no event of the page"

@@ -32,8 +32,9 @@ from personaplex.persona import Persona
 from personaplex.record import writer
 from personaplex.record.folder import find_records, read_record
 from personaplex.record.format import Head, Record, Row
-from personaplex.record.transcript import words
+from personaplex.record.transcript import user_words, words
 from personaplex.record.writer import RecordWriter, claimed
+from personaplex.words import Segment, Word
 
 NO_LIMIT = RetentionLimits(0, 0)
 
@@ -386,3 +387,18 @@ def test_a_store_that_cannot_be_used_is_refused_at_the_start(
     monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
     with pytest.raises(ConfigError, match="record_upload"):
         store_at(target)
+
+
+def test_words_that_come_after_the_end_are_kept_before_it(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, Told(), flush_s=0.01)
+    recording = recorder.begin(head())
+    talk(recording, 3)
+    recording.over()
+    time.sleep(0.05)
+    recording.user_text(Segment.of([Word("Goodbye.", 0.05, 0.2)]))
+    recorder.finish(recording, "left")
+    assert recorder.close(5.0)
+    record = only(tmp_path)
+    assert [event.type for event in record.events] == ["user_text", "end"]
+    assert record.events[1].at < record.events[0].at, "the session's end, not the record's"
+    assert [word.text for word in user_words(record)] == ["Goodbye."]

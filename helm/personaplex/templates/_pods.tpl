@@ -186,7 +186,7 @@ metadata:
       "kubectl.kubernetes.io/default-container" "ray" }}
     {{- merge (deepCopy (default dict $pod.podAnnotations)) $annotations | toYaml | nindent 4 }}
 spec:
-  {{- if and (eq $role "replica") $root.Values.serve.dedicatedNodes }}
+  {{- if and (has $role (list "replica" "transcriber")) $root.Values.serve.dedicatedNodes }}
   # KubeRay labels every worker as serving and leaves it to readiness which of them take sockets. Nothing ever sets
   # this condition, so a replica's pod is no endpoint of the Service: its loss ends no session but its own.
   readinessGates:

@@ -17,6 +17,13 @@ follow from the pod groups, so that Serve never asks for more than the autoscale
 {{- $_ := set $settings "replica_resources" (dict "personaplex_replica" 1) -}}
 {{- $_ := set $settings "gateway_resources" (dict "personaplex_gateway" 1) -}}
 {{- end -}}
+{{- if include "personaplex.transcribes" . -}}
+{{- $_ := set $settings "transcribers_min" (mul .Values.transcriber.minPods .Values.transcriber.perPod) -}}
+{{- $_ := set $settings "transcribers_max" (mul .Values.transcriber.maxPods .Values.transcriber.perPod) -}}
+{{- if .Values.serve.dedicatedNodes -}}
+{{- $_ := set $settings "transcriber_resources" (dict "personaplex_transcriber" 1) -}}
+{{- end -}}
+{{- end -}}
 {{- if .Values.apiKeys.existingSecret -}}
 {{- $_ := set $settings "api_keys_file" "/etc/personaplex/keys" -}}
 {{- end -}}
@@ -24,6 +31,11 @@ follow from the pod groups, so that Serve never asks for more than the autoscale
 {{- $_ := set $settings "trusted_proxies" (include "personaplex.proxies" . | int) -}}
 {{- end -}}
 {{- toYaml $settings -}}
+{{- end -}}
+
+{{/* Not empty where users' speech is transcribed: then there is a group of pods for it. */}}
+{{- define "personaplex.transcribes" -}}
+{{- if eq "on" (toString (get .Values.settings "transcription")) -}}true{{- end -}}
 {{- end -}}
 
 {{/* Proxies that append the client's address to X-Forwarded-For: HAProxy, and what ends https in front of it. */}}

@@ -24,6 +24,7 @@ What a schema cannot say: rules between values. Each message names the value to 
 {{- $derived := dict
   "replicas_min" "replicaGroups.*.minPods" "replicas_max" "replicaGroups.*.maxPods"
   "gateways_min" "gateway.minPods" "gateways_max" "gateway.maxPods"
+  "transcribers_min" "transcriber.minPods" "transcribers_max" "transcriber.maxPods" "transcriber_resources" "serve.dedicatedNodes"
   "replica_resources" "serve.dedicatedNodes" "gateway_resources" "serve.dedicatedNodes"
   "api_keys" "apiKeys.existingSecret" "api_keys_file" "apiKeys.existingSecret" -}}
 {{- range $key, $instead := $derived -}}

@@ -7,7 +7,7 @@ with the path of the value to change.
 {{- if not .Values.replicaGroups -}}{{- fail "replicaGroups is empty: nothing would run the model" -}}{{- end -}}
 {{- $needed := list "minPods" "maxPods" "perPod" "gpusPerPod" "idleTimeoutSeconds" "objectStoreBytes" "shmSize" "resources" -}}
 {{- range $name, $group := .Values.replicaGroups -}}
-{{- if has $name (list "gateway" "head" "headgroup") -}}{{- fail (printf "replicaGroups.%s: the name belongs to the %s" $name (eq $name "gateway" | ternary "gateways" "head")) -}}{{- end -}}
+{{- with get (dict "gateway" "gateways" "transcriber" "transcribers" "head" "head" "headgroup" "head") $name -}}{{- fail (printf "replicaGroups.%s: the name belongs to the %s" $name .) -}}{{- end -}}
 {{- if not (regexMatch "^[a-z]([-a-z0-9]{0,18}[a-z0-9])?$" $name) -}}
 {{- fail (printf "replicaGroups.%s: a group's name has at most 20 of a-z, 0-9 and -, and begins with a letter" $name) -}}
 {{- end -}}
@@ -16,6 +16,9 @@ with the path of the value to change.
 {{- end -}}
 {{- end -}}
 {{- include "personaplex.validatePodCounts" (dict "root" . "path" "gateway" "group" .Values.gateway) -}}
+{{- if include "personaplex.transcribes" . -}}
+{{- include "personaplex.validatePodCounts" (dict "root" . "path" "transcriber" "group" .Values.transcriber) -}}
+{{- end -}}
 {{- $wanted := default 0 .Values.settings.replica_num_gpus | float64 -}}
 {{- range $name, $group := .Values.replicaGroups -}}
 {{- include "personaplex.validatePodCounts" (dict "root" $ "path" (printf "replicaGroups.%s" $name) "group" $group) -}}
@@ -38,6 +41,9 @@ with the path of the value to change.
 {{- $each := hasKey .Values.settings "gateway_num_cpus" | ternary .Values.settings.gateway_num_cpus 1 -}}
 {{- $asks := printf "%v gateways of settings.gateway_num_cpus %v" .Values.gateway.perPod $each -}}
 {{- include "personaplex.validatePod" (dict "root" . "path" "gateway" "pod" .Values.gateway "cpus" (mulf (float64 .Values.gateway.perPod) (float64 $each)) "asks" $asks "volumes" $keys) -}}
+{{- $each = hasKey .Values.settings "transcriber_num_cpus" | ternary .Values.settings.transcriber_num_cpus 1 -}}
+{{- $asks = printf "%v transcribers of settings.transcriber_num_cpus %v" .Values.transcriber.perPod $each -}}
+{{- include "personaplex.validatePod" (dict "root" . "path" "transcriber" "pod" .Values.transcriber "cpus" (mulf (float64 .Values.transcriber.perPod) (float64 $each)) "asks" $asks "volumes" list) -}}
 {{- $weights := ne .Values.weights.source "none" | ternary (list "weights") list -}}
 {{- range $name, $group := .Values.replicaGroups -}}
 {{- $each := hasKey $.Values.settings "replica_num_cpus" | ternary $.Values.settings.replica_num_cpus 1 -}}
