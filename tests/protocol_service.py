@@ -189,7 +189,7 @@ class ProtocolService:
     """`base` is HOST:PORT; `gateway` the real one; `metrics` what it counted."""
 
     def __init__(self, agent: Agent = echo, *, slots: int = 8, **settings: Any) -> None:
-        self._settings = Settings(**{"model": "echo", "static": "none", **settings})
+        self._settings = Settings(**{"model": "echo", "static": "none", "log_level": "error", **settings})
         self._slots = slots
         self.metrics = Published()
         self.port = free_port()
