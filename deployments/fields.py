@@ -215,6 +215,40 @@ class Fields(BaseModel):
         None, description="Directory where each session's tokens are saved, on gateways; unset saves nothing."
     )
 
+    # Protocols beside /api/chat: see docs/protocols
+    protocols: WordList = Field(
+        ("live", "realtime"),
+        description="Protocols served beside chat: live and realtime (OpenAI's), twilio, telnyx, asterisk.",
+    )
+    voice_aliases: dict[str, str] = Field(
+        default_factory=dict,
+        description='Further names of voices, as {"their name": "our voice"}; they come before the built-in '
+        "ones, which stand for every voice of OpenAI's.",
+    )
+    speech_dbfs: float = Field(
+        -45.0,
+        ge=-90,
+        le=0,
+        description="realtime: the agent speaks in a frame that is louder than this, or that brings text.",
+    )
+    pause_s: float = Field(
+        0.8, ge=0.08, le=10, description="realtime: a pause of the agent so long ends a response."
+    )
+    barge_in: Literal["model", "client"] = Field(
+        "model",
+        description="realtime: model tells clients of their user's speech only while the agent is silent, "
+        "since they stop playing at it and the model yields by itself; client tells them at once.",
+    )
+    public_url: str = Field(
+        "",
+        pattern=r"^(https?://[^/?#\s]+)?$",
+        description="The service's address as telephone carriers reach it, such as https://talk.example.org; "
+        "twilio needs it.",
+    )
+    twilio_token_file: Path | None = Field(
+        None, description="File with the auth token of the Twilio account; twilio needs it."
+    )
+
     # Records: see docs/records.md
     record: Literal["off", "allowed", "always"] = Field(
         "off",

@@ -27,6 +27,7 @@ class Fleet:
         self._closing = False
         self._end = asyncio.Event()
         self._gateways: set[str] = set()
+        self._spent: dict[str, float] = {}  # tickets, and when they are over
         self._secret = b""
         self._ledger = Ledger(time.monotonic())
         self._voices = VoiceStore()
@@ -76,6 +77,15 @@ class Fleet:
         since = time.monotonic() - FORGET_AFTER_S
         self._known = {name: entry for name, entry in self._known.items() if entry[1] >= since}
         return [self._known[name][0] for name in sorted(self._known)]
+
+    async def spend(self, ticket: str, valid_s: float) -> bool:
+        """Whether a ticket that is good for `valid_s` at most is spent for the first time."""
+        now = time.monotonic()
+        self._spent = {name: until for name, until in self._spent.items() if until > now}
+        if ticket in self._spent:
+            return False
+        self._spent[ticket] = now + valid_s
+        return True
 
     async def close(self) -> None:
         """Graceful shutdown: replicas close their sessions with their next report, gateways those in their

@@ -61,9 +61,14 @@ TASKS = Series(
 )
 SESSIONS_ADMITTED = Series("personaplex_sessions_admitted", "counter", "Sessions that got a slot.")
 SESSIONS_REFUSED = Series(
-    "personaplex_sessions_refused", "counter", "Sessions that ended before the handshake.", ("cause",)
+    "personaplex_sessions_refused",
+    "counter",
+    "Sessions that ended before the handshake, by cause and protocol (chat, live, realtime ...).",
+    ("cause", "protocol"),
 )
-SESSIONS_ENDED = Series("personaplex_sessions_ended", "counter", "Sessions that were live.", ("cause",))
+SESSIONS_ENDED = Series(
+    "personaplex_sessions_ended", "counter", "Sessions that were live.", ("cause", "protocol")
+)
 READY_SECONDS = Series(
     "personaplex_session_ready_seconds",
     "histogram",

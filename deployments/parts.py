@@ -70,6 +70,13 @@ class GatewaySettings(_Part):
     token_log_dir: Path | None
     metrics_page: bool
     tracing: bool
+    protocols: tuple[str, ...]
+    voice_aliases: dict[str, str]
+    speech_dbfs: float
+    pause_s: float
+    barge_in: Literal["model", "client"]
+    public_url: str
+    twilio_token_file: Path | None
     record: Literal["off", "allowed", "always"]
     record_dir: Path | None
     record_keep_days: float

@@ -25,6 +25,7 @@ from deployments.addresses import Network, network
 from deployments.fields import Fields
 from personaplex.config import EngineConfig, frames_in
 from personaplex.errors import ConfigError
+from personaplex.persona import voice_name
 
 ENV_PREFIX = "PERSONAPLEX_"
 AUTO = "auto"
@@ -36,6 +37,8 @@ PROXY_CALLBACK = "PERSONAPLEX_PROXY_CALLBACK"  # not a setting: what Ray's proce
 # Kubernetes adds these to every pod when a Service is called "personaplex" (or "personaplex-..."); no field
 # may have such a name.
 _SERVICE_LINK = re.compile(r"(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_\w+)?)")
+
+PROTOCOLS = ("live", "realtime", "twilio", "telnyx", "asterisk")  # beside chat, which is always served
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -52,7 +55,7 @@ class Settings(BaseSettings, Fields):
         validate_default=True,
     )
 
-    @field_validator("api_keys", "allowed_origins", "unlimited_networks", mode="before")
+    @field_validator("api_keys", "allowed_origins", "unlimited_networks", "protocols", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         """Accepts `a,b` and JSON arrays, as environment variables and `serve run` arguments are text."""
@@ -66,6 +69,21 @@ class Settings(BaseSettings, Fields):
     @classmethod
     def _as_browsers_send(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(map(_origin, origins))
+
+    @field_validator("protocols")
+    @classmethod
+    def _check_protocols(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = sorted(set(value) - set(PROTOCOLS))
+        if unknown:
+            raise ValueError(f"there is no protocol {', '.join(unknown)}; there are {', '.join(PROTOCOLS)}")
+        return value
+
+    @field_validator("voice_aliases")
+    @classmethod
+    def _check_voices(cls, value: dict[str, str]) -> dict[str, str]:
+        for voice in value.values():
+            voice_name(voice)
+        return value
 
     @field_validator("slots", mode="before")
     @classmethod
@@ -103,6 +121,8 @@ class Settings(BaseSettings, Fields):
             raise ValueError("step_times belongs to the simulated model, and the simulated model needs it")
         if self.weights == "int8" and self.cpu_offload:
             raise ValueError("weights=int8 leaves nothing for cpu_offload: choose one of the two")
+        if "twilio" in self.protocols and not (self.public_url and self.twilio_token_file):
+            raise ValueError("twilio needs public_url and twilio_token_file")
         if self.record != "off" and self.record_dir is None:
             raise ValueError("record needs record_dir")
         if self.media_tls == "files" and self.media_tls_dir is None:

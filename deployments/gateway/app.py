@@ -1,6 +1,8 @@
 """The gateway deployment: the web application clients talk to. No torch in this process.
 
     /api/chat      WebSocket, one conversation (see personaplex/session); 426 without an upgrade
+    /v1/...        OpenAI's protocols, where the setting protocols has them (see openai.py)
+    /twilio/... /telnyx/... /asterisk/...   the telephone, likewise (see telephone.py)
     /api/admission whether a session with this query would be let in now: 204, or the refusal
     /api/info      model, slots and load of the service
     /api/voices    names a session may ask for
@@ -23,7 +25,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,15 @@ from deployments.gateway.keys import Key, Keys
 from deployments.gateway.leases import Claim, Leases
 from deployments.gateway.listening import Listening
 from deployments.gateway.observer import Observer
+from deployments.gateway.openai import Admit, OpenAIEndpoints
 from deployments.gateway.ownvoices import OwnVoices
+from deployments.gateway.protocols.translator import Translator
 from deployments.gateway.query import allows_transcription, heard_from, persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
 from deployments.gateway.resumes import Resumes, Taken
+from deployments.gateway.telephone import TICKET_S, TelephoneEndpoints
 from deployments.gateway.transcripts import Transcripts
 from deployments.gateway.turns import Turns
 from deployments.gateway.upstream import Services
@@ -72,7 +77,14 @@ from deployments.wire.messages import Grant, LeaseRequest
 from deployments.wire.speech import Answer
 from deployments.wire.tls import gateway_context
 from deployments.wire.tokens import ResumeTokens
-from personaplex.errors import ConfigError, NoCapacity, PersonaplexError, ResumeRefused, SessionLost
+from personaplex.errors import (
+    ConfigError,
+    NoCapacity,
+    PersonaplexError,
+    ResumeRefused,
+    SessionLost,
+    Unauthorized,
+)
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
 from personaplex.tokenlog import TokenLog
@@ -206,6 +218,8 @@ class Gateway:
         routes: list[BaseRoute] = [
             WebSocketRoute("/api/chat", self.chat),
             Route("/api/chat", self.upgrade_required),
+            *OpenAIEndpoints(self, self._settings, lambda: self._link_keys.keyring.secrets).routes(),
+            *TelephoneEndpoints(self, self._settings).routes(),
             WebSocketRoute("/{path:path}", self.no_socket),  # static files know no sockets
             Route("/api/admission", self.admission),
             Route("/api/info", self.info),
@@ -267,6 +281,76 @@ class Gateway:
         logger.info("session %s goes on: its client has come back", taken.session)
         return taken
 
+    async def talk(
+        self,
+        socket: WebSocket,
+        protocol: str,
+        make: Callable[[str, Persona], Translator],
+        refuse: Callable[[PersonaplexError], Response],
+        *,
+        connection: HTTPConnection | None = None,
+        admit: Admit | None = None,
+        subprotocol: str | None = None,
+    ) -> None:
+        """A session of a client that says only after the upgrade what it wants; see `openai.Host`."""
+        session = uuid.uuid4().hex
+        async with contextlib.AsyncExitStack() as counted:
+            counted.enter_context(self._counting())
+            try:
+                persona, caller, key = counted.enter_context((admit or self._admit)(connection or socket))
+                self._check_limit()
+                await counted.enter_async_context(self._accounts.enter(session, key))
+                await self.check_room()
+                translator = make(session, persona)
+            except PersonaplexError as error:
+                await self._refuse(socket, session, error, refuse, protocol)
+                return
+            await self._converse_later(socket, session, translator, caller, subprotocol)
+
+    def admitted(self, connection: HTTPConnection) -> contextlib.AbstractContextManager[Any]:
+        return self._admit(connection)
+
+    async def _converse_later(
+        self,
+        socket: WebSocket,
+        session: str,
+        translator: Translator,
+        caller: str,
+        subprotocol: str | None,
+    ) -> None:
+        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
+        recording: Recording | None = None
+
+        async def begin(persona: Persona, ticket: str) -> Claim:
+            nonlocal recording
+            if ticket and not await self._fleet.spend(ticket, TICKET_S):
+                raise Unauthorized("this call's ticket was used before")
+            recording = self._begin_record(query, session, persona, await self._engine(query))
+            if recording is not None:
+                conversation.record(recording)
+            return await self._leases.claim(LeaseRequest.of(session, persona))
+
+        try:
+            await socket.accept(subprotocol)
+        except (*_LEFT, asyncio.CancelledError) as error:
+            self._left(session, translator.name)
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            return
+        conversation = Conversation(
+            socket,
+            session,
+            self._services,
+            protocol=translator,
+            begin=begin,
+            transcribe=translator.user_text and allows_transcription(query),
+        )
+        try:
+            self._accounts.attach(session, conversation)
+            await conversation.run()
+        finally:
+            self._ended(session, caller, conversation, recording)
+
     async def _converse(
         self,
         socket: WebSocket,
@@ -290,7 +374,7 @@ class Gateway:
             return
         except BaseException:  # a fault of ours
             claim.give_up()
-            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.FAILED)
+            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.FAILED, protocol="chat")
             raise
         conversation: Conversation | None = None
         try:
@@ -316,7 +400,7 @@ class Gateway:
     ) -> None:
         error = SessionLost("it never began") if conversation is None else conversation.error
         if conversation is None:
-            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
+            self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error), protocol="chat")
         self._reconnects.ended(caller, error, time.monotonic())
         self._accounts.close(session, metrics.cause(error))
         now = time.monotonic()
@@ -352,16 +436,23 @@ class Gateway:
             return {}
         return next((one.engine for one in await self._fleet.describe()), {})
 
-    def _left(self, session: str) -> None:
+    def _left(self, session: str, protocol: str = "chat") -> None:
         """A client that went before its session began."""
-        self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.LEFT)
+        self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.LEFT, protocol=protocol)
         logger.info("session %s ended: its client left before it began", session)
 
-    async def _refuse(self, socket: WebSocket, session: str, error: PersonaplexError) -> None:
-        self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error))
+    async def _refuse(
+        self,
+        socket: WebSocket,
+        session: str,
+        error: PersonaplexError,
+        answer: Callable[[PersonaplexError], Response] = refusal,
+        protocol: str = "chat",
+    ) -> None:
+        self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error), protocol=protocol)
         logger.info("session %s refused: %s", session, metrics.cause(error))
         with contextlib.suppress(*_LEFT):
-            await socket.send_denial_response(refusal(error))
+            await socket.send_denial_response(answer(error))
 
     async def no_socket(self, socket: WebSocket) -> None:
         with contextlib.suppress(*_LEFT):
@@ -377,10 +468,9 @@ class Gateway:
             with self._admit(request) as (persona, _, key):
                 self._accounts.check(key)
                 await self._voices.bring(persona, key)
-                if self._open >= self._settings.sessions_per_gateway or (
-                    self._leases.queue_full and not await self._free_slot()
-                ):
-                    raise NoCapacity("every slot is taken and the queue is full")
+                if self._open >= self._settings.sessions_per_gateway:
+                    raise NoCapacity("this gateway holds as many sessions as it may")
+                await self.check_room()
                 if (taken := await self._take(request)) is not None:
                     taken.give_back()
         except PersonaplexError as error:
@@ -443,8 +533,7 @@ class Gateway:
     def _admit(self, connection: HTTPConnection) -> Iterator[tuple[Persona, str, Key | None]]:
         """The persona asked for, the caller's name for Reconnects and its key, while the session is counted
         for its address. Raises what the client is to be told."""
-        if self._open > self._settings.sessions_per_gateway:
-            raise NoCapacity("this gateway holds as many sessions as it may")
+        self._check_limit()
         query = read_query(connection.scope["query_string"], self._settings.query_limit_bytes)
         with self._access.enter(ClientInfo.of(connection, query)) as entrant:
             persona = persona_from(query)
@@ -453,6 +542,17 @@ class Gateway:
             caller = f"{entrant.caller} {persona.voice} {hash(persona.text_prompt)}"
             self._reconnects.check(caller, time.monotonic())
             yield persona, caller, entrant.key
+
+    def _check_limit(self) -> None:
+        if self._open > self._settings.sessions_per_gateway:
+            raise NoCapacity("this gateway holds as many sessions as it may")
+
+    async def check_room(self) -> None:
+        """Raises NoCapacity when a session would find neither a slot nor a place in the queue now."""
+        if self._leases.queue_full and not any(
+            one.accepting and one.used < one.slots for one in await self._fleet.describe()
+        ):
+            raise NoCapacity("every slot is taken and the queue is full")
 
     def _make_resumes(self) -> Resumes | None:
         if not self._settings.resume_grace_s:
@@ -481,9 +581,6 @@ class Gateway:
             stall_s=self._settings.stall_limit_s,
             tls=self._tls,
         )
-
-    async def _free_slot(self) -> bool:
-        return any(one.accepting and one.used < one.slots for one in await self._fleet.describe())
 
     async def _close(self) -> None:
         """Graceful shutdown: closes the queued sessions; replicas close those that hold a slot."""

@@ -98,8 +98,8 @@ class Conversation:
         self._resumable, self._comeback = resumable, comeback
         self._cleanly = False  # whether the client said that it leaves
         self._protocol, self._claim_slot = protocol, begin
-        self._stats = SessionStats(session, services.metrics, services.trace)
-        self._recording = recording
+        self._stats = SessionStats(session, services.metrics, services.trace, protocol.name)
+        self._recording: Recording | None = None
         self._transcript: Transcript | None = None
         if transcribe and services.transcripts is not None:
             self._transcript = services.transcripts.open(self._on_heard)
@@ -109,7 +109,6 @@ class Conversation:
             self._stats,
             self._on,
             self._on_agent_frame,
-            recording,
             resumable=resumable,
             on_heard=None if self._transcript is None else self._transcript.hear,
         )
@@ -123,13 +122,13 @@ class Conversation:
             limits,
             self._stats.began,
             status=status,
-            user_text=status,
+            user_text=status or protocol.user_text,
             handshake_delay_s=protocol.handshake_delay_s if comeback is None else 0.0,
             begin_s=limits.idle_s if begin is not None else float("inf"),
         )
         self._loop = asyncio.get_running_loop()
         if recording is not None:
-            recording.on_failure = self._on_recording_failed
+            self.record(recording)
         self._unsent: deque[Message] = deque(protocol.open())
         self._unsent_limit = round(UNSENT_LIMIT * services.limits.burst_share)
         self._tasks: list[asyncio.Future[None]] = []
@@ -155,6 +154,12 @@ class Conversation:
     def end(self, error: PersonaplexError) -> None:
         """Ends the session with `error`, which its client is told."""
         self._on(Failed(error))
+
+    def record(self, recording: Recording) -> None:
+        """What happens goes to `recording` too; who began it ends it. Before the session has its slot."""
+        self._recording = recording
+        recording.on_failure = self._on_recording_failed
+        self._upstream.record(recording)
 
     async def last_words(self) -> None:
         """After `run`: returns once everything that the user said is in the record, or after LAST_WORDS_S."""

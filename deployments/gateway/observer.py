@@ -13,6 +13,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.wire.messages import ReplicaStatus
+from personaplex.errors import SessionLost
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,16 @@ class Observer:
             except (RayError, RayServeException) as error:  # the fleet has ended and will be there again
                 logger.info("the fleet is away: %s", type(error).__name__)
                 await asyncio.sleep(RETRY_S)
+
+    async def spend(self, ticket: str, valid_s: float) -> bool:
+        """Whether a ticket is spent for the first time, by any gateway. Raises SessionLost when the fleet
+        does not answer: nobody can tell then."""
+        try:
+            return bool(
+                await asyncio.wait_for(_answer(self._fleet.spend.remote(ticket, valid_s)), ASK_TIMEOUT_S)
+            )
+        except (RayError, RayServeException, asyncio.TimeoutError) as error:
+            raise SessionLost("the service is starting; please call again") from error
 
     async def describe(self) -> list[ReplicaStatus]:
         """[] while no replica is there, and when the fleet does not answer."""

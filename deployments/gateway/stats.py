@@ -23,10 +23,11 @@ logger = logging.getLogger(__name__)
 class SessionStats:
     """Made when the client is accepted. Times are seconds of the monotonic clock."""
 
-    def __init__(self, session: str, published: Metrics, trace: Trace | None) -> None:
+    def __init__(self, session: str, published: Metrics, trace: Trace | None, protocol: str = "chat") -> None:
         self.began = time.monotonic()
         self.queued = False
         self._session, self._metrics, self._trace = session, published, trace
+        self._protocol = protocol
         self._phases: list[Phase] = []
         self._live_at: float | None = None
         self._ended_at: float | None = None
@@ -59,7 +60,7 @@ class SessionStats:
         self._ended_at = now = time.monotonic()
         cause = metrics.cause(error)
         series = metrics.SESSIONS_REFUSED if self._live_at is None else metrics.SESSIONS_ENDED
-        self._metrics.add(series, cause=cause)
+        self._metrics.add(series, cause=cause, protocol=self._protocol)
         self._metrics.add(metrics.FRAMES_DROPPED, pacer.dropped, place="pacer")
         self._metrics.add(metrics.FRAMES_DROPPED, pacer.trimmed, place="silence")
         self._metrics.add(metrics.UNDERRUNS, pacer.late)
@@ -74,6 +75,7 @@ class SessionStats:
         took = {f"{phase.name}_s": round(phase.end - phase.begin, 4) for phase in self._phases}
         fields = {
             "session": self._session,
+            "protocol": self._protocol,
             "cause": cause,
             "seconds": round(now - self.began, 2),
             "talked_s": round(self.talked_s, 2),

@@ -219,6 +219,10 @@ class Upstream:
         await asyncio.wait({self._search})
         return failover.continued
 
+    def record(self, recording: Recording) -> None:
+        """What happens goes to `recording` too, from now on; before `open`."""
+        self._recording = recording
+
     def send_frame(self, frame: Pcm) -> None:
         """Sends one frame of the user; while no slot is ready the newest burst is kept for one."""
         if self._held.used and self._was_ready and self._current is not None:

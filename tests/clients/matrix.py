@@ -28,6 +28,7 @@ import numpy as np
 import websockets
 
 from benchmarks.live import service
+from clients import frameworks
 from clients.soundcard import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE, Pcm, likeness
 from personaplex.audio.transcoder import Transcoder
 
@@ -36,6 +37,7 @@ ROOT = HERE.parent.parent
 CACHE = ROOT / ".cache" / "clients"
 DOCUMENT = ROOT / "docs" / "clients.md"
 BEGIN, END = "<!-- written by make test-clients -->", "<!-- end -->"
+BEGIN_FRAMEWORKS = "<!-- frameworks, written by make test-clients -->"
 OPUS_RECORDER = "opus-recorder@8.0.5"
 
 SAID_S = 6.0
@@ -177,10 +179,10 @@ def table(results: list[Result]) -> str:
     return "\n".join(rows)
 
 
-def publish(results: list[Result]) -> None:
+def publish(results: str, begin: str = BEGIN) -> None:
     text = DOCUMENT.read_text()
-    before, _, rest = text.partition(BEGIN)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}")
+    before, _, rest = text.partition(begin)
+    DOCUMENT.write_text(f"{before}{begin}\n{results}\n{END}{rest.partition(END)[2]}")
 
 
 def main() -> int:
@@ -201,9 +203,12 @@ def main() -> int:
             calls = [pool.submit(call, client, url, speech) for client in CLIENTS]
             calls.append(pool.submit(page_decoder, url, speech))
             results = [one.result() for one in calls]
-    publish(results)
+    publish(table(results))
     print(table(results))
-    return 0 if all(one.passed for one in results) else 1
+    found = frameworks.verdicts(lambda name, packages: environment(Client(name, "", (packages,))))
+    publish(frameworks.table(found), BEGIN_FRAMEWORKS)
+    print(frameworks.table(found))
+    return 0 if all(one.passed for one in (*results, *found)) else 1
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ def test_every_series_of_a_live_service_moves(service: Service) -> None:
     asyncio.run(troubled_session(service))
     samples = FleetMetrics(service).wait(
         (metrics.SESSIONS_ADMITTED, {}),
-        (metrics.SESSIONS_REFUSED, {"cause": "UnknownVoice"}),
-        (metrics.SESSIONS_ENDED, {"cause": "left"}),
+        (metrics.SESSIONS_REFUSED, {"cause": "UnknownVoice", "protocol": "chat"}),
+        (metrics.SESSIONS_ENDED, {"cause": "left", "protocol": "chat"}),
         *((metrics.READY_SECONDS, {"phase": phase}) for phase in ("lease", "queue", "connect", "prefill")),
         (metrics.READY_SECONDS, {"phase": "handshake"}),
         (metrics.FRAME_SECONDS, {}),

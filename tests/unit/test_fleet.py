@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from types import SimpleNamespace
 from typing import Any
@@ -84,3 +85,14 @@ def test_a_gateway_asks_again_when_the_fleet_was_replaced(monkeypatch: pytest.Mo
         assert await fleet.held() == 0
 
     asyncio.run(asyncio.wait_for(run(), 5))
+
+
+def test_a_ticket_is_spent_once_and_forgotten_when_it_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet, now = Fleet(), 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    assert asyncio.run(fleet.spend("a", 60.0))
+    assert not asyncio.run(fleet.spend("a", 60.0))
+    assert asyncio.run(fleet.spend("b", 60.0))
+    now = 160.0
+    assert asyncio.run(fleet.spend("c", 60.0))
+    assert set(fleet._spent) == {"c"}

@@ -23,7 +23,11 @@ from personaplex.session.events import (
     SendError,
     SendHandshake,
     SendText,
+    SendUserText,
+    UserText,
+    UserTextLost,
 )
+from personaplex.words import Segment, Word
 
 SERVER_EVENT: TypeAdapter[Any] = TypeAdapter(ConnectServerEvent)
 PAGE = (np.arange(1_920) % 500).astype("<i2").tobytes()
@@ -262,3 +266,12 @@ def test_session_update_keeps_what_it_does_not_name() -> None:
     assert talk.told[-1]["session"]["delegation"] == {"type": "client"}
     talk.says("session.update", session={"delegation": {"type": "decisions", "decisions": {}}})
     assert talk.told[-1]["session"]["delegation"] is None
+
+
+def test_what_the_user_said_is_told_with_its_times() -> None:
+    talk = Talk()
+    talk.started()
+    segment = Segment.of([Word("Two", 0.5, 0.9), Word("rolls.", 0.9, 1.2)])
+    (event,) = talk.is_told(SendUserText(UserText(segment)), SendUserText(UserTextLost(2.0, 3.0, "behind")))
+    assert event["type"] == "session.input_transcript.delta"
+    assert (event["delta"], event["start_ms"], event["end_ms"]) == ("Two rolls.", 500, 1_200)

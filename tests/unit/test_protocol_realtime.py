@@ -25,7 +25,18 @@ from deployments.gateway.protocols.realtime_responses import WAIT_FRAMES
 from deployments.gateway.protocols.translator import Begin, Read, Reply
 from personaplex.errors import SessionExpired, SessionIdle, SessionLost
 from personaplex.persona import Persona
-from personaplex.session.events import PeerAudio, PeerMessage, SendAudio, SendError, SendHandshake, SendText
+from personaplex.session.events import (
+    PeerAudio,
+    PeerMessage,
+    SendAudio,
+    SendError,
+    SendHandshake,
+    SendText,
+    SendUserText,
+    UserText,
+    UserTextLost,
+)
+from personaplex.words import Segment, Word
 
 SERVER_EVENTS: dict[Dialect, TypeAdapter[Any]] = {
     Dialect.GA: TypeAdapter(ga_types.RealtimeServerEvent),
@@ -400,6 +411,43 @@ def test_a_steady_noise_is_no_speech_for_long() -> None:
     assert len(talk.of("input_audio_buffer.speech_started")) <= 1
     before = len(talk.told)
     assert talk.user(LOUD, 5) == ["input_audio_buffer.speech_started"], talk.told[before:]
+
+
+SAID = SendUserText(UserText(Segment.of([Word("Two", 0.5, 0.9), Word("rolls.", 0.9, 1.2)])))
+
+
+@pytest.mark.parametrize("dialect", list(Dialect))
+def test_a_transcript_of_the_user_belongs_to_its_item(dialect: Dialect) -> None:
+    talk = Talk(dialect, transcribes=True)
+    assert talk.is_told(SAID) == []  # nobody asked
+    wanted = {"model": "whisper-1"}
+    session = (
+        {"type": "realtime", "audio": {"input": {"transcription": wanted}}}
+        if dialect is Dialect.GA
+        else {"input_audio_transcription": wanted}
+    )
+    talk.says("session.update", session=session)
+    shown = talk.last["session"]
+    assert (
+        shown["audio"]["input"]["transcription"] if "audio" in shown else shown["input_audio_transcription"]
+    ) == wanted
+    talk.user(LOUD, 5)
+    talk.user(QUIET, 7)
+    (committed,) = talk.of("input_audio_buffer.committed")
+    assert talk.is_told(SAID) == ["conversation.item.input_audio_transcription.completed"]
+    assert (talk.last["item_id"], talk.last["transcript"]) == (committed["item_id"], "Two rolls.")
+    talk.is_told(SendUserText(UserTextLost(2.0, 3.0, "behind")))
+    assert talk.last["type"] == "conversation.item.input_audio_transcription.failed"
+    assert (
+        talk.last["item_id"] == talk.of("input_audio_buffer.committed")[-1]["item_id"] != committed["item_id"]
+    )
+
+
+def test_a_service_without_transcripts_says_so() -> None:
+    talk = Talk()
+    asked = {"type": "realtime", "audio": {"input": {"transcription": {"model": "whisper-1"}}}}
+    talk.says("session.update", session=asked)
+    assert talk.last["session"]["audio"]["input"]["transcription"] is None
 
 
 # Items

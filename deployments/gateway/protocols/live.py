@@ -29,7 +29,10 @@ from personaplex.session.events import (
     SendError,
     SendHandshake,
     SendText,
+    SendUserText,
+    UserText,
 )
+from personaplex.words import milliseconds
 
 INPUT_LIMIT = 128  # messages of history
 USAGE_EVERY = 125  # frames: 10 s
@@ -60,6 +63,7 @@ class LiveTranslator:
 
     name = "live"
     handshake_delay_s = 0.0
+    user_text = True
     byte_share = 1.5  # base64 of 24 kHz, 16 bits, with JSON around every 10 ms
 
     def __init__(
@@ -187,6 +191,9 @@ class LiveTranslator:
                 return self._audio(page)
             case SendText(text):
                 return [self._text(text)]
+            case SendUserText(UserText(segment)):
+                times = {"start_ms": milliseconds(segment.start), "end_ms": milliseconds(segment.end)}
+                return [self._event("session.input_transcript.delta", None, delta=segment.text, **times)]
             case SendError(message, error):
                 return self._failed(message, error)
             case _:

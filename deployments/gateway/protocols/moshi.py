@@ -16,6 +16,7 @@ class MoshiTranslator:
 
     name = "chat"
     handshake_delay_s = HANDSHAKE_DELAY_S
+    user_text = False  # unless it asks for `status`
     byte_share = 1.0
 
     def __init__(self, clock: Callable[[], float], burst_s: float, *, frames_before: int = 0) -> None:

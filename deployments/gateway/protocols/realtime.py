@@ -34,6 +34,9 @@ from personaplex.session.events import (
     SendAudio,
     SendError,
     SendText,
+    SendUserText,
+    UserText,
+    UserTextLost,
 )
 
 ITEM_LIMIT = 256  # items that can still be retrieved
@@ -50,6 +53,7 @@ class RealtimeOptions:
     speech_dbfs: float = -45.0  # the agent speaks when it is louder
     pause_s: float = 0.8  # of the agent, that ends a response
     barge_in: Literal["model", "client"] = "model"
+    transcribes: bool = False  # whether the service reads what users say
 
 
 class RealtimeTranslator:
@@ -57,6 +61,7 @@ class RealtimeTranslator:
 
     name = "realtime"
     handshake_delay_s = 0.0
+    user_text = True
     byte_share = 1.5  # as of Live
 
     def __init__(
@@ -75,7 +80,9 @@ class RealtimeTranslator:
         self.transcoder = PcmTranscoder(clock=clock, burst_s=burst_s)
         self._session, self._dialect, self._options = session, dialect, options
         self._expires_at = expires_at
-        self._configuration = Configuration(base, voice_name=base.voice, model=model)
+        self._configuration = Configuration(
+            base, voice_name=base.voice, model=model, transcribes=options.transcribes
+        )
         self._begun = False
         self._chunks = Chunks()
         self._events = 0
@@ -83,6 +90,7 @@ class RealtimeTranslator:
         self._last_item: str | None = None
         self._users = 0  # items of the user's speech
         self._user_item = ""  # of speech that was announced, "" for none
+        self._heard_item = ""  # of speech that no transcript was told of
         self._onset_ms: int | None = None  # of speech that was not announced yet
         self._detector = SpeechDetector(500)
         self._responses = Responses(
@@ -251,6 +259,7 @@ class RealtimeTranslator:
     def _end_of_speech(self) -> Iterator[str]:
         item_id = self._user_item or self._new_user_item()
         self._user_item = ""
+        self._heard_item = item_id
         previous = self._append_item(item_id)
         content: list[dict[str, Any]] = [{"type": "input_audio", "transcript": None}]
         item: dict[str, Any] = {"id": item_id, "object": "realtime.item", "type": "message", "role": "user"}
@@ -259,6 +268,22 @@ class RealtimeTranslator:
         yield from self._emit("input_audio_buffer.committed", item_id=item_id, previous_item_id=previous)
         yield from self._emit("conversation.item.added", item=item, previous_item_id=previous)
         yield from self._emit("conversation.item.done", item=item, previous_item_id=previous)
+
+    def _transcribed(self, heard: UserText | UserTextLost) -> Iterator[str]:
+        """What the user said belongs to the newest item of its speech; to one of its own where none was told,
+        as of a murmur while the agent spoke."""
+        if not self._heard_item:
+            yield from self._end_of_speech()
+        place = {"item_id": self._heard_item, "content_index": 0}
+        self._heard_item = ""
+        name = "conversation.item.input_audio_transcription."
+        if isinstance(heard, UserTextLost):
+            error = {"type": "transcription_error", "code": heard.reason, "message": "there is no transcript"}
+            yield from self._emit(name + "failed", **place, error=error)
+            return
+        segment = heard.segment
+        usage = {"type": "duration", "seconds": round(segment.end - segment.start, 3)}
+        yield from self._emit(name + "completed", **place, transcript=segment.text, usage=usage)
 
     def _new_user_item(self) -> str:
         self._users += 1
@@ -277,6 +302,9 @@ class RealtimeTranslator:
                 yield from self._responses.audio(page, level > self._options.speech_dbfs)
             case SendText(text):
                 yield from self._responses.text(text)
+            case SendUserText(heard):
+                if self._configuration.transcription is not None:
+                    yield from self._transcribed(heard)
             case SendError(message, error):
                 yield from self._fail(message, error)
                 return

@@ -53,6 +53,8 @@ class Configuration:
     said: PcmFormat = PCM
     turn_detection: TurnDetection | None = TurnDetection()
     temperature: float = 0.8
+    transcribes: bool = False  # whether the service can
+    transcription: str | None = None  # the model's name, in the client's words, of one that wants it
     system: tuple[str, ...] = ()  # texts of system messages, which join the role
 
     @property
@@ -88,6 +90,11 @@ class Configuration:
             new = new._with_temperature(number_of(fields["temperature"], "session.temperature", 0.0, 2.0))
         if "turn_detection" in fields:
             new = dataclasses.replace(new, turn_detection=_turn_detection(fields["turn_detection"]))
+        if self.transcribes and "transcription" in fields:
+            wanted = fields["transcription"]
+            name = object_of(wanted, "transcription").get("model") if wanted is not None else None
+            named = text_of(name, "transcription.model") if name is not None else "default"
+            new = dataclasses.replace(new, transcription=None if wanted is None else named)
         if isinstance(fields.get("model"), str):
             new = dataclasses.replace(new, model=text_of(fields["model"], "session.model"))
         heard = self.heard if fields.get("heard") is None else fields["heard"]
@@ -134,6 +141,7 @@ class Configuration:
             "tool_choice": "none",
         }
         turn = None if self.turn_detection is None else self.turn_detection.shown()
+        transcription = None if self.transcription is None else {"model": self.transcription}
         if dialect is Dialect.BETA:
             return {
                 **common,
@@ -141,7 +149,7 @@ class Configuration:
                 "voice": self.voice_name,
                 "input_audio_format": _name(_BETA_FORMATS, self.heard),
                 "output_audio_format": _name(_BETA_FORMATS, self.said),
-                "input_audio_transcription": None,
+                "input_audio_transcription": transcription,
                 "turn_detection": turn,
                 "temperature": self.temperature,
                 "max_response_output_tokens": "inf",
@@ -155,7 +163,7 @@ class Configuration:
             "audio": {
                 "input": {
                     "format": _shown(self.heard),
-                    "transcription": None,
+                    "transcription": transcription,
                     "noise_reduction": None,
                     "turn_detection": turn,
                 },
@@ -185,8 +193,7 @@ def _ga(session: Mapping[str, Any]) -> dict[str, Any]:
     fields["voice"] = said.get("voice")
     fields["heard"] = _ga_format(heard.get("format"), "session.audio.input.format")
     fields["said"] = _ga_format(said.get("format"), "session.audio.output.format")
-    if "turn_detection" in heard:
-        fields["turn_detection"] = heard["turn_detection"]
+    fields.update((name, heard[name]) for name in ("turn_detection", "transcription") if name in heard)
     return fields
 
 
@@ -197,6 +204,8 @@ def _beta(session: Mapping[str, Any]) -> dict[str, Any]:
     fields["said"] = _beta_format(session.get("output_audio_format"), "session.output_audio_format")
     if "turn_detection" in session:
         fields["turn_detection"] = session["turn_detection"]
+    if "input_audio_transcription" in session:
+        fields["transcription"] = session["input_audio_transcription"]
     return fields
 
 

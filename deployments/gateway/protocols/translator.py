@@ -78,6 +78,11 @@ class Translator(Protocol):
         """Times the bytes a second that an Ogg stream may have."""
         ...
 
+    @property
+    def user_text(self) -> bool:
+        """Whether the client can be told what its user said."""
+        ...
+
     def open(self) -> Sequence[Message]:
         """What is sent right after the upgrade."""
         ...
