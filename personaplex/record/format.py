@@ -131,8 +131,12 @@ class Record:
 
 
 def pack_head(head: Head) -> bytes:
-    """The beginning of a file. Raises BadRecord for a head that `parse` would refuse."""
-    payload = _json(dataclasses.asdict(head))
+    """The beginning of a file; of a session's own voice only the name. Raises BadRecord for a head that
+    `parse` would refuse."""
+    head = dataclasses.replace(head, persona=dataclasses.replace(head.persona, own=b""))
+    fields = dataclasses.asdict(head)
+    del fields["persona"]["own"]
+    payload = _json(fields)
     if len(payload) > JSON_LIMIT or _read_head(payload) != head:
         raise BadRecord("this session cannot be described in a record")
     return MAGIC + _entry(_HEAD_KIND, payload)
