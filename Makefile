@@ -122,7 +122,7 @@ score-talk: install
 bench: install
 	$(BIN)/python -m benchmarks.engine --output benchmarks/results/engine-cpu.json
 	$(BIN)/python -m benchmarks.codec --output benchmarks/results/codec.json
-	$(BIN)/python -m benchmarks.bursts --output benchmarks/results/bursts.json
+	$(BIN)/python -m benchmarks.bursts --gateways 2 --output benchmarks/results/bursts.json
 	$(BIN)/python -m benchmarks.recording --output benchmarks/results/recording.json
 
 # The first thing to run on a machine with a GPU: is everything right, and how fast is it? Leaves one JSON file,

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from multiprocessing.connection import Connection
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    began = os.getloadavg()[0]
     rounds: dict[str, list[dict[str, float]]] = {"off": [], "own": []}
     for _ in range(options.rounds):
         for name, found in rounds.items():
@@ -152,6 +154,7 @@ def main() -> None:
         "sessions": SESSIONS,
         "rounds": options.rounds,
         "seconds": options.seconds,
+        "load_average": [round(began, 1), round(os.getloadavg()[0], 1)],  # of the machine, before and after
         "median": medians,
         "tls_core": round(medians["own"]["core"] - medians["off"]["core"], 4),
         "tls_frame_p50_ms": round(medians["own"]["frame_p50_ms"] - medians["off"]["frame_p50_ms"], 4),

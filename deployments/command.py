@@ -23,6 +23,7 @@ from typing import Any
 
 from deployments import haproxy, ingress, processes
 from deployments.certificate import ensure_certificate, lan_address
+from deployments.gateway.keys import Keys
 from deployments.gateway.retention import store_at
 from deployments.parts import ReplicaSettings
 from deployments.replica.models import slots_that_fit
@@ -107,7 +108,7 @@ def run(settings: Settings, host: str, port: int, *, ssl_folder: Path | None, wi
 
 def _check_files(settings: Settings) -> None:
     """Raises ConfigError for files and folders that only a gateway or a replica would miss, later."""
-    settings.keys()
+    Keys([key.get_secret_value() for key in settings.api_keys], settings.api_keys_file)
     for name in _READ:
         path = getattr(settings, name)
         if path is not None and not path.exists():

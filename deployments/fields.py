@@ -301,14 +301,30 @@ class Fields(BaseModel):
     # Access
     api_keys: SecretList = Field((), description="Keys that open a session; unset: anyone may connect.")
     api_keys_file: Path | None = Field(
-        None, description="File of further keys, one a line; # starts a comment."
+        None,
+        description="File of further keys, one a line with options; read again when it changes: see "
+        "docs/access.md.",
+    )
+    revoke_ends_sessions: bool = Field(
+        False, description="End the running sessions of a key that is taken out of api_keys_file."
     )
     allowed_origins: WordList = Field(
         (),
         description="Browser origins that may connect, such as https://example.org; unset allows all.",
     )
+    own_voices: bool = Field(
+        False,
+        description="Callers may upload a recording and talk to its voice; a key's own_voices comes first: "
+        "see docs/access.md.",
+    )
+    own_voice_ttl_s: float = Field(
+        3_600.0, gt=0, description="How long an uploaded voice is kept for sessions that have not begun."
+    )
     sessions_per_key: int = Field(
-        0, ge=0, description="Sessions one key may hold per gateway; 0 is no limit."
+        0,
+        ge=0,
+        description="Sessions one key may hold over all gateways, waiting ones included, unless its line "
+        "in api_keys_file says otherwise; 0 is no limit.",
     )
     sessions_per_address: int | None = Field(
         None,

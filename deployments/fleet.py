@@ -12,7 +12,9 @@ import secrets
 import time
 
 from deployments.wire.handshake import SECRET_BYTES
+from deployments.wire.holdings import Elsewhere, Holdings, Judgement, Ledger, Limits
 from deployments.wire.messages import ReplicaStatus
+from deployments.wire.voicestore import VoiceStore
 
 FORGET_AFTER_S = 5.0  # without a report
 
@@ -27,11 +29,39 @@ class Fleet:
         self._gateways: set[str] = set()
         self._spent: dict[str, float] = {}  # tickets, and when they are over
         self._secret = b""
+        self._ledger = Ledger(time.monotonic())
+        self._voices = VoiceStore()
 
     async def link_secret(self, known: bytes) -> bytes:
         """The application's secret. `known`: the one that the caller has, b"" at its start."""
         self._secret = self._secret or known or secrets.token_bytes(SECRET_BYTES)
         return self._secret
+
+    async def enter_session(
+        self, gateway: str, session: str, holder: str, limits: Limits, day: int
+    ) -> Judgement:
+        """Whether a gateway may begin a session of a key with limits; see `holdings.Ledger`."""
+        return self._ledger.enter(gateway, session, holder, limits, day, time.monotonic())
+
+    async def leave_session(self, gateway: str, session: str) -> None:
+        """A session that was entered has ended."""
+        self._ledger.leave(gateway, session)
+
+    async def report_holdings(self, gateway: str, holdings: Holdings) -> Elsewhere:
+        """Takes what a gateway holds, for its keys; returns what the others do."""
+        return self._ledger.report(gateway, holdings, time.monotonic())
+
+    async def put_voice(self, holder: str, digest: str, voice: bytes, ttl_s: float) -> None:
+        """Keeps an own voice for sessions of its holder at any gateway; see `voicestore.VoiceStore`."""
+        self._voices.put(holder, digest, voice, ttl_s, time.monotonic())
+
+    async def get_voice(self, holder: str, digest: str) -> bytes | None:
+        """An own voice, or None for one that is not there."""
+        return self._voices.get(holder, digest, time.monotonic())
+
+    async def delete_voice(self, holder: str, digest: str) -> None:
+        """Forgets an own voice."""
+        self._voices.delete(holder, digest)
 
     async def report(self, status: ReplicaStatus) -> bool:
         """Stores a replica's status; returns True when it must close its sessions."""
@@ -71,6 +101,7 @@ class Fleet:
     async def closed(self, gateway: str) -> None:
         """This gateway has no queued session left."""
         self._gateways.discard(gateway)
+        self._ledger.forget(gateway)
 
     async def held(self) -> int:
         """Slots in use plus gateways that still have to close their queue; 0 once the shutdown is done."""

@@ -27,7 +27,7 @@ import asyncio
 import copy
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import uvicorn.config
 from starlette.middleware import Middleware
@@ -56,6 +56,18 @@ _BAD_UPGRADE = (
     b"connection: close\r\n"
     b"\r\n"
     b"this upgrade has too many or too long headers, or has a body"
+)
+UPLOAD_PATH = b"/api/voices"  # the one address that takes more than MESSAGE_LIMIT
+UPLOAD_LIMIT = 2_000_000  # bytes of a recording
+UPLOADS_LIMIT = 16  # of more than MESSAGE_LIMIT at once, in one process
+_TOO_MANY_UPLOADS = (
+    b"HTTP/1.1 503 Service Unavailable\r\n"
+    b"content-type: text/plain; charset=utf-8\r\n"
+    b"content-length: 26\r\n"
+    b"retry-after: 5\r\n"
+    b"connection: close\r\n"
+    b"\r\n"
+    b"too many uploads at once\r\n"
 )
 _STEERING = frozenset(
     (
@@ -106,8 +118,11 @@ def _is_utf8(data: bytes) -> bool:
 class Http(PromptHttp):
     """Uvicorn's HTTP protocol with a bound on everything it keeps."""
 
+    uploads: ClassVar[set[Http]] = set()  # whose body is longer than MESSAGE_LIMIT
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._body_limit = MESSAGE_LIMIT
         self._in_head, self._head_bytes, self._body_bytes = False, 0, 0
 
     def data_received(self, data: bytes) -> None:
@@ -125,13 +140,30 @@ class Http(PromptHttp):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        path = self.url.partition(b"?")[0]
+        uploads = path.endswith(UPLOAD_PATH) and self.parser.get_method() == b"POST"
+        self._body_limit = UPLOAD_LIMIT if uploads else MESSAGE_LIMIT
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
-        if self._body_bytes > MESSAGE_LIMIT:
+        if self._body_bytes > self._body_limit:
             raise ValueError("body too long")
+        if self._body_bytes > MESSAGE_LIMIT and self not in self.uploads:
+            if len(self.uploads) >= UPLOADS_LIMIT:
+                self.transport.write(_TOO_MANY_UPLOADS)
+                self.transport.close()
+                return
+            self.uploads.add(self)
         super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        self.uploads.discard(self)
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.uploads.discard(self)
+        super().connection_lost(exc)
 
 
 class WebSocket(WebSocketsSansIOProtocol):

@@ -2,7 +2,7 @@
 
 Fleet series go through Ray (`ray.serve.metrics`), which adds deployment, replica and application to them and
 exports them with the prefix `ray_` (counters also get `_total`). Labels are closed sets: the names of our own
-errors, the places and phases below. Nothing a client sends is ever a label.
+errors, the places and phases below, the labels of an operator's keys. Nothing a client sends is ever a label.
 
 Ray forgets a gauge two or three export intervals after it was set, though the process that set it is still
 there. So every process sets its gauges again and again, whether they changed or not (`Metrics.keep`).
@@ -117,6 +117,24 @@ RECORDS = Series(
     ("result",),
 )
 
+KEY_SECONDS = Series(
+    "personaplex_key_seconds",
+    "counter",
+    "Seconds of conversation by the label of the key, as the keys file gives it.",
+    ("label",),
+)
+OWN_VOICES = Series(
+    "personaplex_own_voices",
+    "counter",
+    "Uploads of own voices, by result: made, or the class of the error that refused it.",
+    ("result",),
+)
+KEYS_RELOADS = Series(
+    "personaplex_keys_reloads",
+    "counter",
+    "Readings of a keys file that has changed, by result: loaded or failed (the old keys stay).",
+    ("result",),
+)
 TRANSCRIPTION_LAG = Series(
     "personaplex_transcription_lag_seconds",
     "histogram",
@@ -147,6 +165,13 @@ RESUMES = Series(
     "counter",
     "Clients that came back to a session, by outcome: continued, refused (no session for this token), failed "
     "(no slot, or none that could go on).",
+    ("outcome",),
+)
+MOVES = Series(
+    "personaplex_moves",
+    "counter",
+    "Sessions to be brought from a replica that goes to another one, by outcome: continued, refused (none "
+    "knows its log), no_capacity, failed; after the last three they stayed.",
     ("outcome",),
 )
 DETACHED = Series(
@@ -302,12 +327,16 @@ def gateway_metrics(page: bool = False) -> Metrics:
         STREAM_ERRORS,
         PROMPT_CHARACTERS,
         RECORDS,
+        KEY_SECONDS,
+        KEYS_RELOADS,
+        OWN_VOICES,
         TRANSCRIPTION_LAG,
         TRANSCRIPTION_BACKLOG,
         TRANSCRIPTION_DROPPED,
         FAILOVERS,
         FAILOVER_SECONDS,
         RESUMES,
+        MOVES,
         page=page,
     )
 

@@ -3,7 +3,7 @@
 Serve compares what a deployment was made with. A value that a replica does not read is not in its part, so
 changing it leaves the replicas' deployment as it is, and the other way round. Derived values (`gather_s`,
 `address_limit`) are in a part as what they came to. What depends on the process (keys in a file, HAProxy's
-environment) is left to the process: `settings.all_keys`, `settings.proxies_in_front`.
+environment) is left to the process: `gateway.keys`, `settings.proxies_in_front`.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ class GatewaySettings(_Part):
     guarded: bool
     allowed_origins: tuple[str, ...]
     sessions_per_key: int
+    revoke_ends_sessions: bool
+    own_voices: bool
+    own_voice_ttl_s: float
+    prompt_tokens: int
     address_limit: int
     unlimited: tuple[Network, ...]
     trusted_proxies: int | None

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import SecretStr, ValidationError, field_validator, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from deployments.addresses import Network, network
 from deployments.fields import Fields
 from personaplex.config import EngineConfig, frames_in
 from personaplex.errors import ConfigError
-from personaplex.files import key_lines
 from personaplex.persona import voice_name
 
 ENV_PREFIX = "PERSONAPLEX_"
@@ -126,6 +125,8 @@ class Settings(BaseSettings, Fields):
             raise ValueError("twilio needs public_url and twilio_token_file")
         if self.record != "off" and self.record_dir is None:
             raise ValueError("record needs record_dir")
+        if self.media_tls == "files" and self.media_tls_dir is None:
+            raise ValueError("media_tls=files needs media_tls_dir")
         if self.stall_limit_s < 3 * self.failover_after_s:
             raise ValueError("stall_limit_s is less than three times failover_after_s")
         if self.replicas_max < self.replicas_min:
@@ -197,10 +198,6 @@ class Settings(BaseSettings, Fields):
         values["api_keys"] = f"{len(self.api_keys)} hidden"
         return values
 
-    def keys(self) -> tuple[str, ...]:
-        """All keys that open a session. Raises ConfigError when api_keys_file is unreadable or empty."""
-        return all_keys(self.api_keys, self.api_keys_file)
-
     @classmethod
     def wants_auto_slots(cls, values: Mapping[str, Any]) -> bool:
         """True when `values` over the environment ask for slots=auto, which `load` refuses."""
@@ -219,17 +216,6 @@ class Settings(BaseSettings, Fields):
             raise ConfigError("; ".join(problems)) from error
         except SettingsError as error:  # a variable that is not JSON; names the field only
             raise ConfigError(str(error)) from error
-
-
-def all_keys(api_keys: Sequence[SecretStr], api_keys_file: Path | None) -> tuple[str, ...]:
-    """The keys given and those in the file. Raises ConfigError when the file is unreadable or empty."""
-    keys = [key.get_secret_value() for key in api_keys]
-    if api_keys_file is not None:
-        try:
-            keys += key_lines(api_keys_file)
-        except ConfigError as error:
-            raise ConfigError(f"api_keys_file: {error}") from error
-    return tuple(keys)
 
 
 def proxies_in_front(trusted_proxies: int | None) -> int:

@@ -50,7 +50,7 @@ def length(path: Path) -> float:
 def first_key(path: Path) -> str:
     """The first key of a file with one key a line. Raises ValueError when there is none, or no file."""
     try:
-        return key_lines(path)[0]
+        return key_lines(path)[0].split()[0]  # options may follow
     except ConfigError as error:
         raise ValueError(str(error)) from error
 

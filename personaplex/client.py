@@ -18,6 +18,7 @@ if __name__ == "__main__":
     cli.guard_imports("client")
 
 from personaplex.audio.device import Device
+from personaplex.client_access import key_of, upload_voice
 from personaplex.client_call import Conversation, microphone, paced
 from personaplex.client_io import (
     chat_url,
@@ -28,7 +29,7 @@ from personaplex.client_io import (
     tls_context,
 )
 from personaplex.config import Pcm
-from personaplex.errors import BadAudio, PersonaplexError
+from personaplex.errors import ConfigError, PersonaplexError
 from personaplex.outputs import check_room, wav_bytes
 
 LAST_WORDS_S = 2.0  # that a transcriber may need for the end of a recording, beyond its tail
@@ -44,16 +45,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(options: argparse.Namespace) -> int:
+    options.api_key = key_of(options.api_key, options.key_file)
     url = chat_url(options)
     try:
         check_outputs(options)
         said = load_recording(options.input_wav, options.tail, options.channel) if options.input_wav else None
         if options.output_wav and said is not None:
             check_room(options.output_wav, wav_bytes(len(said)))
-    except (BadAudio, OSError) as error:
+        if options.own_voice is not None:
+            options.voice = _own_voice(options, url)
+            url = chat_url(options)
+    except (PersonaplexError, OSError) as error:
+        if isinstance(error, ConfigError):
+            raise
         cli.complain(cli.reason(error))
         return cli.FAILED
     return _talk(options, url, said)
+
+
+def _own_voice(options: argparse.Namespace, url: str) -> str:
+    """Uploads the recording, says what is wrong with it, and gives the voice's name."""
+    tls = tls_context(url, options.insecure)
+    voice = upload_voice(url, options.own_voice, options.api_key, tls)
+    _inform(f"own voice: {voice.seconds:.1f} s")
+    for problem in voice.problems:
+        _inform(f"own voice: {problem}")
+    return voice.name
 
 
 def _talk(options: argparse.Namespace, url: str, said: Pcm | None) -> int:

@@ -284,12 +284,14 @@ class Conversation:
 
     async def _notice(self, line: _Line, data: Mapping[str, Any]) -> None:
         kind = data.get("type")
+        self._ticket = Ticket.of(data) or self._ticket  # a new one after each resume, failover and move
         self.transcript.add_notice(data)
         if kind == "queue" and data.get("position"):
-            self._inform(f"waiting for a free slot, position {data.get('position')}")
+            wait = data.get("wait_s")
+            about = f", about {wait} s" if isinstance(wait, int) else ""
+            self._inform(f"waiting for a free slot, position {data.get('position')}{about}")
         elif kind == "session":
             self.report.session = {name: value for name, value in data.items() if name != "resume"}
-            self._ticket = Ticket.of(data)
             self._resumed(data.get("resumed"))
         elif kind == "ending":
             self._inform(f"the session ends in {data.get('in_s')} s")

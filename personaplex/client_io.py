@@ -38,6 +38,7 @@ from personaplex.errors import (
 )
 from personaplex.files import replacing
 from personaplex.outputs import file_name, refuse_overwriting, try_output
+from personaplex.persona import own_digest
 from personaplex.transcript import Transcript
 
 # Of opening a connection; see `refusal`. ImportError: a SOCKS proxy needs a package of its own.
@@ -163,7 +164,7 @@ def chat_url(options: argparse.Namespace) -> str:
     except ValueError as error:
         raise ConfigError(f"{_BAD_URL}, not {options.url!r}: {error}") from error
     query = {
-        "voice_prompt": options.voice and f"{options.voice.removesuffix('.pt')}.pt",
+        "voice_prompt": options.voice and _voice_file(options.voice),
         "text_prompt": options.text_prompt,
         "seed": options.seed,
         "text_temperature": options.text_temperature,
@@ -176,6 +177,11 @@ def chat_url(options: argparse.Namespace) -> str:
     both = "&".join(part for part in (parts.query, given) if part)
     path = parts.path if parts.path.strip("/") else "/api/chat"
     return urlunsplit((parts.scheme, parts.netloc, path, both, ""))
+
+
+def _voice_file(name: str) -> str:
+    """As stock servers want it; an own voice is no file."""
+    return name if own_digest(name) else f"{name.removesuffix('.pt')}.pt"
 
 
 def tls_context(url: str, insecure: bool) -> ssl.SSLContext | None:
@@ -289,7 +295,14 @@ def parser() -> argparse.ArgumentParser:
         "--channel", type=cli.whole(1), default=1, metavar="N", help="of a recording that has several"
     )
     persona = parser.add_argument_group("persona (the service's defaults unless given)")
-    persona.add_argument("--voice", type=cli.text, metavar="NAME", help="a voice, such as NATF2")
+    voice = persona.add_mutually_exclusive_group()
+    voice.add_argument("--voice", type=cli.text, metavar="NAME", help="a voice, such as NATF2")
+    voice.add_argument(
+        "--own-voice",
+        type=Path,
+        metavar="PATH",
+        help="a recording of at most 30 s whose speaker agreed to the use of their voice",
+    )
     persona.add_argument("--text-prompt", type=cli.text, metavar="TEXT", help="the agent's role")
     persona.add_argument("--seed", type=cli.whole(-1), metavar="N", help="same seed and audio: same answers")
     persona.add_argument("--text-temperature", type=cli.not_negative, metavar="T")
@@ -298,6 +311,7 @@ def parser() -> argparse.ArgumentParser:
     persona.add_argument("--audio-topk", type=cli.whole(0), metavar="K")
     access = parser.add_argument_group("access")
     access.add_argument("--api-key", type=_key, metavar="KEY", help="sent as a bearer token")
+    access.add_argument("--key-file", type=Path, metavar="PATH", help="file of keys; the first is sent")
     access.add_argument("--insecure", action="store_true", help="accept any certificate (self-signed)")
     return parser
 

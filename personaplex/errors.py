@@ -76,6 +76,7 @@ class BadAudio(ClientError):
     """Audio that cannot be used."""
 
     close_code = 1007
+    http_status = 422
 
 
 class BadParameter(ClientError):
@@ -112,13 +113,14 @@ class ResumeRefused(ClientError):
 
 
 class TooManySessions(ClientError):
-    """The caller holds as many sessions as it may, or is back too soon; try after `retry_after_s` seconds."""
+    """The caller is at a limit of its own, or is back too soon; try after `retry_after_s` seconds. `limit`
+    names which one: sessions, minutes, queue, address, audio, uploads."""
 
     http_status = 429
 
-    def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
+    def __init__(self, message: str, retry_after_s: float = 5.0, limit: str = "") -> None:
         super().__init__(message, retry_after_s)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s, self.limit = retry_after_s, limit
 
     def __str__(self) -> str:
         return str(self.args[0])

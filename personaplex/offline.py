@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from personaplex.audio.voicewav import load_voice_wav
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, EngineConfig, LMConfig, Sampling
 from personaplex.engine.engine import Engine, check_sampling
 from personaplex.engine.interface import Slot
@@ -44,7 +45,7 @@ from personaplex.recordings import find_recordings
 from personaplex.text import Tokenizer
 from personaplex.transcription.recording import Transcriber
 from personaplex.transcription.whisper import Options
-from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, save_voice
+from personaplex.voices import Voice, VoiceLibrary, load_voice, save_voice
 
 _ANY_LENGTH = 2**31  # tokens of a role text: whoever runs this may wait as long as they like
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from personaplex.config import Sampling
@@ -20,6 +20,8 @@ VOICES: tuple[str, ...] = (
 )
 DEFAULT_VOICE = "NATF2"
 
+_OWN = "own:"
+_OWN_NAME = re.compile(r"own:[0-9a-f]{64}")
 _VOICE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -151,19 +153,38 @@ PROMPTS: Mapping[str, Prompt] = _library(
 
 @dataclass(frozen=True)
 class Persona:
-    """Voice, role and sampling of one session. An empty `text_prompt` leaves the role to the model."""
+    """Voice, role and sampling of one session. An empty `text_prompt` leaves the role to the model.
+
+    `own` is the voice itself, packed (`voices.Voice.pack`), of a session that brings one; `voice` is then its
+    name, `own_voice` of its digest.
+    """
 
     voice: str = DEFAULT_VOICE
     text_prompt: str = PROMPTS["assistant"].text
     sampling: Sampling = Sampling()
+    own: bytes = field(default=b"", repr=False)
+
+
+def own_voice(digest: str) -> str:
+    """The name of a voice that a session brings itself, by the digest of its content."""
+    return f"{_OWN}{digest}"
+
+
+def own_digest(name: str) -> str:
+    """The digest in a name that `own_voice` made; "" for the name of a voice of the library."""
+    return name.removeprefix(_OWN) if name.startswith(_OWN) else ""
 
 
 def voice_name(name: str) -> str:
     """The library name behind what a client wrote: `NATF2` and `NATF2.pt` are the same voice.
 
-    Raises UnknownVoice for anything that is not letters, digits, `_` and `-` (at most 64): a client names a
-    voice and can never name a path.
+    A session's own voice is named `own:DIGEST`, and that is its name. Raises UnknownVoice for anything else
+    that is not letters, digits, `_` and `-` (at most 64): a client names a voice and can never name a path.
     """
+    if name.startswith(_OWN):
+        if not _OWN_NAME.fullmatch(name):
+            raise UnknownVoice("an own voice is named as its upload was answered: own:DIGEST")
+        return name
     bare = name.removesuffix(".pt")
     if not _VOICE_NAME.fullmatch(bare):
         raise UnknownVoice("a voice is named by letters, digits, '_' and '-', at most 64 of them")

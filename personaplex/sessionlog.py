@@ -144,11 +144,11 @@ class SessionRecorder:
         voice: bytes = b"",
         voice_digest: str = "",
     ) -> None:
-        """`voice` and `voice_digest` as in SessionLog."""
+        """`voice` and `voice_digest` as in SessionLog; a persona's own voice is the session's."""
         self.tokens = TokenLog()
         self.voice_digest = voice_digest
         self.persona = persona
-        self._voice = voice
+        self._voice = voice or persona.own
         self._sound: deque[NDArray[np.float32]] = deque(maxlen=max(1, frames_in(audio_s)))
 
     @classmethod

@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,8 @@ class TokenLog:
     """A growing record of one session; the arrays it hands out are views, valid until the next `append`."""
 
     def __init__(self, capacity: int = 256) -> None:
-        self._tokens = np.empty((max(1, capacity), STREAMS), np.int32)
-        self._forced = np.empty(max(1, capacity), np.bool_)
+        self._tokens: NDArray[np.int32] = np.empty((max(1, capacity), STREAMS), np.int32)
+        self._forced: NDArray[np.bool_] = np.empty(max(1, capacity), np.bool_)
         self._length = 0
 
     def __len__(self) -> int:
@@ -134,9 +135,10 @@ def _array(file: zipfile.ZipFile, name: str) -> NDArray[np.generic]:
     ):
         raise ValueError("larger than any session, or packed in another way")
     data = io.BytesIO(file.read(entry))
-    if np.lib.format.read_magic(data) != (1, 0):
+    npy: Any = np.lib.format  # older stubs know no types of it
+    if npy.read_magic(data) != (1, 0):
         raise ValueError("another version of the format")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(data)
+    shape, fortran, dtype = npy.read_array_header_1_0(data)
     if dtype.kind not in "ib":
         raise ValueError("neither integers nor booleans")
     return np.frombuffer(data.read(), dtype).reshape(shape, order="F" if fortran else "C")

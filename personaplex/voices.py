@@ -11,14 +11,12 @@ import hashlib
 import io
 import logging
 import struct
-import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from personaplex.config import (
@@ -26,23 +24,18 @@ from personaplex.config import (
     DELAYS,
     PRESET_TINY,
     RING_COLUMNS,
-    SAMPLE_RATE,
     STREAMS,
     UNGENERATED,
     ZERO_TOKEN,
     LMConfig,
 )
-from personaplex.errors import BadAudio, CheckpointError, UnknownVoice
+from personaplex.errors import CheckpointError, UnknownVoice
 from personaplex.files import LFS_ADVICE, LFS_POINTER, read_bounded, replacing
 from personaplex.persona import VOICES, voice_name
 from personaplex.voicearchive import unpack
 from personaplex.voicefile import Described, TensorFile
 
 log = logging.getLogger(__name__)
-
-LOUDNESS = -24.0  # LUFS of a voice recording, as in training
-SHORTEST_SECONDS = 0.4  # one loudness block
-LONGEST_SECONDS = 240.0  # what the 7B model remembers
 
 _BUILT_IN_FRAMES = 12
 _PT_OVERHEAD = 2**20  # bytes of a voice file that are not its embeddings; more than enough
@@ -202,31 +195,6 @@ def save_voice(path: Path, embeddings: Tensor, cache: Tensor) -> None:
     torch.save({"embeddings": embeddings[:, None, None].cpu(), "cache": cache[None].cpu()}, content)
     with replacing(path) as part:
         part.write_bytes(content.getvalue())
-
-
-def load_voice_wav(path: Path) -> NDArray[np.float32]:
-    """A recording as the model hears voices: float32 [samples] at 24 kHz, first channel, -24 LUFS.
-
-    Loudness after ITU-R BS.1770-4. Raises BadAudio when it is unreadable, shorter than 0.4 s, longer than
-    240 s or silent.
-    """
-    import pyloudnorm  # here, so that an engine without recordings needs no audio libraries
-
-    from personaplex.audio.wav import one_channel, read_wav, resample
-
-    pcm, rate = read_wav(path)
-    if pcm.shape[1] > LONGEST_SECONDS * rate:
-        raise BadAudio(f"a voice recording must last at most {LONGEST_SECONDS:g} s")
-    mono = resample(one_channel(pcm, path.name), rate, SAMPLE_RATE)
-    if len(mono) < SHORTEST_SECONDS * SAMPLE_RATE:
-        raise BadAudio(f"a voice recording must last at least {SHORTEST_SECONDS} s")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # silence: means of nothing, logarithms of zero
-        loudness = pyloudnorm.Meter(SAMPLE_RATE).integrated_loudness(mono)
-    if not np.isfinite(loudness):
-        raise BadAudio("the voice recording is silent")
-    normalised: NDArray[np.float32] = mono * np.float32(10.0 ** ((LOUDNESS - float(loudness)) / 20.0))
-    return normalised
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -1,19 +1,18 @@
 """Access control of one gateway: keys, browser origins, and how many sessions a caller may hold.
 
-All of it is decided before the WebSocket is accepted, so a refusal is an HTTP status (`refusal`). Keys are
-compared in constant time and as digests, so that neither their length nor a common prefix shows. An address
-counts sessions only where it is a client's own: not in `unlimited_networks`, and not where a proxy hides it.
+All of it is decided before the WebSocket is accepted, so a refusal is an HTTP status (`refusal`). What a key
+may do, and its limits over all gateways, are in accounts.py. An address counts sessions only where it is a
+client's own: not in `unlimited_networks`, and not where a proxy hides it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import hmac
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -21,6 +20,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse
 
 from deployments.addresses import Network, caller_of, contains, forwarded_for
+from deployments.gateway.keys import Key, KeyTable
 from personaplex.errors import Forbidden, NoCapacity, PersonaplexError, TooManySessions, Unauthorized
 
 logger = logging.getLogger(__name__)
@@ -41,72 +41,81 @@ class ClientInfo:
         return cls(connection.client.host if connection.client else "", connection.headers, query)
 
 
+@dataclass(frozen=True)
+class Entrant:
+    """Who was let in: `caller`, a digest of address and key, and the key, if the service asks for one."""
+
+    caller: str
+    key: Key | None
+
+
 class AccessControl:
     """Admission of one gateway; `enter` is a context that counts the session while it lasts."""
 
     def __init__(
         self,
-        keys: Sequence[str],
+        table: Callable[[], KeyTable] | None,
         origins: Sequence[str],
         *,
-        sessions_per_key: int,
         sessions_per_address: int,
         trusted_proxies: int,
         unlimited_networks: Sequence[Network],
         peer_is_proxy: bool = False,
     ) -> None:
-        """No keys: no key is asked for. No origins: any will do. 0 sessions: any number.
+        """`table` gives the keys of this moment; None: no key is asked for. No origins: any will do. 0
+        sessions: any number.
 
         `peer_is_proxy`: sockets come from a proxy of our own; without trusted_proxies no client's address is
         known then, and none is counted.
         """
-        self._digests = [_digest(key) for key in keys]
+        self._table = table
         self._origins = frozenset(origins)
-        self._per_key, self._per_address = sessions_per_key, sessions_per_address
+        self._per_address = sessions_per_address
         self._trusted_proxies, self._peer_is_proxy = trusted_proxies, peer_is_proxy
         self._unlimited = tuple(unlimited_networks)
-        self._open: Counter[bytes | str] = Counter()
+        self._open: Counter[str] = Counter()  # addresses
         self._warned = False
 
     @contextlib.contextmanager
-    def enter(self, client: ClientInfo) -> Iterator[str]:
-        """Gives the caller's name, a digest of its address and key, while its session is counted.
+    def enter(self, client: ClientInfo) -> Iterator[Entrant]:
+        """Gives who it is, while its session is counted for its address.
 
-        Raises Forbidden, Unauthorized, and TooManySessions when one of its limits is reached.
+        Raises Forbidden, Unauthorized, and TooManySessions when the address holds all it may.
         """
-        origin = client.headers.get("origin")
-        if self._origins and origin is not None and origin not in self._origins:
-            raise Forbidden("pages of this origin may not connect")
-        key = self._key(client) if self._digests else b""
+        entrant, name = self.identify(client), ""
         address = self._address(client)
-        counted: list[tuple[bytes | str, int, str]] = []
-        if key:
-            counted.append((key, self._per_key, "key"))
         if self._counts(client, address):
-            counted.append((caller_of(address), self._per_address, "address"))
-        for name, limit, kind in counted:
-            if limit and self._open[name] >= limit:
-                raise TooManySessions(f"this {kind} holds as many sessions as it may", LIMIT_RETRY_S)
-        self._open.update(name for name, _, _ in counted)
+            name = caller_of(address)
+            if self._per_address and self._open[name] >= self._per_address:
+                words = "this address holds as many sessions as it may"
+                raise TooManySessions(words, LIMIT_RETRY_S, "address")
+            self._open[name] += 1
         try:
-            yield hashlib.sha256(key + caller_of(address).encode()).hexdigest()
+            yield entrant
         finally:
-            for name, _, _ in counted:
+            if name:
                 self._open[name] -= 1
                 if not self._open[name]:
                     del self._open[name]
 
+    def identify(self, client: ClientInfo) -> Entrant:
+        """Who it is, counting nothing. Raises Forbidden, Unauthorized."""
+        origin = client.headers.get("origin")
+        if self._origins and origin is not None and origin not in self._origins:
+            raise Forbidden("pages of this origin may not connect")
+        key, shown = None, ""
+        if self._table is not None:
+            shown = _shown_key(client)
+            key = self._table().find(shown)
+            if key is None:
+                raise Unauthorized("a valid API key is needed")
+        who = shown.encode(errors="surrogatepass") + b" " + caller_of(self._address(client)).encode()
+        return Entrant(hashlib.sha256(who).hexdigest(), key)
+
     @property
     def counted(self) -> int:
-        """Keys and addresses that hold a session now."""
+        """Addresses that hold a session now."""
         return len(self._open)
-
-    def _key(self, client: ClientInfo) -> bytes:
-        shown = _digest(_shown_key(client))
-        matches = [hmac.compare_digest(shown, digest) for digest in self._digests]  # all of them, always
-        if not any(matches):
-            raise Unauthorized("a valid API key is needed")
-        return shown
 
     def _address(self, client: ClientInfo) -> str:
         forwarded = forwarded_for(client.headers.getlist("x-forwarded-for"), self._trusted_proxies)
@@ -137,6 +146,8 @@ def refusal(error: PersonaplexError) -> PlainTextResponse:
         seconds = max(1, math.ceil(error.retry_after_s))
         headers["retry-after"] = str(seconds)
         words += f"; try again in {seconds} s"
+    if isinstance(error, TooManySessions) and error.limit:
+        headers["x-limit"] = error.limit
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     return PlainTextResponse(words + "\n", status_code=error.http_status, headers=headers)
@@ -147,7 +158,3 @@ def _shown_key(client: ClientInfo) -> str:
     scheme, _, token = client.headers.get("authorization", "").partition(" ")
     bearer = token.strip() if scheme.lower() == "bearer" else ""
     return client.headers.get("x-api-key") or bearer or client.query.get("worker_auth_id", "")
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode(errors="surrogatepass")).digest()

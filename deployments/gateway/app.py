@@ -6,6 +6,7 @@
     /api/admission whether a session with this query would be let in now: 204, or the refusal
     /api/info      model, slots and load of the service
     /api/voices    names a session may ask for
+    /api/key, /api/tokens, POST and DELETE of /api/voices: access.py
     /api/prompts   role texts to choose from
     /metrics       this gateway's own series, where the setting metrics_page asks for them
     /healthz       200 when sessions can be taken, 503 while no replica is there; `proxy_limits` is whether
@@ -41,16 +42,21 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 import personaplex
 from deployments import ingress, logs, metrics
-from deployments.gateway import tracing
+from deployments.gateway import tracing, watchers
+from deployments.gateway.access import AccessRoutes
+from deployments.gateway.accounts import Accounts
 from deployments.gateway.admission import AccessControl, ClientInfo, refusal
+from deployments.gateway.asking import Asking
 from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Comeback, Conversation
 from deployments.gateway.failover import Failovers
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.info import prompt_list, voice_list
+from deployments.gateway.keys import Key, Keys
 from deployments.gateway.leases import Claim, Leases
 from deployments.gateway.listening import Listening
 from deployments.gateway.observer import Observer
 from deployments.gateway.openai import Admit, OpenAIEndpoints
+from deployments.gateway.ownvoices import OwnVoices
 from deployments.gateway.protocols.translator import Translator
 from deployments.gateway.query import allows_transcription, heard_from, persona_from, read_query, wants_status
 from deployments.gateway.reconnects import Reconnects
@@ -59,10 +65,12 @@ from deployments.gateway.records import Records
 from deployments.gateway.resumes import Resumes, Taken
 from deployments.gateway.telephone import TICKET_S, TelephoneEndpoints
 from deployments.gateway.transcripts import Transcripts
+from deployments.gateway.turns import Turns
 from deployments.gateway.upstream import Services
+from deployments.gateway.waits import Waits
 from deployments.keysync import KeySync
 from deployments.parts import GatewaySettings
-from deployments.settings import all_keys, behind_haproxy, proxies_in_front, proxy_callback
+from deployments.settings import behind_haproxy, proxies_in_front, proxy_callback
 from deployments.wire.handshake import GatewayHandshake
 from deployments.wire.link import Link, OnLost, OnMessage, connect
 from deployments.wire.messages import Grant, LeaseRequest
@@ -84,6 +92,7 @@ from personaplex.transcription.listener import Speech
 
 logger = logging.getLogger(__name__)
 
+SLOTS_EVERY_S = 5.0  # between two looks at how many slots there are
 PAGE = Path(__file__).parent / "web"
 
 _LEFT = (RuntimeError, OSError, WebSocketDisconnect)  # what a socket raises whose client has gone
@@ -104,6 +113,17 @@ class Gateway:
         self._settings = settings
         self._fleet = Observer(fleet)
         self._metrics = metrics.gateway_metrics(page=settings.metrics_page)
+        name, turns = uuid.uuid4().hex, Turns(time.monotonic)
+        self._keys = Keys([key.get_secret_value() for key in settings.api_keys], settings.api_keys_file)
+        self._accounts = Accounts(
+            fleet,
+            name,
+            self._metrics,
+            turns,
+            table=lambda: self._keys.table,
+            sessions_per_key=settings.sessions_per_key,
+            revoke_ends_sessions=settings.revoke_ends_sessions,
+        )
         failovers = Failovers(
             after_s=settings.failover_after_s,
             audio_s=settings.rebuild_audio_s,
@@ -113,21 +133,35 @@ class Gateway:
             replicas,
             queue_limit=settings.queue_limit,
             queue_timeout_s=settings.queue_timeout_s,
+            turns=turns,
+            who=self._accounts.holder_of,
+            granted=lambda session: self._waits.served(session, time.monotonic()),
+            shared=lambda one: self._keys.table.holders > 1 and not self._accounts.talks(one),
             suspects=failovers.suspects,
         )
-        self._api_keys = all_keys(settings.api_keys, settings.api_keys_file)
         self._access = AccessControl(
-            self._api_keys,
+            (lambda: self._keys.table) if settings.guarded else None,
             settings.allowed_origins,
-            sessions_per_key=settings.sessions_per_key,
             sessions_per_address=settings.address_limit,
             trusted_proxies=proxies_in_front(settings.trusted_proxies),
             unlimited_networks=settings.unlimited,
             peer_is_proxy=behind_haproxy(),
         )
         self._reconnects = Reconnects()
-        self._keys = KeySync(fleet)
+        self._link_keys = KeySync(fleet)
         self._tls = None if settings.media_tls == "off" else gateway_context(settings.media_tls_dir)
+        asking = Asking(self._fleet.describe, self._reach)
+        self._voices = OwnVoices(
+            fleet,
+            asking,
+            self._metrics,
+            allowed=settings.own_voices,
+            ttl_s=settings.own_voice_ttl_s,
+            table=lambda: self._keys.table,
+        )
+        self._access_routes = AccessRoutes(
+            self._access, self._accounts, self._voices, asking, query_limit=settings.query_limit_bytes
+        )
         self._records = Records.of(settings, self._metrics)
         self._services = Services(
             leases=self._leases,
@@ -142,17 +176,28 @@ class Gateway:
             connect_timeout_s=settings.lease_timeout_s,
             keep=self._keep,
             changed=self._publish,
+            wait=self._wait,
             trace=tracing.connect() if settings.tracing else None,
             transcripts=None if transcribers is None else self._transcripts(transcribers),
             failovers=failovers,
             resumes=self._make_resumes(),
         )
+        watchers.watch_replicas(self._services.moves.running)
+        self._waits, self._slots = Waits(), 0
         self._open = 0
         self._empty = asyncio.Event()  # no session is open
         self._empty.set()
         asyncio.get_running_loop().set_exception_handler(report_failure)
-        self._keeping = asyncio.ensure_future(self._metrics.keep(self._publish))
-        self._watching = asyncio.ensure_future(self._fleet.wait_close(uuid.uuid4().hex, self._close))
+        self._tasks = [
+            asyncio.ensure_future(task)
+            for task in (
+                self._metrics.keep(self._publish),
+                self._fleet.wait_close(name, self._close),
+                self._accounts.run(self._leases.waiting),
+                self._keys.watch(self._keys_read),
+                self._count_slots(),
+            )
+        ]
         warn_of_proxies_without_limits()
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
 
@@ -173,12 +218,13 @@ class Gateway:
         routes: list[BaseRoute] = [
             WebSocketRoute("/api/chat", self.chat),
             Route("/api/chat", self.upgrade_required),
-            *OpenAIEndpoints(self, self._settings, self._api_keys).routes(),
+            *OpenAIEndpoints(self, self._settings, lambda: self._link_keys.keyring.secrets).routes(),
             *TelephoneEndpoints(self, self._settings).routes(),
             WebSocketRoute("/{path:path}", self.no_socket),  # static files know no sockets
             Route("/api/admission", self.admission),
             Route("/api/info", self.info),
-            Route("/api/voices", self.voices),
+            Route("/api/voices", self.voices, methods=["GET", "HEAD"]),
+            *self._access_routes.routes(),
             Route("/api/prompts", self.prompts),
             Route("/healthz", self.health),
         ]
@@ -198,15 +244,18 @@ class Gateway:
 
     async def chat(self, socket: WebSocket) -> None:
         session = uuid.uuid4().hex
-        with contextlib.ExitStack() as counted:
+        async with contextlib.AsyncExitStack() as counted:
             counted.enter_context(self._counting())
             taken: Taken | None = None
             try:
-                persona, caller = counted.enter_context(self._admit(socket))
+                persona, caller, key = counted.enter_context(self._admit(socket))
                 taken = await self._take(socket)
                 if taken is not None:
                     session, persona = taken.session, taken.log.persona
                     counted.callback(taken.give_back)
+                await counted.enter_async_context(self._accounts.enter(session, key))
+                if taken is None:
+                    persona = await self._voices.bring(persona, key)
                 claim = await self._leases.claim(LeaseRequest.of(session, persona))
             except PersonaplexError as error:
                 await self._refuse(socket, session, error)
@@ -216,9 +265,9 @@ class Gateway:
             else:
                 await self._converse(socket, session, persona, caller, claim, taken)
 
-    async def _take(self, socket: WebSocket) -> Taken | None:
+    async def _take(self, connection: HTTPConnection) -> Taken | None:
         """The session that the client comes back to, None for a new one. Raises ResumeRefused."""
-        query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
+        query = read_query(connection.scope["query_string"], self._settings.query_limit_bytes)
         token = query.get("resume")
         if token is None:
             return None
@@ -245,17 +294,18 @@ class Gateway:
     ) -> None:
         """A session of a client that says only after the upgrade what it wants; see `openai.Host`."""
         session = uuid.uuid4().hex
-        with contextlib.ExitStack() as counted:
+        async with contextlib.AsyncExitStack() as counted:
             counted.enter_context(self._counting())
             try:
-                persona, caller = counted.enter_context((admit or self._admit)(connection or socket))
+                persona, caller, key = counted.enter_context((admit or self._admit)(connection or socket))
                 self._check_limit()
                 await self.check_room()
+                await counted.enter_async_context(self._accounts.enter(session, key))
                 translator = make(session, persona)
             except PersonaplexError as error:
                 await self._refuse(socket, session, error, refuse, protocol)
                 return
-            await self._converse_later(socket, session, translator, caller, subprotocol)
+            await self._converse_later(socket, session, translator, caller, key, subprotocol)
 
     def admitted(self, connection: HTTPConnection) -> contextlib.AbstractContextManager[Any]:
         return self._admit(connection)
@@ -266,19 +316,21 @@ class Gateway:
         session: str,
         translator: Translator,
         caller: str,
+        key: Key | None,
         subprotocol: str | None,
     ) -> None:
         query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
         recording: Recording | None = None
 
-        async def begin(persona: Persona, ticket: str) -> Claim:
+        async def begin(persona: Persona, ticket: str) -> tuple[Persona, Claim]:
             nonlocal recording
             if ticket and not await self._fleet.spend(ticket, TICKET_S):
                 raise Unauthorized("this call's ticket was used before")
+            persona = await self._voices.bring(persona, key)
             recording = self._begin_record(query, session, persona, await self._engine(query))
             if recording is not None:
                 conversation.record(recording)
-            return await self._leases.claim(LeaseRequest.of(session, persona))
+            return persona, await self._leases.claim(LeaseRequest.of(session, persona))
 
         try:
             await socket.accept(subprotocol)
@@ -295,10 +347,11 @@ class Gateway:
             begin=begin,
             transcribe=translator.user_text and allows_transcription(query),
         )
+        self._accounts.attach(session, conversation)
         try:
             await conversation.run()
         finally:
-            self._ended(caller, conversation, recording)
+            self._ended(session, caller, conversation, recording)
 
     async def _converse(
         self,
@@ -338,16 +391,24 @@ class Gateway:
                 resumable=status,
                 comeback=comeback,
             )
+            self._accounts.attach(session, conversation)
             await conversation.run(persona, claim)
         finally:
             claim.give_up()  # without effect where it is the conversation's
-            self._ended(caller, conversation, recording)
+            self._ended(session, caller, conversation, recording)
 
-    def _ended(self, caller: str, conversation: Conversation | None, recording: Recording | None) -> None:
+    def _ended(
+        self, session: str, caller: str, conversation: Conversation | None, recording: Recording | None
+    ) -> None:
         error = SessionLost("it never began") if conversation is None else conversation.error
         if conversation is None:
             self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error), protocol="chat")
         self._reconnects.ended(caller, error, time.monotonic())
+        self._accounts.close(session, metrics.cause(error))
+        now = time.monotonic()
+        self._waits.left(session, now)
+        if conversation is not None and conversation.talked_s > 0:
+            self._waits.ended(conversation.talked_s, now)
         if recording is not None and self._records is not None:
             recording.over()
             finishing = asyncio.ensure_future(self._finish_record(self._records, recording, conversation))
@@ -406,10 +467,14 @@ class Gateway:
     async def admission(self, request: Request) -> Response:
         """Why an upgrade failed, for a page to show: browsers hide its status from scripts."""
         try:
-            with self._admit(request):
+            with self._admit(request) as (persona, _, key):
+                self._accounts.check(key)
+                await self._voices.bring(persona, key)
                 if self._open >= self._settings.sessions_per_gateway:
                     raise NoCapacity("this gateway holds as many sessions as it may")
                 await self.check_room()
+                if (taken := await self._take(request)) is not None:
+                    taken.give_back()
         except PersonaplexError as error:
             return refusal(error)
         return Response(status_code=204, headers={"cache-control": "no-store"})
@@ -426,6 +491,10 @@ class Gateway:
                 "queued": self._leases.queued,
                 "session_limit_s": self._settings.session_limit_s,
                 "key_needed": self._settings.guarded,
+                "prompt_tokens": self._settings.prompt_tokens,
+                "queue_places": self._settings.queue_limit,
+                "wait_s": await self._expected_wait(),
+                "own_voices": self._voices.describe(),
                 "record": self._settings.record,
                 "transcription": self._settings.transcription,
             }
@@ -463,18 +532,18 @@ class Gateway:
             self._publish()
 
     @contextlib.contextmanager
-    def _admit(self, connection: HTTPConnection) -> Iterator[tuple[Persona, str]]:
-        """The persona asked for and the caller's name for Reconnects, while the session is counted. Raises
-        what the client is to be told."""
+    def _admit(self, connection: HTTPConnection) -> Iterator[tuple[Persona, str, Key | None]]:
+        """The persona asked for, the caller's name for Reconnects and its key, while the session is counted
+        for its address. Raises what the client is to be told."""
         self._check_limit()
         query = read_query(connection.scope["query_string"], self._settings.query_limit_bytes)
-        with self._access.enter(ClientInfo.of(connection, query)) as caller:
+        with self._access.enter(ClientInfo.of(connection, query)) as entrant:
             persona = persona_from(query)
             if self._records is not None:
                 self._records.wanted(query)
-            caller = f"{caller} {persona.voice} {hash(persona.text_prompt)}"
+            caller = f"{entrant.caller} {persona.voice} {hash(persona.text_prompt)}"
             self._reconnects.check(caller, time.monotonic())
-            yield persona, caller
+            yield persona, caller, entrant.key
 
     def _check_limit(self) -> None:
         if self._open > self._settings.sessions_per_gateway:
@@ -492,21 +561,24 @@ class Gateway:
             return None
         return Resumes(
             self._settings.resume_grace_s,
-            lambda: ResumeTokens(self._keys.keyring.secrets),
+            lambda: ResumeTokens(self._link_keys.keyring.secrets),
             self._fleet.describe,
-            self._link,
+            self._reach,
         )
 
     async def _connect(self, grant: Grant, on_message: OnMessage, on_lost: OnLost) -> Link:
-        return await self._link(grant.replica, grant.host, grant.port, on_message, on_lost)
+        return await self._reach(grant.replica, grant.host, grant.port, on_message, on_lost)
 
-    async def _link(self, replica: str, host: str, port: int, on_message: OnMessage, on_lost: OnLost) -> Link:
+    async def _reach(
+        self, replica: str, host: str, port: int, on_message: OnMessage, on_lost: OnLost
+    ) -> Link:
+        """A link to a replica, for a session or a question."""
         return await connect(
             host,
             port,
             on_message,
             on_lost,
-            handshake=GatewayHandshake(await self._keys.known(), replica),
+            handshake=GatewayHandshake(await self._link_keys.known(), replica),
             outbox=self._settings.burst_frames,
             stall_s=self._settings.stall_limit_s,
             tls=self._tls,
@@ -521,6 +593,32 @@ class Gateway:
             self._services.transcripts.close()
         if self._records is not None:
             await self._records.close()
+
+    def _wait(self, session: str, place: int) -> float | None:
+        """What a session at `place` of this gateway's queue may be told of its wait, in seconds."""
+        return self._waits.queued(session, self._place(place), self._slots, time.monotonic())
+
+    def _place(self, place: int) -> int:
+        """A place in this gateway's queue, among those of all gateways: they take turns."""
+        return round(place * (1 + self._accounts.waiting_elsewhere / max(self._leases.queued, place)))
+
+    async def _count_slots(self) -> None:
+        """Keeps the number of slots that callers in the queue wait for, for ever."""
+        while True:
+            self._slots = sum(one.slots for one in await self._fleet.describe() if one.accepting)
+            await asyncio.sleep(SLOTS_EVERY_S)
+
+    async def _expected_wait(self) -> float | None:
+        """What a caller would wait who came now, as far as it may be said."""
+        replicas = await self._fleet.describe()
+        if any(one.accepting and one.used < one.slots for one in replicas):
+            return 0.0
+        place = self._place(self._leases.queued + 1)
+        found = self._waits.estimate(place, self._slots, time.monotonic())
+        return round(found, 1) if found is not None and self._waits.honest else None
+
+    def _keys_read(self, well: bool) -> None:
+        self._metrics.add(metrics.KEYS_RELOADS, result="loaded" if well else "failed")
 
     def _publish(self) -> None:
         self._metrics.set(metrics.SESSIONS_OPEN, self._open)

@@ -51,7 +51,8 @@ logger = logging.getLogger(__name__)
 
 UNSENT_LIMIT = 256  # messages a client may leave unread, times `burst_share`: 20 s of speech
 FAILED = "the server failed; please connect again"
-Claiming = Callable[[Persona, str], Awaitable[Claim]]  # a persona and a ticket; see `Begin`
+# A persona and a ticket (see `Begin`) to the persona with all it brings, and its claim.
+Claiming = Callable[[Persona, str], Awaitable[tuple[Persona, Claim]]]
 LAST_WORDS_S = 5.0  # that a record waits for the words of its end
 CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
 
@@ -152,6 +153,15 @@ class Conversation:
         recording.on_failure = self._on_recording_failed
         self._upstream.record(recording)
 
+    @property
+    def talked_s(self) -> float:
+        """Seconds since the handshake, 0 before it; what they were once the session has ended."""
+        return self._stats.talked_s
+
+    def end(self, error: PersonaplexError) -> None:
+        """Ends the session with `error`, which its client is told."""
+        self._on(Failed(error))
+
     async def last_words(self) -> None:
         """After `run`: returns once everything that the user said is in the record, or after LAST_WORDS_S."""
         if self._transcript is not None:
@@ -234,7 +244,8 @@ class Conversation:
         try:
             if claim is None:
                 assert self._claim_slot is not None
-                claim = self._claim = await self._claim_slot(persona, ticket)
+                persona, claim = await self._claim_slot(persona, ticket)
+                self._claim = claim
             if self._comeback is None:
                 await self._upstream.open(persona, claim)
             else:

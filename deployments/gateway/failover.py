@@ -29,7 +29,7 @@ from personaplex.sessionlog import SessionRecorder
 LOST_LIMIT = 3  # replicas in a row, before the session said anything
 LOST_WORDS = "the server running this session failed; please connect again"
 
-LOST, SILENT = "lost", "silent"  # why
+LOST, SILENT, MOVED = "lost", "silent", "moved"  # why
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Failover:
         self._make_slot, self._leave = make_slot, leave
         self._lost = lost
         self._refused: dict[str, PersonaplexError] = {}
+        self.continued = False  # a candidate has taken over
         self._outcome: asyncio.Future[PersonaplexError | None] | None = None
 
     async def run(self) -> None:
@@ -117,6 +118,7 @@ class Failover:
 
     def taken(self) -> None:
         """The candidate is the session's slot from now on."""
+        self.continued = True
         self._finish(None)
 
     def ended(self, error: PersonaplexError | None) -> None:

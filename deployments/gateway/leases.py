@@ -3,9 +3,9 @@
 A lease is one long-lived streaming call to the replica deployment. Its first item is a Grant (or a Refusal);
 it ends when the slot is free again. So Serve's count of ongoing calls is the count of sessions, for admission
 and for autoscaling alike. `Leases.claim` tells at once whether a session gets a slot, a place in the queue of
-this gateway or neither; the Claim waits its turn, reports its place, and bounds the wait. Between gateways
-the order is as good as chance: the calls that wait lie in each gateway's own router, where Serve's
-autoscaling counts them, and none knows of the others'. Replicas that this gateway suspects are left out.
+this gateway or neither; the Claim waits its turn, reports its place, and bounds the wait. The calls that wait
+lie in the gateway's own router, where Serve's autoscaling counts them; turns.py has their order. Replicas
+that this gateway suspects are left out.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from deployments.gateway.suspects import Suspects
+from deployments.gateway.turns import QueuedRequest, Turns
 from deployments.policy import GRACE_S
 from deployments.wire.messages import Grant, LeaseRequest
-from personaplex.errors import NoCapacity, PersonaplexError, SessionLost
+from personaplex.errors import NoCapacity, PersonaplexError, SessionLost, TooManySessions
 
 logger = logging.getLogger(__name__)
 
 RETRY_S = 0.2  # between two tries after a replica refused or died
+QUEUE_RETRY_S = 10.0  # Retry-After for a key that has as many callers in the queue as it may
+
+Who = Callable[[str], tuple[str, int] | None]  # a session -> whom it counts for, and its priority
 
 
 class Lease:
@@ -62,6 +66,7 @@ class Lease:
 class Waiter:
     """A session without a slot yet."""
 
+    request: QueuedRequest
     placed: asyncio.Future[None]  # done once it is queued
     on_position: Callable[[int], None] | None = None
     queued: bool = False
@@ -112,7 +117,11 @@ class Claim:
 
 
 class Leases:
-    """The sessions of one gateway that wait for a slot, first come first served."""
+    """The sessions of one gateway that wait for a slot, in the order of `turns`.
+
+    `who` says whom a session counts for; `shared` whether it must leave places of the queue to others;
+    `granted` is called when it has its slot.
+    """
 
     def __init__(
         self,
@@ -121,10 +130,16 @@ class Leases:
         queue_limit: int,
         queue_timeout_s: float,
         suspects: Suspects | None = None,
+        turns: Turns | None = None,
+        who: Who = lambda session: None,
+        shared: Callable[[str], bool] = lambda session: False,
+        granted: Callable[[str], None] = lambda session: None,
     ) -> None:
         self.suspects = suspects or Suspects(time.monotonic)
         self._call = replicas.options(method_name="lease", stream=True)
         self._queue_limit, self._queue_timeout_s = queue_limit, queue_timeout_s
+        self._turns, self._who, self._shared = turns or Turns(time.monotonic), who, shared
+        self._granted = granted
         self._waiting: list[Waiter] = []
         self._closed = asyncio.get_running_loop().create_future()
 
@@ -136,15 +151,24 @@ class Leases:
     def queue_full(self) -> bool:
         return self.queued >= self._queue_limit
 
+    def waiting(self) -> list[QueuedRequest]:
+        """Those in the queue, in the order in which they will get their slots."""
+        return self._turns.order(waiter.request for waiter in self._waiting if waiter.queued)
+
     async def claim(self, request: LeaseRequest) -> Claim:
         """Returns as soon as the session has a slot or a place in the queue.
 
-        Raises NoCapacity when it gets neither, SessionLost when the service is being stopped. Cancelling
-        gives everything back.
+        Raises NoCapacity when it gets neither, TooManySessions when others' places are left but none of its
+        own, SessionLost when the service is being stopped. Cancelling gives everything back.
         """
-        waiter = Waiter(asyncio.get_running_loop().create_future())
-        turn = asyncio.ensure_future(self._wait_turn(request, waiter))
-        claim = Claim(waiter, turn, time.monotonic())
+        began = time.monotonic()
+        holder, priority = self._who(request.session) or ("", 0)
+        mine = QueuedRequest(
+            request.session, request.voice, request.excluded, holder, priority, began, self._turns
+        )
+        waiter = Waiter(mine, asyncio.get_running_loop().create_future())
+        turn = asyncio.ensure_future(self._wait_turn(waiter))
+        claim = Claim(waiter, turn, began)
         try:
             known: set[asyncio.Future[Any]] = {turn, waiter.placed}
             await asyncio.wait(known, return_when=asyncio.FIRST_COMPLETED)
@@ -155,11 +179,15 @@ class Leases:
             raise
         return claim
 
-    async def _wait_turn(self, request: LeaseRequest, waiter: Waiter) -> Lease:
+    async def _wait_turn(self, waiter: Waiter) -> Lease:
         self._waiting.append(waiter)
         try:
-            return await self._acquire(request, waiter)
+            lease = await self._acquire(waiter.request, waiter)
+            self._turns.granted(waiter.request)
+            self._granted(waiter.request.session)
+            return lease
         finally:
+            self._turns.gone(waiter.request)
             self._waiting.remove(waiter)
             self._announce()
 
@@ -202,14 +230,18 @@ class Leases:
             return
         if self.queue_full:
             raise NoCapacity("every slot is taken and the queue is full")
+        request, others = waiter.request, [one.request for one in self._waiting if one.queued]
+        if self._shared(request.session) and self._turns.full_for(request.holder, others, self._queue_limit):
+            words = "this key has as many callers in the queue as it may"
+            raise TooManySessions(words, QUEUE_RETRY_S, "queue")
         waiter.queued = True
         self._announce()
         waiter.placed.set_result(None)
 
     def _announce(self) -> None:
-        queued = (waiter for waiter in list(self._waiting) if waiter.queued)
-        for position, waiter in enumerate(queued, start=1):
-            waiter.announce(position)
+        waiters = {id(waiter.request): waiter for waiter in self._waiting}
+        for position, request in enumerate(self.waiting(), start=1):
+            waiters[id(request)].announce(position)
 
 
 class _Attempt:

@@ -17,7 +17,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from starlette.datastructures import Headers
@@ -26,6 +26,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
+from deployments.gateway.keys import Key
 from deployments.gateway.protocols import openai_events, realtime_dialect
 from deployments.gateway.protocols.live import LiveTranslator
 from deployments.gateway.protocols.openai_events import Refused, number_of, object_of, text_of
@@ -45,7 +46,7 @@ SECRET_DEFAULT_S = 600
 SESSION_BYTES = 16_384  # of a client secret's session
 
 Make = Callable[[str, Persona], Translator]  # a session's name and the persona of its query
-Admit = Callable[[HTTPConnection], contextlib.AbstractContextManager[tuple[Persona, str]]]
+Admit = Callable[[HTTPConnection], contextlib.AbstractContextManager[tuple[Persona, str, Key | None]]]
 
 
 class Host(Protocol):
@@ -78,9 +79,9 @@ class Host(Protocol):
 class OpenAIEndpoints:
     """Made with its gateway."""
 
-    def __init__(self, host: Host, settings: GatewaySettings, keys: tuple[str, ...]) -> None:
+    def __init__(self, host: Host, settings: GatewaySettings, secrets: Callable[[], Sequence[bytes]]) -> None:
         self._host, self._settings = host, settings
-        self._tickets = Tickets("client secret", keys)
+        self._tickets = Tickets("client secret", secrets)
         self._options = RealtimeOptions(
             voices=settings.voice_aliases,
             speech_dbfs=settings.speech_dbfs,

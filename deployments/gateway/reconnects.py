@@ -39,7 +39,7 @@ class Reconnects:
         rest = record.ended_at + wait_s - now
         if rest > 0:
             words = f"the last {record.idle_ends} sessions of this caller ended for want of audio"
-            raise TooManySessions(words, rest)
+            raise TooManySessions(words, rest, "audio")
 
     def ended(self, caller: str, error: PersonaplexError | None, now: float) -> None:
         """A session of `caller` has ended; `error` is why our side ended it, None when the client left."""

@@ -2,7 +2,8 @@
 
 Every gateway runs one. It knows each replica's open leases (Serve's queue lengths, kept current by the calls
 themselves) and what the replica says of itself about once a second (`record_routing_stats`: accepting, voices
-in its cache). `FIFOMixin` hands a freed slot to whoever waits longest, whichever call found it.
+in its cache). A freed slot goes to whose turn it is (turns.py), whichever call found it; where somebody at
+another gateway comes first, it is left to them for a moment.
 
 Waiting is cheap: a call that found nothing sleeps, `RequestRouterConfig.max_backoff_s` at most, and full
 replicas are asked whether another gateway's session left by one call each LOOK_EVERY_S, however many wait. A
@@ -12,10 +13,13 @@ slot that a session of this gateway gave back needs no question.
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
+from deployments.gateway import watchers
+from deployments.gateway.turns import YIELD_S, QueuedRequest
 from deployments.policy import Candidate, rank
 from deployments.wire.messages import LeaseRequest
 
@@ -28,6 +32,12 @@ class SessionRouter(FIFOMixin, RequestRouter):
     def initialize_state(self, placement: str = "pack", **_: Any) -> None:
         self._placement = placement
         self._looked = float("-inf")  # when full replicas were last asked, in seconds of the monotonic clock
+        self._free_since: dict[Any, float] = {}  # replicas whose free slot is left to another gateway
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Serve's own; tells the watchers."""
+        super().update_replicas(replicas)
+        watchers.tell(frozenset(replica.replica_id.unique_id for replica in replicas))
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -43,9 +53,40 @@ class SessionRouter(FIFOMixin, RequestRouter):
             if replica.replica_id.unique_id not in request.excluded
         }
         known = [self._candidate(replica) for replica in replicas.values()]
-        ranked = rank(known, request.voice, self._placement)
+        ranked = self._mine(rank(known, request.voice, self._placement))
         full = [replicas[one.key] for one in known if one.accepting and one.sessions >= one.slots]
         return [[replicas[one.key]] for one in ranked] + ([full] if full and self._may_look() else [])
+
+    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
+        """Puts the call whose turn it is first, for FIFOMixin to take."""
+        name = replica.replica_id.unique_id
+        waiting = [(call, request) for call, request in self._waiting() if name not in request.excluded]
+        if waiting:
+            turns = waiting[0][1].turns
+            assert turns is not None
+            chosen = turns.pick([request for _, request in waiting])
+            turns.sent(chosen)
+            (first,) = (call for call, request in waiting if request is chosen)
+            others = (call for call in self._pending_requests_to_fulfill if call is not first)
+            self._pending_requests_to_fulfill = deque((first, *others))
+        super()._fulfill_next_pending_request(replica, request_metadata)
+
+    def _mine(self, free: list[Candidate]) -> list[Candidate]:
+        """Those of the replicas with a free slot whose slot need not be left to another gateway."""
+        now, waiting = time.monotonic(), [request for _, request in self._waiting()] if free else []
+        if not waiting or waiting[0].turns is None or not waiting[0].turns.yields(waiting):
+            self._free_since.clear()
+            return free
+        self._free_since = {one.key: self._free_since.get(one.key, now) for one in free}
+        return [one for one in free if now - self._free_since[one.key] >= YIELD_S]
+
+    def _waiting(self) -> list[tuple[PendingRequest, QueuedRequest]]:
+        """The calls that wait, and what is known of them."""
+        return [
+            (call, call.args[0])
+            for call in self._pending_requests_to_fulfill
+            if not call.future.done() and call.args and isinstance(call.args[0], QueuedRequest)
+        ]
 
     def _may_look(self) -> bool:
         now = time.monotonic()

@@ -30,7 +30,14 @@ class SessionStats:
         self._protocol = protocol
         self._phases: list[Phase] = []
         self._live_at: float | None = None
+        self._ended_at: float | None = None
         self._details: dict[str, Any] = {}
+
+    @property
+    def talked_s(self) -> float:
+        """Seconds of conversation until now or its end; 0 before the handshake."""
+        end = time.monotonic() if self._ended_at is None else self._ended_at
+        return 0.0 if self._live_at is None else end - self._live_at
 
     def note(self, **details: Any) -> None:
         """Facts for log and trace: numbers and names of our own."""
@@ -50,7 +57,8 @@ class SessionStats:
     def close(self, error: PersonaplexError | None, pacer: Pacer, transcoder: Codec, ignored: int) -> None:
         """The end; `error` is why our side ended it, None when the client left. `ignored`: its messages of no
         use."""
-        now, cause = time.monotonic(), metrics.cause(error)
+        self._ended_at = now = time.monotonic()
+        cause = metrics.cause(error)
         series = metrics.SESSIONS_REFUSED if self._live_at is None else metrics.SESSIONS_ENDED
         self._metrics.add(series, cause=cause, protocol=self._protocol)
         self._metrics.add(metrics.FRAMES_DROPPED, pacer.dropped, place="pacer")
@@ -70,7 +78,7 @@ class SessionStats:
             "protocol": self._protocol,
             "cause": cause,
             "seconds": round(now - self.began, 2),
-            "talked_s": 0.0 if self._live_at is None else round(now - self._live_at, 2),
+            "talked_s": round(self.talked_s, 2),
             **took,
             "frames_in": counters.frames_in,
             "frames_out": counters.frames_out,

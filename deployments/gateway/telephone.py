@@ -24,6 +24,7 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.websockets import WebSocket
 
 from deployments.gateway.admission import refusal
+from deployments.gateway.keys import Key
 from deployments.gateway.openai import Host
 from deployments.gateway.protocols import twilio
 from deployments.gateway.protocols.asterisk import SUBPROTOCOL, AsteriskTranslator
@@ -48,7 +49,7 @@ class TelephoneEndpoints:
         if "twilio" in settings.protocols:
             assert settings.twilio_token_file is not None
             self._signatures = twilio.Signatures(key_lines(settings.twilio_token_file))
-            self._tickets = Tickets("telephone call", self._signatures.secrets)
+            self._tickets = Tickets("telephone call", lambda: self._signatures.secrets)
 
     def routes(self) -> list[BaseRoute]:
         routes: list[BaseRoute] = []
@@ -83,9 +84,9 @@ class TelephoneEndpoints:
 
     async def twilio_media(self, socket: WebSocket) -> None:
         @contextlib.contextmanager
-        def admit(connection: HTTPConnection) -> Iterator[tuple[Persona, str]]:
+        def admit(connection: HTTPConnection) -> Iterator[tuple[Persona, str, Key | None]]:
             self._check(connection, self._url(connection), ())
-            yield Persona(), uuid.uuid4().hex  # no caller that could come back too soon
+            yield Persona(), uuid.uuid4().hex, None  # no caller that could come back too soon
 
         def begin(parameters: Mapping[str, str]) -> Begin:
             nonce, query = self._tickets.read(twilio.ticket_of(parameters), time.time())

@@ -25,8 +25,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deployments import metrics
-from deployments.gateway.failover import LOST, LOST_LIMIT, LOST_WORDS, SILENT, Failover, Failovers
+from deployments.gateway.failover import LOST, LOST_LIMIT, LOST_WORDS, MOVED, SILENT, Failover, Failovers
 from deployments.gateway.leases import Claim, Leases
+from deployments.gateway.moves import Moves
 from deployments.gateway.recorder import Recording
 from deployments.gateway.resumes import Resumes, Taken
 from deployments.gateway.silence import SilenceWatch
@@ -88,6 +89,8 @@ class Services:
     transcripts: Transcripts | None = None  # of what users say; None with transcription=off
     failovers: Failovers = field(default_factory=Failovers)
     resumes: Resumes | None = None  # None where no client can come back
+    moves: Moves = field(default_factory=Moves)
+    wait: Callable[[str, int], float | None] = lambda session, place: None  # of a session at its place
     live: set[str] = field(default_factory=set)  # names of the sessions past their handshake
     ending: set[asyncio.Future[None]] = field(default_factory=set)  # sessions and slots that are wound up
 
@@ -129,6 +132,7 @@ class Upstream:
         self._losses = 0  # since the session last said anything
         self._details: dict[str, Any] = {}
         self._was_ready = self._interrupted = self._stopped = False
+        self._announced: Slot | None = None  # whose token the client was sent
         self._unanswered: deque[UserFrame] = deque()
         self._timestamp = 0
         self._burst_frames = frames_in(services.limits.burst_s)
@@ -198,6 +202,27 @@ class Upstream:
         """What happens goes to `recording` too, from now on; before `open`."""
         self._recording = recording
 
+    @property
+    def replica(self) -> str:
+        """Where the session goes on, "" before it does and once it has ended."""
+        ready = self._was_ready and not self._stopped and self._current is not None
+        return self._current.replica if ready and self._current is not None else ""
+
+    @property
+    def frames(self) -> int:
+        """Answered so far."""
+        return len(self.log)
+
+    async def move(self) -> bool:
+        """Brings the session to another replica while it goes on at its own; whether it did. Where that fails
+        it stays."""
+        if self._failover is not None or not self.replica:
+            return False
+        failover = self._begin_failover(MOVED)
+        assert self._search is not None
+        await asyncio.wait({self._search})
+        return failover.continued
+
     def send_frame(self, frame: Pcm) -> None:
         """Sends one frame of the user; while no slot is ready the newest burst is kept for one."""
         if self._held.used and self._was_ready and self._current is not None:
@@ -218,6 +243,7 @@ class Upstream:
     def stop(self) -> None:
         """Stops both directions; later messages are ignored."""
         self._stopped = True
+        self._services.moves.remove(self)
         self._watch.stop()
         if self._search is not None:
             self._search.cancel()
@@ -276,7 +302,7 @@ class Upstream:
     def _queue(self, place: int) -> None:
         self._stats.queued = True
         self._services.changed()
-        self._emit(Queued(place))
+        self._emit(Queued(place, self._services.wait(self._session, place)))
 
     def _slots(self) -> list[Slot]:
         """The current slot and the candidate, as far as there are any."""
@@ -313,7 +339,9 @@ class Upstream:
                 self._taken.confirm()
                 self._taken = None
                 self._metrics.add(metrics.RESUMES, outcome="continued")
+            self._announced = slot
             self._emit(Ready({**self._details, **self._ticket(slot)}))
+            self._services.moves.add(self)
         self._feed(slot, heard)
 
     def _feed(self, slot: Slot, heard: list[Pcm]) -> None:
@@ -332,8 +360,9 @@ class Upstream:
     def _receive_reply(self, slot: Slot, reply: messages.Reply) -> None:
         slot.replied()
         number = len(self.log)
-        if reply.frame < number:
-            return  # another slot was first
+        if reply.frame < number:  # another slot was first
+            self._switch_when_level(slot, reply.frame, number)
+            return
         if slot is not self._current:
             self._take_over(slot)
         if reply.frame != number or not slot.ready:
@@ -356,6 +385,12 @@ class Upstream:
             self._losses = 0
         if self._interrupted or self._measured is not None:
             self._notice_progress(frame)
+
+    def _switch_when_level(self, slot: Slot, frame: int, number: int) -> None:
+        """A session that is being moved leaves its old replica as soon as the new one has said as much."""
+        moving = self._failover is not None and self._failover.cause == MOVED
+        if moving and slot is not self._current and frame == number - 1:
+            self._take_over(slot)
 
     def _take_answered(self, timestamp: int) -> UserFrame | None:
         """The frame that a reply answers; those before it were dropped on their way, and counted there."""
@@ -405,7 +440,7 @@ class Upstream:
         elif self._failover.candidate is not None and self._failover.candidate.ready:
             self._take_over(self._failover.candidate)
 
-    def _begin_failover(self, cause: str) -> None:
+    def _begin_failover(self, cause: str) -> Failover:
         assert self._recorder is not None
         assert self._current is not None
         now = time.monotonic()
@@ -422,9 +457,10 @@ class Upstream:
             losses=self._losses,
         )
         self._search = asyncio.ensure_future(self._run(self._failover))
-        if self._was_ready and not self._interrupted:
+        if self._was_ready and not self._interrupted and cause != MOVED:
             self._interrupted = True
             self._emit(SessionNotice(INTERRUPTED))
+        return self._failover
 
     async def _run(self, failover: Failover) -> None:
         try:
@@ -440,7 +476,7 @@ class Upstream:
         assert self._current is not None
         self._failover = None
         outcome = "no_capacity" if isinstance(error, NoCapacity) else "failed"
-        self._metrics.add(metrics.FAILOVERS, outcome="refused" if isinstance(error, LogRefused) else outcome)
+        self._count(failover, "refused" if isinstance(error, LogRefused) else outcome)
         if self._current.ended:
             self._emit(Failed(error))
         else:
@@ -451,11 +487,12 @@ class Upstream:
         assert self._failover is not None
         assert self._current is not None
         failover, old = self._failover, self._current
-        self._current, self._failover, self._measured = slot, None, failover
+        self._current, self._failover = slot, None
+        self._measured = None if failover.cause == MOVED else failover
         self._losses, self._settled = failover.losses, len(self.log) + SETTLED_FRAMES
         failover.taken()
         self._leave(old)
-        self._metrics.add(metrics.FAILOVERS, outcome="continued")
+        self._count(failover, "continued")
         phases = {f"{name}_s": round(seconds, 4) for name, seconds in failover.times.phases().items()}
         self._stats.note(replica=slot.replica, generation=slot.generation)
         fields = {"session": self._session, "cause": failover.cause, "from": old.replica, **phases}
@@ -463,9 +500,12 @@ class Upstream:
         logger.info("session %s goes on at another replica", self._session, extra={"fields": fields})
         self._continue(slot, **phases)
 
+    def _count(self, failover: Failover, outcome: str) -> None:
+        self._metrics.add(metrics.MOVES if failover.cause == MOVED else metrics.FAILOVERS, outcome=outcome)
+
     def _continue(self, slot: Slot, **details: Any) -> None:
-        if self._interrupted:
-            self._interrupted = False
+        if self._interrupted or slot is not self._announced:
+            self._interrupted, self._announced = False, slot
             told = {"generation": slot.generation, "frame": len(self.log), **details, **self._ticket(slot)}
             self._emit(SessionNotice(CONTINUED, told))
 

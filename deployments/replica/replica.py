@@ -21,6 +21,7 @@ from deployments import logs, metrics
 from deployments.keysync import KeySync
 from deployments.parts import ReplicaSettings
 from deployments.replica.models import load
+from deployments.replica.questions import Questions
 from deployments.replica.reporter import Reporter
 from deployments.replica.sessions import Sessions
 from deployments.settings import AUTO
@@ -52,6 +53,9 @@ class Replica:
         began = time.monotonic()
         started = asyncio.wrap_future(self._engine.start())
         self._slots = self._sessions.slots = await asyncio.wait_for(started, settings.load_timeout_s)
+        self._sessions.questions = Questions(
+            self._loaded.engine.count_tokens, settings.prompt_tokens, self._engine.encode
+        )
         tls = None
         if settings.media_tls != "off":
             tls, self._sessions.certificate = await asyncio.to_thread(replica_context, settings.media_tls_dir)

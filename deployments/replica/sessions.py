@@ -22,6 +22,7 @@ from deployments import metrics
 from deployments.metrics import Metrics
 from deployments.parts import ReplicaSettings
 from deployments.replica.numbers import EngineNumbers
+from deployments.replica.questions import QUESTIONS, Questions
 from deployments.replica.rebuilds import Rebuilds
 from deployments.replica.running import RunningLog
 from deployments.wire import messages
@@ -41,7 +42,17 @@ from deployments.wire.messages import (
 from deployments.wire.tokens import ResumeTokens
 from deployments.wire.transfer import LogReceiver, pieces
 from personaplex.engine.interface import Stepper
-from personaplex.engine.loop import Batch, Closed, EngineEvent, EngineLoop, Faulted, Opened, Refused, Stepped
+from personaplex.engine.loop import (
+    Batch,
+    Closed,
+    Encoded,
+    EngineEvent,
+    EngineLoop,
+    Faulted,
+    Opened,
+    Refused,
+    Stepped,
+)
 from personaplex.errors import (
     EngineFault,
     LogRefused,
@@ -89,8 +100,10 @@ class Sessions:
         name: str,
     ) -> None:
         """`make` builds the engine, on its thread. `changed` is called when a slot is taken or freed.
-        `keyring` holds the application's secret, `name` is the replica's."""
+        `keyring` holds the application's secret, `name` is the replica's. `questions` answers what is no
+        session's, once it is set."""
         self.certificate = b""  # digest of the media link's, over TLS
+        self.questions: Questions | None = None
         self.slots = 0
         self.accepting = True
         self.engine = EngineLoop(
@@ -181,6 +194,10 @@ class Sessions:
             self._end_taking(link, kind)
         elif holder is None and kind is MessageKind.TAKE:
             self._give(link, payload)
+        elif holder is None and self.questions is not None and (kind in QUESTIONS or link in self.questions):
+            if link in self._unauthenticated:
+                self._unauthenticated.pop(link).cancel()
+            self.questions.receive(link, kind, payload)
         elif holder is None:
             self._claim(link, kind, payload)
         elif kind is MessageKind.FRAME and holder.number is not None:
@@ -264,6 +281,8 @@ class Sessions:
         if link in self._unauthenticated:
             self._unauthenticated.pop(link).cancel()
         self._takers.pop(link, None)
+        if self.questions is not None:
+            self.questions.lost(link)
         holder = self._linked.pop(link, None)
         if holder is None:
             return
@@ -352,6 +371,8 @@ class Sessions:
                     self._end(self._open.pop(session), error)
                 case Closed(session) if session in self._open:
                     self._free(self._open.pop(session))
+                case Encoded() if self.questions is not None:
+                    self.questions.encoded(event)
                 case Faulted():
                     self._fail()
         self._numbers.publish(batch)

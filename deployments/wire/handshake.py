@@ -30,6 +30,7 @@ _ID_BYTES, _NONCE_BYTES, _PROOF_BYTES = 8, 32, hashlib.sha256().digest_size
 _CHALLENGE = struct.Struct(f"<4s{_ID_BYTES}s{_ID_BYTES}s{_NONCE_BYTES}s")
 _ANSWER = struct.Struct(f"<4s{_ID_BYTES}s{_NONCE_BYTES}s{_PROOF_BYTES}s")
 _CONFIRMATION = struct.Struct(f"<4s{_PROOF_BYTES}s")
+CHALLENGE_BYTES = _CHALLENGE.size
 _NO_ID = bytes(_ID_BYTES)
 _GATEWAY, _REPLICA = b"gateway", b"replica"
 _REFUSED = "the other end of the link does not belong to this application"

@@ -28,6 +28,7 @@ no engine.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import enum
 import json
@@ -43,7 +44,7 @@ import numpy.typing as npt
 from personaplex import errors
 from personaplex.config import FRAME_SIZE, STREAMS, Pcm, Sampling
 from personaplex.errors import PersonaplexError, ProtocolError, SessionLost, UnknownVersion, UnknownVoice
-from personaplex.persona import VOICES, Persona, voice_name
+from personaplex.persona import VOICES, Persona, own_digest, voice_name
 
 VERSION = 1
 TOKEN_BYTES = 16
@@ -61,8 +62,8 @@ _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, R
 @dataclass(frozen=True)
 class LeaseRequest:
     """All a replica needs to know before the session connects to it. Nothing in it was written by a client:
-    `voice` is a name the gateway found in its own list, or empty; `excluded` are replicas that shall not take
-    the session."""
+    `voice` is a name the gateway found in its own list, the digest of an own voice, or empty; `excluded` are
+    replicas that shall not take the session."""
 
     session: str
     voice: str
@@ -70,7 +71,8 @@ class LeaseRequest:
 
     @classmethod
     def of(cls, session: str, persona: Persona, excluded: Iterable[str] = ()) -> LeaseRequest:
-        return cls(session, persona.voice if persona.voice in VOICES else "", frozenset(excluded))
+        named = persona.voice if persona.voice in VOICES else own_digest(persona.voice)
+        return cls(session, named, frozenset(excluded))
 
     def without(self, replicas: Iterable[str]) -> LeaseRequest:
         """The same request with further replicas excluded."""
@@ -135,6 +137,10 @@ class MessageKind(enum.IntEnum):
     DETACH = 8
     TAKE = 9
     TAKEN = 10
+    TOKENS = 16  # from here on: questions outside a session, see questions.py
+    SAMPLES = 17
+    ENCODE = 18
+    ANSWER = 19
 
 
 @dataclass(frozen=True)
@@ -214,7 +220,9 @@ def pack_opening(token: bytes, generation: int = 0, held: Held = NOTHING_HELD) -
 
 
 def pack_open(token: bytes, persona: Persona, generation: int = 0, held: Held = NOTHING_HELD) -> bytes:
-    return pack_opening(token, generation, held) + json.dumps(dataclasses.asdict(persona)).encode()
+    own = base64.b64encode(persona.own).decode()
+    fields = {**dataclasses.asdict(persona), "own": own}
+    return pack_opening(token, generation, held) + json.dumps(fields).encode()
 
 
 def unpack_open(rest: bytes) -> Persona:
@@ -224,7 +232,10 @@ def unpack_open(rest: bytes) -> Persona:
         persona = Persona(**{**fields, "sampling": Sampling(**fields["sampling"])})
         persona.text_prompt.encode()
         return dataclasses.replace(
-            persona, voice=voice_name(persona.voice), sampling=_numbers(persona.sampling)
+            persona,
+            voice=voice_name(persona.voice),
+            sampling=_numbers(persona.sampling),
+            own=base64.b64decode(persona.own or "", validate=True),
         )
     except (*_UNREADABLE, UnknownVoice) as error:
         raise ProtocolError("an opening message of the wrong shape") from error

@@ -46,7 +46,8 @@ def _a_law_encode() -> Codes:
     segment = np.maximum(np.floor(np.log2(np.maximum(magnitude, 1))).astype(np.int64) - 4, 0)
     step = magnitude >> np.maximum(segment, 1) & 15
     code = segment << 4 | step | np.where(sample < 0, 0, 0x80)
-    return (code ^ 0x55).astype(np.uint8)
+    codes: Codes = (code ^ 0x55).astype(np.uint8)
+    return codes
 
 
 class Law:

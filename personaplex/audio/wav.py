@@ -34,9 +34,9 @@ INTEGER_SCALES = (2.0**15, 2.0**23, 2.0**31)
 SILENT, AUDIBLE = 1e-3, 1e-2  # peaks: a channel that holds at most noise, and one that surely holds more
 
 
-def read_wav(path: str | os.PathLike[str]) -> tuple[Pcm, int]:
+def read_wav(path: str | os.PathLike[str], sample_limit: int = SAMPLE_LIMIT) -> tuple[Pcm, int]:
     """Samples float32 [channels, samples] and the rate in Hz, of any format libsndfile reads, from files and
-    pipes. Full scale is 1, which only float formats exceed.
+    pipes. Full scale is 1, which only float formats exceed. `sample_limit` is of all channels together.
 
     Nothing is allocated for what a header claims, only for samples that were there. Raises BadAudio when the
     file cannot be read as sound, holds none, or is outside the bounds above; FileNotFoundError and
@@ -47,8 +47,8 @@ def read_wav(path: str | os.PathLike[str]) -> tuple[Pcm, int]:
             opened(path) as file,
             soundfile.SoundFile(file.fileno(), "r", closefd=False) as sound,
         ):
-            _check_header(sound.samplerate, sound.channels, sound.frames)
-            pcm, rate = _join(_blocks(sound), sound.channels), int(sound.samplerate)
+            _check_header(sound.samplerate, sound.channels, sound.frames, sample_limit)
+            pcm, rate = _join(_blocks(sound, sample_limit), sound.channels), int(sound.samplerate)
     except IsADirectoryError as error:
         raise BadAudio("a folder cannot be read as audio") from error
     except (soundfile.LibsndfileError, RuntimeError, TypeError, ValueError) as error:
@@ -56,24 +56,24 @@ def read_wav(path: str | os.PathLike[str]) -> tuple[Pcm, int]:
     return _full_scale(pcm, os.path.basename(path)), rate
 
 
-def _check_header(rate: int, channels: int, frames: int) -> None:
+def _check_header(rate: int, channels: int, frames: int, limit: int) -> None:
     if not LOWEST_RATE <= rate <= HIGHEST_RATE:
         raise BadAudio(f"a sampling rate of {rate} Hz: from {LOWEST_RATE} to {HIGHEST_RATE} Hz can be read")
     if channels > CHANNEL_LIMIT:
         raise BadAudio(f"{channels} channels: at most {CHANNEL_LIMIT} can be read")
     if frames == _UNKNOWN:
         raise BadAudio("the file does not say how many samples it holds")
-    if frames * channels > SAMPLE_LIMIT:
-        raise _too_long()
+    if frames * channels > limit:
+        raise _too_long(limit)
 
 
-def _blocks(sound: soundfile.SoundFile) -> list[Pcm]:
+def _blocks(sound: soundfile.SoundFile, limit: int) -> list[Pcm]:
     """All samples, in pieces of float32 [samples, channels]."""
-    blocks, left = [], SAMPLE_LIMIT
+    blocks, left = [], limit
     while len(block := sound.read(_BLOCK // sound.channels, dtype="float32", always_2d=True)):
         left -= block.size
         if left < 0:
-            raise _too_long()
+            raise _too_long(limit)
         if not np.isfinite(block).all():
             raise BadAudio("the file holds samples that are not numbers")
         blocks.append(block)
@@ -93,8 +93,8 @@ def _join(blocks: list[Pcm], channels: int) -> Pcm:
     return pcm
 
 
-def _too_long() -> BadAudio:
-    return BadAudio(f"the file holds more than {SAMPLE_LIMIT} samples, all channels together: cut it up")
+def _too_long(limit: int) -> BadAudio:
+    return BadAudio(f"the file holds more than {limit} samples, all channels together: cut it up")
 
 
 def _unreadable(path: str | os.PathLike[str]) -> BadAudio:

@@ -7,15 +7,17 @@ and tick are the engine's. Needs numpy only.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
 
 from personaplex.config import AGENT, FRAME_SIZE, SILENCE_CODES, SINE_CODES, STREAMS, TEXT_PAD, USER, Pcm
-from personaplex.engine.interface import Output, Slot, Usage
-from personaplex.errors import NoCapacity, PromptTooLong, UnknownVoice
-from personaplex.persona import VOICES, Persona
+from personaplex.engine.interface import Output, PackedVoice, Slot, Usage
+from personaplex.errors import BadAudio, NoCapacity, PromptTooLong, UnknownVoice
+from personaplex.persona import VOICES, Persona, own_voice
 from personaplex.sessionlog import SessionLog
 
 CHARACTERS_PER_TOKEN = 4  # how text length is counted where there is no tokenizer
@@ -29,6 +31,21 @@ class _SlotState:
     heard: Pcm | None = None  # fed, not yet stepped
     last: Pcm | None = None
     frames: int = 0
+
+
+class EchoVoice:
+    """A recording that becomes a voice, frame by frame as in an engine."""
+
+    def __init__(self, pcm: Pcm) -> None:
+        self._digest, self._left = (
+            hashlib.sha256(b"echo"),
+            deque(np.array_split(pcm, -(-len(pcm) // FRAME_SIZE))),
+        )
+
+    def run_chunk(self) -> PackedVoice | None:
+        self._digest.update(np.ascontiguousarray(self._left.popleft(), "<f4").tobytes())
+        packed = self._digest.digest()
+        return None if self._left else PackedVoice(packed, hashlib.sha256(packed).hexdigest())
 
 
 class EchoEngine:
@@ -57,7 +74,11 @@ class EchoEngine:
 
     def admit(self, persona: Persona) -> Slot:
         """Takes the lowest free slot. Raises UnknownVoice, PromptTooLong, NoCapacity."""
-        if persona.voice not in VOICES:
+        if persona.own:
+            known = persona.voice == own_voice(hashlib.sha256(persona.own).hexdigest())
+        else:
+            known = persona.voice in VOICES
+        if not known:
             raise UnknownVoice("this voice is not in the library")
         if len(persona.text_prompt) > CHARACTERS_PER_TOKEN * self._prompt_tokens:
             raise PromptTooLong(f"the role text has more than {self._prompt_tokens} tokens")
@@ -72,7 +93,7 @@ class EchoEngine:
 
     def admit_rebuild(self, log: SessionLog) -> Slot:
         """Takes the lowest free slot for a session that goes on. Raises what `admit` raises."""
-        slot = self.admit(log.persona)
+        slot = self.admit(dataclasses.replace(log.persona, own=log.voice))
         self._waiting.remove(slot)
         self._rebuilding.append(slot)
         state = self._open[slot.index]
@@ -91,6 +112,15 @@ class EchoEngine:
     def voice_digest(self, slot: Slot) -> str:
         """Voices have no content here."""
         return ""
+
+    def encode_voice(self, pcm: Pcm) -> EchoVoice:
+        """A recording's digest is its voice."""
+        if not len(pcm) or not np.isfinite(pcm).all():
+            raise BadAudio("the voice recording holds no audio")
+        return EchoVoice(pcm)
+
+    def count_tokens(self, text: str) -> int:
+        return -(-len(text) // CHARACTERS_PER_TOKEN)
 
     def prefill(self) -> Slot | None:
         """There is no prompt to run: the oldest waiting slot is live."""

@@ -20,25 +20,29 @@ from numpy.typing import NDArray
 
 from personaplex.config import FRAME_SIZE, EngineConfig, LMConfig, Sampling
 from personaplex.engine.graph import Frames, TickRunner
-from personaplex.engine.interface import Output, Slot, Usage
+from personaplex.engine.interface import Output, PackedVoice, Slot, Usage
 from personaplex.engine.prefill import Prefill, Prompt
 from personaplex.engine.rebuild import CodecRebuild, check_log, logged_voice, spoken_frames
-from personaplex.engine.script import compose
+from personaplex.engine.script import VoiceEncoder, compose
 from personaplex.engine.state import EngineState
 from personaplex.errors import (
+    BadAudio,
     BadParameter,
+    CheckpointError,
     EngineFault,
     LogRefused,
     NoCapacity,
     PromptTooLong,
     SessionLost,
+    UnknownVoice,
 )
 from personaplex.model import Model
-from personaplex.persona import Persona
+from personaplex.persona import Persona, own_voice
 from personaplex.sessionlog import SessionLog
 from personaplex.text import PieceDecoder, Tokenizer
 from personaplex.voices import Voice, VoiceLibrary
 
+VOICE_CHUNK = 4  # frames of an own voice encoded between two ticks
 LOWEST_TEMPERATURE = 1e-6  # that is not greedy; far below, float32 would round it to zero
 
 
@@ -66,6 +70,23 @@ class _Rebuild:
     def left(self) -> int:
         """Positions and frames still to be run."""
         return self.state.prompt.left + self.codec.left
+
+
+class OwnVoice:
+    """A recording that becomes a voice, between ticks."""
+
+    def __init__(self, encoder: VoiceEncoder) -> None:
+        self._encoder = encoder
+
+    def run_chunk(self) -> PackedVoice | None:
+        """Raises EngineFault when the device fails."""
+        try:
+            if not self._encoder.run(VOICE_CHUNK):
+                return None
+            voice = Voice.from_codes(self._encoder.codes)
+            return PackedVoice(voice.pack(), voice.digest)
+        except RuntimeError as error:
+            raise EngineFault("the engine failed in a voice") from error
 
 
 class Engine:
@@ -187,6 +208,19 @@ class Engine:
         """Names the content of the slot's voice. Raises SessionLost for a closed slot."""
         return self._state_of(slot).prompt.voice
 
+    def encode_voice(self, pcm: NDArray[np.float32]) -> OwnVoice:
+        """Begins to make a voice of a recording; see `interface.Stepper`."""
+        frames = math.ceil(len(pcm) / FRAME_SIZE)
+        if not frames or not np.isfinite(pcm).all():
+            raise BadAudio("the voice recording holds no audio")
+        if frames > self._model.config.lm.temporal.context:
+            raise BadAudio("the voice recording is longer than what the model remembers")
+        return OwnVoice(VoiceEncoder(self._model, torch.from_numpy(np.array(pcm, np.float32))))
+
+    def count_tokens(self, text: str) -> int:
+        """Length of a role text as `prompt_tokens` counts it; touches nothing of the device."""
+        return len(self._tokenizer.encode_prompt(text))
+
     def feed(self, slot: Slot, frame: NDArray[np.float32]) -> None:
         """Hands over the user's next frame, float32 [1920], for the next `step`.
 
@@ -245,6 +279,8 @@ class Engine:
         """A slot with its script, not yet queued; see `admit` for what it raises."""
         lm = self._model.config.lm
         check_sampling(persona.sampling, lm)
+        if voice is None and persona.own:
+            voice = own_voice_of(persona, lm)
         label = persona.voice if voice is None else voice.digest
         voice = voice or self._voices.get(persona.voice)
         if log is not None and log.voice_digest not in ("", voice.digest):
@@ -317,6 +353,17 @@ class Engine:
         state.fed = False
         state.frames += 1
         return output
+
+
+def own_voice_of(persona: Persona, lm: LMConfig) -> Voice:
+    """The voice that a persona brings. Raises UnknownVoice for another than it names, and for no voice."""
+    try:
+        own = Voice.unpack(persona.own, lm)
+    except CheckpointError as error:
+        raise UnknownVoice(f"the session's own voice cannot be used: {error}") from error
+    if persona.voice != own_voice(own.digest):
+        raise UnknownVoice("the session's own voice is another one than it names")
+    return own
 
 
 def check_sampling(sampling: Sampling, lm: LMConfig) -> None:

@@ -7,7 +7,7 @@ An engine is not thread-safe: one thread owns it, and `step` is its only clock.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -56,6 +56,21 @@ class Usage:
     voices: tuple[str, ...] = ()  # cached, least recently used first: by name, a caller's own by digest
 
 
+@dataclass(frozen=True)
+class PackedVoice:
+    """A voice as its sessions bring it: `packed` bytes (`Persona.own`) and the digest of its content."""
+
+    packed: bytes = field(repr=False)
+    digest: str
+
+
+class VoiceEncoding(Protocol):
+    """A recording that becomes a voice."""
+
+    def run_chunk(self) -> PackedVoice | None:
+        """Runs one bounded chunk; the voice when that was the last."""
+
+
 class Stepper(Protocol):
     """An engine."""
 
@@ -68,7 +83,8 @@ class Stepper(Protocol):
     def admit(self, persona: Persona) -> Slot:
         """Takes the lowest free slot and queues its prompt.
 
-        Raises NoCapacity, UnknownVoice, PromptTooLong or BadParameter, and then takes nothing.
+        Raises NoCapacity, UnknownVoice, PromptTooLong or BadParameter, and then takes nothing. UnknownVoice
+        also for an own voice that is another one than the persona names, or none of this model.
         """
 
     def prefill(self) -> Slot | None:
@@ -86,6 +102,15 @@ class Stepper(Protocol):
 
     def voice_digest(self, slot: Slot) -> str:
         """Names the content of an open slot's voice, for its session's log; "" where voices have none."""
+
+    def encode_voice(self, pcm: Pcm) -> VoiceEncoding:
+        """Begins to make a voice of a recording, float32 [samples] at 24 kHz, normalised.
+
+        Raises BadAudio for one that is empty, not finite or longer than what the model remembers.
+        """
+
+    def count_tokens(self, text: str) -> int:
+        """Length of a role text as `prompt_tokens` counts it. May be called on any thread."""
 
     def feed(self, slot: Slot, frame: Pcm) -> None:
         """Hands over one frame; at most one unconsumed frame per slot."""

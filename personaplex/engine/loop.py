@@ -1,9 +1,10 @@
 """The one thread that owns an engine, and the only access to it from other threads.
 
-Contract: `open`, `rebuild`, `push` and `close` may be called from any thread and never block on the engine.
-The thread sleeps until something arrives or a time it chose itself, plans a tick (`schedule.py`), runs it,
-then runs at most one chunk of one waiting prompt or one rebuild, in turns, so that a joining session never
-delays the others by more than that. While others are live, rebuilds get at most `rebuild_share` of the time.
+Contract: `open`, `rebuild`, `encode`, `push` and `close` may be called from any thread and never wait for the
+engine. The thread sleeps until something arrives or a time it chose itself, plans a tick (`schedule.py`),
+runs it, then runs at most one chunk of a waiting prompt, of a rebuild or of a recording that becomes a voice,
+in turns, so that a joining session never delays the others by more than that. While others are live, rebuilds
+and recordings get at most `rebuild_share` of the time.
 All events go through the one `deliver` callable, once per tick or prompt chunk, on the engine's thread; a
 session's slot is closed only between ticks. The first error of the engine that is not a typed refusal ends
 the thread: a broken device is never used again.
@@ -15,20 +16,22 @@ import itertools
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
 from personaplex.config import FRAME_SECONDS, Pcm
-from personaplex.engine.interface import Output, Slot, Stepper, Usage
+from personaplex.engine.interface import Output, PackedVoice, Slot, Stepper, Usage, VoiceEncoding
 from personaplex.engine.schedule import FrameQueue, PendingFrame, TickPlan, plan
-from personaplex.errors import EngineFault, PersonaplexError
+from personaplex.errors import EngineFault, NoCapacity, PersonaplexError
 from personaplex.persona import Persona
 from personaplex.sessionlog import SessionLog
 
 logger = logging.getLogger(__name__)
 
+RECORDINGS = 4  # that may wait to become voices
 USAGE_TICKS = 25  # between two readings of the engine's usage, while no session opens or closes
 
 
@@ -64,6 +67,15 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """A recording has become a voice; or `error` says why it has not."""
+
+    number: int
+    voice: PackedVoice | None = None
+    error: PersonaplexError | None = None
+
+
+@dataclass(frozen=True)
 class Closed:
     """The session's slot is free again; its last event."""
 
@@ -77,14 +89,15 @@ class Faulted:
     error: EngineFault
 
 
-EngineEvent = Opened | Stepped | Refused | Closed | Faulted
+EngineEvent = Opened | Stepped | Refused | Encoded | Closed | Faulted
+Chunk = Literal["prefill", "rebuild", "voice"]
 
 
 @dataclass(frozen=True)
 class Batch:
     """The events of one piece of work, how long it took and over how many slots it ran."""
 
-    work: Literal["tick", "prefill", "rebuild", "control"]
+    work: Literal["tick", "prefill", "rebuild", "voice", "control"]
     events: tuple[EngineEvent, ...]
     seconds: float = 0.0
     slots: int = 0
@@ -118,7 +131,16 @@ class _Work:
     opens: list[_Session]
     closes: list[_Session]
     step: list[tuple[_Session, PendingFrame]] = field(default_factory=list)
-    chunk: Literal["prefill", "rebuild"] | None = None
+    chunk: Chunk | None = None
+
+
+@dataclass
+class _Recording:
+    """A recording that waits to become a voice, or becomes one."""
+
+    number: int
+    pcm: Pcm
+    encoding: VoiceEncoding | None = None
 
 
 class EngineLoop:
@@ -149,9 +171,10 @@ class EngineLoop:
         self._sessions: dict[int, _Session] = {}
         self._opens: list[_Session] = []
         self._closes: list[_Session] = []
+        self._recordings: deque[_Recording] = deque()
         self._waiting = {"prefill": 0, "rebuild": 0}  # sessions with a slot that is not live yet
-        self._rebuild_at = 0.0  # when a rebuild may run again beside live sessions
-        self._last_chunk = "rebuild"
+        self._rebuild_at = 0.0  # when a rebuild, or a voice, may run again beside live sessions
+        self._last_chunk: Chunk = "voice"
         self._silent = 0  # live sessions without a frame
         self._gathering = False  # asleep only to let more frames join the tick
         self._stopping = False
@@ -177,6 +200,20 @@ class EngineLoop:
     def open(self, persona: Persona) -> int:
         """A new session's number; Opened or Refused follows. Raises EngineFault when the engine has ended."""
         return self._add(persona, None)
+
+    def encode(self, pcm: Pcm) -> int:
+        """Makes a voice of a recording, see `Stepper.encode_voice`; Encoded with this number follows.
+
+        Raises EngineFault when the engine has ended, NoCapacity when RECORDINGS wait already.
+        """
+        with self._wake:
+            self._raise_if_ended()
+            if len(self._recordings) >= RECORDINGS:
+                raise NoCapacity("too many recordings wait to become voices")
+            number = next(self._numbers)
+            self._recordings.append(_Recording(number, pcm))
+            self._wake.notify()
+        return number
 
     def rebuild(self, log: SessionLog) -> int:
         """`open` for a session that goes on from its log; Opened says at which frame.
@@ -270,21 +307,26 @@ class EngineLoop:
                     return self._take(found, chunk, now)
                 self._busy_since = None
                 self._gathering = found.again_at is not None and self._silent > 0
-                times = [self._rebuild_at] if self._waiting["rebuild"] else []
+                times = [self._rebuild_at] if self._waiting["rebuild"] or self._recordings else []
                 times += [] if found.again_at is None else [found.again_at]
                 self._wake.wait(max(0.0, min(times) - now) if times else None)
                 self._gathering = False
 
-    def _next_chunk(self, now: float) -> Literal["prefill", "rebuild"] | None:
-        """Which kind of chunk may run now, the other kind than the last if both may."""
-        rebuild = self._waiting["rebuild"] and (
-            now >= self._rebuild_at or not any(one.queue.live for one in self._sessions.values())
-        )
-        if rebuild and not (self._waiting["prefill"] and self._last_chunk == "rebuild"):
-            return "rebuild"
-        return "prefill" if self._waiting["prefill"] else None
+    def _next_chunk(self, now: float) -> Chunk | None:
+        """Which kind of chunk may run now; of several the one whose last turn was longest ago."""
+        waiting: dict[Chunk, bool] = {
+            "prefill": self._waiting["prefill"] > 0,
+            "rebuild": self._waiting["rebuild"] > 0,
+            "voice": bool(self._recordings),
+        }
+        if (waiting["rebuild"] or waiting["voice"]) and now < self._rebuild_at:
+            beside = not any(one.queue.live for one in self._sessions.values())
+            waiting["rebuild"], waiting["voice"] = (waiting[kind] and beside for kind in ("rebuild", "voice"))
+        kinds = list(waiting)
+        after = kinds.index(self._last_chunk) + 1
+        return next((kind for kind in kinds[after:] + kinds[:after] if waiting[kind]), None)
 
-    def _take(self, found: TickPlan, chunk: Literal["prefill", "rebuild"] | None, now: float) -> _Work:
+    def _take(self, found: TickPlan, chunk: Chunk | None, now: float) -> _Work:
         work = _Work(self._opens, self._closes, chunk=chunk)
         self._last_chunk = chunk or self._last_chunk
         self._opens, self._closes = [], []
@@ -352,9 +394,29 @@ class EngineLoop:
         self.counters.ticks_late += now - began > FRAME_SECONDS
         self._deliver(Batch("tick", tuple(events), now - began, len(work.step)))
 
-    def _run_chunk(
-        self, engine: Stepper, slots: dict[Slot, _Session], kind: Literal["prefill", "rebuild"]
-    ) -> None:
+    def _encode_chunk(self, engine: Stepper) -> None:
+        began, job = self._clock(), self._recordings[0]
+        done: Encoded | None = None
+        try:
+            if job.encoding is None:
+                job.encoding = engine.encode_voice(job.pcm)
+            voice = job.encoding.run_chunk()
+            done = None if voice is None else Encoded(job.number, voice)
+        except EngineFault:
+            raise
+        except PersonaplexError as error:
+            done = Encoded(job.number, error=error)
+        now = self._clock()
+        with self._wake:
+            self._rebuild_at = began + (now - began) / self._rebuild_share
+            if done is not None:
+                self._recordings.popleft()
+        self._deliver(Batch("voice", () if done is None else (done,), now - began, 1))
+
+    def _run_chunk(self, engine: Stepper, slots: dict[Slot, _Session], kind: Chunk) -> None:
+        if kind == "voice":
+            self._encode_chunk(engine)
+            return
         began = self._clock()
         slot = engine.prefill() if kind == "prefill" else engine.rebuild_chunk()
         now = self._clock()

@@ -112,14 +112,36 @@ def token_ring(frames: Tensor, positions: Tensor) -> Tensor:
     return ring
 
 
+class VoiceEncoder:
+    """A recording on its way to a voice's codes, frame by frame with a codec state of its own."""
+
+    def __init__(self, model: Model, waveform: Tensor) -> None:
+        """waveform [samples] float32, 24 kHz, normalised; the last frame is zero-padded."""
+        padded = torch.nn.functional.pad(waveform, (0, -waveform.shape[0] % FRAME_SIZE)).to(model.device)
+        self._model, self._frames = model, padded.split(FRAME_SIZE)
+        self._state = model.mimi.allocate(1, model.device).encoder
+        self._active = torch.ones(1, dtype=torch.bool, device=model.device)
+        self._codes: list[Tensor] = []
+
+    def run(self, frames: int) -> bool:
+        """Encodes at most `frames` more; True when that was the last."""
+        start = len(self._codes)
+        with torch.inference_mode():
+            for frame in self._frames[start : start + frames]:
+                self._codes.append(encode(self._model.mimi, self._state, frame[None], self._active))
+        return len(self._codes) == len(self._frames)
+
+    @property
+    def codes(self) -> Tensor:
+        """Those of the frames so far, [8, F] int64, on the CPU."""
+        return torch.cat(self._codes).t().cpu()
+
+
 def encode_voice(model: Model, waveform: Tensor) -> Tensor:
     """waveform [samples] float32, 24 kHz, normalised -> codes [8, F] int64; the last frame is zero-padded."""
-    padded = torch.nn.functional.pad(waveform, (0, -waveform.shape[0] % FRAME_SIZE)).to(model.device)
-    state = model.mimi.allocate(1, model.device).encoder
-    active = torch.ones(1, dtype=torch.bool, device=model.device)
-    with torch.inference_mode():
-        codes = [encode(model.mimi, state, frame[None], active) for frame in padded.split(FRAME_SIZE)]
-    return torch.cat(codes).t().cpu()
+    encoder = VoiceEncoder(model, waveform)
+    encoder.run(waveform.shape[0])
+    return encoder.codes
 
 
 def embed_voice(lm: LM, codes: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from personaplex.config import PRESET_7B, SILENCE_FRAMES, EngineConfig, Pcm
-from personaplex.engine.echo import CHARACTERS_PER_TOKEN, EchoEngine
+from personaplex.engine.echo import CHARACTERS_PER_TOKEN, EchoEngine, EchoVoice
 from personaplex.engine.interface import Output, Slot, Usage
 from personaplex.engine.steptimes import StepTimes
 from personaplex.errors import ConfigError
@@ -93,6 +93,13 @@ class SimulatedEngine:
         self._open[slot] = _SlotState(persona.voice, prompt_positions(persona.text_prompt))
         self._waiting.append(slot)
         return slot
+
+    def encode_voice(self, pcm: Pcm) -> EchoVoice:
+        """As the echo engine does: the table knows nothing of the codec."""
+        return self._echo.encode_voice(pcm)
+
+    def count_tokens(self, text: str) -> int:
+        return self._echo.count_tokens(text)
 
     def prefill(self) -> Slot | None:
         """Sleeps for one chunk of the oldest waiting prompt; its slot after the last chunk."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from personaplex.audio.voicewav import load_voice_wav
 from personaplex.audio.wav import read_wav
 from personaplex.config import FRAME_SECONDS, EngineConfig, Sampling
 from personaplex.engine.engine import Engine, check_sampling
@@ -31,7 +32,7 @@ from personaplex.evaluation.scoring import RECORD_VERSION, SAMPLE_FILE, Record, 
 from personaplex.loading import ModelSpec, Parts, Resolved, load_parts, resolve
 from personaplex.model.hub import Checkpoint
 from personaplex.persona import PROMPTS, Persona
-from personaplex.voices import Voice, load_voice, load_voice_wav
+from personaplex.voices import Voice, load_voice
 
 _ANY_LENGTH = 2**31  # tokens of a role text
 _PROBE = 1 << 16  # bytes of a weight file's two ends that tell it from others

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from personaplex import cli
+from personaplex.audio.voicewav import load_voice_wav
 from personaplex.audio.wav import write_wav
 from personaplex.config import AGENT, CODEBOOKS, FRAME_SIZE, SAMPLE_RATE, STREAMS, USER
 from personaplex.errors import BadAudio, CheckpointError, ConfigError, UnknownVoice
@@ -29,7 +30,7 @@ from personaplex.model.identity import base_of
 from personaplex.model.mimi import Mimi, encode_block
 from personaplex.model.weights import load_mimi
 from personaplex.text import Tokenizer
-from personaplex.voices import VoiceLibrary, load_voice_wav
+from personaplex.voices import VoiceLibrary
 
 _BLOCK = 32  # frames of the codec run at once
 _QUIET, _SOFTEST, _AROUND = 1e-3, 0.02, 2  # rms of a silent frame, share of the loudest one's, frames

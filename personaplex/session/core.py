@@ -293,9 +293,9 @@ class SessionCore:
             case Begun():
                 self._begin_due = float("inf")
                 return []
-            case Queued(position):
+            case Queued(position, wait_s):
                 self._queued = True
-                return [SendPlace(position)] if self._status else []
+                return [SendPlace(position, wait_s)] if self._status else []
             case LeaseGranted():
                 self.state = PRIMING
                 return [SendPlace(0)] if self._status and self._queued else []

@@ -49,9 +49,11 @@ class PeerClosed:
 
 @dataclass(frozen=True)
 class Queued:
-    """No slot is free; the session is number `position` in the queue, counting from 1."""
+    """No slot is free; the session is number `position` in the queue, counting from 1. `wait_s`: how long it
+    will wait, where that is known."""
 
     position: int
+    wait_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -179,9 +181,10 @@ class SendUserText:
 
 @dataclass(frozen=True)
 class SendPlace:
-    """The place in the queue, 1 being next; 0 when the session has left the queue."""
+    """The place in the queue, 1 being next; 0 when the session has left the queue. `wait_s`: see Queued."""
 
     position: int
+    wait_s: float | None = None
 
 
 @dataclass(frozen=True)

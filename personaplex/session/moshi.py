@@ -184,8 +184,9 @@ def bytes_of(command: Send) -> bytes:
             return encode(Ping())
         case SendHandshake():
             return encode(Handshake())
-        case SendPlace(position):
-            return encode(Metadata({"type": "queue", "position": position}))
+        case SendPlace(position, wait_s):
+            known = {} if wait_s is None else {"wait_s": round(wait_s)}
+            return encode(Metadata({"type": "queue", "position": position, **known}))
         case SendDetails(details):
             return encode(Metadata({"type": "session", **details}))
         case SendNotice(kind, data):

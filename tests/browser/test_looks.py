@@ -23,6 +23,9 @@ pytestmark = pytest.mark.browser
 AXE = Path(__file__).parents[2] / ".cache" / "browser" / "node_modules" / "axe-core" / "axe.min.js"
 TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 PHONE, WIDE = (390, 844), (1_280, 860)
+SHOWN = {  # in the documentation; the other pictures are for this test's own eyes
+    *("start", "start-chinese-dark", "talk", "talk-dark", "talk-phone", "after", "history", "history-phone"),
+}
 EXTRAS: dict[str, Any] = {
     "prompt_tokens": 1_000,
     "record": "allowed",
@@ -51,16 +54,17 @@ def screens(browser: Chromium, service: WebService) -> Iterator[Views]:
 class Looker:
     """Looks at what is shown, in both colours, wide and on a phone; `findings` is what is wrong."""
 
-    def __init__(self, views: Views, axe: str, images: Path) -> None:
+    def __init__(self, views: Views, axe: str, images: Path, others: Path) -> None:
         self.findings: list[str] = []
-        self._views, self._axe, self._images = views, axe, images
+        self._views, self._axe, self._images, self._others = views, axe, images, others
 
     def see(self, name: str, *, pictures: bool = True, whole: bool = True) -> None:
         browser = self._views.browser
         looks = [(dark, size) for dark in (False, True) for size in (WIDE, PHONE)]
         for dark, (width, height) in looks if pictures else ():  # first: axe keeps the page from its work
             kind = f"{'-phone' if width < 600 else ''}{'-dark' if dark else ''}"
-            file = self._images / f"page-{name}{kind}.png"
+            folder = self._images if f"{name}{kind}" in SHOWN else self._others
+            file = folder / f"page-{name}{kind}.png"
             browser.screenshot(file, width, height, dark=dark, whole=whole and width > 600)
         for dark, (width, height) in looks:
             browser.look(width, height, dark=dark)
@@ -87,8 +91,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(asked) if asked else tmp_path_factory.mktemp("images")
 
 
-def test_every_screen(screens: Views, service: WebService, axe: str, images: Path) -> None:
-    looker, page = Looker(screens, axe, images), screens
+def test_every_screen(screens: Views, service: WebService, axe: str, images: Path, tmp_path: Path) -> None:
+    looker, page = Looker(screens, axe, images, tmp_path), screens
     looker.see("start")
     page.click("#language")
     service.info = {**INFO, **EXTRAS, "model": "tiny", "used": 4, "wait_s": 40, "key_needed": True}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 from typing import Any
 
 import pytest
@@ -68,36 +67,6 @@ def test_lengths_of_packets_as_the_browser_reads_them(page: Views) -> None:
     })()"""
     read = page.run(script.replace("PACKETS", json.dumps([list(packet) for packet in packets])))
     assert read == [2 * packet_samples(packet) for packet in packets], "at 48 kHz"
-
-
-def test_both_languages_have_the_same_words(page: Views) -> None:
-    script = """(async () => {
-      const load = async (name) => (await import(`./words/${name}.js`)).default;
-      const words = await Promise.all(["en", "zh"].map(load));
-      const isRole = (key) => key.startsWith("role.label.");
-      const holes = (text) => (text.match(/\\{\\w+\\}/g) ?? []).sort().join();
-      return {
-        missing: Object.keys(words[0]).filter((key) => !(key in words[1])),
-        more: Object.keys(words[1]).filter((key) => !(key in words[0]) && !isRole(key)),
-        holes: Object.keys(words[0]).filter((key) => holes(words[0][key]) !== holes(words[1][key] ?? "")),
-        roles: Object.keys(words[1]).filter(isRole).map((key) => key.slice(11)),
-      };
-    })()"""
-    read = page.run(script)
-    assert (read["missing"], read["more"], read["holes"]) == ([], [], [])
-    assert set(read["roles"]) == set(PROMPTS)
-
-
-def test_every_word_that_is_asked_for_is_there(page: Views) -> None:
-    words = set(page.run("import('./words/en.js').then((words) => Object.keys(words.default))"))
-    asked = set()
-    for file in [*PAGE.rglob("*.js"), PAGE / "index.html"]:
-        if "vendor" not in file.parts:
-            text = file.read_text()
-            asked |= set(re.findall(r"""\bt\("([\w.-]+)"[,)]""", text))
-            asked |= set(re.findall(r'data-t(?:-label|-placeholder)?="([\w.-]+)"', text))
-    assert len(asked) > 100
-    assert asked - words == set()
 
 
 def test_voices_and_roles(page: Views) -> None:

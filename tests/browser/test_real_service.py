@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from chromium import Chromium
+from cutter import Cutter
 from serving import Service, running
 from views import Views
 from websockets.sync.client import connect
@@ -66,6 +67,37 @@ def test_a_talk_and_its_history_after_a_reload(page: Views) -> None:
     page.click("#play")
     page.wait("Number(position.value) > 0.5")
     assert page.browser.console == []
+
+
+def test_a_talk_outlives_its_connection(browser: Chromium, narrow: Service) -> None:
+    narrow.wait_idle()
+    host, _, rest = narrow.base.partition(":")
+    port, _, path = rest.partition("/")
+    with Cutter((host, int(port))) as network:
+        page = Views(browser, f"http://127.0.0.1:{network.port}/{path}/")
+        page.fresh()
+        page.run(
+            "window.states = []; new MutationObserver(() => states.push(state.textContent))"
+            ".observe(state, { childList: true })"
+        )
+        page.start()
+        page.wait("document.getElementById('session-line').textContent.includes('session=')")
+        session = page.text("#session-line").split()[0]
+        for clock in ("0:04", "0:08"):
+            page.talk_until(clock)
+            network.cut()
+            page.wait("states.at(-1) !== 'Live'")
+            page.live()
+        page.talk_until("0:11")
+        assert page.text("#session-line").split()[0] == session
+        assert page.run("states").count("One moment, the connection is being restored") == 2
+        page.wait("document.getElementById('figure-latency').textContent.endsWith(' ms')")
+        page.end()
+        page.listen()
+        assert float(page.run("position.max")) > 10
+        page.leave()
+    browser.console.clear()  # the browser's own lines about the connections
+    narrow.wait_idle()
 
 
 def test_a_wrong_query_is_told_in_words(page: Views) -> None:

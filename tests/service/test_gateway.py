@@ -43,7 +43,9 @@ from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.leases import Claim, Waiter
 from deployments.gateway.protocols import moshi
 from deployments.gateway.query import SEED_LIMIT, persona_from, read_query, wants_status
+from deployments.gateway.turns import QueuedRequest
 from deployments.gateway.upstream import STALE_S, Services
+from deployments.gateway.waits import Waits
 from deployments.metrics import Metrics
 from deployments.settings import Settings
 from deployments.wire import messages
@@ -704,6 +706,8 @@ def _gateway(services: Services | None = None) -> Any:
     gateway: Any = object.__new__(Gateway)
     gateway._settings, gateway._records = Settings(), None
     gateway._services, gateway._reconnects, gateway._metrics = services, Nothing(), Counted()
+    gateway._accounts = SimpleNamespace(attach=lambda *_: None, close=lambda *_: None)
+    gateway._waits = Waits()
     return gateway
 
 
@@ -790,7 +794,7 @@ def _claim(lease: Any) -> Claim:
     loop = asyncio.get_running_loop()
     turn = loop.create_future()
     turn.set_result(lease)
-    return Claim(Waiter(loop.create_future()), turn, time.monotonic())
+    return Claim(Waiter(QueuedRequest("s", ""), loop.create_future()), turn, time.monotonic())
 
 
 def _services(connect: Any, *leases: Any) -> Services:

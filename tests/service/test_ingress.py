@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
@@ -24,7 +25,7 @@ from deployments import ingress
 from deployments.application import GATEWAY_ENVIRONMENT
 from deployments.command import ENVIRONMENT
 from deployments.gateway.app import warn_of_proxies_without_limits
-from deployments.ingress import FRAGMENT_LIMIT, HEAD_LIMIT
+from deployments.ingress import FRAGMENT_LIMIT, HEAD_LIMIT, UPLOAD_LIMIT
 from deployments.settings import PROXY_CALLBACK, Settings
 from personaplex.session.core import MESSAGE_BURST
 from personaplex.session.moshi import MESSAGE_LIMIT
@@ -303,6 +304,38 @@ def test_a_body_over_the_limit_is_cut_also_while_the_answer_takes_time(
             for _ in range(100):
                 raw.socket.sendall(b"10000\r\n" + bytes(65_536) + b"\r\n")
             pytest.fail("6 MB were taken")
+
+
+def test_one_address_takes_recordings_and_so_many_at_once(
+    target: Target, application: Application, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voices = dataclasses.replace(target, path="/api/voices")
+    place = f"{_url(voices)}?consent=1"
+    fit, large = bytes(UPLOAD_LIMIT), bytes(UPLOAD_LIMIT + 1)
+
+    def post(url: str, body: bytes) -> int:
+        with contextlib.suppress(requests.ConnectionError):
+            return requests.post(url, body, timeout=10).status_code
+        return 0  # cut off
+
+    application.answer.set()
+    assert post(place, fit) == 200
+    for url, body in ((place, large), (_url(target), fit), (f"{_url(target)}?x=/api/voices", fit)):
+        assert post(url, body) in (0, 400)
+    application.answer.clear()
+    monkeypatch.setattr(ingress, "UPLOADS_LIMIT", 2)
+    with contextlib.ExitStack() as stack:
+        for _ in range(2):
+            raw = stack.enter_context(Raw(voices))
+            raw.request(f"Content-Length: {UPLOAD_LIMIT}", method="POST")
+            raw.socket.sendall(bytes(MESSAGE_LIMIT + 1))
+        _until(lambda: len(ingress.Http.uploads) == 2)
+        with Raw(voices) as third:
+            third.request(f"Content-Length: {UPLOAD_LIMIT}", method="POST")
+            with contextlib.suppress(OSError):
+                third.socket.sendall(bytes(MESSAGE_LIMIT + 1))
+            assert third.head().startswith("HTTP/1.1 503")
+    _until(lambda: not ingress.Http.uploads)
 
 
 def test_one_request_at_a_time(target: Target, application: Application) -> None:

@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 
 from deployments.addresses import caller_of, network
 from deployments.gateway.admission import LIMIT_RETRY_S, AccessControl, ClientInfo, refusal
+from deployments.gateway.keys import KeyTable, parse_key
 from deployments.gateway.reconnects import FIRST_WAIT_S, LIMIT, LONGEST_WAIT_S, REMEMBERED, Reconnects
 from deployments.settings import Settings, proxies_in_front
 from personaplex.errors import (
@@ -30,10 +31,11 @@ from personaplex.errors import (
 
 
 def _access(**options: Any) -> AccessControl:
-    limits = {"sessions_per_key": 0, "sessions_per_address": 0, "trusted_proxies": 0}
+    limits = {"sessions_per_address": 0, "trusted_proxies": 0}
     keys, origins = options.pop("keys", ()), options.pop("origins", ())
     options["unlimited_networks"] = tuple(map(network, options.pop("unlimited", ("127.0.0.0/8", "::1"))))
-    return AccessControl(keys, origins, **{**limits, **options})
+    table = KeyTable(map(parse_key, keys))
+    return AccessControl((lambda: table) if keys else None, origins, **{**limits, **options})
 
 
 def _client(address: str = "192.0.2.1", query: dict[str, str] | None = None, **headers: str) -> ClientInfo:
@@ -51,12 +53,11 @@ def _client(address: str = "192.0.2.1", query: dict[str, str] | None = None, **h
     ],
 )
 def test_a_key_opens_wherever_clients_put_it(client: ClientInfo) -> None:
-    """And it is the key that is counted, wherever it was."""
-    access = _access(keys=("other", "good"), sessions_per_key=1)
-    with access.enter(client):
-        assert access.counted == 2, "the address and the key"
-        with pytest.raises(TooManySessions, match="key holds"), access.enter(_client(x_api_key="good")):
-            pass
+    access = _access(keys=("other", "good label=mine"))
+    with access.enter(client) as entrant:
+        assert access.counted == 1, "the address"
+        assert entrant.key is not None
+        assert entrant.key.label == "mine"
     assert access.counted == 0
 
 
@@ -78,7 +79,8 @@ def test_no_other_key_does(client: ClientInfo) -> None:
 
 def test_without_keys_everybody_may_enter() -> None:
     access = _access()
-    with access.enter(_client()), access.enter(_client(x_api_key="whatever")):
+    with access.enter(_client()), access.enter(_client(x_api_key="whatever")) as entrant:
+        assert entrant.key is None
         assert access.counted == 1, "the address alone: no key is looked at"
     assert access.counted == 0
 
@@ -93,16 +95,14 @@ def test_only_allowed_origins_may_but_programs_have_none() -> None:
             pass
 
 
-def test_sessions_are_counted_by_key_and_address_and_uncounted_when_they_end() -> None:
-    access = _access(keys=("a", "b"), sessions_per_key=2, sessions_per_address=3)
-    with access.enter(_client(x_api_key="a")), access.enter(_client(x_api_key="a")):
-        with pytest.raises(TooManySessions, match="key"), access.enter(_client(x_api_key="a")):
+def test_sessions_are_counted_by_address_and_uncounted_when_they_end() -> None:
+    access = _access(keys=("a", "b"), sessions_per_address=2)
+    with access.enter(_client(x_api_key="a")), access.enter(_client(x_api_key="b")):
+        with pytest.raises(TooManySessions, match="address") as caught, access.enter(_client(x_api_key="b")):
             pass
-        with access.enter(_client(x_api_key="b")):
-            with pytest.raises(TooManySessions, match="address"), access.enter(_client(x_api_key="b")):
-                pass
-            with access.enter(_client("192.0.2.2", x_api_key="b")):
-                pass
+        assert refusal(caught.value).headers["x-limit"] == "address"
+        with access.enter(_client("192.0.2.2", x_api_key="b")):
+            pass
     assert access.counted == 0
 
 
@@ -118,8 +118,8 @@ def test_a_refused_client_is_not_counted() -> None:
 def test_a_caller_has_one_name_per_address_and_key() -> None:
     access, names = _access(keys=("a", "b")), []
     for address, key in (("192.0.2.1", "a"), ("192.0.2.1", "b"), ("192.0.2.2", "a"), ("192.0.2.1", "a")):
-        with access.enter(_client(address, x_api_key=key)) as name:
-            names.append(name)
+        with access.enter(_client(address, x_api_key=key)) as entrant:
+            names.append(entrant.caller)
     assert names[0] == names[3]
     assert len(set(names)) == 3
     assert not any("192" in name or name in "ab" for name in names)

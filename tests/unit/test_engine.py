@@ -280,9 +280,9 @@ def test_end_to_end_vector() -> None:
     """The reference's whole pipeline on the golden voice, role and user: tokens and audio."""
     import json
 
+    from personaplex.audio.voicewav import load_voice_wav
     from personaplex.audio.wav import read_wav
     from personaplex.engine.script import encode_voice
-    from personaplex.voices import load_voice_wav
 
     z = arrays("e2e")
     codes = encode_voice(model(), torch.from_numpy(load_voice_wav(GOLDEN / "voice.wav")))

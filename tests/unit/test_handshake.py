@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import ssl
 from collections.abc import Awaitable, Callable
@@ -332,7 +333,7 @@ def test_captured_bytes_hold_speech_only_without_tls(secure: bool) -> None:
             for number, frame in enumerate(pcm):
                 link.send_frame(MessageKind.FRAME, messages.pack_frame(number, frame))
             await place.until(lambda: len(place.messages) == len(pcm))
-            place.links[0].send(MessageKind.READY, messages.pack_ready(1.0))
+            place.links[0].send(MessageKind.READY, messages.pack_ready(messages.SlotReady(1.0)))
             await place.until(lambda: heard)
             link.close()
             await place.until(lambda: place.lost)
@@ -396,6 +397,14 @@ def test_files_that_cannot_be_used_are_said_so(tmp_path: Path) -> None:
     (folder / "tls.key").write_text("nothing")
     with pytest.raises(ConfigError, match="media_tls_dir"):
         gateway_context(folder)
+
+
+def test_the_chart_encrypts_if_it_costs_less_than_a_twentieth_of_a_core() -> None:
+    root = Path(__file__).parents[2]
+    measured = json.loads((root / "benchmarks/results/link.json").read_text())
+    assert all(one["unanswered"] == 0 for found in measured["each"].values() for one in found)
+    on = "\n  media_tls: own\n" in (root / "helm/personaplex/values.yaml").read_text()
+    assert on == (measured["tls_core"] < 0.05)
 
 
 def issue(folder: Path) -> Path:

@@ -83,6 +83,7 @@ def _router(queue: dict[str, int | None]) -> SessionRouter:
     """A router with Serve's queue lengths as given."""
     router = SessionRouter.__new__(SessionRouter)
     router.initialize_state(placement="pack")
+    router._pending_requests_to_fulfill = deque()
     router._replica_queue_len_cache = SimpleNamespace(get=queue.get)  # Serve's, filled by its own calls
     return router
 

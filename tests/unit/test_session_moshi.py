@@ -52,6 +52,7 @@ def test_bytes_of_every_message(message: moshi.Message, data: bytes) -> None:
         (SendAudio(b"OggS"), b"\x01OggS"),
         (SendText(" grüße"), b"\x02 gr\xc3\xbc\xc3\x9fe"),
         (SendPlace(2), b'\x04{"type":"queue","position":2}'),
+        (SendPlace(2, 39.6), b'\x04{"type":"queue","position":2,"wait_s":40}'),
         (SendDetails({"voice": "NATF2"}), b'\x04{"type":"session","voice":"NATF2"}'),
         (SendError("no"), b"\x05no"),
         (

@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
+from deployments.gateway.keys import Keys
 from deployments.settings import ENV_PREFIX, Settings, refuse_keys_among
 from personaplex.errors import ConfigError
 
@@ -99,14 +100,16 @@ def test_lists_are_written_as_json_or_with_commas(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PERSONAPLEX_API_KEYS", '["x,y", "z"]')
     settings = Settings.load()
     assert settings.allowed_origins == ("https://a.example", "https://b.example")
-    assert settings.keys() == ("x,y", "z")
+    assert [key.get_secret_value() for key in settings.api_keys] == ["x,y", "z"]
 
 
 def test_keys_come_from_a_file_too_and_are_never_shown(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("# ours\nfrom-the-file\n\n")
     settings = Settings(api_keys="from-an-argument", api_keys_file=file)
-    assert settings.keys() == ("from-an-argument", "from-the-file")
+    table = Keys([key.get_secret_value() for key in settings.api_keys], file).table
+    assert table.find("from-an-argument")
+    assert table.find("from-the-file")
     assert settings.guarded
     assert "from-" not in str(settings.public()) + repr(settings)
 
@@ -117,7 +120,7 @@ def test_a_key_file_without_keys_opens_no_door(content: str | None, tmp_path: Pa
     if content is not None:
         file.write_text(content)
     with pytest.raises(ConfigError, match="api_keys_file"):
-        Settings(api_keys_file=file).keys()
+        Keys((), file)
 
 
 def test_a_wrong_value_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

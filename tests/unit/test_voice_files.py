@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from deployments.replica import models
 from deployments.settings import Settings
 from personaplex import voicearchive
+from personaplex.audio.voicewav import load_voice_wav
 from personaplex.config import FRAME_SIZE, PRESET_TINY, EngineConfig
 from personaplex.engine.engine import Engine
 from personaplex.errors import BadAudio, CheckpointError
 from personaplex.persona import DEFAULT_VOICE, Persona
 from personaplex.text import Tokenizer
 from personaplex.voicearchive import unpack
-from personaplex.voices import VoiceLibrary, load_voice, load_voice_wav, save_voice
+from personaplex.voices import VoiceLibrary, load_voice, save_voice
 
 LM = CONFIG.lm
 DIM = LM.temporal.dim

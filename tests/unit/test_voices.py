@@ -17,11 +17,12 @@ from golden import CONFIG, GOLDEN, arrays, model
 from numpy.typing import NDArray
 from torch import Tensor
 
+from personaplex.audio.voicewav import load_voice_wav
 from personaplex.config import PRESET_TINY
 from personaplex.engine.script import compose, embed_voice, encode_voice
 from personaplex.errors import BadAudio, CheckpointError, UnknownVoice
 from personaplex.voicearchive import unpack
-from personaplex.voices import Voice, VoiceLibrary, load_voice, load_voice_wav, save_voice
+from personaplex.voices import Voice, VoiceLibrary, load_voice, save_voice
 
 LM = CONFIG.lm
 

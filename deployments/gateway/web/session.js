@@ -5,6 +5,7 @@
 
 const Kind = { HANDSHAKE: 0, AUDIO: 1, TEXT: 2, METADATA: 4, ERROR: 5 };
 const PATIENCE_MS = 10_000; // without a message, once live
+const BACK_SOON = 4000; // close code of ours
 const RESUMABLE = new Set([1001, 1006, 1011, 1012]); // close codes of a socket or a server that is gone
 const BACKOFF_MS = { first: 250, most: 4_000 };
 const GRACE_S = 30; // where the service names none
@@ -171,8 +172,8 @@ export class Session {
   }
 
   #learn(details) {
+    if (typeof details.resume === "string") this.#token = details.resume; // after each resume, failover and move
     if (details.type === "session") {
-      if (typeof details.resume === "string") this.#token = details.resume;
       if (details.grace_s > 0) this.#graceS = details.grace_s;
       this.#handlers.details(details);
     } else if (details.type === "reconnect" && this.#token) {
@@ -184,9 +185,10 @@ export class Session {
     else if (details.type === "queue" || details.type === "session") this.#handlers.state("warming");
   }
 
-  #drop() {
+  // 1000 says that we leave for good; with any other code the session is kept for us to come back to.
+  #drop(code = BACK_SOON) {
     this.#socket.onmessage = this.#socket.onclose = null;
-    this.#socket.close(1000); // said, so that the session is not kept for us
+    this.#socket.close(code);
   }
 
   #finish(how) {
@@ -196,7 +198,7 @@ export class Session {
     clearTimeout(this.#patience);
     clearTimeout(this.#retry);
     window.removeEventListener("online", this.#again);
-    if (this.#socket) this.#drop();
+    if (this.#socket) this.#drop(1000);
     this.#handlers.end(how);
   }
 }
