@@ -170,7 +170,7 @@ def replica_gpus(settings: Settings) -> float:
     """GPUs of a replica: as set, else 1 where the model and the cluster can use one."""
     if settings.replica_num_gpus is not None:
         return settings.replica_num_gpus
-    if settings.device == "cpu" or settings.model in ("echo", "simulated", "tiny"):
+    if settings.device == "cpu" or settings.model in ("echo", "simulated", "talk", "tiny"):
         return 0.0
     if settings.device == "cuda":
         return 1.0

@@ -64,7 +64,7 @@ _READ = (  # settings: paths
     "media_tls_dir",
 )
 _WRITTEN = ("token_log_dir", "record_dir")  # settings: directories
-_MODELS = ("auto", "7b", "tiny", "echo", "simulated")
+_MODELS = ("auto", "7b", "talk", "tiny", "echo", "simulated")
 
 
 class RayEnded(Exception):

@@ -299,8 +299,8 @@ class Gateway:
             try:
                 persona, caller, key = counted.enter_context((admit or self._admit)(connection or socket))
                 self._check_limit()
-                await self.check_room()
                 await counted.enter_async_context(self._accounts.enter(session, key))
+                await self.check_room()
                 translator = make(session, persona)
             except PersonaplexError as error:
                 await self._refuse(socket, session, error, refuse, protocol)
@@ -347,8 +347,8 @@ class Gateway:
             begin=begin,
             transcribe=translator.user_text and allows_transcription(query),
         )
-        self._accounts.attach(session, conversation)
         try:
+            self._accounts.attach(session, conversation)
             await conversation.run()
         finally:
             self._ended(session, caller, conversation, recording)

@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 UNSENT_LIMIT = 256  # messages a client may leave unread, times `burst_share`: 20 s of speech
 FAILED = "the server failed; please connect again"
-# A persona and a ticket (see `Begin`) to the persona with all it brings, and its claim.
+# A persona and a ticket (see `Begin`) to the persona with the voice it brings, and its claim.
 Claiming = Callable[[Persona, str], Awaitable[tuple[Persona, Claim]]]
 LAST_WORDS_S = 5.0  # that a record waits for the words of its end
 CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
@@ -147,12 +147,6 @@ class Conversation:
         """Why our side ended the session; None when the client left."""
         return self._core.error
 
-    def record(self, recording: Recording) -> None:
-        """What happens goes to `recording` too; who began it ends it. Before the session has its slot."""
-        self._recording = recording
-        recording.on_failure = self._on_recording_failed
-        self._upstream.record(recording)
-
     @property
     def talked_s(self) -> float:
         """Seconds since the handshake, 0 before it; what they were once the session has ended."""
@@ -161,6 +155,12 @@ class Conversation:
     def end(self, error: PersonaplexError) -> None:
         """Ends the session with `error`, which its client is told."""
         self._on(Failed(error))
+
+    def record(self, recording: Recording) -> None:
+        """What happens goes to `recording` too; who began it ends it. Before the session has its slot."""
+        self._recording = recording
+        recording.on_failure = self._on_recording_failed
+        self._upstream.record(recording)
 
     async def last_words(self) -> None:
         """After `run`: returns once everything that the user said is in the record, or after LAST_WORDS_S."""

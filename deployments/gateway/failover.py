@@ -84,6 +84,7 @@ class Failover:
         self.cause, self.losses = cause, losses
         self.times = Times(since, time.monotonic())
         self.candidate: Slot | None = None
+        self.stopped = False  # the whole service is being stopped
         self._session, self._recorder, self._shared, self._leases = session, recorder, shared, leases
         self._make_slot, self._leave = make_slot, leave
         self._lost = lost
@@ -102,6 +103,9 @@ class Failover:
         while True:
             try:
                 error = await self._try_one()
+            except SessionLost:  # no slot is given any more
+                self.stopped = True
+                raise
             except NoCapacity as full:
                 raise next(iter(self._refused.values()), full) from None
             if error is None:

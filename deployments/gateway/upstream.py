@@ -198,10 +198,6 @@ class Upstream:
         self._emit(LeaseGranted())
         return slot
 
-    def record(self, recording: Recording) -> None:
-        """What happens goes to `recording` too, from now on; before `open`."""
-        self._recording = recording
-
     @property
     def replica(self) -> str:
         """Where the session goes on, "" before it does and once it has ended."""
@@ -222,6 +218,10 @@ class Upstream:
         assert self._search is not None
         await asyncio.wait({self._search})
         return failover.continued
+
+    def record(self, recording: Recording) -> None:
+        """What happens goes to `recording` too, from now on; before `open`."""
+        self._recording = recording
 
     def send_frame(self, frame: Pcm) -> None:
         """Sends one frame of the user; while no slot is ready the newest burst is kept for one."""
@@ -475,8 +475,8 @@ class Upstream:
         """No other replica can be had: the end, unless the old one may still answer."""
         assert self._current is not None
         self._failover = None
-        outcome = "no_capacity" if isinstance(error, NoCapacity) else "failed"
-        self._count(failover, "refused" if isinstance(error, LogRefused) else outcome)
+        if not failover.stopped:
+            self._count(failover, _outcome(error))
         if self._current.ended:
             self._emit(Failed(error))
         else:
@@ -553,6 +553,13 @@ class Upstream:
     def _next_timestamp(self) -> int:
         self._timestamp = max(_micros(), self._timestamp + 1)
         return self._timestamp % 2**32
+
+
+def _outcome(error: PersonaplexError) -> str:
+    """Of a failover that found no replica."""
+    if isinstance(error, NoCapacity):
+        return "no_capacity"
+    return "refused" if isinstance(error, LogRefused) else "failed"
 
 
 def _micros() -> int:

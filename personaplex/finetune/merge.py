@@ -19,7 +19,7 @@ from torch import Tensor
 from personaplex.config import PRESET_7B, ModelConfig
 from personaplex.errors import ConfigError
 from personaplex.files import replacing
-from personaplex.model import tiny
+from personaplex.model import packed, tiny
 from personaplex.model.hub import LM_FILE, Checkpoint
 from personaplex.model.mimi import Mimi
 from personaplex.model.weights import merged_tensors
@@ -38,7 +38,8 @@ def merge(checkpoint: Checkpoint, folder: Path) -> None:
             shapes = {n: tuple(t.shape) for n, t in Mimi(checkpoint.config.mimi).state_dict().items()}
         _save(folder / "mimi.safetensors", tiny.mimi_weights(shapes))
     else:
-        _copy(checkpoint.mimi, folder / "mimi.safetensors")
+        suffix = packed.SUFFIX if checkpoint.mimi.suffix == packed.SUFFIX else ".safetensors"
+        _copy(checkpoint.mimi, folder / f"mimi{suffix}")
     _copy(checkpoint.tokenizer, folder / "tokenizer.model")
     if checkpoint.voices is not None and checkpoint.voices.is_dir():
         shutil.copytree(checkpoint.voices, folder / "voices")

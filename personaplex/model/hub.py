@@ -1,4 +1,4 @@
-"""Where a model's files are: the Hugging Face hub, a local directory, or inside this package (`tiny`).
+"""Where a model's files are: the Hugging Face hub, a local directory, or this package (`tiny`, `talk`).
 
 `resolve` turns a model's name into a `Checkpoint`, a list of files that exist, without reading a tensor.
 The hub's cache, its offline switch and HF_TOKEN are huggingface_hub's own and respected as they are.
@@ -38,7 +38,9 @@ TOKENIZER_FILE = "tokenizer_spm_32k_3.model"
 VOICES_FILE = "voices.tgz"
 
 _CONFIG_LIMIT = 2**20  # bytes
-_TINY_TOKENIZER = Path(__file__).parent.parent / "data" / "tiny-tokenizer.model"
+_DATA = Path(__file__).parent.parent / "data"
+_TINY_TOKENIZER = _DATA / "tiny-tokenizer.model"
+_TALK = _DATA / "talk"
 _HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[
     0
 ]  # of whichever HTTP library the hub client uses
@@ -74,7 +76,7 @@ def resolve(
     voice_prompt_dir: Path | None = None,
     lora: Path | None = None,
 ) -> Checkpoint:
-    """The checkpoint behind `spec`: `tiny`, `7b` (the hub's `hf_repo` at `revision`) or a local directory.
+    """The checkpoint behind `spec`: `tiny`, `talk`, `7b` (the hub's `hf_repo` at `revision`) or a directory.
 
     A file given by its own option is used in place of the checkpoint's, and the hub is not asked for it.
     Raises CheckpointError when a file is missing or cannot be fetched, saying what to do, and ConfigError for
@@ -89,6 +91,11 @@ def resolve(
         raise CheckpointError(f"the model's files cannot be looked up: {error.strerror}") from error
 
 
+def talk_is_here() -> bool:
+    """Whether this package was built with the `talk` model."""
+    return (_TALK / "model.packed").is_file()
+
+
 def _resolve(spec: str, hf_repo: str, revision: str | None, given: dict[str, Path | None]) -> Checkpoint:
     for part, path in given.items():
         if path is not None and not path.exists():
@@ -100,13 +107,17 @@ def _resolve(spec: str, hf_repo: str, revision: str | None, given: dict[str, Pat
         return Checkpoint("tiny", PRESET_TINY, tokenizer, lm=None, mimi=None, voices=given["voices"])
     if spec == "7b":
         return _from_hub(hf_repo, revision, given)
+    if spec == "talk":
+        if not talk_is_here():
+            raise CheckpointError("this package brings no `talk` model: give tiny, 7b or a directory")
+        return _from_directory(_TALK, given)
     return _from_directory(Path(spec), given)
 
 
 _PARTS = {"lm": "language model", "mimi": "codec (Mimi)", "tokenizer": "tokenizer", "voices": "voices"}
 _LOCAL_NAMES = {
-    "lm": (LM_FILE,),
-    "mimi": ("mimi.safetensors", MIMI_FILE),
+    "lm": (LM_FILE, "model.packed"),
+    "mimi": ("mimi.safetensors", "mimi.packed", MIMI_FILE),
     "tokenizer": ("tokenizer.model", TOKENIZER_FILE),
     "voices": ("voices", VOICES_FILE),
 }

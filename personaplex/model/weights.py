@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, LMConfig, MimiConfig
 from personaplex.errors import CheckpointError, ConfigError
-from personaplex.model import Model, tiny
+from personaplex.model import Model, packed, tiny
 from personaplex.model.hub import Checkpoint
 from personaplex.model.lm import LM
 from personaplex.model.lora import Adapter, adapter_of
@@ -199,9 +199,11 @@ def _read(
     make_plan: MakePlan,
     adapter: Adapter | None = None,
 ) -> dict[str, Tensor]:
-    """All expected tensors from one safetensors file, with the adapter in them, then in `dtype`; None leaves
-    the file's."""
+    """All expected tensors from one safetensors file, or a packed one, with the adapter in them, then in
+    `dtype`; None leaves the file's."""
     try:
+        if path.suffix == packed.SUFFIX:
+            return _read_packed(path, expected, device, dtype, make_plan, adapter)
         with safe_open(path, framework="pt", device=str(device)) as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             found = {name: tuple(view.get_shape()) for name, view in slices.items()}
@@ -226,6 +228,30 @@ def _read(
         raise CheckpointError(
             f"{path.name} is damaged or only partly there ({error}): fetch it again"
         ) from error
+
+
+def _read_packed(
+    path: Path,
+    expected: Shapes,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    make_plan: MakePlan,
+    adapter: Adapter | None,
+) -> dict[str, Tensor]:
+    try:
+        tensors = packed.unpack(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path.name} is damaged ({error}): fetch it again") from error
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    plan = make_plan(expected, found)
+    _check(path.name, expected, found, {}, plan)
+    weights: dict[str, Tensor] = {}
+    for name, piece in plan.items():
+        tensor = torch.cat([tensors[piece.name]] * piece.times) if piece.times > 1 else tensors[piece.name]
+        if adapter is not None and adapter.touches(name):
+            tensor = adapter.adapted(name, tensor)
+        weights[name] = tensor.to(device, dtype)
+    return weights
 
 
 def _check(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,21 +18,25 @@ from personaplex.training import bank, copying, corpus, hearing, speaking, talki
 from personaplex.training.assemble import assemble
 from personaplex.training.run import curves
 
-CALLER_SHARDS, ROBOT_SHARDS, AGENT_SHARDS, WORLD_SHARDS = 16, 8, 16, 30
-EAR, MOUTH, COPYING, TALKING = 60, 40, 40, 120  # minutes
+CALLER_SHARDS, AGENT_SHARDS = 16, 8
+OTHER_SHARDS = {"robots": 8, "joe": 3, "festival": 2, "kokoro": 2}
+EAR, MOUTH, COPYING, TALKING = 60, 40, 15, 60  # minutes
 
 
 def stages(folder: Path) -> list[tuple[str, Callable[[], object]]]:
     """(name, what it runs), in order."""
+    others = [
+        (f"callers by {kind}", partial(corpus.make, kind, folder / "callers", shards))
+        for kind, shards in OTHER_SHARDS.items()
+    ]
     return [
         ("callers", lambda: corpus.make("callers", folder / "callers", CALLER_SHARDS)),
-        ("callers by espeak", lambda: corpus.make("robots", folder / "callers", ROBOT_SHARDS)),
+        *others,
         ("agent's speech", lambda: corpus.make("agent", folder / "agent", AGENT_SHARDS)),
         ("mouth", lambda: speaking.train(folder, MOUTH)),
         ("ear", lambda: hearing.train(folder, EAR)),
+        ("words", lambda: bank.fill(folder)),
         ("copying", lambda: copying.train(folder, COPYING)),
-        ("answers", lambda: bank.make_answers(folder, WORLD_SHARDS)),
-        ("calls", lambda: bank.make_callers(folder)),
         ("talking", lambda: talking.train(folder, TALKING)),
         ("model", lambda: assemble(folder, folder / "model")),
     ]

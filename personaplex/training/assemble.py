@@ -15,27 +15,26 @@ from personaplex.engine.script import embed_voice
 from personaplex.model.hub import resolve
 from personaplex.model.weights import load_model
 from personaplex.training import export
-from personaplex.training.bank import load_ear, load_voices
-from personaplex.training.documents import HINTS
+from personaplex.training.articulation import NAMES
+from personaplex.training.bank import Words
+from personaplex.training.hearing import load_ear
 from personaplex.training.lm import CONSTANT, Talker
 from personaplex.training.mouth import Mouth
 from personaplex.training.run import load
 from personaplex.training.speaking import COMPRESS, Fitted
-from personaplex.training.vocabulary import cached
+from personaplex.training.vocabulary import Pieces, cached
 from personaplex.voices import save_voice
 
 
 def assemble(folder: Path, out: Path) -> None:
     """Writes `out` from the checkpoints in `folder`. Raises FileNotFoundError for a part not trained yet."""
-    mouth, talker = Mouth(export.CONFIG.mimi), Talker(export.CONFIG.lm, hints=len(HINTS))
+    mouth, talker = Mouth(export.CONFIG.mimi), Talker(export.CONFIG.lm)
     mouth.load_state_dict(_state(folder / "mouth.pt")["mouth"])
     talker.load_state_dict(_state(folder / "talk.pt")["talker"])
-    fitted = Fitted.load(folder / "analysis.pt")
+    fitted = Fitted.load(folder / "basis.pt")
     mimi = export.mimi_tensors(
         dict(load_ear(folder).state_dict()),
         dict(mouth.state_dict()),
-        fitted.analysis.books,
-        fitted.analysis.silence,
         fitted.basis,
         fitted.size**COMPRESS,
     )
@@ -43,8 +42,9 @@ def assemble(folder: Path, out: Path) -> None:
     export.write(out, lm, mimi, cached(folder))
     model = load_model(resolve(str(out)), "cpu", torch.float32)
     (out / "voices").mkdir(exist_ok=True)
-    for name, samples in load_voices(folder).items():
-        codes = export.to_ids(torch.from_numpy(samples[0])).t()
+    words = Words(folder, Pieces(cached(folder)))
+    for name in NAMES:
+        codes = export.to_ids(torch.from_numpy(words.samples(name)[0])).t()
         lost = torch.zeros(len(codes), 1, dtype=torch.int64)  # a voice's first frame is never read
         save_voice(out / "voices" / f"{name}.pt", *embed_voice(model.lm, torch.cat([lost, codes], dim=1)))
 

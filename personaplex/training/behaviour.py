@@ -28,8 +28,7 @@ _LOUD = 0.01  # rms of a frame that is speech
 _ALIKE = 0.72  # of two spellings of a name that sound alike
 _VALUES = {
     "hello": ("firm", "name"),
-    "name": ("name",),
-    "firm": ("firm",),
+    "name": ("name", "firm"),
     "price": ("price", "item"),
     "open": ("first_day", "last_day"),
 }

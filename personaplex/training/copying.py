@@ -1,7 +1,7 @@
 """First stage of the language model: copying from the role text, in text alone.
 
 `python -m personaplex.training.copying FOLDER MINUTES` goes on from `FOLDER/copying.pt`. It begins with
-pure repetition and goes on to dense, then to padded documents by what the losses have reached.
+pure repetition and goes on to dense documents when that is learned.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from personaplex.training import optim
-from personaplex.training.documents import HINTS, SLOTS, Batch, Document, dense, padded, repetition
+from personaplex.training.documents import SLOTS, Batch, Document, dense, repetition
 from personaplex.training.export import CONFIG
-from personaplex.training.lm import Talker, precision, streams, training_device
+from personaplex.training.lm import Talker, precision, training_device
 from personaplex.training.run import Part, Run
 from personaplex.training.vocabulary import Pieces, cached
 
 MUON, ADAM = 0.006, 2e-3
-KINDS = ("repetition", "dense", "padded")
+KINDS = ("repetition", "dense")
 _BATCH = 6
-_REPETITION_DONE, _DENSE_DONE = 0.8, 0.6  # slot losses that end a stage
-_MIX = ((1.0, 0.0, 0.0), (0.3, 0.7, 0.0), (0.1, 0.25, 0.65))  # of repetition, dense, padded by stage
+_REPETITION_DONE = 0.8  # loss that ends the first stage
+_MIX = ((1.0, 0.0), (0.12, 0.88))  # of repetition and dense by stage
 
 
 def text_loss(talker: Talker, batch: Batch) -> tuple[Tensor, Tensor]:
     """(weighted mean, the loss of each predicted text [N, T - 1]) of documents without sound."""
-    inputs = streams(batch.agent[:, :-1], batch.user[:, :-1])
-    inputs = torch.where(batch.agent[:, :-1, :1] < 0, -1, inputs)  # no start tokens where there is no sound
-    hidden = talker.temporal(batch.text[:, :-1], inputs, batch.hints[:, :-1])
+    hidden = talker.temporal(batch.text[:, :-1], batch.audio[:, :-1])
     each = F.cross_entropy(
         talker.text_logits(hidden).flatten(0, 1).float(), batch.text[:, 1:].flatten(), reduction="none"
     ).view(batch.text[:, 1:].shape)
@@ -43,9 +41,7 @@ def text_loss(talker: Talker, batch: Batch) -> tuple[Tensor, Tensor]:
 def documents(kind: int, draw: random.Random, pieces: Pieces, unseen: bool = False) -> list[Document]:
     if kind == 0:
         return [repetition(draw, pieces) for _ in range(_BATCH)]
-    if kind == 1:
-        return [dense(draw, pieces, unseen) for _ in range(_BATCH)]
-    return [padded(draw, pieces, unseen) for _ in range(_BATCH * 2 // 3)]
+    return [dense(draw, pieces, unseen) for _ in range(_BATCH)]
 
 
 @torch.no_grad()
@@ -53,9 +49,7 @@ def exact_slots(talker: Talker, batches: list[Batch]) -> dict[str, tuple[float, 
     """Share of copied values of which every piece is the likeliest, by slot, and how many there were."""
     right: dict[str, list[bool]] = {slot: [] for slot in SLOTS}
     for batch in batches:
-        inputs = streams(batch.agent[:, :-1], batch.user[:, :-1])
-        inputs = torch.where(batch.agent[:, :-1, :1] < 0, -1, inputs)
-        hidden = talker.temporal(batch.text[:, :-1], inputs, batch.hints[:, :-1])
+        hidden = talker.temporal(batch.text[:, :-1], batch.audio[:, :-1])
         hits = talker.text_logits(hidden).argmax(-1) == batch.text[:, 1:]
         for row, slots in zip(hits.tolist(), batch.slot[:, 1:].tolist(), strict=True):
             _count(row, slots, right)
@@ -82,25 +76,25 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Talker:
     """Trains for so many minutes of a core in all, counting those of earlier runs."""
     torch.manual_seed(seed)
     pieces, device = Pieces(cached(folder)), training_device()
-    talker = Talker(CONFIG.lm, hints=len(HINTS)).to(device)
+    talker = Talker(CONFIG.lm).to(device)
     talker.frugal = device.type == "cuda"
     optimizer = optim.Optimizer(talker, muon=MUON, adam=ADAM, plain=talker.plain())
     parts: dict[str, Part] = {"talker": talker, "optimizer": optimizer}
-    run = Run(folder / "copying.pt", minutes, parts, stage=0, reached=[6.0, 6.0, 6.0])
+    run = Run(folder / "copying.pt", minutes, parts, stage=0, reached=6.0)
     draw, held = random.Random(seed + run.step), random.Random(999)
-    tests = [Batch.of(documents(2, held, pieces, unseen=True)).to(device) for _ in range(6)]
+    tests = [Batch.of(documents(1, held, pieces, unseen=True)).to(device) for _ in range(6)]
     while run.progress < 1:
         stage, reached = run.extra["stage"], run.extra["reached"]
-        kind = draw.choices((0, 1, 2), _MIX[stage])[0]
+        kind = draw.choices((0, 1), _MIX[stage])[0]
         batch = Batch.of(documents(kind, draw, pieces)).to(device)
         with precision(device):
             loss, each = text_loss(talker, batch)
         optimizer.step(loss, optim.schedule(run.progress, warm=0.005, decay_from=0.35))
         talker.keep_constant()
         slots = float(each.detach()[batch.slot[:, 1:] > 0].mean())
-        reached[kind] = 0.97 * reached[kind] + 0.03 * slots
-        if stage < 2 and reached[stage] < (_REPETITION_DONE, _DENSE_DONE)[stage]:
-            run.extra["stage"] += 1
+        if kind == 0:
+            run.extra["reached"] = 0.97 * reached + 0.03 * slots
+        run.extra["stage"] = max(stage, int(run.extra["reached"] < _REPETITION_DONE))
         run.record({KINDS[kind]: slots})
         if run.due():
             run.report({slot: right for slot, (right, _) in exact_slots(talker, tests).items()})

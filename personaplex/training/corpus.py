@@ -8,36 +8,34 @@ personaplex.training.corpus callers|robots|agent FOLDER SHARDS [FIRST]`.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soxr
 from numpy.typing import NDArray
 
 from personaplex.config import SAMPLE_RATE
 from personaplex.training import grammar
-from personaplex.training.synth import LABEL_RATE, LOUDNESS, Array, Speaker, Voice, caller, free, locked
+from personaplex.training.articulation import NAMES, PERIODS, VOICES, codes, plan, said
+from personaplex.training.others import SPEAKERS
+from personaplex.training.synth import LABEL_RATE, Array, Speaker, caller, free, locked
 
 CALLER_SHARD, AGENT_SHARD = 400, 300  # sentences run through the network a shard
-ROBOT_SHARD = 1_000
-_ACCENTS = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
-_TIMBRES = ("m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "f1", "f2", "f3", "f4", "f5", "klatt", "klatt2")
-_ESPEAK_RATE = 22_050
+OTHER_SHARD = {"robots": 1_000, "festival": 140, "joe": 140, "kokoro": 70}  # sentences
+INTENTS = (*grammar.INTENTS, grammar.UNKNOWN)
 OTHER = "other"  # speech for the phones' sake, in no dialogue
 _VOICINGS = 3
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One wave with what it says; `labels` are phones at LABEL_RATE (callers) or periods a frame (agent)."""
+    """One wave with what it says; `labels` are phones at LABEL_RATE (callers) or 8 codes a frame (agent)."""
 
     wave: NDArray[np.int16]
     labels: NDArray[np.uint8]
@@ -102,60 +100,32 @@ def callers(speaker: Speaker, seed: int) -> Iterator[Utterance]:
             yield Utterance(as_int16(wave), spoken.phones[start:end], text, intent)
 
 
-def robots(_speaker: Speaker, seed: int) -> Iterator[Utterance]:
-    """One shard of questions by espeak's voices, far from the natural one; without phones: for intents."""
-    draw = random.Random(seed)
-    for _ in range(ROBOT_SHARD):
-        intent = draw.choice((*grammar.INTENTS, grammar.UNKNOWN))
+def others(by: str, seed: int) -> Iterator[Utterance]:
+    """One shard of questions by another synthesiser, without phones: for intents."""
+    draw = random.Random(f"{by} {seed}")
+    for index in range(OTHER_SHARD[by]):
+        intent = INTENTS[index % len(INTENTS)]
         text = grammar.question(draw, intent, unseen=False)
-        wave = espeak(text, draw)
-        yield Utterance(as_int16(wave), np.zeros(0, np.uint8), text, intent)
-
-
-def espeak(text: str, draw: random.Random) -> Array:
-    """Speech at 24 kHz by one of espeak's voices, trimmed. Raises RuntimeError without espeak-ng."""
-    voice = f"{draw.choice(_ACCENTS)}+{draw.choice(_TIMBRES)}"
-    options = [
-        "-v",
-        voice,
-        "-s",
-        str(draw.randint(125, 205)),
-        "-p",
-        str(draw.randint(20, 75)),
-        "--stdout",
-        text,
-    ]
-    done = subprocess.run(["espeak-ng", *options], capture_output=True)
-    if done.returncode:
-        raise RuntimeError(f"espeak-ng failed: {done.stderr.decode(errors='replace').strip()}")
-    samples = np.frombuffer(done.stdout[44:], np.int16).astype(np.float32) / 32768  # behind the WAV's header
-    wave = soxr.resample(samples, _ESPEAK_RATE, SAMPLE_RATE).astype(np.float32)
-    loud = np.nonzero(np.abs(wave) > 0.02 * np.abs(wave).max())[0]
-    wave = wave[loud[0] : loud[-1] + 1]
-    return np.asarray(wave * (LOUDNESS / np.sqrt(np.mean(wave**2))), np.float32)
+        yield Utterance(as_int16(SPEAKERS[by](text, draw)), np.zeros(0, np.uint8), text, intent)
 
 
 def agent(speaker: Speaker, seed: int) -> Iterator[Utterance]:
-    """One shard of the agent's sentences, locked, in voices around the agent's own."""
+    """One shard of the agent's sentences, locked, each in one of its voices."""
     draw = random.Random(seed)
     for text in grammar.sentences(draw, AGENT_SHARD, unseen=False):
-        voice = agent_voice(draw)
-        spoken = speaker.say(text, voice.speed)
-        if spoken is None:
-            continue
-        wave, periods = locked(spoken, voice, shift=draw.randrange(1920))
-        yield Utterance(as_int16(wave), periods.astype(np.uint8), text, OTHER)
+        made = agent_says(speaker, text, draw.choice(NAMES))
+        if made is not None:
+            yield Utterance(as_int16(made[0]), made[1].astype(np.uint8).ravel(), text, OTHER)
 
 
-def agent_voice(draw: random.Random) -> Voice:
-    """A voice of the agent's range: pitch and formants move together, little else changes."""
-    pitch = draw.uniform(0.5, 1.2)
-    return Voice(
-        pitch=pitch,
-        formant=(0.83 + (pitch - 0.5) * 0.33) * draw.uniform(0.97, 1.03),
-        tilt=draw.uniform(-0.2, 0.2),
-        speed=draw.uniform(0.9, 1.1),
-    )
+def agent_says(speaker: Speaker, text: str, voice: str) -> tuple[Array, NDArray[np.int64]] | None:
+    """(wave [F * 1920], codes [F, 8]) of a sentence; None where its words cannot be told apart."""
+    spoken = speaker.say(text)
+    if spoken is None:
+        return None
+    laid = plan(spoken)
+    made = codes(said(spoken, laid, speaker.names), voice)
+    return locked(spoken, VOICES[voice], laid.place, made[:, PERIODS]), made
 
 
 def as_int16(wave: Array) -> NDArray[np.int16]:
@@ -166,24 +136,27 @@ def as_float(wave: NDArray[np.int16]) -> Array:
     return np.asarray(wave / np.float32(32767), np.float32)
 
 
-MAKERS: dict[str, Callable[[Speaker, int], Iterator[Utterance]]] = {
-    "callers": callers,
-    "robots": robots,
-    "agent": agent,
-}
-
-
 def make(kind: str, folder: Path, shards: int, first: int = 0) -> None:
     """Writes the shards that `folder` lacks."""
     folder.mkdir(parents=True, exist_ok=True)
-    speaker = Speaker()
     for seed in range(first, first + shards):
         path = folder / f"{kind}-{seed:04}.npz"
         if path.exists():
             continue
-        utterances = list(MAKERS[kind](speaker, seed))
-        save(path, [dataclasses.replace(u) for u in utterances])
+        utterances = list(_made(kind, seed))
+        save(path, utterances)
         print(f"{path.name}: {sum(len(u.wave) for u in utterances) / SAMPLE_RATE / 60:.1f} min", flush=True)
+
+
+def _made(kind: str, seed: int) -> Iterator[Utterance]:
+    if kind in SPEAKERS:
+        return others(kind, seed)
+    return {"callers": callers, "agent": agent}[kind](_speaker(), seed)
+
+
+@cache
+def _speaker() -> Speaker:
+    return Speaker()
 
 
 if __name__ == "__main__":

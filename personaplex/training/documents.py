@@ -1,9 +1,8 @@
 """What the language model is trained on: sequences of frames laid out as the engine lays out a session.
 
-Three kinds. `repetition`: random pieces said again, which teaches copying. `dense`: a role text, then
-answers one after the other without padding. `padded`: a role text, then talk in real time, silence of the
-agent while the caller speaks. The first two have no sound; a question stands there as a hint, the number of
-its intent.
+`repetition`: random pieces said again, which teaches copying. `dense`: a role text, then answers one after
+the other without padding. Neither has sound; a question is there the ear's state alone. Talk with sound is
+laid out in talking.py.
 """
 
 from __future__ import annotations
@@ -17,14 +16,13 @@ from torch import Tensor
 
 from personaplex.config import CODEBOOKS, SILENCE_FRAMES, TEXT_BOS, TEXT_EOS, TEXT_PAD
 from personaplex.training import grammar
-from personaplex.training.lm import SILENCE, START
+from personaplex.training.ear import ASKED, LABELS
+from personaplex.training.lm import SILENCE, START, streams
 from personaplex.training.vocabulary import Pieces
 
 NOTHING = -1  # an audio token that embeds as zeros
-HINTS = {intent: index + 1 for index, intent in enumerate((*grammar.INTENTS, grammar.UNKNOWN))}
 SLOTS = ("name", "firm", "item", "price", "first_day", "last_day")
 _FIRST_OF_SLOT = 3.0  # weight of a copied value's first piece
-_WAITING = 0.3  # weight of padding
 Codes = np.ndarray
 
 
@@ -33,7 +31,6 @@ class Document:
     """Frames of one sequence; the texts at `text[t]` are predicted from what stands before t."""
 
     text: list[int] = field(default_factory=list)
-    hints: list[int] = field(default_factory=list)
     weight: list[float] = field(default_factory=list)  # of the text's loss
     slot: list[int] = field(default_factory=list)  # 0: no slot, else 1 + index in SLOTS
     agent: list[Codes] = field(default_factory=list)  # [n, 8] each
@@ -45,7 +42,6 @@ class Document:
         text: list[int],
         weight: float | list[float],
         *,
-        hint: int = 0,
         slot: list[int] | None = None,
         agent: Codes | None = None,
         user: Codes | None = None,
@@ -53,7 +49,6 @@ class Document:
     ) -> None:
         count = len(text)
         self.text += text
-        self.hints += [hint] * count
         self.weight += weight if isinstance(weight, list) else [weight] * count
         self.slot += slot or [0] * count
         self.agent.append(nothing(count) if agent is None else agent)
@@ -90,19 +85,39 @@ def repetition(draw: random.Random, pieces: Pieces, length: int = 160) -> Docume
     return document
 
 
+def asked(count: int, intent: str) -> Codes:
+    """The caller's codes [count, 8] when a question of that intent is complete."""
+    return heard(count, ASKED + LABELS.index(intent))
+
+
+def heard(count: int, state: int) -> Codes:
+    """The caller's codes [count, 8] in one of the ear's states; the other levels are not looked at."""
+    codes = nothing(count)
+    codes[:, 0] = state
+    return codes
+
+
+def slot_of(part: str) -> int:
+    """1 + index in SLOTS of the slot inside a template's part; 0 where there is none."""
+    return 1 + SLOTS.index(part[part.index("{") + 1 : part.index("}")]) if "{" in part else 0
+
+
+def value_of(known: grammar.Facts, slot: int) -> str:
+    field_name = SLOTS[slot - 1]
+    return grammar.spoken_number(known.price) if field_name == "price" else str(getattr(known, field_name))
+
+
 def answer_pieces(pieces: Pieces, intent: str, known: grammar.Facts) -> list[tuple[str, list[int], int]]:
     """(word, its pieces, slot) of an answer, word by word."""
-    values = {slot: getattr(known, slot) for slot in SLOTS}
-    values["price"] = grammar.spoken_number(known.price)
     words = []
     for part in grammar.ANSWERS[intent].split():
-        opened, closed = part.find("{"), part.find("}")
-        if opened < 0:
+        slot = slot_of(part)
+        if not slot:
             words.append((part, pieces.encode(part), 0))
             continue
-        slot = part[opened + 1 : closed]
-        value = (part[:opened] + values[slot] + part[closed + 1 :]).split()
-        words += [(word, pieces.encode(word), 1 + SLOTS.index(slot)) for word in value]
+        opened, closed = part.index("{"), part.index("}")
+        value = (part[:opened] + value_of(known, slot) + part[closed + 1 :]).split()
+        words += [(word, pieces.encode(word), slot) for word in value]
     return words
 
 
@@ -122,10 +137,12 @@ def prompt(
     phases = [SILENCE_FRAMES, len(role), SILENCE_FRAMES]
     texts = [[TEXT_PAD] * SILENCE_FRAMES, role, [TEXT_PAD] * SILENCE_FRAMES]
     if voice is not None:
-        document.add([TEXT_PAD] * len(voice), 0.0, agent=voice, user=silence(len(voice)))
+        document.add([TEXT_PAD] * len(voice), 0.0, agent=voice, user=heard(len(voice), SILENCE))
     for count, text in zip(phases, texts, strict=True):
-        codes = silence(count) if sound else None
-        document.add(text, 0.0, agent=codes, user=codes)
+        if sound:
+            document.add(text, 0.0, agent=silence(count), user=heard(count, SILENCE))
+        else:
+            document.add(text, 0.0)
 
 
 def dense(draw: random.Random, pieces: Pieces, unseen: bool = False, turns: int = 10) -> Document:
@@ -135,34 +152,15 @@ def dense(draw: random.Random, pieces: Pieces, unseen: bool = False, turns: int 
     prompt(document, draw, pieces, known, sound=False)
     for _ in range(turns):
         intent = _intent(draw)
-        document.add([TEXT_PAD], 0.0, hint=HINTS[intent])
+        document.add([TEXT_PAD], 0.0, user=asked(1, intent))
         for _word, ids, slot in answer_pieces(pieces, intent, known):
             document.add(ids, _weights(ids, slot), slot=[slot] * len(ids))
         document.add([TEXT_EOS], 1.0)
     return document
 
 
-def padded(draw: random.Random, pieces: Pieces, unseen: bool = False, turns: int = 5) -> Document:
-    """Talk in time: a question lasts some frames, an answer's words as long as they are spoken."""
-    known = grammar.facts(draw, unseen)
-    document = Document()
-    prompt(document, draw, pieces, known, sound=False)
-    document.add([TEXT_PAD] * draw.randint(2, 20), _WAITING)
-    for _ in range(turns):
-        intent = _intent(draw)
-        heard = draw.randint(5, 25)
-        document.add([TEXT_PAD] * heard, _WAITING, hint=HINTS[intent])
-        document.add([TEXT_PAD] * draw.randint(3, 6), _WAITING)
-        for word, ids, slot in answer_pieces(pieces, intent, known):
-            document.add(ids, _weights(ids, slot), slot=[slot] * len(ids))
-            rest = max(0, round(len(word) * 0.7 + draw.random()) - len(ids))
-            document.add([TEXT_PAD] * rest, _WAITING)
-        document.add([TEXT_PAD] * draw.randint(8, 25), _WAITING)
-    return document
-
-
 def _intent(draw: random.Random) -> str:
-    return draw.choice(("hello", "name", "firm", "price", "open", "hello", "name", "firm", *HINTS))
+    return draw.choice(("hello", "name", "price", "open", "name", *LABELS))
 
 
 def _weights(ids: list[int], slot: int) -> list[float]:
@@ -174,7 +172,6 @@ class Batch:
     """Documents side by side; all [N, T], codes [N, T, 8]."""
 
     text: Tensor
-    hints: Tensor
     weight: Tensor
     slot: Tensor
     agent: Tensor
@@ -199,13 +196,20 @@ class Batch:
 
         return cls(
             rows("text", TEXT_PAD, torch.int64),
-            rows("hints", 0, torch.int64),
             rows("weight", 0.0, torch.float32),
             rows("slot", 0, torch.int64),
             codes("agent"),
             codes("user"),
             rows("audible", 0.0, torch.float32),
         )
+
+    @property
+    def audio(self) -> Tensor:
+        """The streams' inputs [N, T, 16]; of the caller's, the first level alone."""
+        audio = streams(self.agent, self.user)
+        audio[..., :CODEBOOKS][self.agent[..., 0] < 0] = NOTHING  # no start tokens where there is no sound
+        audio[..., CODEBOOKS + 1 :] = NOTHING
+        return audio
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(getattr(self, part.name).to(device) for part in fields(self)))

@@ -6,7 +6,9 @@ filters, each with both signs: ELU(x) + ELU(-x) is |x| for large x and x^2 / 2 f
 layer behind it sees band energies, and its own ELU, exponential for negative arguments, compresses them:
 two slopes a band, in channels the bank leaves empty.
 
-Codes are judged by the phones and the intent read from them, never by sound.
+The first level's code is a state: nobody speaks, somebody speaks, or somebody has asked for something and
+is now silent for more than half a second. So the ear takes turns and understands; the other levels describe
+the sound. Codes are judged by those states, never by sound.
 """
 
 from __future__ import annotations
@@ -30,25 +32,25 @@ _GAIN = 250.0  # of the filters: a loud band of speech comes out near 20
 _SLOPES = (0.8, 0.08)  # of a band's two compressed energies: together near a logarithm over 40 dB
 _LOUDEST = 3.0  # factor of each of them
 LATENT = 64  # of each side of the quantiser
-CODES = 512
-PER_FRAME = 3  # phones read from one code
+CODES = 64
+QUIET, SPEAKING, ASKED = 0, 1, 2  # codes of the first level; ASKED + n: the intent LABELS[n] is complete
+STATES = ASKED + len(LABELS)
 
 
 @dataclass(frozen=True)
-class Heads:
-    """What is read for supervision; logits [N, T', phones] at 25 Hz twice and at 37.5 Hz, [N, intents]."""
+class Heard:
+    """What an utterance becomes; T columns at 12.5 Hz, 2 T at 25 Hz."""
 
-    front: Tensor
-    middle: Tensor
-    codes: Tensor
-    intent: Tensor
+    states: Tensor  # [N, T, STATES] logits, the first level's part of the quantiser's input
+    rest: Tensor  # [N, T, LATENT], the other levels' part
+    front: Tensor  # [N, 2 T, dim] before the transformer
+    middle: Tensor  # [N, 2 T, dim] behind it
 
 
 class Ear(nn.Module):
-    """waveform [N, T] at 24 kHz -> latents [N, T / 1920, 2, LATENT], one row a side of the quantiser."""
+    """waveform [N, samples] at 24 kHz -> codes, one column a frame of 1920 samples."""
 
-    books: Tensor
-    fitted: Tensor
+    books: Tensor  # of the levels behind the first
 
     def __init__(self, config: MimiConfig, phones: int) -> None:
         super().__init__()
@@ -59,15 +61,12 @@ class Ear(nn.Module):
         self.last = CausalConv(16 * config.filters, dim, 3)
         self.transformer = Transformer(config.transformer)
         self.down = nn.Conv1d(dim, dim, 4, 2, bias=False)
-        self.first_in = nn.Linear(dim, LATENT, bias=False)
+        self.first_in = nn.Linear(dim, STATES, bias=False)
         self.rest_in = nn.Linear(dim, LATENT, bias=False)
         self.front_head = nn.Linear(dim, phones)
         self.middle_head = nn.Linear(dim, phones)
-        self.wide = CausalConv(2 * LATENT, 256, 2)
-        self.code_head = nn.Linear(256, PER_FRAME * phones)
-        self.intent_head = nn.Linear(512, len(LABELS))
-        self.register_buffer("books", torch.zeros(CODEBOOKS, CODES, LATENT))
-        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+        self.guess_head = nn.Linear(dim, len(LABELS))
+        self.register_buffer("books", torch.zeros(CODEBOOKS - 1, CODES, LATENT))
         self._start_as_filters()
 
     @torch.no_grad()
@@ -105,73 +104,30 @@ class Ear(nn.Module):
         out: Tensor = self.residual(self.bank(padded))
         return out
 
-    def latent(self, wave: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> latents [N, T', 2, LATENT], and the 25 Hz columns before and behind the transformer."""
+    def forward(self, wave: Tensor) -> Heard:
+        """wave [N, T * 1920] -> what is heard in it."""
         x = self.pool(F.elu(self.energies(wave)))
         front = self.last(F.elu(x)).transpose(1, 2)
         middle = self.transformer(front)
         columns = middle.transpose(1, 2)
         padded = torch.cat([columns[..., :1], columns[..., :1], columns], dim=-1)
         down = self.down(padded).transpose(1, 2)
-        return torch.stack([self.first_in(down), self.rest_in(down)], dim=2), front, middle
+        return Heard(self.first_in(down), self.rest_in(down), front, middle)
 
-    def codes(self, latents: Tensor) -> Tensor:
-        """latents [..., 2, LATENT] -> [..., 8] int64."""
-        found = []
-        residual = latents[..., 0, :]
-        for level in range(CODEBOOKS):
-            if level == 1:
-                residual = latents[..., 1, :]
-            code = nearest(residual, self.books[level])
-            residual = residual - self.books[level][code]
-            found.append(code)
+    def codes(self, heard: Heard) -> Tensor:
+        """-> [N, T, 8] int64."""
+        found, residual = [heard.states.argmax(-1)], heard.rest
+        for book in self.books:
+            found.append(nearest(residual, book))
+            residual = residual - book[found[-1]]
         return torch.stack(found, dim=-1)
 
-    def vectors(self, codes: Tensor, levels: int = CODEBOOKS) -> Tensor:
-        """codes [..., 8] -> quantised latents [..., 2, LATENT]; levels from `levels` on are left out."""
-        first = self.books[0][codes[..., 0]]
-        rest = torch.zeros_like(first)
-        for level in range(1, levels):
-            rest = rest + self.books[level][codes[..., level]]
-        return torch.stack([first, rest], dim=-2)
-
-    def heads(self, latents: Tensor, front: Tensor, middle: Tensor, ends: Tensor) -> Heads:
-        """What is read from (quantised) latents; `ends` [N]: frames that count for the intent."""
-        wide = F.gelu(self.wide(latents.flatten(2).transpose(1, 2))).transpose(1, 2)
-        inside = (torch.arange(wide.shape[1], device=wide.device)[None] < ends[:, None])[..., None]
-        mean = (wide * inside).sum(1) / inside.sum(1)
-        most = wide.masked_fill(~inside, -1e4).amax(1)
-        return Heads(
-            self.front_head(front),
-            self.middle_head(middle),
-            self.code_head(wide).unflatten(-1, (PER_FRAME, -1)).flatten(1, 2),
-            self.intent_head(torch.cat([mean, most], dim=-1)),
-        )
-
     @torch.no_grad()
-    def fit(self, latents: Tensor, generator: torch.Generator, rounds: int = 10) -> None:
-        """Codebooks by k-means on latents [M, 2, LATENT]."""
-        residual = latents[:, 0]
-        for level in range(CODEBOOKS):
-            if level == 1:
-                residual = latents[:, 1]
-            self.books[level] = k_means(residual, CODES, generator, rounds)
-            residual = residual - self.books[level][nearest(residual, self.books[level])]
-        self.fitted.fill_(True)
-
-    @torch.no_grad()
-    def follow(self, latents: Tensor, rate: float = 0.02) -> None:
-        """Codebooks a little towards the mean of what they quantise, latents [M, 2, LATENT]."""
-        residual = latents[:, 0]
-        for level in range(CODEBOOKS):
-            if level == 1:
-                residual = latents[:, 1]
-            book = self.books[level]
-            code = nearest(residual, book)
-            count = torch.bincount(code, minlength=CODES)[:, None].float()
-            mean = torch.zeros_like(book).index_add_(0, code, residual) / count.clamp(min=1)
-            residual = residual - book[code]
-            book.add_((mean - book) * (rate * count).clamp(max=0.3))
+    def fit(self, rest: Tensor, generator: torch.Generator, rounds: int = 10) -> None:
+        """Codebooks of the levels behind the first by k-means on their latents [M, LATENT]."""
+        for level in range(len(self.books)):
+            self.books[level] = k_means(rest, CODES, generator, rounds)
+            rest = rest - self.books[level][nearest(rest, self.books[level])]
 
 
 def nearest(x: Tensor, book: Tensor) -> Tensor:

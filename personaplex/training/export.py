@@ -1,7 +1,7 @@
 """The trained parts as a checkpoint of this project: sizes, names and shapes of its own Mimi and LM.
 
 The ear and the mouth share codebooks without sharing a space: a codebook's vector holds the ear's in its
-first half and the mouth's, small, in its second, and either side's projections read one half. Training
+first part and the mouth's, small, in its second, and either side's projections read one part. Training
 counts codes from 0; in the checkpoint each level's block of ids lies clear of the constant codes that
 prompts hold.
 """
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from personaplex.config import (
@@ -25,6 +24,8 @@ from personaplex.config import (
     ModelConfig,
     TransformerConfig,
 )
+from personaplex.model.packed import pack
+from personaplex.training.ear import STATES
 
 CONFIG = ModelConfig(
     lm=LMConfig(
@@ -36,16 +37,17 @@ CONFIG = ModelConfig(
         filters=16,
         dim=256,
         transformer=TransformerConfig(dim=256, layers=3, heads=4, hidden=768, context=250),
-        codebook_dim=128,
+        codebook_dim=192,
         codebooks=8,
     ),
 )
-_CODES = 512  # of a level, as trained
-_SMALL = 1e-3  # of the mouth's halves, too little to sway the ear's choice of a code
+_CODES = 64  # of a level, as trained
+_EAR = 64  # of a codebook's vector, what the ear reads; the rest is the mouth's
+_SMALL = 1e-3  # of the mouth's parts, too little to sway the ear's choice of a code
 _FAR = 100.0  # where the ear finds nothing: vectors of ids that are no codes
 _RULED_OUT = -60.0  # logit of ids that are no codes
 _TINY_SAMPLE, _TINY_COEFFICIENT = 2.0**-12, 2.0**-16  # ELU is the identity for what is tiny, to -70 dB
-_EXACT = ("encoder.model.9.conv.conv.weight", "decoder.model.0.conv.conv.weight")  # beyond float16's range
+_EXACT = ("_codebook.embedding_sum",)  # rows of large and of small values
 
 
 def first_id(level: int) -> int:
@@ -91,6 +93,8 @@ def lm_tensors(trained: dict[str, Tensor], constant: float) -> dict[str, Tensor]
         if head == "emb":
             stream = int(index)
             level, user = stream % CODEBOOKS, stream >= CODEBOOKS
+            if user and level:  # the model does not look at them
+                tensor = torch.zeros_like(tensor)
             out[name] = rows(tensor, level, (SINE_CODES if user else SILENCE_CODES)[level])
         elif head == "depformer_emb":
             out[name] = rows(tensor, int(index), SILENCE_CODES[int(index)], still)
@@ -105,47 +109,44 @@ def lm_tensors(trained: dict[str, Tensor], constant: float) -> dict[str, Tensor]
 
 
 def mimi_tensors(
-    ear: dict[str, Tensor],
-    mouth: dict[str, Tensor],
-    books: Tensor,
-    silence: Tensor,
-    basis: Tensor,
-    size: Tensor,
+    ear: dict[str, Tensor], mouth: dict[str, Tensor], basis: Tensor, size: Tensor
 ) -> dict[str, Tensor]:
     """The codec's tensors.
 
-    books [8, CODES, LATENT] and silence [LATENT] are the mouth's; basis [coefficients, 960] and size
-    [coefficients], the factor of the mouth's outputs, those of its half frames.
+    basis [coefficients, 960] and size [coefficients], the factor of the mouth's outputs, those of its half
+    frames.
     """
-    out = {**_encoder(ear), **_decoder(mouth, basis, size), **_quantizer(ear, mouth, books, silence)}
+    out = {**_encoder(ear), **_decoder(mouth, basis, size), **_quantizer(ear, mouth)}
     for side, trained in (("encoder", ear), ("decoder", mouth)):
         for name, tensor in trained.items():
             if name.startswith("transformer."):
                 out[f"{side}_{name}"] = tensor
     out["downsample.conv.conv.conv.weight"] = ear["down.weight"]
-    group = CONFIG.mimi.dim // 4
-    out["upsample.convtr.convtr.convtr.weight"] = torch.eye(4).repeat_interleave(group, 0)[:, None]
+    out["upsample.convtr.convtr.convtr.weight"] = mouth["taps"][:, None]
     return out
 
 
-def _quantizer(
-    ear: dict[str, Tensor], mouth: dict[str, Tensor], books: Tensor, silence: Tensor
-) -> dict[str, Tensor]:
-    width = silence.shape[0]
-    read = mouth["mix"] @ torch.eye(width).repeat(4, 1) / _SMALL  # [dim, width]
+def _quantizer(ear: dict[str, Tensor], mouth: dict[str, Tensor]) -> dict[str, Tensor]:
+    width = CONFIG.mimi.codebook_dim
+    read = torch.zeros(CONFIG.mimi.dim, width)
+    read[:, _EAR:] = mouth["project.weight"] / _SMALL
     out = {}
-    for side, into in (("first", ear["first_in.weight"]), ("rest", ear["rest_in.weight"])):
-        out[f"quantizer.rvq_{side}.input_proj.weight"] = torch.cat([into, torch.zeros_like(into)])[..., None]
-        out[f"quantizer.rvq_{side}.output_proj.weight"] = torch.cat([torch.zeros_like(read), read], 1)[
-            ..., None
-        ]
+    for side in ("first", "rest"):
+        trained = ear[f"{side}_in.weight"]
+        into = torch.zeros(width, trained.shape[1])
+        into[: len(trained)] = trained
+        out[f"quantizer.rvq_{side}.input_proj.weight"] = into[..., None]
+        out[f"quantizer.rvq_{side}.output_proj.weight"] = read[..., None]
     for level in range(CODEBOOKS):
-        vectors = torch.zeros(CONFIG.mimi.bins, 2 * width)
+        vectors = torch.zeros(CONFIG.mimi.bins, width)
         vectors[:, 0] = _FAR
         start = first_id(level)
-        vectors[start : start + _CODES] = torch.cat([ear["books"][level], books[level] * _SMALL], 1)
+        vectors[start : start + _CODES, _EAR:] = mouth["books"][level][:_CODES] * _SMALL
         if level == 0:
-            vectors[SILENCE_CODES[0], width:] = silence * _SMALL
+            vectors[start : start + STATES, :_EAR] = torch.eye(_EAR)[:STATES]
+            vectors[SILENCE_CODES[0], _EAR:] = mouth["books"][0][_CODES] * _SMALL
+        else:
+            vectors[start : start + _CODES, :_EAR] = ear["books"][level - 1]
         layer = "rvq_first.vq.layers.0" if level == 0 else f"rvq_rest.vq.layers.{level - 1}"
         out[f"quantizer.{layer}._codebook.embedding_sum"] = vectors
         out[f"quantizer.{layer}._codebook.cluster_usage"] = torch.ones(CONFIG.mimi.bins)
@@ -260,13 +261,9 @@ def config_json() -> dict[str, Any]:
 
 
 def write(folder: Path, lm: dict[str, Tensor], mimi: dict[str, Tensor], tokenizer: bytes) -> None:
-    """A model directory that `--model FOLDER` loads; matrices in float16 but for two, all else in float32."""
+    """A model directory that `--model FOLDER` loads; see packed.py."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_json(), indent=1) + "\n")
     (folder / "tokenizer.model").write_bytes(tokenizer)
-    for name, tensors in (("model", lm), ("mimi", mimi)):
-        stored = {
-            key: (t.half() if t.dim() > 1 and key not in _EXACT else t.float()).contiguous().clone()
-            for key, t in tensors.items()
-        }
-        save_file(stored, folder / f"{name}.safetensors")
+    pack(lm, folder / "model.packed")
+    pack(mimi, folder / "mimi.packed", exact=_EXACT)

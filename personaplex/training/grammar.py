@@ -26,10 +26,7 @@ UNKNOWN = "unknown"  # anything that is no question of ours
 
 _HELD_BACK_NAMES, _HELD_BACK_WORDINGS, _HELD_BACK_PRICES = 3, 7, 3
 
-_POLITE = (
-    "can you tell me|could you tell me|please tell me|tell me|i would like to know|i want to know|do you know"
-    "|may i ask"
-)
+_POLITE = "can you tell me|please tell me|tell me|i would like to know"
 
 KINDS = {
     "Bakery": "bakery",
@@ -80,42 +77,30 @@ def _product(*parts: str) -> list[str]:
 
 QUESTIONS: dict[str, list[str]] = {
     "hello": [
-        *_product(
-            "hello|hi|hey|good morning|good evening|good afternoon",
-            "|there|is anybody there|are you there|again",
-        ),
+        *_product("hello|hi|good morning|good afternoon", "|there|is anybody there|are you there|again"),
         *_bars("hello hello|yes hello|hello can you hear me|oh hello|hi good morning|hi hello|hey hello"),
     ],
     "name": [
         *_bars(
             "what is your name|who are you|who am i speaking with|who am i talking to"
-            "|may i have your name|who is this|your name please|what are you called"
-            "|what should i call you|sorry who are you|what's your name|what is your name please"
-            "|give me your name|say your name please"
-        ),
-        *_product(_POLITE, "your name|who you are|what your name is|who i am speaking with", "|please"),
-    ],
-    "firm": [
-        *_bars(
-            "which company is this|where do you work|what company do you work for|who do you work for"
-            "|which business is this|what firm is this|what is this business|what shop is this"
-            "|what is your company called|what place is this|what company is this"
+            "|may i have your name|who is this|your name please|what's your name|what is your name please"
+            "|sorry who are you|give me your name|say your name please"
+            "|which company is this|what company do you work for|what company is this|who do you work for"
+            "|which business is this|what is this business"
         ),
         *_product(
             "what is the", "name of your company|name of your business|name of the company|company name"
         ),
         *_product(
             _POLITE,
-            "the name of your company|which company this is|where you work|who you work for"
-            "|your company name",
+            "your name|who you are|who i am speaking with|the name of your company|which company this is"
+            "|who you work for|your company name",
         ),
     ],
     "price": [
         *_bars(
-            "how much is it|how much does it cost|what does it cost|what is the price"
-            "|how much do you charge|what do i have to pay|how much is that|what is the price please"
-            "|how much money is it|is it expensive|what do you charge|what are your prices"
-            "|how much would it be"
+            "how much is it|how much does it cost|what does it cost|what is the price|how much is that"
+            "|what is the price please|how much would it be"
         ),
         *_product("how much is the|what is the price of the|how much for the|how much does", "{item}"),
         *_product(
@@ -124,11 +109,10 @@ QUESTIONS: dict[str, list[str]] = {
     ],
     "open": [
         *_bars(
-            "when are you open|which days are you open|what days are you open"
-            "|on which days can i come|are you open on weekends|are you open on sunday"
-            "|are you open on saturday|when can i come|what are your opening days"
-            "|what days can i come|are you open every day|are you open tomorrow|are you open today"
-            "|are you closed on monday|which days of the week are you open"
+            "when are you open|which days are you open|what days are you open|are you open on weekends"
+            "|are you open on sunday|are you open on saturday|what are your opening days"
+            "|are you open every day|are you open tomorrow|are you open today"
+            "|which days of the week are you open"
         ),
         *_product(
             _POLITE, "the days you are open|which days you are open|when you are open|your opening days"
@@ -137,23 +121,30 @@ QUESTIONS: dict[str, list[str]] = {
     "bye": [
         *_product(
             "|thank you|okay|all right|that is all|well thanks",
-            "goodbye|bye bye|bye|see you|see you later|see you soon|have a nice day|good night"
-            "|have a good day bye",
+            "goodbye|bye bye|bye|see you|see you later|see you soon",
         ),
-        *_bars("talk to you soon|i have to go|i will call you later|goodbye for now|that is all thank you"),
+        *_bars("goodbye for now"),
     ],
 }
 INTENTS = tuple(QUESTIONS)
 
 ANSWERS = {
     "hello": "Hello, this is {firm}, {name} speaking.",
-    "name": "My name is {name}.",
-    "firm": "You are talking to {firm}.",
+    "name": "My name is {name}, I work for {firm}.",
     "price": "The {item} costs {price} dollars.",
     "open": "We are open from {first_day} to {last_day}.",
     "bye": "Goodbye, and have a nice day.",
     UNKNOWN: "Sorry, could you say that again?",
 }
+
+
+@cache
+def intent_of_question(text: str) -> str | None:
+    """The intent that a caller's sentence has, in any wording; None where it has none."""
+    for intent, forms in QUESTIONS.items():
+        if text in forms or any(text == form.format(item=item) for form in forms for item in ITEMS):
+            return intent
+    return None
 
 
 @dataclass(frozen=True)
@@ -218,7 +209,7 @@ def firm(draw: random.Random, unseen: bool) -> tuple[str, str]:
     """A firm's name and its kind of business."""
     last = draw.choice(list(KINDS))
     if unseen or draw.random() < 0.5:
-        words = [name(draw, unseen, real=0.8)]
+        words = [name(draw, unseen, real=1.0)]
     elif draw.random() < 0.5:
         words = [draw.choice(_ADJECTIVES)]
     else:
@@ -245,9 +236,9 @@ def facts(draw: random.Random, unseen: bool) -> Facts:
         price = draw.choice((draw.randint(2, 20), draw.randint(2, 99)))
         if (price % 7 == _HELD_BACK_PRICES) == unseen:
             break
-    person = name(draw, unseen, real=0.7)
-    if draw.random() < 0.3:
-        person = f"{person} {name(draw, unseen, real=0.7)}"
+    person = name(draw, unseen, real=1.0)
+    if draw.random() < 0.2:
+        person = f"{person} {name(draw, unseen, real=1.0)}"
     return Facts(person, company, kind, draw.choice(ITEMS), price, first_day, last_day)
 
 

@@ -1,12 +1,13 @@
 """Training of the ear: `python -m personaplex.training.hearing FOLDER MINUTES` goes on from its checkpoint.
 
-FOLDER holds `callers/` (see corpus.py); the checkpoint is `FOLDER/ear.pt`. Losses: the phone of each
-moment, at 25 Hz before and behind the transformer and from the codes, and the intent from the codes.
-Codebooks are fitted when a part of the time has passed and follow their clusters from then on.
+FOLDER holds `callers/` (see corpus.py); the checkpoint is `FOLDER/ear.pt`. A row of a batch is two callers
+one after the other. Losses: the state of each frame, the phones at 25 Hz before and behind the transformer
+where they are known, and the intent as it can be guessed from the question's end on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
 from dataclasses import dataclass
@@ -17,30 +18,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from personaplex.config import FRAME_SIZE, SAMPLE_RATE
-from personaplex.training import optim
-from personaplex.training.corpus import Utterance, as_float, load
-from personaplex.training.ear import LABELS, PER_FRAME, Ear, frames_of, phones_at
+from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE
+from personaplex.training import grammar, optim
+from personaplex.training.corpus import OTHER, Utterance, as_float, load
+from personaplex.training.ear import ASKED, LABELS, QUIET, SPEAKING, Ear, frames_of, phones_at
 from personaplex.training.export import CONFIG
+from personaplex.training.grammar import UNKNOWN
 from personaplex.training.run import Run
-from personaplex.training.synth import LABEL_RATE
+from personaplex.training.run import load as load_state
+from personaplex.training.synth import LABEL_RATE, Array
+from personaplex.training.unseen import paused
 
 UNLABELLED = -1
 PHONES = 128  # more than the alphabet has
-BATCH = 16
-_DELAY = 0.10  # seconds a phone's label lags its sound in the codes
-_QUANTISE_FROM = 0.35  # of the run
+ROWS = 8
+_DELAY = 0.10  # seconds a phone's label lags its sound behind the transformer
 _LONGEST = 4.0  # seconds
 _INTENTS = {label: index for index, label in enumerate(LABELS)}
+_SURE = 0.56  # seconds of silence that end a question; a pause inside one is shorter
+_UNSURE = 0.44  # from here to there either state may be told
+_KEPT = 1.6  # seconds for which a question's intent stands
+_GUESSED = (-0.15, 0.9)  # seconds around a question's end at which its intent should be known
+_SOURCES = {"callers": 0.5, "robots": 0.16, "joe": 0.14, "festival": 0.1, "kokoro": 0.1}
+_STRONGEST = 0.7  # disturbance
+_PAUSED = 0.15  # share of callers without phones who pause inside a sentence
+_NO_QUESTION = 0.12  # share of speech for the phones' sake
 
 
 @dataclass(frozen=True)
 class Batch:
-    wave: Tensor  # [N, T]
+    wave: Tensor  # [N, samples]
     early: Tensor  # [N, T25] phones at 25 Hz
-    late: Tensor  # [N, T37.5] phones from the codes
-    intent: Tensor  # [N], -1: none
-    ends: Tensor  # [N] frames up to a little behind the last sound
+    late: Tensor  # [N, T25] the same, _DELAY later
+    guess: Tensor  # [N, T25] intents near the questions' ends
+    state: Tensor  # [N, T] the first level's codes
 
 
 class Noises:
@@ -92,63 +103,100 @@ def disturbed(
 
 
 def batch(
-    chosen: list[Utterance],
+    rows: list[list[Utterance]],
     noises: Noises,
     others: list[Utterance],
     rng: np.random.Generator,
     strength: float,
 ) -> Batch:
-    """Utterances behind up to 0.4 s of silence, disturbed, with their labels."""
-    leads = rng.integers(0, int(0.4 * SAMPLE_RATE), len(chosen))
-    frames = max(frames_of(lead + len(u.wave)) for lead, u in zip(leads, chosen, strict=True)) + 3
-    wave = np.zeros((len(chosen), frames * FRAME_SIZE), np.float32)
-    early, late, ends = [], [], []
-    for row, (lead, u) in enumerate(zip(leads, chosen, strict=True)):
-        wave[row, lead : lead + len(u.wave)] = as_float(u.wave)
-        wave[row] = disturbed(wave[row], noises, others, rng, strength)
-        begin = lead / SAMPLE_RATE
-        early.append(
-            phones_at(u.labels, (np.arange(2 * frames) + 0.5) / 25 - begin - 0.6 * _DELAY, LABEL_RATE)
+    """Rows of utterances one after the other, disturbed, with their labels."""
+    placed = [_place(row, rng) for row in rows]
+    frames = max(frames_of(end) for *_, end in placed)
+    wave = np.zeros((len(rows), frames * FRAME_SIZE), np.float32)
+    marks = [_Marks(frames) for _ in rows]
+    for index, (speech, starts, rates, _) in enumerate(placed):
+        for said, start, rate, utterance in zip(speech, starts, rates, rows[index], strict=True):
+            wave[index, start : start + len(said)] = said
+            marks[index].add(utterance, start / SAMPLE_RATE, len(said) / SAMPLE_RATE, rate)
+        wave[index] = disturbed(wave[index], noises, others, rng, strength)
+    columns = (np.stack([getattr(m, name) for m in marks]) for name in ("early", "late", "guess", "state"))
+    return Batch(torch.from_numpy(wave), *(torch.from_numpy(column) for column in columns))
+
+
+def _place(row: list[Utterance], rng: np.random.Generator) -> tuple[list[Array], list[int], list[float], int]:
+    """(waves at some other pitch and pace, their starts, how much faster each is, where the row ends)."""
+    speech, starts, rates = [], [], []
+    now = int(rng.uniform(0.0, 0.5) * SAMPLE_RATE)
+    for utterance in row:
+        rate = float(rng.uniform(0.86, 1.17)) if rng.random() < 0.6 else 1.0
+        wave = as_float(utterance.wave)
+        if not len(utterance.labels) and rng.random() < _PAUSED:
+            wave = paused(wave, rng.uniform(0.2, 0.5))
+        if rate != 1.0:
+            wave = np.interp(np.arange(0, len(wave) - 1, rate), np.arange(len(wave)), wave).astype(np.float32)
+        speech.append(wave)
+        starts.append(now)
+        rates.append(rate)
+        gap = rng.uniform(2.0, 3.5) if rng.random() < 0.1 else rng.uniform(_SURE + 0.25, 1.5)
+        now += len(wave) + int(gap * SAMPLE_RATE)
+    return speech, starts, rates, now
+
+
+class _Marks:
+    """The labels of one row."""
+
+    def __init__(self, frames: int) -> None:
+        self.early = np.zeros(2 * frames, np.int64)
+        self.late = np.zeros(2 * frames, np.int64)
+        self.guess = np.full(2 * frames, UNLABELLED, np.int64)
+        self.state = np.full(frames, QUIET, np.int64)
+        self._heard = (np.arange(frames) + 1) * FRAME_SECONDS  # seconds heard at each frame's code
+        self._columns = (np.arange(2 * frames) + 0.5) / 25
+
+    def add(self, utterance: Utterance, start: float, length: float, rate: float) -> None:
+        end = start + length
+        for column, delay in ((self.early, 0.6 * _DELAY), (self.late, _DELAY)):
+            times = self._columns - delay - start
+            inside = (times >= 0) & (times < length)
+            known = phones_at(utterance.labels, times * rate, LABEL_RATE)
+            column[inside] = known[inside] if len(utterance.labels) else UNLABELLED
+        intent = _INTENTS.get(utterance.intent, UNLABELLED)
+        near = (self._columns > end + _GUESSED[0]) & (self._columns < end + _GUESSED[1])
+        self.guess[near] = intent
+        self._mark(start, start + 0.16, UNLABELLED)
+        self._mark(start + 0.16, end + _UNSURE, SPEAKING)
+        self._mark(end + _UNSURE, end + _SURE, UNLABELLED)
+        self._mark(end + _SURE, end + _KEPT, UNLABELLED if intent < 0 else ASKED + intent)
+        self._mark(end + _KEPT, end + _KEPT + 0.16, UNLABELLED)
+        self._mark(end + _KEPT + 0.16, self._heard[-1] + 1, QUIET)
+
+    def _mark(self, start: float, end: float, state: int) -> None:
+        self.state[(self._heard > start) & (self._heard <= end)] = state
+
+
+def losses(ear: Ear, data: Batch) -> tuple[Tensor, dict[str, float]]:
+    """(loss, its parts and what is right)."""
+    heard = ear(data.wave)
+    early, late = (
+        phone_loss(head(x), labels)
+        for head, x, labels in (
+            (ear.front_head, heard.front, data.early),
+            (ear.middle_head, heard.middle, data.late),
         )
-        times = (np.arange(PER_FRAME * frames) + 0.5) / (12.5 * PER_FRAME) - begin - _DELAY
-        late.append(phones_at(u.labels, times, LABEL_RATE))
-        if not len(u.labels):  # nobody knows its phones
-            early[-1][:], late[-1][:] = UNLABELLED, UNLABELLED
-        ends.append(min(frames, frames_of(lead + len(u.wave)) + 2))
-    intents = [_INTENTS.get(u.intent, -1) for u in chosen]
-    return Batch(
-        torch.from_numpy(wave),
-        torch.from_numpy(np.stack(early)),
-        torch.from_numpy(np.stack(late)),
-        torch.tensor(intents),
-        torch.tensor(ends),
     )
-
-
-def losses(ear: Ear, data: Batch, levels: int) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """(loss, latents, parts by name); codes count once they are fitted."""
-    latents, front, middle = ear.latent(data.wave)
-    heard = latents
-    commit = latents.new_zeros(())
-    if ear.fitted:
-        quantised = ear.vectors(ear.codes(latents.detach()), levels)
-        commit = (latents - quantised).square().mean() / latents.detach().var()
-        heard = latents + (quantised - latents).detach()
-    heads = ear.heads(heard, front, middle, data.ends)
-    early, middle_loss = phone_loss(heads.front, data.early), phone_loss(heads.middle, data.early)
-    late = phone_loss(heads.codes, data.late)
-    known = data.intent >= 0
-    intent = (
-        F.cross_entropy(heads.intent[known], data.intent[known], label_smoothing=0.05)
-        if known.any()
-        else late.new_zeros(())
+    guess = F.cross_entropy(
+        ear.guess_head(heard.middle).flatten(0, 1), data.guess.flatten(), ignore_index=UNLABELLED
     )
-    right = (heads.intent[known].argmax(-1) == data.intent[known]).float().mean()
-    sound = data.late > 0
-    hit = (heads.codes.argmax(-1) == data.late)[sound].float().mean()
-    loss = late + 0.3 * early + 0.3 * middle_loss + 0.4 * intent + 0.1 * commit
-    parts = {"early": early, "late": late, "intent": intent, "right": right, "phones": hit, "commit": commit}
-    return loss, latents.detach(), {name: float(value.detach()) for name, value in parts.items()}
+    each = F.cross_entropy(
+        heard.states.flatten(0, 1), data.state.flatten(), ignore_index=UNLABELLED, reduction="none"
+    ).view(data.state.shape)
+    asked, turn = data.state >= ASKED, (data.state >= 0) & (data.state < ASKED)
+    intent, taking = each[asked].mean(), each[turn].mean()
+    hit = heard.states.argmax(-1) == data.state
+    loss = 0.2 * early + 0.3 * late + 0.3 * guess + intent + 0.5 * taking
+    parts = {"early": early, "late": late, "guess": guess, "intent": intent, "turn": taking}
+    shares = {"right": hit[asked].float().mean(), "turns right": hit[turn].float().mean()}
+    return loss, {name: float(value.detach()) for name, value in (parts | shares).items()}
 
 
 def phone_loss(logits: Tensor, phones: Tensor) -> Tensor:
@@ -160,56 +208,80 @@ def phone_loss(logits: Tensor, phones: Tensor) -> Tensor:
 
 
 class Shelf:
-    """The corpus in memory, sorted by length so that batches hold little padding; new shards are taken in."""
+    """The corpus in memory by source and intent; new shards are taken in."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.seen: set[Path] = set()
         self.utterances: list[Utterance] = []
+        self._by: dict[tuple[str, str], list[Utterance]] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        fresh = [p for p in sorted(self.folder.glob("*-????.npz")) if p not in self.seen]
-        for path in fresh:
-            self.utterances += [u for u in load(path) if len(u.wave) < _LONGEST * SAMPLE_RATE]
+        for path in sorted(self.folder.glob("*-????.npz")):
+            if path in self.seen:
+                continue
+            source = path.name.split("-")[0]
+            for utterance in load(path):
+                if len(utterance.wave) < _LONGEST * SAMPLE_RATE:
+                    self._add(source, utterance)
             self.seen.add(path)
-        if fresh:
-            self.utterances.sort(key=lambda u: len(u.wave))
 
-    def draw(self, draw: random.Random, count: int) -> list[Utterance]:
-        width = 400
-        start = draw.randrange(max(1, len(self.utterances) - width))
-        return [
-            self.utterances[min(len(self.utterances) - 1, start + draw.randrange(width))]
-            for _ in range(count)
-        ]
+    def _add(self, source: str, utterance: Utterance) -> None:
+        """On the pile of the intent that the grammar gives it now, whatever it had when it was spoken."""
+        if utterance.intent not in (OTHER, UNKNOWN):
+            intent = grammar.intent_of_question(utterance.text) or OTHER
+            utterance = dataclasses.replace(utterance, intent=intent)
+        self.utterances.append(utterance)
+        self._by.setdefault((source, utterance.intent), []).append(utterance)
+
+    def draw(self, draw: random.Random) -> Utterance:
+        """One utterance, sources by their shares, intents all alike."""
+        there = [name for name in _SOURCES if any(source == name for source, _ in self._by)]
+        source = draw.choices(there, [_SOURCES[name] for name in there])[0]
+        if (source, OTHER) in self._by and draw.random() < _NO_QUESTION:
+            return draw.choice(self._by[source, OTHER])
+        return draw.choice(self._by[source, draw.choice((*LABELS, *grammar.INTENTS))])
+
+    def rows(self, draw: random.Random, count: int) -> list[list[Utterance]]:
+        """Rows of two, alike in length, so that a batch holds little padding."""
+        drawn = [[self.draw(draw), self.draw(draw)] for _ in range(4 * count)]
+        drawn.sort(key=lambda row: sum(len(u.wave) for u in row))
+        start = draw.randrange(3 * count + 1)
+        return drawn[start : start + count]
 
 
 def train(folder: Path, minutes: float, seed: int = 0) -> Ear:
     """Trains for so many minutes of a core in all, counting those of earlier runs."""
     torch.manual_seed(seed)
     ear = Ear(CONFIG.mimi, PHONES)
-    heads = [p for n, p in ear.named_parameters() if "head" in n]
+    heads = [p for n, p in ear.named_parameters() if "head" in n or "first_in" in n]
     optimizer = optim.Optimizer(ear, muon=0.002, adam=1.5e-3, plain=[*heads, *ear.bank.parameters()])
     run = Run(folder / "ear.pt", minutes, {"ear": ear, "optimizer": optimizer})
     draw, rng = random.Random(seed + run.step), np.random.default_rng(seed + run.step)
-    generator = torch.Generator().manual_seed(seed + run.step)
     shelf, noises = Shelf(folder / "callers"), Noises(rng)
     while run.progress < 1:
-        strength = min(1.0, 0.25 + 3 * run.progress)
-        data = batch(shelf.draw(draw, BATCH), noises, shelf.utterances, rng, strength)
-        if run.progress > _QUANTISE_FROM and not ear.fitted:
-            refit(ear, shelf, noises, draw, rng, generator)
-        loss, latents, parts = losses(ear, data, 8 if draw.random() < 0.6 else draw.randint(1, 8))
+        strength = min(_STRONGEST, 0.25 + 3 * run.progress)
+        data = batch(shelf.rows(draw, ROWS), noises, shelf.utterances, rng, strength)
+        loss, parts = losses(ear, data)
         optimizer.step(loss, optim.schedule(run.progress))
-        if ear.fitted and run.step % 3 == 0:
-            ear.follow(latents.flatten(0, 1))
         run.record(parts)
         if run.due():
             run.report()
             shelf.refresh()
+    refit(ear, shelf, noises, draw, rng, torch.Generator().manual_seed(seed))
     run.save()
     return ear
+
+
+def load_ear(folder: Path) -> Ear:
+    """The ear as trained so far. Raises FileNotFoundError before there is one."""
+    state = load_state(folder / "ear.pt")
+    if state is None:
+        raise FileNotFoundError("no ear.pt: train the ear first")
+    ear = Ear(CONFIG.mimi, PHONES)
+    ear.load_state_dict(state["ear"])
+    return ear.eval()
 
 
 @torch.no_grad()
@@ -223,7 +295,7 @@ def refit(
 ) -> None:
     """Codebooks by k-means on the latents of many disturbed utterances."""
     rows = [
-        ear.latent(batch(shelf.draw(draw, 32), noises, shelf.utterances, rng, 0.7).wave)[0].flatten(0, 1)
+        ear(batch(shelf.rows(draw, ROWS), noises, shelf.utterances, rng, 0.7).wave).rest.flatten(0, 1)
         for _ in range(20)
     ]
     ear.fit(torch.cat(rows), generator)

@@ -27,8 +27,8 @@ from personaplex.model.depth import DepthLayer
 from personaplex.model.lm import LM
 from personaplex.model.self_attention import rope
 from personaplex.model.temporal import TemporalLayer
+from personaplex.training.articulation import CODES
 
-CODES = 512
 SILENCE, START = CODES, CODES + 1
 CARD = CODES + 1  # what can be predicted: codes and silence
 CONSTANT = 2.0  # of channel 0 in the depth transformer
@@ -43,12 +43,11 @@ def training_config(config: LMConfig) -> LMConfig:
 class Talker(nn.Module):
     """Both transformers over whole sequences, on the parameters of an `LM` that is not prepared."""
 
-    def __init__(self, config: LMConfig, hints: int = 0) -> None:
+    def __init__(self, config: LMConfig) -> None:
         super().__init__()
         self.frugal = False  # layers' activations are computed again on the way back, not kept
         self.config = training_config(config)
         self.lm = LM(self.config)
-        self.hints = nn.Embedding(hints + 1, config.temporal.dim, padding_idx=0)  # of training only
         for parameter in self.lm.parameters():
             parameter.requires_grad_(True)
         self._initialise()
@@ -75,8 +74,6 @@ class Talker(nn.Module):
         for depth in lm.depformer.layers:
             depth.self_attn.in_proj_weight.stacked = 3 * CODEBOOKS  # type: ignore[attr-defined]
             depth.self_attn.out_proj.weight.stacked = CODEBOOKS  # type: ignore[attr-defined]
-        self.hints.weight.normal_(0, 0.5)
-        self.hints.weight[0].zero_()
 
     @torch.no_grad()
     def keep_constant(self) -> None:
@@ -95,7 +92,7 @@ class Talker(nn.Module):
         """Parameters that are tables or outputs, for which Muon is not meant."""
         lm = self.lm
         tables = [*lm.emb, lm.text_emb, lm.depformer_text_emb, *lm.depformer_emb, lm.text_linear, *lm.linears]
-        return [table.weight for table in tables] + [self.hints.weight]
+        return [table.weight for table in tables]
 
     def embed(self, text: Tensor, audio: Tensor) -> Tensor:
         """text [N, T], audio [N, T, 16] -> [N, T, dim]."""
@@ -105,11 +102,9 @@ class Talker(nn.Module):
                 total = total + _rows(table.weight, audio[..., stream])
         return total
 
-    def temporal(self, text: Tensor, audio: Tensor, hints: Tensor | None = None) -> Tensor:
+    def temporal(self, text: Tensor, audio: Tensor) -> Tensor:
         """text [N, T], audio [N, T, 16] of the inputs -> hidden [N, T, dim] behind the last norm."""
         x = self.embed(text, audio)
-        if hints is not None:
-            x = x + self.hints(hints)
         config = self.config.temporal
         turn = rope(config, torch.arange(text.shape[1], device=text.device)[None])
         for layer in self.lm.transformer.layers:

@@ -24,17 +24,20 @@ from personaplex.model.hub import resolve
 from personaplex.model.weights import load_model
 from personaplex.text import Tokenizer
 from personaplex.training import behaviour, copying, grammar
+from personaplex.training.articulation import NAMES
 from personaplex.training.assemble import assemble
-from personaplex.training.bank import VOICES, load_ear, load_voices, paused
-from personaplex.training.documents import HINTS, Batch
-from personaplex.training.ear import LABELS, Ear
+from personaplex.training.bank import Words
+from personaplex.training.corpus import agent_says
+from personaplex.training.documents import Batch
+from personaplex.training.ear import ASKED, LABELS, Ear
 from personaplex.training.export import CONFIG
+from personaplex.training.hearing import load_ear
 from personaplex.training.lm import Talker
-from personaplex.training.mouth import Mouth, features
+from personaplex.training.mouth import Mouth
 from personaplex.training.run import load as load_state
 from personaplex.training.speaking import Fitted, render
-from personaplex.training.synth import Array, Speaker, locked
-from personaplex.training.unseen import Caller, callers, through_line
+from personaplex.training.synth import Array, Speaker
+from personaplex.training.unseen import Caller, callers, paused, through_line
 from personaplex.training.vocabulary import Pieces, cached
 from personaplex.voices import VoiceLibrary
 
@@ -103,19 +106,16 @@ def _mouth(folder: Path) -> Mouth:
 
 def codec(folder: Path, count: int = 100) -> dict[str, float]:
     """Word error rates of locked and of decoded speech, on answers about unseen facts."""
-    fitted, mouth = Fitted.load(folder / "analysis.pt"), _mouth(folder)
+    fitted, mouth = Fitted.load(folder / "basis.pt"), _mouth(folder)
     speaker, draw = Speaker(), random.Random(5)
     wrong = {"locked": 0, "decoded": 0}
     total = 0
     for index, text in enumerate(grammar.sentences(draw, count, unseen=True)):
-        spoken = speaker.say(text)
-        if spoken is None:
+        made = agent_says(speaker, text, _SPOKEN_VOICES[index % len(_SPOKEN_VOICES)])
+        if made is None:
             continue
-        wave, periods = locked(
-            spoken, VOICES[_SPOKEN_VOICES[index % len(_SPOKEN_VOICES)]], index * 97 % FRAME_SIZE
-        )
-        codes = fitted.analysis.codes(torch.from_numpy(features(wave, periods)))
-        decoded = render(mouth, fitted, codes).numpy()
+        wave, codes = made
+        decoded = render(mouth, fitted, torch.from_numpy(codes)).numpy()
         total += len(words(text))
         for name, sound in (("locked", wave), ("decoded", decoded)):
             wrong[name] += errors(words(text), words(transcript(sound)))
@@ -127,14 +127,12 @@ def codec(folder: Path, count: int = 100) -> dict[str, float]:
 
 
 @torch.no_grad()
-def intent_of(ear: Ear, wave: Array) -> str:
-    """The intent that the ear's own head reads from the codes of a wave."""
-    padded = torch.from_numpy(np.pad(wave, (0, -len(wave) % FRAME_SIZE)).astype(np.float32))[None]
-    latents, front, middle = ear.latent(padded)
-    if ear.fitted:
-        latents = ear.vectors(ear.codes(latents))
-    heads = ear.heads(latents, front, middle, torch.tensor([padded.shape[1] // FRAME_SIZE]))
-    return LABELS[int(heads.intent.argmax())]
+def intent_of(ear: Ear, wave: Array) -> str | None:
+    """The intent that the ear tells longest in the 1.2 s behind a wave; None where it tells none."""
+    padded = torch.from_numpy(np.pad(wave, (0, 15 * FRAME_SIZE + -len(wave) % FRAME_SIZE)).astype(np.float32))
+    states = ear.codes(ear(padded[None]))[0, :, 0]
+    counts = torch.bincount(states[len(wave) // FRAME_SIZE :], minlength=ASKED + len(LABELS))[ASKED:]
+    return LABELS[int(counts.argmax())] if counts.any() else None
 
 
 def ear(folder: Path, per_intent: int = 10) -> dict[str, float]:
@@ -158,19 +156,19 @@ def ear(folder: Path, per_intent: int = 10) -> dict[str, float]:
 
 
 def _placed(caller: Caller, rng: np.random.Generator) -> Array:
-    """A caller somewhere in a frame, with 0.3 s behind."""
-    return np.pad(caller.wave, (int(rng.integers(200, 4000)), 7200)).astype(np.float32)
+    """A caller behind some silence, somewhere in a frame."""
+    return np.pad(caller.wave, (int(rng.integers(200, 8000)), 0)).astype(np.float32)
 
 
 def copying_gate(folder: Path, batches: int = 20) -> dict[str, float]:
-    """Values copied whole from unseen role texts, in padded text, teacher-forced."""
+    """Values copied whole from unseen role texts, in text alone, teacher-forced."""
     name = "talk.pt" if (folder / "talk.pt").exists() else "copying.pt"
     state = load_state(folder / name)
     assert state is not None, "train copying first"
-    talker = Talker(CONFIG.lm, hints=len(HINTS))
+    talker = Talker(CONFIG.lm)
     talker.load_state_dict(state["talker"])
     pieces, draw = Pieces(cached(folder)), random.Random(77)
-    made = [Batch.of(copying.documents(2, draw, pieces, unseen=True)) for _ in range(batches)]
+    made = [Batch.of(copying.documents(1, draw, pieces, unseen=True)) for _ in range(batches)]
     shares = copying.exact_slots(talker, made)
     for slot, (right, trials) in shares.items():
         low, high = interval(round(right * trials), trials)
@@ -208,10 +206,11 @@ def talk(folder: Path, per_intent: int = 4) -> None:
 
 def _pitches(folder: Path) -> dict[str, float | None]:
     """Fundamental frequency of each voice's prompt."""
-    fitted, mouth = Fitted.load(folder / "analysis.pt"), _mouth(folder)
-    voices = load_voices(folder)
+    fitted, mouth = Fitted.load(folder / "basis.pt"), _mouth(folder)
+    words = Words(folder, Pieces(cached(folder)))
     return {
-        n: behaviour.pitch(render(mouth, fitted, torch.from_numpy(v[0])).numpy()) for n, v in voices.items()
+        n: behaviour.pitch(render(mouth, fitted, torch.from_numpy(words.samples(n)[0])).numpy())
+        for n in NAMES
     }
 
 

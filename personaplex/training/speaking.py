@@ -1,8 +1,8 @@
 """Training of the mouth: `python -m personaplex.training.speaking FOLDER MINUTES` goes on from its
 checkpoint.
 
-FOLDER holds `agent/` (see corpus.py). Principal components, codebooks and the basis are fitted once, to
-`FOLDER/analysis.pt`; the decoder's checkpoint is `FOLDER/mouth.pt`.
+FOLDER holds `agent/` (see corpus.py). The basis is fitted once, to `FOLDER/basis.pt`; the decoder's
+checkpoint is `FOLDER/mouth.pt`.
 """
 
 from __future__ import annotations
@@ -16,52 +16,49 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from personaplex.config import FRAME_SIZE
+from personaplex.config import CODEBOOKS, FRAME_SIZE
 from personaplex.training import optim
+from personaplex.training.articulation import SILENCE
 from personaplex.training.corpus import as_float, load
 from personaplex.training.export import CONFIG
-from personaplex.training.lm import SILENCE
-from personaplex.training.mouth import HALF, Analysis, Mouth, basis, features
+from personaplex.training.mouth import HALF, Mouth, basis
 from personaplex.training.run import Run, save
 
-_HELD_BACK = 60  # utterances of the first shard, never trained on
-_BATCH, _LENGTH = 16, 40  # utterances a step, frames of each
+_HELD_BACK = 40  # utterances of the first shard, never trained on
+_BATCH, _LENGTH = 12, 56  # rows a step, frames of each
 COMPRESS = 0.6  # power of a coefficient's size its error is divided by
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fitted:
     """What is computed once from the corpus."""
 
-    analysis: Analysis
     basis: Tensor  # [coefficients, 960]
     size: Tensor  # [coefficients]: root mean square
 
     @classmethod
     def load(cls, path: Path) -> Fitted:
         state = torch.load(path, weights_only=True)
-        return cls(
-            Analysis(state["mean"], state["components"], state["books"]), state["basis"], state["size"]
-        )
+        return cls(state["basis"], state["size"])
 
     def save(self, path: Path) -> None:
-        save(path, {**self.analysis.state_dict(), "basis": self.basis, "size": self.size})
+        save(path, {"basis": self.basis, "size": self.size})
 
 
-@dataclass
+@dataclass(frozen=True)
 class Frames:
-    """One utterance: waves [F, 1920] and the features they were analysed into."""
+    """One utterance: codes [F, 8] and the wave [F, 1920] they stand for."""
 
+    codes: Tensor
     wave: Tensor
-    features: Tensor
 
 
 def read(folder: Path) -> tuple[list[Frames], list[Frames]]:
     """(trained on, held back)."""
     rows = [
         Frames(
+            torch.from_numpy(u.labels.reshape(-1, CODEBOOKS).astype(np.int64)),
             torch.from_numpy(as_float(u.wave).reshape(-1, FRAME_SIZE)),
-            torch.from_numpy(features(as_float(u.wave), u.labels.astype(int))),
         )
         for path in sorted(folder.glob("agent-????.npz"))
         for u in load(path)
@@ -69,27 +66,24 @@ def read(folder: Path) -> tuple[list[Frames], list[Frames]]:
     return rows[_HELD_BACK:], rows[:_HELD_BACK]
 
 
-def fit(rows: list[Frames], seed: int) -> Fitted:
-    generator = torch.Generator().manual_seed(seed)
-    analysis = Analysis.fit(torch.cat([r.features for r in rows]), generator)
+def fit(rows: list[Frames]) -> Fitted:
     waves = torch.cat([r.wave for r in rows])
-    vectors = basis(waves[:: max(1, len(waves) // 60_000)], 16 * CONFIG.mimi.filters)
+    vectors = basis(waves[:: max(1, len(waves) // 40_000)], 16 * CONFIG.mimi.filters)
     size = (waves[::10].reshape(-1, HALF) @ vectors.t()).square().mean(0).sqrt() + 1e-4
-    return Fitted(analysis, vectors, size)
+    return Fitted(vectors, size)
 
 
-def sequence(row: Frames, codes: Tensor, draw: random.Random) -> tuple[Tensor, Tensor]:
-    """(codes [L, 8], wave [L, 1920]) cut from an utterance, or with silence before and behind it."""
-    lead = draw.choice((0, 0, 0, 3, 8))
-    start = 0 if lead else draw.randrange(max(1, len(codes) - _LENGTH + 6))
-    part, wave = codes[start : start + _LENGTH - lead], row.wave[start : start + _LENGTH - lead]
-    rest = _LENGTH - lead - len(part)
-
-    def quiet(count: int) -> tuple[Tensor, Tensor]:
-        return torch.full((count, codes.shape[1]), SILENCE), torch.zeros(count, FRAME_SIZE)
-
-    before, behind = quiet(lead), quiet(rest)
-    return torch.cat([before[0], part, behind[0]]), torch.cat([before[1], wave, behind[1]])
+def sequence(rows: list[Frames], draw: random.Random) -> Frames:
+    """_LENGTH frames: utterances one after the other with some silence between them."""
+    codes, wave, length = [], [], 0
+    while length < _LENGTH:
+        row, quiet = draw.choice(rows), draw.choice((0, 1, 2, 5))
+        codes += [torch.full((quiet, CODEBOOKS), SILENCE), row.codes]
+        wave += [torch.zeros(quiet, FRAME_SIZE), row.wave]
+        length += quiet + len(row.codes)
+    start = draw.randrange(length - _LENGTH + 1)
+    part = slice(start, start + _LENGTH)
+    return Frames(torch.cat(codes)[part], torch.cat(wave)[part])
 
 
 @torch.no_grad()
@@ -97,16 +91,15 @@ def quality(mouth: Mouth, fitted: Fitted, rows: list[Frames]) -> float:
     """Signal to noise ratio in dB of decoded utterances."""
     signal = noise = 0.0
     for row in rows:
-        decoded = render(mouth, fitted, fitted.analysis.codes(row.features))
         signal += float(row.wave.square().sum())
-        noise += float((row.wave.flatten() - decoded).square().sum())
+        noise += float((row.wave.flatten() - render(mouth, fitted, row.codes)).square().sum())
     return float(10 * np.log10(signal / noise))
 
 
 @torch.no_grad()
 def render(mouth: Mouth, fitted: Fitted, codes: Tensor) -> Tensor:
     """codes [T, 8] -> wave [T * 1920]."""
-    out = mouth(fitted.analysis.vectors(codes)[None])[0] * fitted.size**COMPRESS
+    out = mouth(codes[None])[0] * fitted.size**COMPRESS
     return (out @ fitted.basis).flatten()
 
 
@@ -114,25 +107,23 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Mouth:
     """Trains for so many minutes of a core in all, counting those of earlier runs."""
     torch.manual_seed(seed)
     trained, held = read(folder / "agent")
-    if not (folder / "analysis.pt").exists():
-        fit(trained, seed).save(folder / "analysis.pt")
-    fitted = Fitted.load(folder / "analysis.pt")
-    codes = [fitted.analysis.codes(row.features) for row in trained]
+    if not (folder / "basis.pt").exists():
+        fit(trained).save(folder / "basis.pt")
+    fitted = Fitted.load(folder / "basis.pt")
     mouth = Mouth(CONFIG.mimi)
-    optimizer = optim.Optimizer(mouth, muon=0.003, adam=1.5e-3)
+    optimizer = optim.Optimizer(mouth, muon=0.003, adam=1.5e-3, plain=[mouth.books, mouth.taps])
     run = Run(folder / "mouth.pt", minutes, {"mouth": mouth, "optimizer": optimizer})
     draw = random.Random(seed + run.step)
     while run.progress < 1:
-        chosen = [draw.randrange(len(trained)) for _ in range(_BATCH)]
-        pairs = [sequence(trained[i], codes[i], draw) for i in chosen]
-        vectors = fitted.analysis.vectors(torch.stack([pair[0] for pair in pairs]))
-        wave = torch.stack([pair[1] for pair in pairs]).reshape(_BATCH, -1, HALF)
+        made = [sequence(trained, draw) for _ in range(_BATCH)]
+        wave = torch.stack([row.wave for row in made]).reshape(_BATCH, -1, HALF)
         target = wave @ fitted.basis.t() / fitted.size**COMPRESS
-        loss = (mouth(vectors + 0.02 * torch.randn_like(vectors)) - target).square().sum(-1).mean()
+        out = mouth(torch.stack([row.codes for row in made]))
+        loss = (out - target).square().sum(-1).mean()
         optimizer.step(loss, optim.schedule(run.progress, decay_from=0.3))
         run.record({"loss": float(loss.detach())})
         if run.due():
-            trained_on = quality(mouth, fitted, trained[:60])
+            trained_on = quality(mouth, fitted, trained[:40])
             run.report({"dB unseen": quality(mouth, fitted, held), "dB trained on": trained_on})
     run.save()
     return mouth

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from personaplex.config import FRAME_SIZE
+from personaplex.config import FRAME_SIZE, SAMPLE_RATE
 
 Array = NDArray[np.float32]
 
@@ -30,10 +30,11 @@ BINS = 601  # of the network's spectra
 LABEL_RATE = 40  # phone labels a second
 _SILENT = "ˈˌ .,?!;:—…“”\"'"  # of the phoneme alphabet, what is no sound
 _DURATIONS = "/Cast_32_output_0"  # the tensor of durations inside hibari's graph, in 1/40 s
-_HOP = 300  # samples between the network's spectra
-LOUDNESS = 0.08  # rms of a caller
-_LOCK_WINDOW, _LOCK_HOP = 1200, 240  # 8 hops a frame: the windows lie alike in all frames
-_LOWEST_PERIODS = 4
+HOP = 300  # samples between the network's spectra
+LOUDNESS = 0.08  # rms of a caller, and of the agent where it is loud
+_LOUD_SHARE = 0.03  # of the loudest frame's power: what is loud
+_LOCK_WINDOW, LOCK_HOP = 1200, 240  # 8 hops a frame: the windows lie alike in all frames
+LOWEST_PERIODS = 4
 # What hibari's own synthesis makes of an amplitude of one: of a harmonic, and of noise, whose 4 overlapping
 # windows are drawn apart from one another.
 _PULSE_GAIN, _NOISE_GAIN = 1 / 300, 1 / 30
@@ -76,6 +77,7 @@ class Speaker:
         self.tts: Any = Hibari(model=_with_durations(), threads=threads)
         sounds = sorted(c for c in self.tts.vocab if c not in _SILENT)
         self.phones = {sound: index + 1 for index, sound in enumerate(sounds)}
+        self.names = ("", *sounds)  # of phones by number
 
     def say(self, text: str, speed: float = 1.0) -> Spoken | None:
         """One sentence; None where the phonemes do not fall into the text's words."""
@@ -163,41 +165,38 @@ def free(spoken: Spoken, voice: Voice, rng: np.random.Generator) -> Array:
         _warped(spoken.noise, voice) + tilt + np.float32(voice.breath),
         _warped(spoken.rest, voice) + tilt - np.float32(20.0 if voice.pitch != 1.0 else 0.0),
         spoken.rest_phase,
-        _pitch(spoken.f0, voice),
+        changed_pitch(spoken.f0, voice),
         rng,
     )
     level = np.sqrt(np.mean(np.square(wave))) + 1e-6
     return np.asarray(wave * np.float32(LOUDNESS / level), np.float32)
 
 
-def locked(spoken: Spoken, voice: Voice, shift: int = 0) -> tuple[Array, NDArray[np.int64]]:
-    """The sentence as the agent says it, [frames * 1920], and the periods in each frame [frames].
+def locked(spoken: Spoken, voice: Voice, place: NDArray[np.float64], periods: NDArray[np.int64]) -> Array:
+    """The sentence as the agent says it, [frames * 1920], with so many periods in each frame.
 
-    `shift` samples of silence stand before it. A whole number of periods k a frame is a pitch of 12.5 k Hz.
+    `place` is the moment of the prediction, in seconds, at every LOCK_HOP samples. A whole number of periods
+    k a frame is a pitch of 12.5 k Hz.
     """
     lead = np.log(np.float32(1e-5))
-    f0 = _pitch(spoken.f0, voice)
-    frames = -(-(len(f0) * _HOP + shift) // FRAME_SIZE)
-    position = (np.arange(frames * FRAME_SIZE // _LOCK_HOP + 1) * _LOCK_HOP - shift) / _HOP - 0.5
+    position = place * SAMPLE_RATE / HOP - 0.5
     tilt = _tilt(voice)
     harmonic = _at(_warped(spoken.harmonic, voice) + tilt, position, lead)
     aside = np.logaddexp(_warped(spoken.noise, voice) + np.float32(voice.breath), _warped(spoken.rest, voice))
     noise = _at(np.asarray(aside + tilt, np.float32), position, lead)
-    near = np.clip(np.round(position).astype(int), 0, len(f0) - 1)
-    pitch = np.where((position > -0.5) & (position < len(f0) - 0.5), f0[near], 0.0)
-    periods = _periods(pitch, frames)
     pulses = np.concatenate([_pulses(int(k)) for k in periods])
     wave = _filtered(pulses, harmonic, _PULSE_GAIN)
-    wave += _filtered(np.tile(_frame_noise(), frames), noise, _NOISE_GAIN)
-    level = np.sqrt(np.mean(np.square(wave))) + 1e-6
-    return np.asarray(wave * np.float32(LOUDNESS / level), np.float32), periods
+    wave += _filtered(np.tile(_frame_noise(), len(periods)), noise, _NOISE_GAIN)
+    power = np.square(wave).reshape(len(periods), FRAME_SIZE).mean(1)
+    level = np.sqrt(power[power > _LOUD_SHARE * power.max()].mean()) + 1e-6
+    return np.asarray(wave * np.float32(LOUDNESS / level), np.float32)
 
 
 def _tilt(voice: Voice) -> Array:
     return np.asarray(np.linspace(1, -1, BINS)[:, None] * voice.tilt, np.float32)
 
 
-def _pitch(f0: Array, voice: Voice) -> Array:
+def changed_pitch(f0: Array, voice: Voice) -> Array:
     voiced = f0 > 40
     if not voiced.any():
         return f0
@@ -231,16 +230,14 @@ def _at(spectra: Array, position: NDArray[np.float64], outside: np.float32) -> A
     return np.asarray(padded[:, low] * (1 - part) + padded[:, low + 1] * part, np.float32)
 
 
-def _periods(pitch: NDArray[np.float64], frames: int) -> NDArray[np.int64]:
-    """Periods in each frame; where nothing is voiced the last number stands."""
-    steps = FRAME_SIZE // _LOCK_HOP
-    voiced = [row[row > 0] for row in pitch[: frames * steps].reshape(frames, steps)]
-    known = [np.median(row) for row in voiced if len(row) >= 2]
-    last = max(_LOWEST_PERIODS, round(float(known[0]) / 12.5)) if known else 16
+def periods_of(pitch: Array, frames: int) -> NDArray[np.int64]:
+    """Periods in each frame from pitch [frames, n] in Hz or 0; where nothing is voiced the last stands."""
+    known = [np.median(row[row > 0]) for row in pitch if (row > 0).any()]
+    last = max(LOWEST_PERIODS, round(float(known[0]) / 12.5)) if known else 16
     periods = []
-    for row in voiced:
-        if len(row) >= 2:
-            last = max(_LOWEST_PERIODS, round(float(np.median(row)) / 12.5))
+    for row in pitch[:frames]:
+        if (row > 0).any():
+            last = max(LOWEST_PERIODS, round(float(np.median(row[row > 0])) / 12.5))
         periods.append(last)
     return np.asarray(periods, np.int64)
 
@@ -270,13 +267,13 @@ def _filtered(excitation: Array, envelope: Array, gain: float) -> Array:
     window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_LOCK_WINDOW) / _LOCK_WINDOW)).astype(np.float32)
     margin = _LOCK_WINDOW // 2
     padded = np.pad(excitation, margin)
-    blocks = np.lib.stride_tricks.sliding_window_view(padded, _LOCK_WINDOW)[::_LOCK_HOP]
+    blocks = np.lib.stride_tricks.sliding_window_view(padded, _LOCK_WINDOW)[::LOCK_HOP]
     count = min(len(blocks), len(response))
     spectra = np.fft.rfft(blocks[:count] * window, axis=1) * response[:count] * gain
     rows = np.fft.irfft(spectra, _LOCK_WINDOW, axis=1) * window
     total, weight = np.zeros(len(padded)), np.zeros(len(padded))
     for index, row in enumerate(rows):
-        start = index * _LOCK_HOP
+        start = index * LOCK_HOP
         total[start : start + _LOCK_WINDOW] += row
         weight[start : start + _LOCK_WINDOW] += window * window
     return np.asarray((total / np.maximum(weight, 0.1))[margin : margin + len(excitation)], np.float32)

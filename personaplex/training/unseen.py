@@ -74,3 +74,13 @@ def through_line(wave: Array, ratio: float, rng: np.random.Generator, bitrate: i
     packets = [encoder.encode(padded[i : i + _PACKET]) for i in range(0, len(padded), _PACKET)]
     decoded = np.concatenate([decoder.decode(packet).copy() for packet in packets])
     return decoded[encoder.lookahead : encoder.lookahead + len(wave)]
+
+
+def paused(speech: Array, seconds: float) -> Array:
+    """The wave with a pause where it is softest in its middle half."""
+    width = SAMPLE_RATE // 50
+    quarter = len(speech) // 4
+    energy = np.convolve(np.square(speech), np.ones(width), "same")[quarter : 3 * quarter]
+    place = quarter + int(energy.argmin())
+    pause = np.zeros(int(seconds * SAMPLE_RATE), np.float32)
+    return np.concatenate([speech[:place], pause, speech[place:]])

@@ -20,6 +20,7 @@ import contextlib
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -200,6 +201,7 @@ def _options() -> argparse.Namespace:
 
 def main() -> int:
     options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the service goes with us
     command = " ".join(sys.argv[1:])
     ledger, about = _remote(options) if options.url else _local(options)
     figures = ledger.figures()

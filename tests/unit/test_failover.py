@@ -167,6 +167,49 @@ async def _talks(fleet: Fleet, counted: Counted, sound: NDArray[np.float32], **l
     return talker
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_faults_change_no_token(seed: int) -> None:
+    """Kills, short and long silences of any replica, cut links, under four sessions on two replicas."""
+    dice, counted, frames = random.Random(seed), Counted(), 240
+
+    async def inflict(fleet: Fleet) -> None:
+        replica = dice.choice(fleet.replicas)
+        fault = dice.choice(["kill", "short", "long", "cut"])
+        if fault == "kill":
+            fleet.kill(replica)
+            await asyncio.sleep(dice.uniform(0, 0.3))
+            await fleet.add()
+        elif fault == "cut":
+            for link in replica.links:
+                if link._transport is not None:
+                    link._transport.abort()
+        else:
+            replica.freeze()
+            await asyncio.sleep(dice.uniform(0, AFTER_S / 2) if fault == "short" else 2 * AFTER_S)
+            replica.thaw()
+
+    async def test() -> None:
+        async with fleet_of(2, lambda: MemoryEngine(4), slots=4) as fleet:
+            lent = services(fleet, counted, after_s=AFTER_S)
+            talkers = [Talker(lent, Persona(), speech(0, frames), f"s{number}") for number in range(4)]
+            for talker in talkers:
+                await talker.open()
+            speaking = [asyncio.ensure_future(talker.speak(0, frames)) for talker in talkers]
+            while not speaking[0].done():
+                await inflict(fleet)
+                await asyncio.sleep(dice.uniform(0.2, 0.6))
+            await asyncio.gather(*speaking)
+            for talker in talkers:
+                await talker.answered(frames)
+                assert_unharmed(talker, MemoryEngine(1), frames)
+                assert len(talker.told(INTERRUPTED)) == len(talker.told(CONTINUED))
+                await talker.close()
+            await all_free(fleet, lent)
+
+    run(test)
+    assert counted.totals[(FAILOVERS.name, "continued")] >= 4
+
+
 def test_a_short_silence_is_a_gap() -> None:
     counted = Counted()
 
@@ -450,6 +493,28 @@ def test_a_session_waits_for_a_replica_and_no_longer_than_it_may() -> None:
 
     run(test)
     assert counted.totals[(FAILOVERS.name, "no_capacity")] == 1
+
+
+def test_the_end_of_the_service_is_no_failover() -> None:
+    """Replicas close their sessions and gateways their queues, in any order."""
+    for leases_first in (True, False):
+        counted = Counted()
+
+        async def test(leases_first: bool = leases_first, counted: Counted = counted) -> None:
+            async with fleet_of(2, memory, slots=2) as fleet:
+                talker = await _talks(fleet, counted, speech(0, 20))
+                close = [talker._lent.leases.close, *(one.sessions.close for one in fleet.replicas)]
+                for step in close if leases_first else reversed(close):
+                    step()
+                    await asyncio.sleep(0.05)
+                await until(lambda: talker.error)
+                assert isinstance(talker.error, SessionLost)
+                assert "stopped" in str(talker.error)
+                await talker.close()
+                await all_free(fleet, talker._lent)
+
+        run(test)
+        assert not [key for key in counted.totals if key[0] == FAILOVERS.name]
 
 
 def test_a_session_that_kills_every_replica_is_ended() -> None:

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -303,3 +304,16 @@ def test_tiny_is_built_in() -> None:
     assert checkpoint.tokenizer.is_file()
     with pytest.raises(CheckpointError, match="tiny"):
         resolve("tiny", moshi_weight=GOLDEN / "model.safetensors")
+
+
+def test_talk_is_a_name_where_the_package_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_TALK", tmp_path / "talk")
+    assert not hub.talk_is_here()
+    with pytest.raises(CheckpointError, match="brings no `talk` model"):
+        resolve("talk")
+    shutil.copytree(GOLDEN, tmp_path / "talk")
+    (tmp_path / "talk" / "model.safetensors").rename(tmp_path / "talk" / "model.packed")
+    assert hub.talk_is_here()
+    checkpoint = resolve("talk")
+    assert checkpoint.name == "talk"
+    assert checkpoint.lm == tmp_path / "talk" / "model.packed"

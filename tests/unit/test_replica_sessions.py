@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import loopback
 import numpy as np
 import pytest
 from loopback import Fleet, LoopbackReplica, MemoryEngine, fleet_of
 
 from deployments.wire import messages, transfer
-from deployments.wire.link import Link, connect
+from deployments.wire.link import Link
 from deployments.wire.messages import LeaseRequest, MessageKind
 from personaplex.config import FRAME_SIZE
 from personaplex.engine.interface import Stepper
@@ -30,8 +31,8 @@ class Gateway:
         self.lost = asyncio.Event()
 
     async def connect(self, replica: LoopbackReplica) -> Link:
-        return await connect(
-            "127.0.0.1", replica.port, self._hear, lambda _: self.lost.set(), outbox=100, stall_s=10.0
+        return await loopback.link(
+            replica.name, "127.0.0.1", replica.port, self._hear, lambda _: self.lost.set()
         )
 
     def _hear(self, link: Link, kind: MessageKind, payload: bytes) -> None:

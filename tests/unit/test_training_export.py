@@ -18,13 +18,14 @@ from personaplex.model.sampling import SamplingState
 from personaplex.model.weights import load_model
 from personaplex.persona import VOICES
 from personaplex.text import Tokenizer
-from personaplex.training import behaviour, export
+from personaplex.training import bank, behaviour, export
+from personaplex.training.articulation import CODES, SILENCE, Said
 from personaplex.training.assemble import assemble
-from personaplex.training.documents import HINTS
+from personaplex.training.documents import NOTHING
 from personaplex.training.ear import Ear
 from personaplex.training.hearing import PHONES
-from personaplex.training.lm import CODES, CONSTANT, SILENCE, START, Talker, streams
-from personaplex.training.mouth import HALF, Analysis, Mouth, basis
+from personaplex.training.lm import CONSTANT, START, Talker, streams
+from personaplex.training.mouth import HALF, Mouth, basis
 from personaplex.training.run import save
 from personaplex.training.speaking import Fitted
 from personaplex.training.unseen import Caller
@@ -34,15 +35,13 @@ FRAMES = 6
 
 
 @pytest.fixture(scope="module")
-def parts() -> tuple[Ear, Mouth, Analysis, Talker]:
+def parts() -> tuple[Ear, Mouth, Talker]:
     """Every part with random weights, the codebooks on the scale of what they quantise."""
     torch.manual_seed(0)
     ear, mouth, talker = Ear(export.CONFIG.mimi, 8), Mouth(export.CONFIG.mimi), Talker(export.CONFIG.lm)
     with torch.no_grad():
-        latents = ear.latent(speech())[0]
-        ear.books.copy_(torch.randn_like(ear.books) * latents.std())
-    books = torch.randn(CODEBOOKS, CODES, 64)
-    return ear.eval(), mouth.eval(), Analysis(torch.zeros(10), torch.randn(10, 64), books), talker.eval()
+        ear.books.copy_(torch.randn_like(ear.books) * ear(speech()).rest.std())
+    return ear.eval(), mouth.eval(), talker.eval()
 
 
 def speech() -> torch.Tensor:
@@ -51,20 +50,17 @@ def speech() -> torch.Tensor:
 
 
 def test_checkpoints_become_a_model_that_takes_calls(
-    parts: tuple[Ear, Mouth, Analysis, Talker], tmp_path: Path
+    parts: tuple[Ear, Mouth, Talker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every file of a training folder, assembled, loaded and spoken to; the same seed says the same."""
-    ear, mouth, _, _ = parts
-    rows = torch.randn(800, 163, generator=torch.Generator().manual_seed(5))
-    analysis = Analysis.fit(rows, torch.Generator().manual_seed(0), rounds=1)
-    shapes = basis(torch.randn(600, FRAME_SIZE), 256)
-    Fitted(analysis, shapes, torch.full((256,), 0.1)).save(tmp_path / "analysis.pt")
-    heard, talker = Ear(export.CONFIG.mimi, PHONES), Talker(export.CONFIG.lm, hints=len(HINTS))
+    ear, mouth, _ = parts
+    Fitted(basis(torch.randn(600, FRAME_SIZE), 256), torch.full((256,), 0.1)).save(tmp_path / "basis.pt")
+    heard, talker = Ear(export.CONFIG.mimi, PHONES), Talker(export.CONFIG.lm)
     heard.books.copy_(ear.books)
     for name, part, module in (("ear", "ear", heard), ("mouth", "mouth", mouth), ("talk", "talker", talker)):
         save(tmp_path / f"{name}.pt", {part: module.state_dict()})
-    samples = np.random.default_rng(0).integers(0, CODES, (2, 8, CODEBOOKS))
-    np.savez(tmp_path / "voices.npz", **dict.fromkeys(VOICES, samples))
+    one = Said(np.ones((2, 4), np.int64), np.ones(2, np.int64), np.full(2, 190, np.float32))
+    monkeypatch.setattr(bank.Words, "_say", lambda *_: one)
     assemble(tmp_path, tmp_path / "model")
 
     checkpoint = resolve(str(tmp_path / "model"))
@@ -86,7 +82,7 @@ def test_checkpoints_become_a_model_that_takes_calls(
 
 
 def test_answers_are_told_by_their_words_and_names_by_their_sound() -> None:
-    assert behaviour.intent_of(" My name is Ada Novak.") == "name"
+    assert behaviour.intent_of(" My name is Ada Novak, I work for Pearl Bakery.") == "name"
     assert behaviour.intent_of("The gift box costs nine dollars.") == "price"
     assert behaviour.intent_of("My dog is Ada.") is None
     assert behaviour.sounds_like("Ceertta Owens", "My name is Cirta Owens.")
@@ -102,16 +98,13 @@ def halves() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def model(
-    parts: tuple[Ear, Mouth, Analysis, Talker],
+    parts: tuple[Ear, Mouth, Talker],
     halves: tuple[torch.Tensor, torch.Tensor],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Model:
-    ear, mouth, analysis, talker = parts
+    ear, mouth, talker = parts
     folder: Path = tmp_path_factory.mktemp("talk")
-    silence = torch.randn(64)
-    mimi = export.mimi_tensors(
-        dict(ear.state_dict()), dict(mouth.state_dict()), analysis.books, silence, *halves
-    )
+    mimi = export.mimi_tensors(dict(ear.state_dict()), dict(mouth.state_dict()), *halves)
     lm = export.lm_tensors(dict(talker.lm.state_dict()), CONSTANT)
     export.write(folder, lm, mimi, b"not read here")
     assert resolve(str(folder)).config == export.CONFIG
@@ -126,47 +119,45 @@ def test_a_block_of_codes_holds_no_constant_code() -> None:
         assert block.stop <= export.CONFIG.mimi.bins
 
 
-def test_the_codec_hears_what_the_ear_hears(parts: tuple[Ear, Mouth, Analysis, Talker], model: Model) -> None:
-    """Frame by frame through Mimi's own layers; float16 on disk moves a few codes of the last levels."""
+def test_the_codec_hears_what_the_ear_hears(parts: tuple[Ear, Mouth, Talker], model: Model) -> None:
+    """Frame by frame through Mimi's own layers; int8 on disk moves a few codes of the last levels."""
     ear = parts[0]
     with torch.no_grad():
-        expected = export.to_ids(ear.codes(ear.latent(speech())[0]))[0]
+        expected = export.to_ids(ear.codes(ear(speech())))[0]
     state = model.mimi.allocate(1, torch.device("cpu"))
     active = torch.ones(1, dtype=torch.bool)
     pcm = speech().view(FRAMES, 1, FRAME_SIZE)
     heard = torch.cat([encode(model.mimi, state.encoder, frame, active) for frame in pcm])
-    assert (heard == expected).float().mean() > 0.85
-    assert (heard[:, :2] == expected[:, :2]).all()
+    assert (heard[:, 0] == expected[:, 0]).all()
+    assert (heard == expected).float().mean() > 0.7
 
 
 def test_the_codec_says_what_the_mouth_says(
-    parts: tuple[Ear, Mouth, Analysis, Talker], halves: tuple[torch.Tensor, torch.Tensor], model: Model
+    parts: tuple[Ear, Mouth, Talker], halves: tuple[torch.Tensor, torch.Tensor], model: Model
 ) -> None:
-    _, mouth, analysis, _ = parts
+    mouth = parts[1]
     shapes, size = halves
     codes = torch.randint(CODES, (FRAMES, CODEBOOKS), generator=torch.Generator().manual_seed(3))
-    vectors = sum(book[codes[:, level]] for level, book in enumerate(analysis.books))
-    assert isinstance(vectors, torch.Tensor)
+    codes[4] = SILENCE
     with torch.no_grad():
-        expected = (mouth(vectors[None])[0] * size @ shapes).view(FRAMES, 2 * HALF)
+        expected = (mouth(codes[None])[0] * size @ shapes).view(FRAMES, 2 * HALF)
     state = model.mimi.allocate(1, torch.device("cpu"))
     active = torch.ones(1, dtype=torch.bool)
     said = torch.cat([decode(model.mimi, state.decoder, row[None], active) for row in export.to_ids(codes)])
     error = (said - expected).square().mean() / expected.square().mean()
-    assert error < 1e-4
+    assert error < 2e-3
 
 
-def test_the_model_predicts_what_the_talker_predicts(
-    parts: tuple[Ear, Mouth, Analysis, Talker], model: Model
-) -> None:
+def test_the_model_predicts_what_the_talker_predicts(parts: tuple[Ear, Mouth, Talker], model: Model) -> None:
     """Teacher-forced frames through the engine's step give the training's logits, and rule out other ids."""
-    talker = parts[3]
+    talker = parts[2]
     generator = torch.Generator().manual_seed(4)
     text = torch.randint(4, 320, (1, FRAMES + 1), generator=generator)
     agent = torch.randint(CODES, (1, FRAMES + 1, CODEBOOKS), generator=generator)
     user = torch.randint(CODES, (1, FRAMES + 1, CODEBOOKS), generator=generator)
     agent[:, 3], text[:, 0], agent[:, 0], user[:, 0] = SILENCE, 320, START, START
     audio = streams(agent, user)
+    audio[..., CODEBOOKS + 1 :] = NOTHING
     with torch.no_grad():
         hidden = talker.temporal(text, audio)
         expected = talker.text_logits(hidden)[0]
@@ -181,11 +172,11 @@ def test_the_model_predicts_what_the_talker_predicts(
         output = step(model.lm, state, inputs, sampling, active, CODEBOOKS)
         if frame == 0:
             continue
-        assert torch.allclose(output.text_logits[0], expected[frame - 1], atol=2e-2)
+        assert torch.allclose(output.text_logits[0], expected[frame - 1], atol=8e-2)
         for level, logits in enumerate(output.audio_logits):
             block = slice(export.first_id(level), export.first_id(level) + CODES)
-            assert torch.allclose(logits[0, block], depth[level, frame - 1, :CODES], atol=2e-2)
+            assert torch.allclose(logits[0, block], depth[level, frame - 1, :CODES], atol=8e-2)
             assert torch.allclose(
-                logits[0, SILENCE_CODES[level]], depth[level, frame - 1, SILENCE], atol=2e-2
+                logits[0, SILENCE_CODES[level]], depth[level, frame - 1, SILENCE], atol=8e-2
             )
             assert (logits[0] < -30).sum() == 2048 - CODES - 1

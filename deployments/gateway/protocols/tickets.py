@@ -13,13 +13,13 @@ import hmac
 import json
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from personaplex.errors import SessionLost, Unauthorized
+from personaplex.errors import Unauthorized
 
 _NONCE_BYTES = 12
 TICKET_LIMIT = 49_152  # characters: with the rest of a request's head in what a proxy takes
@@ -28,23 +28,20 @@ TICKET_LIMIT = 49_152  # characters: with the rest of a request's head in what a
 class Tickets:
     """Makes and reads the tickets of one purpose."""
 
-    def __init__(self, purpose: str, secrets: Callable[[], Sequence[bytes]]) -> None:
-        """`secrets` gives what the service's processes share and others do not know: the first makes tickets,
-        all of them read."""
-        self._purpose, self._secrets = purpose.encode(), secrets
-
-    def _ciphers(self) -> list[AESGCM]:
-        keys = [hmac.digest(hashlib.sha256(one).digest(), self._purpose, "sha256") for one in self._secrets()]
-        if not keys:
-            raise SessionLost("the service is starting; please try again")
-        return [AESGCM(key) for key in keys]
+    def __init__(self, purpose: str, secrets: Sequence[str]) -> None:
+        """`secrets` are what the service's processes share and others do not know: keys, an account's token.
+        With none of them a ticket proves nothing, as nothing is guarded."""
+        digest = hashlib.sha256()
+        for secret in sorted(secrets):
+            digest.update(hashlib.sha256(secret.encode(errors="surrogatepass")).digest())
+        self._purpose = purpose.encode()
+        self._cipher = AESGCM(hmac.digest(digest.digest(), self._purpose, "sha256"))
 
     def make(self, content: Mapping[str, Any], expires_at: float) -> str:
-        """A ticket fit for a URL and a header. Raises ValueError for one longer than TICKET_LIMIT,
-        SessionLost while there is no secret yet."""
+        """A ticket fit for a URL and a header. Raises ValueError for one longer than TICKET_LIMIT."""
         plain = zlib.compress(json.dumps({"until": expires_at, "content": content}).encode())
         nonce = os.urandom(_NONCE_BYTES)
-        sealed = nonce + self._ciphers()[0].encrypt(nonce, plain, self._purpose)
+        sealed = nonce + self._cipher.encrypt(nonce, plain, self._purpose)
         ticket = base64.urlsafe_b64encode(sealed).decode().rstrip("=")
         if len(ticket) > TICKET_LIMIT:
             raise ValueError("a ticket of more than fits a header")
@@ -57,17 +54,10 @@ class Tickets:
             raise Unauthorized("the ticket is not one of this service")
         try:
             sealed = base64.b64decode(ticket + "=" * (-len(ticket) % 4), b"-_", validate=True)
-        except (binascii.Error, ValueError) as error:
+            nonce, rest = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
+            plain = json.loads(zlib.decompress(self._cipher.decrypt(nonce, rest, self._purpose)))
+        except (binascii.Error, ValueError, InvalidTag) as error:
             raise Unauthorized("the ticket is not one of this service") from error
-        nonce, rest = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
-        for cipher in self._ciphers():
-            try:
-                plain = json.loads(zlib.decompress(cipher.decrypt(nonce, rest, self._purpose)))
-                break
-            except (ValueError, InvalidTag):
-                continue
-        else:
-            raise Unauthorized("the ticket is not one of this service")
         if now >= plain["until"]:
             raise Unauthorized("the ticket has expired")
         return nonce.hex(), dict(plain["content"])

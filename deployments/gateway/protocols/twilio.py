@@ -34,8 +34,8 @@ class Signatures:
         self._shared = dict(line.split() for line in lines[1:])
 
     @property
-    def secrets(self) -> tuple[bytes, ...]:
-        return (self._token.encode(),)
+    def secrets(self) -> tuple[str, ...]:
+        return (self._token,)
 
     def match(self, headers: Mapping[str, str], urls: Sequence[str], form: Sequence[tuple[str, str]]) -> bool:
         """Whether the signature in `headers` (names in lower case) is of one of `urls`, with or without its
