@@ -132,12 +132,15 @@ class FakeLeases:
     def queue_full(self) -> bool:
         return len(ScriptedReplica.held) >= self.slots
 
+    def waiting(self) -> list[Any]:
+        return []
+
     async def claim(self, request: Any, *_: Any, **__: Any) -> Claim:
         if self.queue_full:
             raise NoCapacity("every slot is taken and the queue is full")
         turn: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         turn.set_result(SimpleNamespace(release=lambda: None))
-        return Claim(Waiter(asyncio.get_running_loop().create_future()), turn, time.monotonic())
+        return Claim(Waiter(request, asyncio.get_running_loop().create_future()), turn, time.monotonic())
 
     def close(self) -> None:
         pass
@@ -176,13 +179,14 @@ class _Handle:
         return asyncio.get_running_loop().create_future().__await__()
 
 
-class _Fleet(_Handle):
-    """One that keeps account of tickets."""
+class _Fleet:
+    """The real one, called as Serve's handles are."""
 
     def __init__(self) -> None:
-        fleet = Fleet()
-        self.spend = SimpleNamespace(remote=fleet.spend)
-        self.link_secret = SimpleNamespace(remote=fleet.link_secret)
+        self._fleet = Fleet()
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self._fleet, name))
 
 
 class ProtocolService:

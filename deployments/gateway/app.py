@@ -305,7 +305,7 @@ class Gateway:
             except PersonaplexError as error:
                 await self._refuse(socket, session, error, refuse, protocol)
                 return
-            await self._converse_later(socket, session, translator, caller, subprotocol)
+            await self._converse_later(socket, session, translator, caller, key, subprotocol)
 
     def admitted(self, connection: HTTPConnection) -> contextlib.AbstractContextManager[Any]:
         return self._admit(connection)
@@ -316,19 +316,21 @@ class Gateway:
         session: str,
         translator: Translator,
         caller: str,
+        key: Key | None,
         subprotocol: str | None,
     ) -> None:
         query = read_query(socket.scope["query_string"], self._settings.query_limit_bytes)
         recording: Recording | None = None
 
-        async def begin(persona: Persona, ticket: str) -> Claim:
+        async def begin(persona: Persona, ticket: str) -> tuple[Persona, Claim]:
             nonlocal recording
             if ticket and not await self._fleet.spend(ticket, TICKET_S):
                 raise Unauthorized("this call's ticket was used before")
+            persona = await self._voices.bring(persona, key)
             recording = self._begin_record(query, session, persona, await self._engine(query))
             if recording is not None:
                 conversation.record(recording)
-            return await self._leases.claim(LeaseRequest.of(session, persona))
+            return persona, await self._leases.claim(LeaseRequest.of(session, persona))
 
         try:
             await socket.accept(subprotocol)

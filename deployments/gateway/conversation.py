@@ -51,7 +51,8 @@ logger = logging.getLogger(__name__)
 
 UNSENT_LIMIT = 256  # messages a client may leave unread, times `burst_share`: 20 s of speech
 FAILED = "the server failed; please connect again"
-Claiming = Callable[[Persona, str], Awaitable[Claim]]  # a persona and a ticket; see `Begin`
+# A persona and a ticket (see `Begin`) to the persona with the voice it brings, and its claim.
+Claiming = Callable[[Persona, str], Awaitable[tuple[Persona, Claim]]]
 LAST_WORDS_S = 5.0  # that a record waits for the words of its end
 CLOSE_TIMEOUT_S = 2.0  # for a client to take what is left and answer the close
 
@@ -243,7 +244,8 @@ class Conversation:
         try:
             if claim is None:
                 assert self._claim_slot is not None
-                claim = self._claim = await self._claim_slot(persona, ticket)
+                persona, claim = await self._claim_slot(persona, ticket)
+                self._claim = claim
             if self._comeback is None:
                 await self._upstream.open(persona, claim)
             else:

@@ -37,7 +37,14 @@ from deployments.gateway.protocols.tickets import Tickets
 from deployments.gateway.protocols.translator import Translator
 from deployments.gateway.query import read_query
 from deployments.parts import GatewaySettings
-from personaplex.errors import BadParameter, NoCapacity, PersonaplexError, TooManySessions, Unauthorized
+from personaplex.errors import (
+    BadParameter,
+    NoCapacity,
+    PersonaplexError,
+    SessionLost,
+    TooManySessions,
+    Unauthorized,
+)
 from personaplex.persona import Persona
 
 SECRET_PREFIX = "ek_"
@@ -179,7 +186,11 @@ class OpenAIEndpoints:
         return JSONResponse({"error": error}, status_code=404)
 
     def _tickets(self) -> list[Tickets]:
-        return [Tickets("client secret", [secret.hex()]) for secret in self._secrets()]
+        """Newest first. Raises SessionLost while the application's secret is not known yet."""
+        known = [Tickets("client secret", [secret.hex()]) for secret in self._secrets()]
+        if not known:
+            raise SessionLost("the service is starting; please try again")
+        return known
 
     def _read_ticket(self, ticket: str) -> dict[str, Any]:
         """What a client secret holds. Raises Unauthorized for one that is none, or over."""
