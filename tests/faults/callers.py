@@ -10,7 +10,7 @@ import numpy as np
 import websockets
 from serving import Service, connect, speech
 
-from personaplex.config import FRAME_SIZE
+from personaplex.config import FRAME_SECONDS, FRAME_SIZE
 
 from .ledger import Entry, Ledger
 
@@ -52,13 +52,15 @@ class Callers:
             await client.until(lambda heard: heard.live, 60.0)
             self.live += 1
             try:
-                end = time.monotonic() + seconds
+                began = time.monotonic()
+                end = began + seconds
                 start = self._dice.randrange(60)
                 while time.monotonic() < min(end, self._until) and not client.ended:
                     at = (start + entry.frames_sent) % 120 * FRAME_SIZE
                     piece = np.roll(self._sound, -at)[: PIECE * FRAME_SIZE]
                     await client.speak(piece)
                     entry.frames_sent += PIECE
+                    await asyncio.sleep(began + entry.frames_sent * FRAME_SECONDS - time.monotonic())
                 await asyncio.sleep(0 if client.ended else LAST_ANSWERS_S)
             except websockets.ConnectionClosed:
                 pass  # its code says why

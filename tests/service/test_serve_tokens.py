@@ -18,7 +18,7 @@ import pytest
 import torch
 from serving import Client, Service, connect, running, speech, token_log
 
-from personaplex.config import FRAME_SIZE, EngineConfig, Sampling
+from personaplex.config import FRAME_SECONDS, FRAME_SIZE, EngineConfig, Sampling
 from personaplex.engine.engine import Engine
 from personaplex.model.hub import resolve
 from personaplex.model.weights import load_model
@@ -138,10 +138,11 @@ def test_two_replicas_say_the_same(cluster: str, engine: Engine, logs: Path) -> 
 
 async def _talk_on(client: Client, enough: asyncio.Event) -> None:
     """Speaks at its pace until it is enough, and until the last frame was answered."""
-    sound, sent = np.tile(speech(9.6), 8), 0
+    sound, sent, began = np.tile(speech(9.6), 8), 0, time.monotonic()
     while not enough.is_set():
         await client.speak(sound[sent * FRAME_SIZE : (sent + 5) * FRAME_SIZE])
         sent += 5
+        await asyncio.sleep(began + sent * FRAME_SECONDS - time.monotonic())
     frames = len(client.decoded())
     await client.until(lambda heard: heard.last_frame >= frames - 1, 60.0)
 
