@@ -1,10 +1,10 @@
 """Faults under sessions, with a ledger: `python -m tests.faults --minutes 30`.
 
-    python -m tests.faults --minutes 12 --kills 50            # one of two replicas, each after the last is
-    back python -m tests.faults --minutes 1 --stops 0.5            # SIGSTOP for so long; --replicas 1: with
-    no other python -m tests.faults --minutes 1 --cuts 5               # links only python -m tests.faults
-    --minutes 30                       # kills, stops and cuts by chance python -m tests.faults --minutes 30
-    --url talk.example --inflict 'kubectl delete pod ...'
+    python -m tests.faults --minutes 12 --kills 50   # of one of two replicas, each after the last is back
+    python -m tests.faults --minutes 1 --stops 0.5   # SIGSTOP for so long; --replicas 1: with no other
+    python -m tests.faults --minutes 1 --cuts 5      # of links only
+    python -m tests.faults --minutes 30              # kills, stops and cuts by chance
+    python -m tests.faults --minutes 30 --url talk.example --inflict 'kubectl delete pod ...'
 
 Starts `python -m personaplex.server` with the tiny model on a free port, or talks to a service elsewhere, to
 which `--inflict` does something each `--every` seconds. Under it `--sessions` talk all the time. The result
