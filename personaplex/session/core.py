@@ -88,6 +88,7 @@ from personaplex.session.events import (
 from personaplex.session.pacer import Pacer
 
 HANDSHAKE_DELAY_S = 1.1
+WARNING_S = 60.0  # before a session's time is up
 KEEP_ALIVE_S = 5.0  # stock web clients leave after 10 s
 MESSAGES_PER_S = 500.0  # 400 is a page of one 2.5 ms packet per message
 MESSAGE_BURST = 3_200.0  # more than 60 s of 20 ms pages, by a phone that slept
@@ -240,6 +241,7 @@ class SessionCore:
         self._queued = False
         self._ready = False
         self._ends_at = float("inf")
+        self._warn_at = float("inf")  # when the peer is told how long it has
         self._last_sent = now
         self._heard = False  # any audio yet
         self._audio_limit_s = 0.0  # for the next audio, and when it ends
@@ -274,7 +276,7 @@ class SessionCore:
         if self.state is not LIVE:
             return None
         page = self.pacer.deadline()
-        times = [self._last_sent + KEEP_ALIVE_S, self._ends_at, self._audio_due]
+        times = [self._last_sent + KEEP_ALIVE_S, self._ends_at, self._warn_at, self._audio_due]
         return min(times if page is None else [page, *times])
 
     def _handle(self, event: Event, now: float) -> list[Command]:
@@ -345,6 +347,8 @@ class SessionCore:
             return []
         self.state = LIVE
         self._ends_at = now + self._limits.session_s
+        if self._status and self._limits.session_s > WARNING_S:
+            self._warn_at = self._ends_at - WARNING_S
         idle_s = self._limits.idle_s
         self._await_audio(idle_s if self._heard else min(self._limits.first_audio_s, idle_s), now)
         return [SendHandshake(), *map(SendAudio, self._headers), *self._details]
@@ -359,6 +363,9 @@ class SessionCore:
         if now >= self._audio_due:
             raise SessionIdle(f"no audio was received for {self._audio_limit_s:g} s")
         commands = self._release(now)
+        if now >= self._warn_at:
+            self._warn_at = float("inf")
+            commands.append(SendNotice("ending", {"in_s": round(self._ends_at - now)}))
         if not commands and now >= self._last_sent + KEEP_ALIVE_S:
             commands = [SendKeepAlive()]
         return commands

@@ -277,6 +277,20 @@ def test_notices_go_to_those_who_asked_for_status_and_to_nobody_else() -> None:
     assert in_state(CLOSING, status=True).receive(notice, 2.0) == []
 
 
+def test_who_asked_for_status_is_told_a_minute_before_the_end() -> None:
+    limits = Limits(session_s=100.0, idle_s=math.inf, first_audio_s=math.inf)
+    for status in (True, False):
+        core = in_state(LIVE, limits, status=status)
+        told = []
+        for second in range(3, 102):
+            messages = sent(core.receive(Tick(), float(second)))
+            told += [(second, message) for message in messages if isinstance(message, Metadata)]
+        warning = Metadata({"type": "ending", "in_s": 60})
+        assert told == ([(42, warning)] if status else [])
+    core = in_state(LIVE, Limits(session_s=30.0), status=True)
+    assert not any(isinstance(m, Metadata) for m in sent(core.receive(Tick(), 10.0))), "it is short anyway"
+
+
 def test_queue_positions_are_metadata() -> None:
     core = in_state(OPENING, status=True)
     assert sent(core.receive(Queued(3), 1.0)) == [Metadata({"type": "queue", "position": 3})]
