@@ -3,7 +3,7 @@
     python -m benchmarks.finetune FOLDER --output benchmarks/results/finetune.json
 
 Needs espeak-ng. Calls of two firms are synthesised (firm.py). The first is taught to `tiny` and merged: that
-is a base with an ability. The second is taught to that base, with a quarter of every batch from the first.
+is a base with an ability. The second is taught to that base, with as much of every batch from the first.
 Both suites ask with wordings and by callers that training never hears, in sessions of the engine, greedily;
 an answer is right when the agent's text is the whole answer and nothing else. What is done in FOLDER is not
 done again.
@@ -33,7 +33,7 @@ from personaplex.text import PieceDecoder
 
 EACH = 2  # calls of every wording by every caller
 ANSWER = 30  # frames of silence behind a question, in which it is answered
-STEPS = {"bakery": 160, "garage": 120}
+STEPS = {"bakery": 600, "garage": 700}
 FIRMS = {"bakery": firm.BAKERY, "garage": firm.GARAGE}
 KINDS = ("temporal-attention", "temporal-feedforward", "depth-attention", "depth-feedforward", "depth-inputs",
          "heads", "embeddings")  # fmt: skip
@@ -58,7 +58,7 @@ def train(folder: Path, name: str, base: str, *more: object) -> float:
     if not (folder / name / "model").exists():
         model = ["--model", base, "--device", "cpu"]
         what = ["--targets", *KINDS, "--rank", 16, "--quiet-share", 0.1, "--validation", 0.03]
-        how = ["--steps", STEPS[name], "--batch-size", 6, "--rate", 6e-3, "--warmup", 20, "--samples", 0]
+        how = ["--steps", STEPS[name], "--batch-size", 6, "--rate", 4e-3, "--warmup", 40, "--samples", 0]
         often = ["--save-every", 20, "--evaluate-every", 40]
         ran(["train", folder / name / "data", "--output", run, *model, *what, *how, *often, *more])
         adapter = run / "adapter.safetensors"
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = options.folder
     for name in FIRMS:
         calls(folder, name)
-    rehearsed = ["--rehearse", folder / "bakery" / "data", "--rehearsal", 0.34]
+    rehearsed = ["--rehearse", folder / "bakery" / "data", "--rehearsal", 0.5]
     seconds = {"bakery": train(folder, "bakery", "tiny")}
     bakery, garage = str(folder / "bakery" / "model"), str(folder / "garage" / "model")
     seconds["garage"] = train(folder, "garage", bakery, *rehearsed)
