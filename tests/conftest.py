@@ -5,6 +5,7 @@ Triton's kernels run in its interpreter where there is no GPU; it looks at the v
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+from deployments.logs import LOGGERS
 
 if TYPE_CHECKING:
     from serving import Service
@@ -27,6 +30,18 @@ os.environ |= {
 }
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def own_loggers() -> Iterator[None]:
+    """A gateway or replica made within a test's process sends our log lines to stderr and nowhere else; those
+    of the next test go where they should."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(one.level, one.propagate, list(one.handlers)) for one in loggers]
+    yield
+    for one, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        one.setLevel(level)
+        one.propagate, one.handlers = propagate, handlers
 
 
 @pytest.fixture(scope="session")

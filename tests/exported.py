@@ -56,7 +56,7 @@ class FleetMetrics:
     def read(self) -> Samples:
         text = urllib.request.urlopen(self._url, timeout=5).read().decode()
         lines = [line for line in text.splitlines() if f'application="{self._application}"' in line]
-        return parse("\n".join(lines), ("cause", "phase", "place", "kind", "result"))
+        return parse("\n".join(lines), ("cause", "phase", "place", "kind", "result", "outcome", "protocol"))
 
     def wait(self, *wanted: tuple[Series, dict[str, str]]) -> Samples:
         """The samples once every one of `wanted` is above 0; Ray exports every few seconds."""

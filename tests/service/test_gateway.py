@@ -745,7 +745,7 @@ def test_a_session_that_cannot_be_made_ends_its_record_and_gives_its_slot_back(
             return True
 
         def begin(self, *_: Any) -> Any:
-            return object()
+            return SimpleNamespace(over=lambda: None)
 
         def finish(self, recording: Any, cause: str) -> None:
             self.causes.append(cause)
@@ -761,9 +761,11 @@ def test_a_session_that_cannot_be_made_ends_its_record_and_gives_its_slot_back(
     async def run() -> None:
         spy, gateway = Spy(), _gateway()
         gateway._records, gateway._fleet = Records(), SimpleNamespace(describe=nobody)
+        gateway._services = SimpleNamespace(ending=set())
         with pytest.raises(MemoryError):
             await gateway._converse(Welcome(None), "s", Persona(), "caller", _claim(spy))
         assert spy.released.is_set()
+        await asyncio.gather(*gateway._services.ending)
         assert Records.causes == ["SessionLost"]
         assert gateway._metrics.refused == ["SessionLost"]
 

@@ -158,13 +158,16 @@ def test_gauges_stay_while_nothing_changes(service: Service) -> None:
     assert ("ray_" + metrics.SESSIONS_LIVE.name, frozenset()) in samples
 
 
+LABELS = {"cause", "phase", "place", "kind", "result", "outcome", "protocol", "label", "reason"}
+
+
 def test_names_are_prometheus_names_and_labels_are_closed_sets() -> None:
     for series in metrics.ALL:
         assert re.fullmatch(r"personaplex_[a-z]+(_[a-z]+)*", series.name)
         assert not series.name.endswith("_total"), "Prometheus adds it"
         assert (series.kind == "histogram") == bool(series.buckets)
         assert list(series.buckets) == sorted(series.buckets)
-        assert set(series.labels) <= {"cause", "phase", "place", "kind", "result", "outcome"}
+        assert set(series.labels) <= LABELS
     assert FRAME_SECONDS in metrics.TICK_BUCKETS
     assert FRAME_SECONDS in metrics.LATENCY_BUCKETS
 

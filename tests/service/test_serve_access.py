@@ -21,7 +21,7 @@ from serving import Client, Service, connect, running, speech
 from websockets.exceptions import InvalidStatus
 
 from deployments.wire.handshake import CHALLENGE_BYTES
-from personaplex.session.moshi import Audio
+from personaplex.session.moshi import Audio, Metadata
 
 KEYS = "two label=two sessions=2 own_voices=yes\nneighbour label=neighbour\nkept label=kept\n"
 
@@ -126,7 +126,8 @@ def test_an_uploaded_voice_speaks_at_whichever_gateway_its_session_comes(service
         for _ in range(4):  # over both gateways
             async with contextlib.AsyncExitStack() as stack:
                 client = await _live(stack, service, "two", voice_prompt=name)
-                assert client.heard.session["voice"] == name
+                told = [m.data for m in client.heard.of(Metadata) if m.data.get("type") == "session"]
+                assert [details["voice"] for details in told] == [name]
                 with pytest.raises(InvalidStatus, match="403"):
                     await _live(stack, service, "neighbour", voice_prompt=name)
 
