@@ -55,7 +55,7 @@ def service(cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def page(service: Service) -> Samples:
-    return parse(service.get("metrics").text, ("cause", "phase", "place", "kind"))
+    return parse(service.get("metrics").text, ("cause", "phase", "place", "kind", "protocol"))
 
 
 async def troubled_session(service: Service) -> None:
