@@ -33,15 +33,13 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True)
-def own_loggers() -> Iterator[None]:
-    """A gateway or replica made within a test's process sends our log lines to stderr and nowhere else; those
-    of the next test go where they should."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(one.level, one.propagate, list(one.handlers)) for one in loggers]
-    yield
-    for one, (level, propagate, handlers) in zip(loggers, before, strict=True):
-        one.setLevel(level)
-        one.propagate, one.handlers = propagate, handlers
+def own_loggers() -> None:
+    """A gateway or replica made within a test's process, for a module of tests too, sends our log lines to
+    stderr and nowhere else. Each test begins with loggers as Python makes them."""
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.NOTSET)
+        logger.propagate, logger.handlers = True, []
 
 
 @pytest.fixture(scope="session")
