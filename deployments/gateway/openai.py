@@ -132,7 +132,7 @@ class OpenAIEndpoints:
         try:
             shown = key_among(offered) or _bearer(socket.headers)
             if shown.startswith(SECRET_PREFIX):
-                content = self._read_ticket(shown.removeprefix(SECRET_PREFIX))
+                _, content = self._tickets().read(shown.removeprefix(SECRET_PREFIX), time.time())
                 shown, secret_session = content["key"], content["session"]
             connection = _with_key(socket, shown)
         except PersonaplexError as error:
@@ -171,7 +171,7 @@ class OpenAIEndpoints:
                 )
                 configuration = base.updated(session, Dialect.GA, self._settings.voice_aliases)
                 content = {"key": _bearer(request.headers) or _api_key(request.headers), "session": session}
-                value = SECRET_PREFIX + self._tickets()[0].make(content, now + seconds)
+                value = SECRET_PREFIX + self._tickets().make(content, now + seconds)
         except PersonaplexError as error:
             return refusal(error)
         except Refused as error:
@@ -185,22 +185,12 @@ class OpenAIEndpoints:
         error = {"type": openai_events.INVALID, "code": "not_found", "message": words, "param": None}
         return JSONResponse({"error": error}, status_code=404)
 
-    def _tickets(self) -> list[Tickets]:
-        """Newest first. Raises SessionLost while the application's secret is not known yet."""
-        known = [Tickets("client secret", [secret.hex()]) for secret in self._secrets()]
+    def _tickets(self) -> Tickets:
+        """Raises SessionLost while the application's secret is not known yet."""
+        known = self._secrets()
         if not known:
             raise SessionLost("the service is starting; please try again")
-        return known
-
-    def _read_ticket(self, ticket: str) -> dict[str, Any]:
-        """What a client secret holds. Raises Unauthorized for one that is none, or over."""
-        refused = Unauthorized("the client secret is not one of this service")
-        for tickets in self._tickets():
-            try:
-                return tickets.read(ticket, time.time())[1]
-            except Unauthorized as error:
-                refused = error
-        raise refused
+        return Tickets("client secret", known)
 
     def _expires_at(self) -> int:
         return int(time.time() + self._settings.session_limit_s)

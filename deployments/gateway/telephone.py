@@ -49,7 +49,8 @@ class TelephoneEndpoints:
         if "twilio" in settings.protocols:
             assert settings.twilio_token_file is not None
             self._signatures = twilio.Signatures(key_lines(settings.twilio_token_file))
-            self._tickets = Tickets("telephone call", self._signatures.secrets)
+            secrets = [secret.encode() for secret in self._signatures.secrets]
+            self._tickets = Tickets("telephone call", secrets)
 
     def routes(self) -> list[BaseRoute]:
         routes: list[BaseRoute] = []

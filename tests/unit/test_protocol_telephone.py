@@ -92,15 +92,15 @@ def test_a_token_file_of_another_form_is_refused(lines: list[str]) -> None:
 
 
 def test_a_ticket_is_good_until_its_end_and_for_its_service() -> None:
-    tickets = Tickets("call", ["secret"])
+    tickets = Tickets("call", [b"secret"])
     ticket = tickets.make({"text_prompt": "You sell bread. " * 40}, 100.0)
-    nonce, content = Tickets("call", ["secret"]).read(ticket, 99.0)
+    nonce, content = Tickets("call", [b"secret"]).read(ticket, 99.0)
     assert content == {"text_prompt": "You sell bread. " * 40}
     assert nonce != tickets.read(tickets.make({}, 100.0), 99.0)[0]
     for other, now in (
         (tickets, 100.0),
-        (Tickets("call", ["other"]), 99.0),
-        (Tickets("other", ["secret"]), 99.0),
+        (Tickets("call", [b"other"]), 99.0),
+        (Tickets("other", [b"secret"]), 99.0),
     ):
         with pytest.raises(Unauthorized):
             other.read(ticket, now)
@@ -110,7 +110,9 @@ def test_a_ticket_is_good_until_its_end_and_for_its_service() -> None:
 
 
 def test_a_ticket_travels_in_parameters_of_twilios_length() -> None:
-    ticket = Tickets("call", []).make({"text_prompt": np.random.default_rng(0).bytes(2_000).hex()}, 1.0)
+    ticket = Tickets("call", [b"secret"]).make(
+        {"text_prompt": np.random.default_rng(0).bytes(2_000).hex()}, 1.0
+    )
     document = ElementTree.fromstring(twilio.connect_stream("wss://h/twilio/media", ticket))
     (stream,) = document.iter("Stream")
     parameters = {one.attrib["name"]: one.attrib["value"] for one in stream}
