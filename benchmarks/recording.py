@@ -75,7 +75,7 @@ def main() -> None:
         }
         with service("echo", settings) as base:
             url = base.replace("http", "ws", 1) + "/api/chat"
-            pids = [process.pid for process in processes(began).values()]
+            pids = [process.pid for some in processes(began).values() for process in some]
             measure(url, options.sessions, stream, pids)  # to warm up
             for _ in range(options.rounds):
                 for kind, query in KINDS.items():

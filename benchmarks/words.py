@@ -25,7 +25,7 @@ import websockets
 from benchmarks.live import service
 from benchmarks.machine import machine, publish
 from benchmarks.spoken import Spoken, utterances
-from benchmarks.worderrors import errors, pairs, plain
+from benchmarks.worderrors import pairs, plain
 from personaplex.audio.transcoder import Transcoder
 from personaplex.audio.wav import resample
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE, Pcm
@@ -33,7 +33,7 @@ from personaplex.session.moshi import Audio, Handshake, Metadata, decode
 from personaplex.transcription.listener import Listener
 from personaplex.transcription.silero import FASTER_WHISPER, RATE, Silero, find
 from personaplex.transcription.whisper import Options, Whisper
-from personaplex.words import Segment, Word, from_json
+from personaplex.words import Segment, Word, from_json, word_errors
 
 PAUSES_S = (0.9, 1.6)  # between two sentences
 KINDS = 6  # of sound without a word
@@ -135,8 +135,8 @@ def judge(
         text = plain(one.text)
         for kind in ("all", one.voice.split()[0]):
             wrong[kind][0] += len(text)
-            wrong[kind][1] += errors(text, plain(" ".join(word.text for word in read)))
-            wrong[kind][2] += errors(text, plain(" ".join(word.text for word in alone)))
+            wrong[kind][1] += word_errors(text, plain(" ".join(word.text for word in read)))
+            wrong[kind][2] += word_errors(text, plain(" ".join(word.text for word in alone)))
         for true, found in pairs(one.words, read):
             offsets.append(found.start - start - true.start)
             ends.append(found.end - start - true.end)

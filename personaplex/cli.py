@@ -20,6 +20,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
@@ -223,3 +224,16 @@ def text(value: str) -> str:
             "in another encoding?"
         ) from error
     return value
+
+
+def add_checkpoint_files(group: argparse._ArgumentGroup) -> None:
+    """Options for files that take the place of a checkpoint's own."""
+    for name, what in (
+        ("moshi-weight", "language model"),
+        ("mimi-weight", "codec"),
+        ("tokenizer", "tokenizer"),
+        ("voice-prompt-dir", "voices"),
+    ):
+        group.add_argument(
+            f"--{name}", type=Path, metavar="PATH", help=f"{what}, in place of the checkpoint's"
+        )

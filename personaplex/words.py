@@ -40,6 +40,16 @@ class Segment:
         return cls(" ".join(word.text for word in words), words[0].start, words[-1].end, tuple(words))
 
 
+def word_errors(said: Sequence[str], read: Sequence[str]) -> int:
+    """The fewest words to insert, delete or replace to get from one to the other (Levenshtein)."""
+    row = list(range(len(read) + 1))
+    for i, word in enumerate(said, 1):
+        before, row[0] = row[0], i
+        for j, other in enumerate(read, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (word != other))
+    return row[-1]
+
+
 def spelled(pieces: Iterable[tuple[int, str]]) -> list[Word]:
     """The words that pieces of text with their frames spell, in order, each with the times of the frames it
     came with. A piece that begins with a space begins a word."""

@@ -267,7 +267,7 @@ def services(
         failovers=failovers,
         resumes=Resumes(
             grace_s,
-            lambda: TOKENS,
+            lambda: KEYRING.secrets,
             fleet.describe,
             link,
         ),

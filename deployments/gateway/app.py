@@ -76,7 +76,6 @@ from deployments.wire.link import Link, OnLost, OnMessage, connect
 from deployments.wire.messages import Grant, LeaseRequest
 from deployments.wire.speech import Answer
 from deployments.wire.tls import gateway_context
-from deployments.wire.tokens import ResumeTokens
 from personaplex.errors import (
     ConfigError,
     NoCapacity,
@@ -561,7 +560,7 @@ class Gateway:
             return None
         return Resumes(
             self._settings.resume_grace_s,
-            lambda: ResumeTokens(self._link_keys.keyring.secrets),
+            lambda: self._link_keys.keyring.secrets,
             self._fleet.describe,
             self._reach,
         )

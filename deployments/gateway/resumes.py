@@ -20,7 +20,7 @@ from deployments.wire.link import Link, OnLost, OnMessage
 from deployments.wire.messages import MessageKind, ReplicaStatus, TakenSession
 from deployments.wire.tokens import ResumeClaim, ResumeTokens
 from deployments.wire.transfer import LogReceiver
-from personaplex.errors import LogRefused, PersonaplexError, ProtocolError, ResumeRefused
+from personaplex.errors import LogRefused, PersonaplexError, ProtocolError, ResumeRefused, SessionLost
 from personaplex.sessionlog import SessionLog
 
 ASK_TIMEOUT_S = 3.0  # for one replica to give a session
@@ -48,18 +48,19 @@ class Resumes:
     def __init__(
         self,
         grace_s: float,
-        tokens: Callable[[], ResumeTokens],
+        secrets: Callable[[], Sequence[bytes]],
         describe: Callable[[], Awaitable[Sequence[ReplicaStatus]]],
         connect: ConnectTo,
     ) -> None:
-        """`describe` asks the fleet. `connect` makes a link to a replica's media port."""
+        """`secrets`: the application's, newest first. `describe` asks the fleet. `connect` makes a link to a
+        replica's media port."""
         self.grace_s = grace_s
-        self._tokens, self._describe, self._connect = tokens, describe, connect
+        self._secrets, self._describe, self._connect = secrets, describe, connect
         self._kept = Detached(grace_s, KEPT_LIMIT, time.monotonic)
 
     def token(self, session: str, generation: int) -> str:
         """What the client of the session's slot `generation` comes back with."""
-        return self._tokens().make(ResumeClaim(session, generation))
+        return ResumeTokens(self._secrets()).make(ResumeClaim(session, generation))
 
     def keep(
         self, session: str, log: SessionLog, generation: int, held: int, texts: Iterable[tuple[int, str]]
@@ -69,9 +70,13 @@ class Resumes:
         asyncio.get_running_loop().call_later(self.grace_s + 0.1, self._kept.expire)
 
     async def take(self, token: str) -> Taken:
-        """The session that a token is good for. Raises ResumeRefused when there is none."""
-        claim = self._tokens().read(token)
-        for replica in _holders(await self._describe(), claim.session):
+        """The session that a token is good for. Raises ResumeRefused when there is none, SessionLost while
+        nobody can tell: this gateway has just begun, or the fleet has."""
+        secrets, replicas = self._secrets(), await self._describe()
+        if not secrets or not replicas:
+            raise SessionLost("the service is starting; please connect again")
+        claim = ResumeTokens(secrets).read(token)
+        for replica in _holders(replicas, claim.session):
             with contextlib.suppress(ResumeRefused, LogRefused, OSError):
                 return await self._take_from(replica, claim, token)
         kept = self._kept.take(claim.session, claim.counter, claim)

@@ -146,15 +146,7 @@ def _model(command: argparse.ArgumentParser, weights: bool = False) -> None:
     group.add_argument("--model", default="7b", help="7b (from Hugging Face), tiny or a directory")
     group.add_argument("--hf-repo", dest="repo", default=DEFAULT_REPO, help="Hugging Face repository of 7b")
     group.add_argument("--revision", help="branch, tag or commit in that repository")
-    for name, what in (
-        ("moshi-weight", "language model"),
-        ("mimi-weight", "codec"),
-        ("tokenizer", "tokenizer"),
-        ("voice-prompt-dir", "voices"),
-    ):
-        group.add_argument(
-            f"--{name}", type=Path, metavar="PATH", help=f"{what}, in place of the checkpoint's"
-        )
+    cli.add_checkpoint_files(group)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     if weights:
         group.add_argument("--dtype", default="auto", choices=("auto", *DTYPES), help="of the frozen weights")

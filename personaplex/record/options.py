@@ -52,15 +52,7 @@ def add_model(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--model", help="7b, tiny or a directory; the recorded one unless given")
     group.add_argument("--hf-repo", dest="repo", help="Hugging Face repository of 7b; as recorded")
     group.add_argument("--revision", help="branch, tag or commit in that repository; as recorded")
-    for name, what in (
-        ("moshi-weight", "language model"),
-        ("mimi-weight", "codec"),
-        ("tokenizer", "tokenizer"),
-        ("voice-prompt-dir", "voices"),
-    ):
-        group.add_argument(
-            f"--{name}", type=Path, metavar="PATH", help=f"{what}, in place of the checkpoint's"
-        )
+    cli.add_checkpoint_files(group)
     group.add_argument("--lora", type=Path, metavar="FILE", help="the adapter, where one is recorded")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument(

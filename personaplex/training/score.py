@@ -40,6 +40,7 @@ from personaplex.training.synth import Array, Speaker
 from personaplex.training.unseen import Caller, callers, paused, through_line
 from personaplex.training.vocabulary import Pieces, cached
 from personaplex.voices import VoiceLibrary
+from personaplex.words import word_errors
 
 _SPOKEN_VOICES = ("NATF2", "NATM1", "VARF0", "VARM2")
 _NOISE = 20.0  # dB below the caller
@@ -67,16 +68,6 @@ def words(text: str) -> list[str]:
         r"\$?(\d+)", lambda m: grammar.spoken_number(int(m[1])) if int(m[1]) < 1000 else m[1], text
     )
     return re.findall(r"[a-z']+", spoken.lower())
-
-
-def errors(said: list[str], heard: list[str]) -> int:
-    """Words to change, add or take away (Levenshtein)."""
-    row = list(range(len(heard) + 1))
-    for i, word in enumerate(said, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(heard, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
-    return row[-1]
 
 
 @cache
@@ -118,7 +109,7 @@ def codec(folder: Path, count: int = 100) -> dict[str, float]:
         decoded = render(mouth, fitted, torch.from_numpy(codes)).numpy()
         total += len(words(text))
         for name, sound in (("locked", wave), ("decoded", decoded)):
-            wrong[name] += errors(words(text), words(transcript(sound)))
+            wrong[name] += word_errors(words(text), words(transcript(sound)))
     rates = {name: count / total for name, count in wrong.items()}
     print(
         f"codec: WER decoded {rates['decoded']:.3f}, locked {rates['locked']:.3f}, {total} words", flush=True
@@ -229,7 +220,7 @@ def _tell(name: str, talks: list[behaviour.Talk], voices: dict[str, float | None
         print(f"  {field} by ear {share(by_ear)}")
     pairs = [(behaviour.pitch(t.pcm[t.end :].flatten()), voices[t.voice]) for t in right]
     print(f"  pitch within 15 % of the voice's {share([_alike(*pair) for pair in pairs])}")
-    wrong = sum(errors(words(t.text), words(heard[id(t)])) for t in right)
+    wrong = sum(word_errors(words(t.text), words(heard[id(t)])) for t in right)
     total = sum(len(words(t.text)) for t in right)
     print(f"  what it says against its text: WER {wrong / max(1, total):.2f}, {total} words", flush=True)
 

@@ -18,7 +18,7 @@ from deployments.gateway.stats import SessionStats
 from deployments.gateway.upstream import CONTINUED, Services, Upstream
 from deployments.wire.messages import LeaseRequest
 from deployments.wire.tokens import ResumeClaim
-from personaplex.errors import ResumeRefused, SessionTaken
+from personaplex.errors import ResumeRefused, SessionLost, SessionTaken
 from personaplex.persona import Persona
 from personaplex.session.events import Ready
 
@@ -64,6 +64,15 @@ class Caller(Talker):
         return taken
 
 
+async def talked(lent: Services, frames: int, name: str = NAME) -> Caller:
+    """A session whose first `frames` frames were answered."""
+    caller = Caller(lent, name=name)
+    await caller.open()
+    await caller.speak(0, frames)
+    await caller.answered(frames)
+    return caller
+
+
 def assert_whole(first: Caller, second: Caller, frames: int) -> None:
     """Both together are one uninterrupted session."""
     expected = alone(memory(), first.persona, SOUND[:frames])
@@ -74,10 +83,7 @@ def assert_whole(first: Caller, second: Caller, frames: int) -> None:
 
 async def both(lent: Services, other: Services, lose: str, *, frames: int = 20) -> tuple[Caller, Caller, Any]:
     """A session that is lost after `frames` frames and goes on at `other`."""
-    first = Caller(lent)
-    await first.open()
-    await first.speak(0, frames)
-    await first.answered(frames)
+    first = await talked(lent, frames)
     token = first.token
     getattr(first, lose)()
     await first.upstream.release(1.0)
@@ -109,10 +115,7 @@ def test_a_detached_session_holds_no_slot_and_is_gone_after_the_grace() -> None:
     async def test() -> None:
         async with fleet_of(1, memory, resume_grace_s=0.5) as fleet:
             lent = services(fleet, Counted(), after_s=5.0, grace_s=0.5)
-            caller = Caller(lent)
-            await caller.open()
-            await caller.speak(0, 5)
-            await caller.answered(5)
+            caller = await talked(lent, 5)
             caller.lose_client()
             await caller.upstream.release(1.0)
             await used(fleet, 0)
@@ -135,10 +138,7 @@ def test_who_hangs_up_is_not_kept() -> None:
     async def test() -> None:
         async with fleet_of(1, memory) as fleet:
             lent = services(fleet, Counted(), after_s=5.0)
-            caller = Caller(lent)
-            await caller.open()
-            await caller.speak(0, 5)
-            await caller.answered(5)
+            caller = await talked(lent, 5)
             await caller.close()
             stranger = Talker(lent, Persona(), SOUND, "ab" * 16)  # it never asked
             await stranger.open()
@@ -162,10 +162,7 @@ def test_a_session_that_looks_alive_is_taken_over() -> None:
     async def test() -> None:
         async with fleet_of(2, memory) as fleet:
             lent, other = (services(fleet, Counted(), after_s=5.0) for _ in range(2))
-            first = Caller(lent)
-            await first.open()
-            await first.speak(0, 20)
-            await first.answered(20)
+            first = await talked(lent, 20)
             second = Caller(other)
             await second.come_back(first.token, 20)
             await until(lambda: first.error)
@@ -226,10 +223,7 @@ def test_a_gateway_that_is_lost_while_it_takes_a_session_costs_nothing() -> None
     async def test() -> None:
         async with fleet_of(1, memory) as fleet:
             lent = services(fleet, Counted(), after_s=5.0)
-            first = Caller(lent)
-            await first.open()
-            await first.speak(0, 20)
-            await first.answered(20)
+            first = await talked(lent, 20)
             first.lose_gateway()
             assert lent.resumes is not None
             await until(lambda: len(fleet.replicas[0].sessions.detached))
@@ -249,10 +243,7 @@ def test_where_the_replica_is_gone_too_the_gateways_own_log_will_do() -> None:
     async def test() -> None:
         async with fleet_of(2, memory) as fleet:
             lent = services(fleet, Counted(), after_s=5.0)
-            first = Caller(lent)
-            await first.open()
-            await first.speak(0, 20)
-            await first.answered(20)
+            first = await talked(lent, 20)
             first.lose_client()
             await first.upstream.release(1.0)
             fleet.kill(fleet.replicas[0])
@@ -272,10 +263,7 @@ def test_after_a_failover_both_tokens_are_good_and_the_newest_slot_is_asked() ->
     async def test() -> None:
         async with fleet_of(2, memory) as fleet:
             lent = services(fleet, Counted(), after_s=5.0)
-            first = Caller(lent)
-            await first.open()
-            await first.speak(0, 20)
-            await first.answered(20)
+            first = await talked(lent, 20)
             old = first.token
             fleet.kill(fleet.replicas[0])
             await until(lambda: first.told(CONTINUED) or first.error)
@@ -289,6 +277,34 @@ def test_after_a_failover_both_tokens_are_good_and_the_newest_slot_is_asked() ->
             await second.speak(30, 40)
             await second.answered(10)
             assert_whole(first, second, 40)
+            await second.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("missing", ["secret", "replicas"])
+def test_while_nobody_can_tell_a_client_is_asked_to_come_again(missing: str) -> None:
+    """A gateway that took a dead one's place, before it has heard from the fleet: 410 would be the end."""
+
+    async def nothing() -> list[Any]:
+        return []
+
+    async def test() -> None:
+        async with fleet_of(1, memory) as fleet:
+            lent = services(fleet, Counted(), after_s=5.0)
+            first = await talked(lent, 5)
+            first.lose_gateway()
+            await until(lambda: len(fleet.replicas[0].sessions.detached))
+            young = services(fleet, Counted(), after_s=5.0)
+            assert young.resumes is not None
+            if missing == "secret":
+                young.resumes._secrets = tuple
+            else:
+                young.resumes._describe = nothing
+            with pytest.raises(SessionLost):
+                await young.resumes.take(first.token)
+            second = Caller(lent)
+            await second.come_back(first.token, 5)
             await second.close()
 
     run(test)

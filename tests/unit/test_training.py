@@ -44,6 +44,7 @@ from personaplex.training.lm import CODES, CONSTANT, Talker
 from personaplex.training.synth import BINS, Speaker, Spoken, Voice, free, locked, periods_of
 from personaplex.training.vocabulary import Pieces, train
 from personaplex.voices import Voice as EngineVoice
+from personaplex.words import word_errors
 
 SMALL = MimiConfig(
     filters=4,
@@ -460,7 +461,7 @@ def test_a_line_adds_noise_and_no_delay() -> None:
 
 def test_scores_count_words_and_give_wilsons_interval() -> None:
     assert score.words("It costs $45, Ada.") == ["it", "costs", "forty", "five", "ada"]
-    assert score.errors(["my", "name", "is", "ada"], ["my", "name", "was", "ada", "now"]) == 2
+    assert word_errors(["my", "name", "is", "ada"], ["my", "name", "was", "ada", "now"]) == 2
     low, high = score.interval(9, 10)
     assert (round(low, 3), round(high, 3)) == (0.596, 0.982)
     assert score.interval(0, 0) == (0.0, 1.0)
