@@ -31,7 +31,8 @@ from personaplex.loading import ModelSpec, load_parts, resolve
 from personaplex.persona import Persona
 from personaplex.text import PieceDecoder
 
-EACH = 2  # calls of every wording by every caller
+EACH = 6  # calls of every wording by every caller
+HELD = 3  # questions of every held-back pair of wording and caller
 ANSWER = 30  # frames of silence behind a question, in which it is answered
 STEPS = {"bakery": 600, "garage": 700}
 FIRMS = {"bakery": firm.BAKERY, "garage": firm.GARAGE}
@@ -90,7 +91,7 @@ def suite(model: str, name: str) -> dict[str, list[int]]:
 
 @functools.cache
 def held(name: str) -> list[tuple[str, firm.Question]]:
-    return list(firm.held_questions(FIRMS[name], 1, random.Random(2)))
+    return list(firm.held_questions(FIRMS[name], HELD, random.Random(11)))
 
 
 def answers(

@@ -199,7 +199,7 @@ class Fleet:
                 slots=one.sessions.slots,
                 accepting=one.sessions.accepting,
                 sessions=one.sessions.statuses(),
-                detached=one.sessions.detached.statuses,
+                detached=one.sessions.comebacks.kept.statuses,
                 media=("127.0.0.1", one.port),
             )
             for one in self.replicas

@@ -114,38 +114,14 @@ class Gateway:
         self._metrics = metrics.gateway_metrics(page=settings.metrics_page)
         name, turns = uuid.uuid4().hex, Turns(time.monotonic)
         self._keys = Keys([key.get_secret_value() for key in settings.api_keys], settings.api_keys_file)
-        self._accounts = Accounts(
-            fleet,
-            name,
-            self._metrics,
-            turns,
-            table=lambda: self._keys.table,
-            sessions_per_key=settings.sessions_per_key,
-            revoke_ends_sessions=settings.revoke_ends_sessions,
-        )
+        self._accounts = self._make_accounts(fleet, name, turns)
         failovers = Failovers(
             after_s=settings.failover_after_s,
             audio_s=settings.rebuild_audio_s,
             limit_s=settings.queue_timeout_s,
         )
-        self._leases = Leases(
-            replicas,
-            queue_limit=settings.queue_limit,
-            queue_timeout_s=settings.queue_timeout_s,
-            turns=turns,
-            who=self._accounts.holder_of,
-            granted=lambda session: self._waits.served(session, time.monotonic()),
-            shared=lambda one: self._keys.table.holders > 1 and not self._accounts.talks(one),
-            suspects=failovers.suspects,
-        )
-        self._access = AccessControl(
-            (lambda: self._keys.table) if settings.guarded else None,
-            settings.allowed_origins,
-            sessions_per_address=settings.address_limit,
-            trusted_proxies=proxies_in_front(settings.trusted_proxies),
-            unlimited_networks=settings.unlimited,
-            peer_is_proxy=behind_haproxy(),
-        )
+        self._leases = self._make_leases(replicas, turns, failovers)
+        self._access = self._make_access()
         self._reconnects = Reconnects()
         self._link_keys = KeySync(fleet)
         self._tls = None if settings.media_tls == "off" else gateway_context(settings.media_tls_dir)
@@ -162,25 +138,7 @@ class Gateway:
             self._access, self._accounts, self._voices, asking, query_limit=settings.query_limit_bytes
         )
         self._records = Records.of(settings, self._metrics)
-        self._services = Services(
-            leases=self._leases,
-            metrics=self._metrics,
-            limits=Limits(
-                session_s=settings.session_limit_s,
-                idle_s=settings.idle_limit_s,
-                first_audio_s=settings.first_audio_s,
-                burst_s=settings.burst_s,
-            ),
-            connect=self._connect,
-            connect_timeout_s=settings.lease_timeout_s,
-            keep=self._keep,
-            changed=self._publish,
-            wait=self._wait,
-            trace=tracing.connect() if settings.tracing else None,
-            transcripts=None if transcribers is None else self._transcripts(transcribers),
-            failovers=failovers,
-            resumes=self._make_resumes(),
-        )
+        self._services = self._make_services(failovers, transcribers)
         watchers.watch_replicas(self._services.moves.running)
         self._waits, self._slots = Waits(), 0
         self._open = 0
@@ -199,6 +157,60 @@ class Gateway:
         ]
         warn_of_proxies_without_limits()
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
+
+    def _make_accounts(self, fleet: DeploymentHandle[Any], name: str, turns: Turns) -> Accounts:
+        return Accounts(
+            fleet,
+            name,
+            self._metrics,
+            turns,
+            table=lambda: self._keys.table,
+            sessions_per_key=self._settings.sessions_per_key,
+            revoke_ends_sessions=self._settings.revoke_ends_sessions,
+        )
+
+    def _make_leases(self, replicas: DeploymentHandle[Any], turns: Turns, failovers: Failovers) -> Leases:
+        return Leases(
+            replicas,
+            queue_limit=self._settings.queue_limit,
+            queue_timeout_s=self._settings.queue_timeout_s,
+            turns=turns,
+            who=self._accounts.holder_of,
+            granted=lambda session: self._waits.served(session, time.monotonic()),
+            shared=lambda one: self._keys.table.holders > 1 and not self._accounts.talks(one),
+            suspects=failovers.suspects,
+        )
+
+    def _make_access(self) -> AccessControl:
+        return AccessControl(
+            (lambda: self._keys.table) if self._settings.guarded else None,
+            self._settings.allowed_origins,
+            sessions_per_address=self._settings.address_limit,
+            trusted_proxies=proxies_in_front(self._settings.trusted_proxies),
+            unlimited_networks=self._settings.unlimited,
+            peer_is_proxy=behind_haproxy(),
+        )
+
+    def _make_services(self, failovers: Failovers, transcribers: DeploymentHandle[Any] | None) -> Services:
+        return Services(
+            leases=self._leases,
+            metrics=self._metrics,
+            limits=Limits(
+                session_s=self._settings.session_limit_s,
+                idle_s=self._settings.idle_limit_s,
+                first_audio_s=self._settings.first_audio_s,
+                burst_s=self._settings.burst_s,
+            ),
+            connect=self._connect,
+            connect_timeout_s=self._settings.lease_timeout_s,
+            keep=self._keep,
+            changed=self._publish,
+            wait=self._wait,
+            trace=tracing.connect() if self._settings.tracing else None,
+            transcripts=None if transcribers is None else self._transcripts(transcribers),
+            failovers=failovers,
+            resumes=self._make_resumes(),
+        )
 
     def _transcripts(self, transcribers: DeploymentHandle[Any]) -> Transcripts:
         async def transcribe(speech: Speech) -> Answer:

@@ -114,7 +114,7 @@ class Replica:
             slots=self._slots,
             accepting=self._sessions.accepting,
             sessions=self._sessions.statuses(),
-            detached=self._sessions.detached.statuses,
+            detached=self._sessions.comebacks.kept.statuses,
             media=self._address(),
             engine={
                 "model": self._loaded.name if self._settings.model == AUTO else self._settings.model,
@@ -140,7 +140,7 @@ class Replica:
         self._reporter.changed()
         self._metrics.set(metrics.SLOTS_TOTAL, self._slots)
         self._metrics.set(metrics.SLOTS_USED, self._sessions.used)
-        self._metrics.set(metrics.DETACHED, len(self._sessions.detached))
+        self._metrics.set(metrics.DETACHED, len(self._sessions.comebacks.kept))
 
 
 def _node_address() -> str:

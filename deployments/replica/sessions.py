@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from deployments import metrics
 from deployments.metrics import Metrics
 from deployments.parts import ReplicaSettings
+from deployments.replica.comebacks import Comebacks
 from deployments.replica.numbers import EngineNumbers
 from deployments.replica.questions import QUESTIONS, Questions
 from deployments.replica.rebuilds import Rebuilds
 from deployments.replica.running import RunningLog
 from deployments.wire import messages
-from deployments.wire.detached import Detached
 from deployments.wire.handshake import Keyring, ReplicaHandshake
 from deployments.wire.link import Link
 from deployments.wire.messages import (
@@ -37,10 +37,8 @@ from deployments.wire.messages import (
     Opening,
     SessionStatus,
     SlotReady,
-    TakenSession,
 )
-from deployments.wire.tokens import ResumeTokens
-from deployments.wire.transfer import LogReceiver, pieces
+from deployments.wire.transfer import LogReceiver
 from personaplex.engine.interface import Stepper
 from personaplex.engine.loop import (
     Batch,
@@ -64,7 +62,6 @@ from personaplex.errors import (
 )
 from personaplex.sessionlog import SessionLog, SessionRecorder
 
-DETACHED_LEAST = 16  # sessions whose logs a replica keeps, whatever its slots: 2 MB each
 UNAUTHENTICATED_SPARE = 16  # connections that have shown no lease, beyond two per slot
 FAILED = "the server running this session failed; please connect again"
 
@@ -122,9 +119,7 @@ class Sessions:
         self._coming: set[Holder] = set()  # linked, but not with the engine yet
         self._open: dict[int, Holder] = {}  # by the engine loop's number
         self._keyring, self._name = keyring, name
-        self._takers: dict[Link, str] = {}  # of which session
-        limit = max(DETACHED_LEAST, 2 * settings.slots)
-        self.detached = Detached(settings.resume_grace_s, limit, time.monotonic)
+        self.comebacks = Comebacks(settings.resume_grace_s, settings.slots, keyring, changed)
         self._rebuilds: Rebuilds[Holder] = Rebuilds(settings.engine_config.rebuilds, self._rebuild)
 
     @property
@@ -190,8 +185,8 @@ class Sessions:
 
     def _message(self, link: Link, kind: MessageKind, payload: bytes) -> None:
         holder = self._linked.get(link)
-        if link in self._takers:
-            self._end_taking(link, kind)
+        if self.comebacks.takes(link):
+            self.comebacks.answer(link, kind)
         elif holder is None and kind is MessageKind.TAKE:
             self._give(link, payload)
         elif holder is None and self.questions is not None and (kind in QUESTIONS or link in self.questions):
@@ -280,7 +275,7 @@ class Sessions:
     def _lost(self, link: Link) -> None:
         if link in self._unauthenticated:
             self._unauthenticated.pop(link).cancel()
-        self._takers.pop(link, None)
+        self.comebacks.lost(link)
         if self.questions is not None:
             self.questions.lost(link)
         holder = self._linked.pop(link, None)
@@ -299,42 +294,23 @@ class Sessions:
             holder.running = RunningLog(recorder, holder.generation, holder.held)
 
     def _detach(self, holder: Holder) -> None:
-        """Keeps the log of a session that lost its gateway or its client, if it has said anything."""
         running, holder.running = holder.running, None
-        if running is None or not len(running.recorder.tokens):
-            return
-        try:
-            log = running.recorder.log()
-        except LogRefused:  # the sound of its last frame is not known
-            return
-        session = holder.request.session
-        self.detached.keep(session, log, running.generation, running.held, running.texts)
-        self._event_loop.call_later(self._settings.resume_grace_s + 0.1, self._expire)
-        self._changed()
-
-    def _expire(self) -> None:
-        self.detached.expire()
-        self._changed()
+        if running is not None:
+            self.comebacks.keep(holder.request.session, running)
 
     def _give(self, link: Link, token: bytes) -> None:
         """Somebody has come back: gives the session's log to whoever shows its token."""
         try:
-            claim = ResumeTokens(self._keyring.secrets).read(token.decode("ascii", "replace"))
+            claim = self.comebacks.read(token)
             for holder in self._open.values():
                 if holder.running is not None and holder.request.session == claim.session:
                     self._interrupt(holder, holder.running, claim.counter)
                     break
-            kept = self.detached.take(claim.session, claim.counter, link)
+            self.comebacks.give(link, claim)
         except ResumeRefused as error:
             self._reject(link, error)
-            return
-        self._unauthenticated.pop(link).cancel()
-        self._takers[link] = claim.session
-        log = kept.log.pack()
-        taken = TakenSession(kept.generation, len(log), kept.texts)
-        link.send(MessageKind.TAKEN, messages.pack_taken(taken))
-        for piece in pieces(log):
-            link.send(MessageKind.LOG, piece)
+        else:
+            self._unauthenticated.pop(link).cancel()
 
     def _interrupt(self, holder: Holder, running: RunningLog, counter: int) -> None:
         """Its client has come back by another way. Raises ResumeRefused for another token than its own."""
@@ -343,13 +319,6 @@ class Sessions:
         self._detach(holder)
         assert holder.link is not None
         holder.link.close(SessionTaken())
-
-    def _end_taking(self, link: Link, kind: MessageKind) -> None:
-        session = self._takers.pop(link)
-        if kind is MessageKind.CLOSE:
-            self.detached.confirm(session, link)
-            self._changed()
-        link.close()
 
     # Events of the engine
 

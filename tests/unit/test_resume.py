@@ -106,7 +106,7 @@ def test_a_session_goes_on_at_another_gateway(lose: str) -> None:
             assert_whole(first, second, 40)
             await second.close()
             await used(fleet, 0)
-            assert len(fleet.replicas[0].sessions.detached) == 0
+            assert len(fleet.replicas[0].sessions.comebacks.kept) == 0
 
     run(test)
 
@@ -119,13 +119,13 @@ def test_a_detached_session_holds_no_slot_and_is_gone_after_the_grace() -> None:
             caller.lose_client()
             await caller.upstream.release(1.0)
             await used(fleet, 0)
-            (status,) = fleet.replicas[0].sessions.detached.statuses
+            (status,) = fleet.replicas[0].sessions.comebacks.kept.statuses
             assert status.session == NAME
             others = [Caller(lent, name=f"{number:032x}") for number in range(2)]
             for one in others:
                 await one.open()
             await used(fleet, 2)
-            await until(lambda: not len(fleet.replicas[0].sessions.detached))
+            await until(lambda: not len(fleet.replicas[0].sessions.comebacks.kept))
             with pytest.raises(ResumeRefused):
                 await Caller(lent).come_back(caller.token, 5)
             for one in others:
@@ -151,7 +151,7 @@ def test_who_hangs_up_is_not_kept() -> None:
             stranger.upstream.stop()
             stranger.upstream._current._link._transport.abort()
             await used(fleet, 0)
-            assert len(fleet.replicas[0].sessions.detached) == 0
+            assert len(fleet.replicas[0].sessions.comebacks.kept) == 0
             with pytest.raises(ResumeRefused):
                 await Caller(lent).come_back(caller.token, 5)
 
@@ -226,7 +226,7 @@ def test_a_gateway_that_is_lost_while_it_takes_a_session_costs_nothing() -> None
             first = await talked(lent, 20)
             first.lose_gateway()
             assert lent.resumes is not None
-            await until(lambda: len(fleet.replicas[0].sessions.detached))
+            await until(lambda: len(fleet.replicas[0].sessions.comebacks.kept))
             await lent.resumes.take(first.token)  # nothing comes of it
             (await lent.resumes.take(first.token)).give_back()
             second = Caller(lent)
@@ -271,7 +271,7 @@ def test_after_a_failover_both_tokens_are_good_and_the_newest_slot_is_asked() ->
             await first.speak(20, 30)
             await first.answered(30)
             first.lose_gateway()
-            await until(lambda: len(fleet.replicas[0].sessions.detached))
+            await until(lambda: len(fleet.replicas[0].sessions.comebacks.kept))
             second = Caller(lent)
             await second.come_back(old, 30)
             await second.speak(30, 40)
@@ -294,7 +294,7 @@ def test_while_nobody_can_tell_a_client_is_asked_to_come_again(missing: str) -> 
             lent = services(fleet, Counted(), after_s=5.0)
             first = await talked(lent, 5)
             first.lose_gateway()
-            await until(lambda: len(fleet.replicas[0].sessions.detached))
+            await until(lambda: len(fleet.replicas[0].sessions.comebacks.kept))
             young = services(fleet, Counted(), after_s=5.0)
             assert young.resumes is not None
             if missing == "secret":
