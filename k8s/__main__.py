@@ -17,8 +17,10 @@ if __name__ == "__main__":
 
 import yaml
 
-from k8s import conversation, errors, preflight, rollout, sessions, sizing, smoke
+from k8s import bundle, conversation, errors, preflight, rollout, sessions, sizing, smoke, verify
 from k8s.cluster import Cluster
+from k8s.nodes import Finding
+from personaplex.outputs import file_name, try_output
 
 _size = cli.number(0, 2**20, above=True)
 
@@ -28,8 +30,8 @@ EXAMPLES = (
     "helm template speech helm/personaplex | python -m k8s preflight -n speech",
     "python -m k8s rollout speech -n speech --timeout 3600",
     "python -m k8s smoke speech -n speech",
+    "python -m k8s verify speech -n speech --bundle support.zip",
     "python -m k8s sessions speech -n speech",
-    "python -m k8s serve-config -f manifest.yaml",
     "python -m k8s slots --memory-gib 80 --bandwidth-gbs 3350 --kv int8",
 )
 
@@ -58,17 +60,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--keep-old", action="store_true", help="leave the old cluster to KubeRay's delay")
     command = add("smoke", _smoke, "ready? then one real conversation")
-    command.add_argument("name", help="name of the RayService")
-    command.add_argument("--url", help="talk through this address instead of a tunnel: wss://HOST/api/chat")
-    command.add_argument("--api-keys-file", type=Path, help="file of keys; the first is used")
+    _talks(command)
+    command = add("verify", _verify, "after an install: pods, versions, policies, one conversation")
+    _talks(command)
+    command.add_argument(
+        "--failover",
+        action="store_true",
+        help="also kill the replica of a conversation of one's own; refused while sessions are live",
+    )
+    command.add_argument(
+        "--bundle", type=file_name, metavar="FILE", help="write a support bundle without secrets: a zip file"
+    )
     command = add("sessions", _sessions, "who is where; with --drain, move sessions off one replica's pod")
     command.add_argument("name", help="name of the RayService")
     command.add_argument("--drain", metavar="POD", help="evict this replica's pod and wait until it has gone")
     command.add_argument("--timeout", type=cli.not_negative, default=3_600.0, metavar="S")
-    command = add(
-        "serve-config", _serve_config, "print the Serve config inside a rendered manifest", local=True
-    )
-    command.add_argument("-f", "--manifest", default="-", help="output of helm template; - is standard input")
     command = add(
         "slots", _slots, "how many sessions a card holds: computed, or from a measurement", local=True
     )
@@ -79,6 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--kv", choices=sizing.KINDS, default="auto", help="as the setting")
     command.add_argument("--weights", choices=sizing.KINDS, default="auto", help="as the setting")
     return parser
+
+
+def _talks(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", help="name of the RayService")
+    command.add_argument("--url", help="talk through this address instead of a tunnel: wss://HOST/api/chat")
+    command.add_argument("--api-keys-file", type=Path, help="file of keys; the first is used")
 
 
 def _command(
@@ -111,7 +123,15 @@ def _documents(source: str) -> list[Any]:
 def _preflight(args: argparse.Namespace) -> None:
     findings = preflight.run(_connect(args), _documents(args.manifest))
     for finding in findings:
-        print(f"{finding.level:<4}  {finding.text}")
+        _show(finding)
+    _judge(findings)
+
+
+def _show(finding: Finding) -> None:
+    print(f"{finding.level:<4}  {finding.text}", flush=True)
+
+
+def _judge(findings: list[Finding]) -> None:
     failed = sum(finding.level == "fail" for finding in findings)
     if failed:
         raise errors.Failed(f"{failed} of {len(findings)} checks failed")
@@ -125,11 +145,32 @@ def _rollout(args: argparse.Namespace) -> None:
 
 
 def _smoke(args: argparse.Namespace) -> None:
+    key = _key(args)
+    smoke.smoke(_connect(args), args.name, _say, args.url, key)
+
+
+def _key(args: argparse.Namespace) -> str | None:
     try:
-        key = conversation.first_key(args.api_keys_file) if args.api_keys_file else None
+        return conversation.first_key(args.api_keys_file) if args.api_keys_file else None
     except (OSError, ValueError) as error:
         raise errors.Failed(f"the keys cannot be read: {error}") from error
-    smoke.smoke(_connect(args), args.name, _say, args.url, key)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    key = _key(args)
+    if args.bundle:
+        try:
+            try_output(args.bundle)
+        except OSError as error:
+            raise errors.Failed(cli.reason(error)) from error
+    cluster = _connect(args)
+    findings = verify.run(cluster, args.name, _show, args.url, key, args.failover)
+    if args.bundle:
+        more = [args.api_keys_file.read_text(encoding="utf-8")] if args.api_keys_file else []
+        for line in bundle.save(cluster, args.name, findings, args.bundle, more):
+            print(f"left out of the bundle: {line}")
+        print(f"support bundle: {args.bundle}")
+    _judge(findings)
 
 
 def _sessions(args: argparse.Namespace) -> None:
@@ -151,13 +192,6 @@ def _sessions(args: argparse.Namespace) -> None:
             print(sessions.table(found))
     if unknown:
         raise errors.Failed("some loads could not be read")
-
-
-def _serve_config(args: argparse.Namespace) -> None:
-    found = [item for item in _documents(args.manifest) if item and item.get("kind") == "RayService"]
-    if len(found) != 1:
-        raise errors.Failed(f"the manifest holds {len(found)} RayServices, not one")
-    print(found[0]["spec"]["serveConfigV2"])
 
 
 def _slots(args: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ OWN_NAMESPACE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 RAY = "/apis/ray.io/v1"
 ATTEMPTS = 5
 TIMEOUT_S = 15.0
+LOG_LINES, LOG_BYTES = 2_000, 2**20
 _TRY_AGAIN = frozenset({429, 500, 502, 503, 504})
 
 
@@ -116,15 +117,32 @@ class Cluster:
             return False
         return True
 
-    def evict(self, pod: str, uid: str) -> None:
-        """Asks for a graceful end of one pod. Raises Blocked when a disruption budget forbids it."""
+    def evict(self, pod: str, uid: str, grace_s: int | None = None) -> None:
+        """Asks for the end of one pod: a graceful one, or within `grace_s`; 0 kills it.
+
+        Raises Blocked when a disruption budget forbids it.
+        """
+        options: dict[str, Any] = {"preconditions": {"uid": uid}}
+        if grace_s is not None:
+            options["gracePeriodSeconds"] = grace_s
         body = {
             "apiVersion": "policy/v1",
             "kind": "Eviction",
             "metadata": {"name": pod, "namespace": self.namespace},
-            "deleteOptions": {"preconditions": {"uid": uid}},
+            "deleteOptions": options,
         }
         self._request("POST", self.path("pods", f"{pod}/eviction"), body=body)
+
+    def log(self, pod: str, container: str, *, previous: bool = False) -> str:
+        """The end of one container's log, whole lines. Raises NotFound, Forbidden, Failed or Unreachable."""
+        path = self.path("pods", f"{pod}/log")
+        query = {"container": container, "tailLines": str(LOG_LINES), "limitBytes": str(LOG_BYTES)}
+        status, data = self._send("GET", path, query=query | ({"previous": "true"} if previous else {}))
+        if status != 200:
+            _checked("GET", path, status, data)
+        if len(data) >= LOG_BYTES:
+            data = data[: data.rfind(b"\n") + 1]
+        return data.decode(errors="replace")
 
     def scrape(self, pod: str, port: int, path: str = "/metrics") -> str:
         """One HTTP GET inside a pod, through a tunnel of the API server; no NetworkPolicy stands in its way.
@@ -158,6 +176,12 @@ class Cluster:
         return forward.socket(port)
 
     def _request(self, method: str, path: str, query: dict[str, str] | None = None, body: Any = None) -> Any:
+        return _checked(method, path, *self._send(method, path, query, body))
+
+    def _send(
+        self, method: str, path: str, query: dict[str, str] | None = None, body: Any = None
+    ) -> tuple[int, bytes]:
+        """The status and the body of one answer. Raises Unreachable."""
         headers = {"Accept": "application/json"}
         if body is not None:
             headers["Content-Type"] = "application/json"
@@ -175,7 +199,7 @@ class Cluster:
         except (urllib3.exceptions.HTTPError, kubernetes.client.ApiException) as error:
             reason = getattr(error, "reason", None) or error
             raise errors.Unreachable(f"no answer from the API server: {reason}") from error
-        return _checked(method, path, answer.status, data)
+        return answer.status, data
 
 
 def _untyped(module: Any) -> Any:

@@ -55,11 +55,16 @@ def first_key(path: Path) -> str:
         raise ValueError(str(error)) from error
 
 
-def converse(url: str, key: str | None = None, insecure: bool = False) -> str:
-    """What the client printed. Raises RuntimeError when it failed, or when too little came back."""
+def converse(
+    url: str, key: str | None = None, insecure: bool = False, seconds: float = SECONDS, least: float = LEAST
+) -> str:
+    """Speaks for `seconds` and gives what the client printed.
+
+    Raises RuntimeError when it failed, or when less than the share `least` came back.
+    """
     with tempfile.TemporaryDirectory() as folder:
         spoken, heard = Path(folder, "in.wav"), Path(folder, "out.wav")
-        tone(spoken)
+        tone(spoken, seconds)
         command = [sys.executable, "-m", "personaplex.client", "--url", url]
         command += ["--input-wav", str(spoken), "--output-wav", str(heard)]
         if key:
@@ -67,14 +72,15 @@ def converse(url: str, key: str | None = None, insecure: bool = False) -> str:
         if insecure:
             command.append("--insecure")
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+            limit = TIMEOUT_S + seconds
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"no conversation within {TIMEOUT_S:.0f} s") from error
+            raise RuntimeError(f"no conversation within {limit:.0f} s") from error
         if done.returncode:
             raise RuntimeError((done.stderr or done.stdout).strip() or "the client failed")
-        seconds = length(heard)
-        if seconds < LEAST * SECONDS:
-            raise RuntimeError(f"{SECONDS:.1f} s were spoken, but only {seconds:.1f} s came back")
+        answered = length(heard)
+        if answered < least * seconds:
+            raise RuntimeError(f"{seconds:.1f} s were spoken, but only {answered:.1f} s came back")
         return done.stdout
 
 

@@ -124,7 +124,7 @@ def fields(cluster: Cluster, service: Any) -> Iterator[Finding]:
 
 def secrets(cluster: Cluster, service: Any) -> Iterator[Finding]:
     """Every Secret and key that the pods refer to."""
-    for secret, keys in sorted(_references(service["spec"]["rayClusterConfig"]).items()):
+    for secret, keys in sorted(references(service["spec"]["rayClusterConfig"]).items()):
         try:
             data = cluster.get(cluster.path("secrets", secret)).get("data") or {}
         except errors.NotFound:
@@ -160,7 +160,7 @@ def claims(cluster: Cluster, service: Any) -> Iterator[Finding]:
             yield Finding("ok", f"claim {claim}")
 
 
-def _references(value: Any) -> dict[str, set[str]]:
+def references(value: Any) -> dict[str, set[str]]:
     """Secret -> keys, from everything in a cluster's configuration that refers to one."""
     found: dict[str, set[str]] = {}
 

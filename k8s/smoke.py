@@ -33,9 +33,13 @@ def smoke(
         return
     pod, port = serving_pod(cluster, service, state.active)
     with tunnel(cluster, pod, port) as local:
-        prefix = str(inplace.application(service).get("route_prefix") or "/").rstrip("/")
         report(f"talking to {pod}")
-        report(_converse(f"ws://127.0.0.1:{local}{prefix}/api/chat", key))
+        report(_converse(f"ws://127.0.0.1:{local}{prefix(service)}/api/chat", key))
+
+
+def prefix(service: Any) -> str:
+    """The path in front of the service's own ones, without a slash at its end."""
+    return str(inplace.application(service).get("route_prefix") or "/").rstrip("/")
 
 
 def serving_pod(cluster: Cluster, service: Any, ray_cluster: str) -> tuple[str, int]:

@@ -51,6 +51,7 @@ class ApiServer:
         self.requests: list[tuple[str, str]] = []
         self.faults: list[Callable[[str, str], web.Response | None]] = []
         self.pages: dict[tuple[str, int], Callable[[], str]] = {}  # (pod, port) -> HTTP body of /metrics
+        self.logs: dict[tuple[str, str], str] = {}  # (pod, container) -> log
         self.backends: dict[tuple[str, int], tuple[str, int]] = {}  # (pod, port) -> real address
         self.missing: set[str] = set()  # API versions that are not served
         self._history: list[tuple[int, str, Any]] = []
@@ -106,7 +107,7 @@ class ApiServer:
                 "kind": "Config",
                 "current-context": "fake",
                 "clusters": [{"name": "fake", "cluster": {"server": self.url}}],
-                "users": [{"name": "fake", "user": {"token": "secret"}}],
+                "users": [{"name": "fake", "user": {"token": "bearer-of-the-operator"}}],
                 "contexts": [
                     {"name": "fake", "context": {"cluster": "fake", "user": "fake", "namespace": "speech"}}
                 ],
@@ -210,6 +211,8 @@ class ApiServer:
         name = key[3]
         if sub == "portforward":
             return await tunnel(request, name, self.pages, self.backends)
+        if sub == "log":
+            return self._log(key, request.query)
         if sub == "eviction":
             return self._evict(key, await request.json())
         if not name:
@@ -229,6 +232,15 @@ class ApiServer:
             if key not in self.objects:
                 raise Status(404, "NotFound", f'{key[1]} "{key[3]}" not found')
             return copy.deepcopy(self.objects[key])
+
+    def _log(self, key: Key, query: Any) -> web.Response:
+        """The last `tailLines` lines, cut after `limitBytes`."""
+        self._get(key)
+        container = query["container"] + ("-previous" if query.get("previous") == "true" else "")
+        if (key[3], container) not in self.logs:
+            raise Status(400, "BadRequest", f'container "{container}" in pod "{key[3]}" is waiting to start')
+        lines = self.logs[key[3], container].splitlines(keepends=True)[-int(query["tailLines"]) :]
+        return web.Response(body="".join(lines).encode()[: int(query["limitBytes"])])
 
     def _list(self, key: Key, query: Any) -> Any:
         with self._lock:
@@ -291,8 +303,11 @@ class ApiServer:
             wanted = body.get("deleteOptions", {}).get("preconditions", {}).get("uid")
             if wanted and wanted != item["metadata"]["uid"]:
                 raise Status(409, "Conflict", "the UID in the precondition does not match")
-            item["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-            self._store(key, item)
+            if body.get("deleteOptions", {}).get("gracePeriodSeconds") == 0:
+                self._drop(key)
+            else:
+                item["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+                self._store(key, item)
         return web.json_response({"kind": "Status", "apiVersion": "v1", "status": "Success"}, status=201)
 
     async def _watch(self, request: web.Request, key: Key) -> web.StreamResponse:

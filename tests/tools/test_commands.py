@@ -137,9 +137,9 @@ K8S = [
     Row("rollout speech --timeout nan", 2, "--timeout: must be"),
     Row("rollout speech --zeros 0", 2, "--zeros: must be at least 1"),
     Row("sessions speech --timeout -1", 2, "--timeout: must be"),
-    Row("serve-config -f nobody.yaml", 1, "the manifest cannot be read"),
-    Row("serve-config -f user.wav", 1, "the manifest cannot be read"),
-    Row("serve-config -f a", 1, "the manifest cannot be read"),
+    Row("verify speech --bundle a", 2, "a is a folder: name a file"),
+    Row("verify speech --bundle no/b.zip", 1, "no/b.zip: No such file or directory"),
+    Row("verify speech --bundle b.zip", 4, "no cluster is configured"),
     Row(
         "smoke speech --api-keys-file user.wav",
         1,
@@ -525,9 +525,9 @@ def test_the_operators_examples_work(
     """Without a cluster they end there, except those that need none."""
     shutil.copy(ROOT / "tests" / "data" / "chart" / "dev.yaml", "manifest.yaml")
     codes = [k8s.main(words) for words in examples(k8s._parser())]
-    assert codes == [4, 4, 4, 4, 0, 0]
+    assert codes == [4, 4, 4, 4, 4, 0]
     output = capsys.readouterr()
-    assert output.err.count("error: no cluster is configured") == 4
+    assert output.err.count("error: no cluster is configured") == 5
     assert output.out.splitlines()[-1].isdecimal()
 
 

@@ -361,11 +361,11 @@ def test_the_operators_tool_runs_with_its_own_extra_alone() -> None:
         "            raise ModuleNotFoundError(name, name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
         "import k8s.__main__, personaplex.client, websockets.sync.client\n"
-        "k8s.__main__.main(['serve-config', '--help'])\n"
+        "k8s.__main__.main(['verify', '--help'])\n"
     )
     command = [sys.executable, "-c", program, *sorted(elsewhere)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert "usage: python -m k8s serve-config" in done.stdout, done.stderr
+    assert "usage: python -m k8s verify" in done.stdout, done.stderr
     declared = subprocess.run(
         [sys.executable, "docker/requirements.py", "k8s"],
         cwd=ROOT,

@@ -19,9 +19,10 @@ from kube.world import NAME, Clock, World, ready
 
 from deployments import metrics
 from k8s import __main__ as tool
-from k8s import conversation, errors, preflight, rollout, sessions, smoke
+from k8s import bundle, conversation, errors, preflight, rollout, sessions, smoke, verify
 from k8s.cluster import ATTEMPTS, Cluster
 from k8s.differences import differences
+from k8s.redaction import Redactor
 
 
 @pytest.fixture
@@ -445,6 +446,14 @@ def test_the_role_of_the_chart_is_enough_for_all_commands(
     sessions.drain(cluster, "new-replica", said.append, 60, clock.sleep, clock.now)
     ready(server)
     preflight.run(cluster, chart.render("ci/everything-values.yaml"))
+    world.service(active="new", spec=_chart_spec("ci/everything-values.yaml"))
+    (service,) = server.find("RayService")
+    server.logs["new-gateway", "ray"] = "ready\n"
+    (pod,) = server.find("Pod", "new-gateway")
+    server.put({**pod, "status": {**pod["status"], "containerStatuses": [{"name": "ray", "ready": True}]}})
+    verify.run(cluster, NAME, lambda finding: None)
+    bundle.Bundle(cluster, Redactor()).collect(service, [], with_logs=True)
+    assert ("GET", "/api/v1/namespaces/speech/pods/new-gateway/log") in server.requests
     inside = {(method, path) for method, path in server.requests if "/namespaces/" in path}
     assert {method for method, _ in inside} == {"GET", "POST", "DELETE"}
     assert [request for request in sorted(inside) if not _granted(*request)] == []
@@ -591,15 +600,8 @@ def test_smoke_talks_under_the_services_own_prefix(
     assert said[1] == "talking to one-gateway"
 
 
-def test_serve_config_is_printed_from_a_render(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = tmp_path / "manifest.yaml"
-    manifest.write_text(chart.template("values-dev.yaml").stdout)
-    assert tool.main(["serve-config", "-f", str(manifest)]) == 0
-    assert "import_path: deployments:build" in capsys.readouterr().out
-
-
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("preflight", "rollout", "smoke", "sessions", "serve-config", "slots"):
+    for command in ("preflight", "rollout", "smoke", "verify", "sessions", "slots"):
         with pytest.raises(SystemExit) as caught:
             tool.main([command, "--help"])
         assert caught.value.code == 0
