@@ -1,8 +1,8 @@
 """The whole suite, in two processes: `make test`.
 
 Tests of a running service measure its time, and wait more than they compute: they run at the ordinary
-priority. The rest, which computes more than it waits, runs beside them, niced, so that it takes only what they
-leave over of the processors. Its report follows theirs.
+priority. The rest, which computes more than it waits, runs beside them, niced, so that it takes only what
+they leave over of the processors. Its report follows theirs.
 
     python tests/suite.py [pytest options]    # the exit status is 1 when either part failed
 """
