@@ -5,6 +5,7 @@ import { clock } from "../transcript.js";
 import { h } from "./dom.js";
 
 const PAUSE_S = 2; // a silence this long is shown
+const NEAR_END = 60; // pixels
 
 export class TranscriptView {
   #log;
@@ -16,11 +17,25 @@ export class TranscriptView {
     this.#log = log;
     this.#choose = choose;
     log.replaceChildren(h("p", { class: "hint empty" }, t("words.empty")));
+    if (!choose) this.#stayAtEnd();
+  }
+
+  /** When the log becomes smaller while its end is shown, it still is. */
+  #stayAtEnd() {
+    let height = this.#log.clientHeight;
+    const observer = new ResizeObserver(() => {
+      const [first] = this.#rows.values();
+      if (first && !first.row.isConnected) return observer.disconnect(); // another talk has the log
+      const atEnd = this.#log.scrollHeight - this.#log.scrollTop - height < NEAR_END;
+      height = this.#log.clientHeight;
+      if (atEnd) this.#log.scrollTo({ top: this.#log.scrollHeight, behavior: "instant" });
+    });
+    observer.observe(this.#log);
   }
 
   /** Shows a new or changed entry of `entries`, which is at `index`. */
   show(entry, index, entries) {
-    const follows = this.#log.scrollHeight - this.#log.scrollTop - this.#log.clientHeight < 60;
+    const follows = this.#log.scrollHeight - this.#log.scrollTop - this.#log.clientHeight < NEAR_END;
     if (!this.#rows.has(entry)) this.#insert(entry, index, entries);
     this.#fill(entry);
     if (follows) this.#log.scrollTop = this.#log.scrollHeight;
