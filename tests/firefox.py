@@ -1,7 +1,7 @@
 """A headless Firefox with its own fake microphone, by WebDriver BiDi: as much as the page's tests need.
 
-Its clock of sound is a loudspeaker's. On a machine without one PulseAudio plays into nothing for it, where that
-is installed; `can_sound` says whether it is.
+Its clock of sound is a loudspeaker's. On a machine without one PulseAudio plays into nothing for it, where
+that is installed; `can_sound` says whether it is.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ OWN_VOICE = "own:9f86d081884c7d65"
 
 
 class Socket:
-    """A Starlette WebSocket with the methods that `echo_service.echo` uses; `left` is the client's close code."""
+    """A Starlette WebSocket with the methods that `echo_service.echo` uses; `left` is the close code of
+    the client."""
 
     def __init__(self, socket: WebSocket) -> None:
         self._socket = socket

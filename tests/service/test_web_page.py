@@ -1,4 +1,7 @@
-"""The page against a running service, in a Chromium where there is one: the quickest talk. tests/browser has the rest."""
+"""The page against a running service, in a Chromium where there is one: the quickest talk.
+
+tests/browser has the rest.
+"""
 
 from __future__ import annotations
 

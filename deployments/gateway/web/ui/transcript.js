@@ -11,31 +11,30 @@ export class TranscriptView {
   #log;
   #rows = new Map(); // entry -> {row, parts}
   #choose;
+  #atEnd = true; // what is shown, since somebody scrolled last
 
   /** `choose(seconds)`: what a click on a time does; without it times are plain. */
   constructor(log, choose = null) {
     this.#log = log;
     this.#choose = choose;
     log.replaceChildren(h("p", { class: "hint empty" }, t("words.empty")));
+    log.onscroll = () => (this.#atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_END);
     if (!choose) this.#stayAtEnd();
   }
 
-  /** When the log becomes smaller while its end is shown, it still is. */
+  /** Where the end is shown it still is when the log takes another shape. */
   #stayAtEnd() {
-    let height = this.#log.clientHeight;
     const observer = new ResizeObserver(() => {
       const [first] = this.#rows.values();
       if (first && !first.row.isConnected) return observer.disconnect(); // another talk has the log
-      const atEnd = this.#log.scrollHeight - this.#log.scrollTop - height < NEAR_END;
-      height = this.#log.clientHeight;
-      if (atEnd) this.#log.scrollTo({ top: this.#log.scrollHeight, behavior: "instant" });
+      if (this.#atEnd) this.#log.scrollTop = this.#log.scrollHeight;
     });
     observer.observe(this.#log);
   }
 
   /** Shows a new or changed entry of `entries`, which is at `index`. */
   show(entry, index, entries) {
-    const follows = this.#log.scrollHeight - this.#log.scrollTop - this.#log.clientHeight < NEAR_END;
+    const follows = this.#atEnd;
     if (!this.#rows.has(entry)) this.#insert(entry, index, entries);
     this.#fill(entry);
     if (follows) this.#log.scrollTop = this.#log.scrollHeight;
