@@ -254,7 +254,7 @@ def test_a_talk_is_asked_over_to_another_server(page: Views, service: WebService
             nonlocal frames
             frames += 1
             if frames == 25:
-                for news in ({"type": "of tomorrow", "much": [1]}, {"type": "window"}):
+                for news in ({"type": "of tomorrow", "much": [1]}, {"type": "window", "frame": 25}):
                     await socket.send(encode(Metadata(news)))
                 if first:
                     await socket.send(encode(Metadata({"type": "reconnect", "reason": "rollout"})))
