@@ -39,7 +39,8 @@ class Webhook:
         where = urlsplit(media_url)
         path = where.path.removesuffix(MEDIA) + VOICE
         url = where._replace(scheme=where.scheme.replace("ws", "http"), path=path, query=query).geturl()
-        headers = {"X-Twilio-Signature": self._signature(f"{self.public_url}{path}?{query}", _FORM)}
+        public = self.public_url + path + (f"?{query}" if query else "")
+        headers = {"X-Twilio-Signature": self._signature(public, _FORM)}
         request = urllib.request.Request(url, urlencode(_FORM).encode(), headers)
         context: ssl.SSLContext | None = tls_context(media_url, self.insecure)
         try:
