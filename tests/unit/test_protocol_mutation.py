@@ -329,10 +329,7 @@ def test_names_and_roles_that_are_too_long_are_refused() -> None:
     developer = {"role": "developer", "content": [{"text": long}]}
     for session, code in (
         ({"model": "m", "instructions": long}, "instructions_too_long"),
-        (
-            {"model": "m", "input": [{"role": "developer", "content": [{"text": long}]}]},
-            "instructions_too_long",
-        ),
+        ({"model": "m", "input": [developer]}, "instructions_too_long"),
         ({"model": name}, "invalid_value"),
         ({"model": "m", "delegation": {"type": "responses", "responses": {"model": name}}}, "invalid_value"),
     ):
