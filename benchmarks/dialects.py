@@ -4,8 +4,8 @@ The sound is the same in all: speech over a faint noise, so that the agent, whic
 Realtime's response never ends. What is sent is made once for all sessions, by the dialects of the load test;
 of what is heard only the beginning of a message is read. Telephones send pieces of 20 ms.
 
-Answers are counted, as every frame of ours has one. Only Realtime leaves frames out, before the agent's first
-sound: there the first sample of each frame is its number, which comes back exactly.
+Each frame bears its number, since the service may leave frames out to give back delay: in its first sample,
+which comes back exactly where there is no codec, and modulo MARKS in the level of a tone in its middle.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.caller import BINARY, LIVE, TEXT, Hear, framed, hear_chat
 from loadtest.protocols import PROTOCOLS, Dialect, Message
 from loadtest.webhook import Webhook
+from personaplex.audio.g711 import MU_LAW
 from personaplex.audio.pcm import PcmTranscoder
 from personaplex.audio.resample import DELAY_S
 from personaplex.audio.transcoder import Transcoder
@@ -29,6 +30,9 @@ from personaplex.session.moshi import Audio, encode
 RECORDING = Path(__file__).parent.parent / "tests" / "data" / "mic.ogg"
 NOISE = 0.02  # -34 dBFS
 CODEC_DELAY_S = 0.0065  # of Opus
+MARKS, MARK_STEP = 16, 0.05
+MARK = slice(801, 1_161)  # the tone, samples of a frame: 1 kHz, whose peaks are samples at 8 kHz too
+HEARD_MARK = slice(335, 415)  # where it is heard at 8 kHz, after three filters of 2 ms
 SETTLE_S = 1.0  # where the server does not say that the slot is ready
 
 Opening = tuple[dict[str, str], list[bytes]]  # headers of the upgrade, and framed messages after it
@@ -63,6 +67,8 @@ def sound(seconds: float) -> Pcm:
     numbers = np.arange(count) + 1
     frames = np.rint(np.clip(frames, -0.99, 0.99) * 32_768).astype(np.float32) / 32_768
     frames[:, 0] = (numbers % 16_384) / 32_768
+    levels = MARK_STEP * (1 + np.arange(count) % MARKS)
+    frames[:, MARK] = levels[:, None] * np.sin(2 * np.pi * np.arange(MARK.stop - MARK.start) / 24)
     return frames.astype(np.float32)
 
 
@@ -121,38 +127,50 @@ def _ears(protocol: str) -> Callable[[], Hear]:
     """What a message of the server is: see `Hear`."""
     match protocol:
         case "live":
-            return lambda: _counting(
-                TEXT, b'{"type":"session.output_audio.delta"', b'{"type":"session.started"'
-            )
+            return lambda: _numbered(b'{"type":"session.output_audio.delta"', b'{"type":"session.started"')
         case "realtime":
             return lambda: _numbered(b'{"type":"response.output_audio.delta"')
         case "realtime-beta":
             return lambda: _numbered(b'{"type":"response.audio.delta"')
         case "asterisk":
-            return lambda: _counting(BINARY, b"", None)
+            return lambda: _hear_asterisk
         case _:
-            return lambda: _counting(TEXT, b'{"event":"media"', None)
+            return _hear_call
 
 
-def _counting(kind: int, mark: bytes, live: bytes | None) -> Hear:
-    heard = -1
+def _answer(sample: bytes) -> int | None:
+    """The answer that begins with `sample`: frame n, counted from 0 and numbered n + 1, is heard in answer
+    n + 1. None for the silence before."""
+    return int.from_bytes(sample, "little", signed=True) or None
 
+
+def _numbered(mark: bytes, live: bytes | None = None) -> Hear:
     def hear(opcode: int, data: bytes, begin: int, end: int) -> int | None:
-        nonlocal heard
-        if opcode == kind and data.startswith(mark, begin):
-            heard += 1
-            return heard
-        return LIVE if live is not None and data.startswith(live, begin) else None
+        if opcode != TEXT or not data.startswith(mark, begin):
+            return LIVE if live is not None and data.startswith(live, begin) else None
+        at = data.index(b'"delta":"', begin, end) + 9
+        return _answer(base64.b64decode(data[at : at + 4])[:2])
 
     return hear
 
 
-def _numbered(mark: bytes) -> Hear:
+def _hear_asterisk(opcode: int, data: bytes, begin: int, end: int) -> int | None:
+    return _answer(data[begin : begin + 2]) if opcode == BINARY else None
+
+
+def _hear_call() -> Hear:
+    last = 0
+
     def hear(opcode: int, data: bytes, begin: int, end: int) -> int | None:
-        if opcode != TEXT or not data.startswith(mark, begin):
+        nonlocal last
+        if opcode != TEXT or not data.startswith(b'{"event":"media"', begin):
             return None
-        at = data.index(b'"delta":"', begin, end) + 9
-        number = int.from_bytes(base64.b64decode(data[at : at + 4])[:2], "little", signed=True)
-        return number if number > 0 else None  # frame n is heard in the answer to frame n + 1, counted from 0
+        at = data.index(b'"payload":"', begin, end) + 11
+        heard = MU_LAW.decode(base64.b64decode(data[at : data.index(b'"', at)]))[HEARD_MARK]
+        mark = round(float(np.abs(heard.astype(np.float32)).max()) / 32_768 / MARK_STEP) - 1
+        if mark < 0:  # the silence before
+            return None
+        last += 1 + (mark + 1 - (last + 1)) % MARKS
+        return last
 
     return hear
