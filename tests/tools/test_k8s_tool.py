@@ -448,6 +448,7 @@ def test_the_role_of_the_chart_is_enough_for_all_commands(
     preflight.run(cluster, chart.render("ci/everything-values.yaml"))
     world.service(active="new", spec=_chart_spec("ci/everything-values.yaml"))
     (service,) = server.find("RayService")
+    world.ray_cluster("new", sessions=2, spec=service["spec"]["rayClusterConfig"])
     server.logs["new-gateway", "ray"] = "ready\n"
     (pod,) = server.find("Pod", "new-gateway")
     server.put({**pod, "status": {**pod["status"], "containerStatuses": [{"name": "ray", "ready": True}]}})
