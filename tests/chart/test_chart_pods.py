@@ -63,6 +63,21 @@ def test_the_service_says_nothing_that_kuberay_drops(values: str, sets: tuple[st
     assert service["spec"] == {"ports": [{"name": "serve", "port": port["containerPort"]}]}
 
 
+def test_the_type_and_annotations_of_the_service_are_ones_own() -> None:
+    """And nothing else changes with them: no new Ray cluster."""
+    balancer = "service.annotations.cloud\\.example/balancer=internal"
+    given = ("service.type=LoadBalancer", balancer, "apiKeys.existingSecret=keys")
+    before, after = (
+        _service(MINIMAL, ("apiKeys.existingSecret=keys",))["spec"],
+        _service(MINIMAL, given)["spec"],
+    )
+    service = after.pop("serveService")
+    assert service["spec"] == {"type": "LoadBalancer", "ports": [{"name": "serve", "port": 8000}]}
+    assert service["metadata"]["annotations"] == {"cloud.example/balancer": "internal"}
+    del before["serveService"]
+    assert after == before
+
+
 def test_one_pod_that_may_hold_everything_takes_sockets() -> None:
     assert _endpoints(_ray_pods(MINIMAL, ("serve.dedicatedNodes=false",))) == {"gateway", "gpu"}
 

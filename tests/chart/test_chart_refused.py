@@ -88,6 +88,14 @@ REFUSED = {
         "rayAuth.existingSecret is set without rayAuth.enabled",
     ),
     "another Ray": (("rayVersion=2.9.0",), "/rayVersion"),
+    "a Service of no such type": (
+        ("service.type=External",),
+        "'/service/type': value must be one of 'ClusterIP', 'NodePort', 'LoadBalancer'",
+    ),
+    "a load balancer without keys": (
+        ("service.type=LoadBalancer",),
+        "service.type LoadBalancer opens the service to everyone: set apiKeys.existingSecret",
+    ),
     "privileged port": (("serve.port=80",), "/serve/port"),
     "incremental upgrade": (
         ("upgrade.strategy=NewClusterWithIncrementalUpgrade",),

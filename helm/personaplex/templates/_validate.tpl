@@ -84,6 +84,9 @@ What a schema cannot say: rules between values. Each message names the value to 
 {{- end -}}
 
 {{- define "personaplex.validateNetwork" -}}
+{{- if and (eq .Values.service.type "LoadBalancer") (not .Values.apiKeys.existingSecret) (not .Values.networkPolicy.clients) -}}
+{{- fail "service.type LoadBalancer opens the service to everyone: set apiKeys.existingSecret, or networkPolicy.clients" -}}
+{{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}{{- fail "ingress.enabled needs ingress.hosts" -}}{{- end -}}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}{{- fail "httpRoute.enabled needs httpRoute.parentRefs" -}}{{- end -}}
 {{- end -}}
