@@ -6,6 +6,7 @@
     /api/admission whether a session with this query would be let in now: 204, or the refusal
     /api/info      model, slots and load of the service
     /api/voices    names a session may ask for
+    /api/admin/... for operators, where there is an admin_keys_file: admin.py
     /api/key, /api/tokens, POST and DELETE of /api/voices: access.py
     /api/prompts   role texts to choose from
     /metrics       this gateway's own series, where the setting metrics_page asks for them
@@ -45,6 +46,7 @@ from deployments import ingress, logs, metrics
 from deployments.gateway import tracing, watchers
 from deployments.gateway.access import AccessRoutes
 from deployments.gateway.accounts import Accounts
+from deployments.gateway.admin import AdminRoutes
 from deployments.gateway.admission import AccessControl, ClientInfo, refusal
 from deployments.gateway.asking import Asking
 from deployments.gateway.conversation import CLOSE_TIMEOUT_S, Comeback, Conversation
@@ -56,6 +58,7 @@ from deployments.gateway.leases import Claim, Leases
 from deployments.gateway.listening import Listening
 from deployments.gateway.observer import Observer
 from deployments.gateway.openai import Admit, OpenAIEndpoints
+from deployments.gateway.orders import OrderDesk
 from deployments.gateway.ownvoices import OwnVoices
 from deployments.gateway.protocols.translator import Translator
 from deployments.gateway.query import allows_transcription, heard_from, persona_from, read_query, wants_status
@@ -140,6 +143,8 @@ class Gateway:
         self._records = Records.of(settings, self._metrics)
         self._services = self._make_services(failovers, transcribers)
         watchers.watch_replicas(self._services.moves.running)
+        self._admin_keys = Keys([], settings.admin_keys_file)
+        self._desk = OrderDesk(fleet, name, self._services.moves, failovers.suspects)
         self._waits, self._slots = Waits(), 0
         self._open = 0
         self._empty = asyncio.Event()  # no session is open
@@ -153,8 +158,11 @@ class Gateway:
                 self._accounts.run(self._leases.waiting),
                 self._keys.watch(self._keys_read),
                 self._count_slots(),
+                self._desk.watch(),
             )
         ]
+        if settings.admin_keys_file is not None:
+            self._tasks.append(asyncio.ensure_future(self._admin_keys.watch(self._keys_read)))
         warn_of_proxies_without_limits()
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
 
@@ -236,6 +244,7 @@ class Gateway:
             Route("/api/info", self.info),
             Route("/api/voices", self.voices, methods=["GET", "HEAD"]),
             *self._access_routes.routes(),
+            *self._admin_routes(),
             Route("/api/prompts", self.prompts),
             Route("/healthz", self.health),
         ]
@@ -252,6 +261,16 @@ class Gateway:
             SecurityHeaders, policy=self._settings.content_security_policy, hsts_s=self._settings.hsts_s
         )
         return Starlette(routes=routes, middleware=[pages])
+
+    def _admin_routes(self) -> list[BaseRoute]:
+        if self._settings.admin_keys_file is None:
+            return []
+        return AdminRoutes(
+            keys=lambda: self._admin_keys.table,
+            api_keys=lambda: self._keys.table,
+            replicas=self._fleet.describe,
+            give=self._desk.give,
+        ).routes()
 
     async def chat(self, socket: WebSocket) -> None:
         session = uuid.uuid4().hex

@@ -38,6 +38,7 @@ from deployments.gateway.transcripts import Transcripts
 from deployments.metrics import Metrics
 from deployments.wire import messages
 from deployments.wire.messages import NOTHING_HELD, Held, LeaseRequest, MessageKind, SlotReady
+from deployments.wire.orders import BUSY, ENDED
 from personaplex.config import FRAME_SECONDS, Pcm, frames_in
 from personaplex.errors import (
     EngineFault,
@@ -209,15 +210,21 @@ class Upstream:
         """Answered so far."""
         return len(self.log)
 
-    async def move(self) -> bool:
-        """Brings the session to another replica while it goes on at its own; whether it did. Where that fails
-        it stays."""
-        if self._failover is not None or not self.replica:
-            return False
+    @property
+    def session(self) -> str:
+        """Its name."""
+        return self._session
+
+    async def move(self) -> str:
+        """Brings the session to another replica while it goes on at its own; MOVED, or why it stayed."""
+        if not self.replica:
+            return ENDED
+        if self._failover is not None:
+            return BUSY
         failover = self._begin_failover(MOVED)
         assert self._search is not None
         await asyncio.wait({self._search})
-        return failover.continued
+        return MOVED if failover.continued else failover.outcome
 
     def record(self, recording: Recording) -> None:
         """What happens goes to `recording` too, from now on; before `open`."""
@@ -475,8 +482,9 @@ class Upstream:
         """No other replica can be had: the end, unless the old one may still answer."""
         assert self._current is not None
         self._failover = None
+        failover.outcome = _outcome(error)
         if not failover.stopped:
-            self._count(failover, _outcome(error))
+            self._count(failover, failover.outcome)
         if self._current.ended:
             self._emit(Failed(error))
         else:
