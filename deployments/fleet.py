@@ -14,7 +14,7 @@ import time
 from deployments.wire.handshake import SECRET_BYTES
 from deployments.wire.holdings import Elsewhere, Holdings, Judgement, Ledger, Limits
 from deployments.wire.messages import ReplicaStatus
-from deployments.wire.orders import MovedSession, MoveOrder, OrderResult, Orders
+from deployments.wire.orders import GatewayBirth, MovedSession, MoveOrder, News, OrderResult, Orders
 from deployments.wire.voicestore import VoiceStore
 
 FORGET_AFTER_S = 5.0  # without a report
@@ -94,7 +94,7 @@ class Fleet:
         """Has every gateway carry out an operator's order; see `orders.Orders`."""
         return await self._orders.run(order, ORDER_TIMEOUT_S)
 
-    async def next_orders(self, gateway: str) -> list[tuple[int, MoveOrder]]:
+    async def next_orders(self, gateway: GatewayBirth) -> News:
         """An operator's orders for a gateway; none after a few seconds, and then it asks again."""
         return await self._orders.next(gateway)
 

@@ -58,7 +58,7 @@ from deployments.gateway.leases import Claim, Leases
 from deployments.gateway.listening import Listening
 from deployments.gateway.observer import Observer
 from deployments.gateway.openai import Admit, OpenAIEndpoints
-from deployments.gateway.orders import OrderDesk
+from deployments.gateway.orders import OrderDesk, birth
 from deployments.gateway.ownvoices import OwnVoices
 from deployments.gateway.protocols.translator import Translator
 from deployments.gateway.query import allows_transcription, heard_from, persona_from, read_query, wants_status
@@ -144,7 +144,7 @@ class Gateway:
         self._services = self._make_services(failovers, transcribers)
         watchers.watch_replicas(self._services.moves.running)
         self._admin_keys = Keys([], settings.admin_keys_file)
-        self._desk = OrderDesk(fleet, name, self._services.moves, failovers.suspects)
+        self._desk = OrderDesk(fleet, birth(name), self._services.moves, failovers.suspects)
         self._waits, self._slots = Waits(), 0
         self._open = 0
         self._empty = asyncio.Event()  # no session is open

@@ -19,6 +19,7 @@ from deployments.wire.orders import ENDED, MOVED, MovedSession
 logger = logging.getLogger(__name__)
 
 AT_ONCE = 4  # sessions that are moved at the same time, by one gateway
+ASK_OVER_EVERY_S = 0.1  # one client after another: each is rebuilt where it comes to
 RETRY_S = 1.0  # after a round in which nobody could be moved
 
 
@@ -36,6 +37,9 @@ class Movable(Protocol):
     @property
     def session(self) -> str:
         """Its name."""
+
+    def ask_over(self) -> bool:
+        """Asks its client to come back by another gateway; False for one that cannot, or was asked before."""
 
     async def move(self) -> str:
         """Brings it to another replica; MOVED, or why it stayed (see `orders.MovedSession`)."""
@@ -77,6 +81,12 @@ class Moves:
             return MovedSession(one.session, outcome, source, one.replica)
 
         return list(await asyncio.gather(*map(bring, sorted(meant, key=lambda one: one.frames))))
+
+    async def ask_over(self) -> None:
+        """Asks the clients of all sessions to come back by another gateway, one after another."""
+        for one in list(self._sessions):
+            if one in self._sessions and one.ask_over():
+                await asyncio.sleep(ASK_OVER_EVERY_S)
 
     def _look(self) -> None:
         if self._leaving() and (self._task is None or self._task.done()):

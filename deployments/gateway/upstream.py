@@ -70,7 +70,8 @@ STALE_S = 2 * FRAME_SECONDS  # a frame that waited longer for its slot is late t
 UNANSWERED_LIMIT = 1_024  # frames: more than the queues between a gateway and an engine hold
 CAUGHT_UP = 2  # frames without an answer, of a replica that keeps up
 SETTLED_FRAMES = 25  # answered: whatever lost the replica before, the session is not to blame
-INTERRUPTED, CONTINUED = "interrupted", "continued"  # what clients are told that asked for status
+# What clients are told that asked for status.
+INTERRUPTED, CONTINUED, WINDOW, RECONNECT = "interrupted", "continued", "window", "reconnect"
 TEXTS_KEPT = 128  # pieces of text; more than a client can have missed
 LEAVE_TIMEOUT_S = 2.0  # for a replica to say that a slot is free
 
@@ -132,13 +133,14 @@ class Upstream:
         self._measured: Failover | None = None  # took over, but has not caught up yet
         self._losses = 0  # since the session last said anything
         self._details: dict[str, Any] = {}
-        self._was_ready = self._interrupted = self._stopped = False
+        self._was_ready = self._interrupted = self._stopped = self._asked_over = False
         self._announced: Slot | None = None  # whose token the client was sent
         self._unanswered: deque[UserFrame] = deque()
         self._timestamp = 0
         self._burst_frames = frames_in(services.limits.burst_s)
         self._stale = 0  # replies before this number answer frames that waited for the slot
         self._settled = 0  # from this number on
+        self._window = 0  # of the first frame that no longer knows the beginning, until the client is told
         self._watch = SilenceWatch(services.failovers.after_s, self._owed, self._on_silent)
 
     @property
@@ -214,6 +216,14 @@ class Upstream:
     def session(self) -> str:
         """Its name."""
         return self._session
+
+    def ask_over(self) -> bool:
+        """Asks the client to come back by another gateway; False for one that cannot, or was asked before."""
+        if self._resumes is None or self._asked_over or not self.replica:
+            return False
+        self._asked_over = True
+        self._emit(SessionNotice(RECONNECT))
+        return True
 
     async def move(self) -> str:
         """Brings the session to another replica while it goes on at its own; MOVED, or why it stayed."""
@@ -337,6 +347,8 @@ class Upstream:
             self._on_end(slot, NoCapacity(str(error)))
             return
         self._recorder.voice_digest = ready.voice_digest
+        if not self._was_ready and ready.window > 0 and ready.frame <= ready.window:
+            self._window = ready.window
         if self._failover is not None:
             self._failover.ready()
         if not self._was_ready:
@@ -390,6 +402,9 @@ class Upstream:
             self._emit(AgentText(reply.text))
         if self._losses and reply.frame >= self._settled:
             self._losses = 0
+        if 0 < self._window <= reply.frame:
+            self._window = 0
+            self._emit(SessionNotice(WINDOW, {"frame": reply.frame}))
         if self._interrupted or self._measured is not None:
             self._notice_progress(frame)
 

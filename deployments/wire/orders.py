@@ -4,6 +4,9 @@ Gateways ask the fleet for orders all the time (`next`), and every order goes to
 knows which sessions its clients hold. Each answers with what came of its own, `run` returns all of it. A
 gateway that stops asking has died; nobody waits for it, and the result says that it gave no answer. Nothing
 outlives the fleet's process: an order that it took with it is given again.
+
+The answer to a question also says whether the gateway is outdated: one of another version has begun later and
+asks too, so that clients which can come back do well to come over to it.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass, field
 
 ASK_S = 4.0  # the longest a gateway's question waits for an order
 LAPSE_S = 3 * ASK_S  # without a question: the gateway has died
+SETTLE_S = 3.0  # from a gateway's first question until the proxies know it
 _LOOK_EVERY_S = 0.5  # whether a gateway died that is waited for
 
 MOVED, BUSY, ENDED = "moved", "busy", "ended"  # outcomes beside those of a failover
@@ -52,10 +56,29 @@ class OrderResult:
 Numbered = tuple[int, MoveOrder]
 
 
+@dataclass(frozen=True)
+class GatewayBirth:
+    """Who a gateway is. `version`: of its code and settings, as Serve has it. `began`: by the wall clock."""
+
+    name: str
+    version: str = ""
+    began: float = 0.0
+
+
+@dataclass(frozen=True)
+class News:
+    """What a gateway is told."""
+
+    orders: tuple[Numbered, ...] = ()
+    outdated: bool = False
+
+
 @dataclass(eq=False)
 class _Inbox:
     """A gateway's."""
 
+    birth: GatewayBirth
+    first_asked: float
     asked: float
     orders: list[Numbered] = field(default_factory=list)
     filled: asyncio.Event = field(default_factory=asyncio.Event)
@@ -79,17 +102,16 @@ class Orders:
         self._running: dict[int, _Running] = {}
         self._numbers = itertools.count()
 
-    async def next(self, gateway: str, wait_s: float = ASK_S) -> list[Numbered]:
+    async def next(self, birth: GatewayBirth, wait_s: float = ASK_S) -> News:
         """The orders for a gateway that it has not got yet; waits for one, at most `wait_s`."""
-        inbox = self._inboxes.setdefault(gateway, _Inbox(self._clock()))
-        inbox.asked = self._clock()
-        try:
+        now = self._clock()
+        inbox = self._inboxes.setdefault(birth.name, _Inbox(birth, now, now))
+        inbox.asked = now
+        with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(inbox.filled.wait(), wait_s)
-        except asyncio.TimeoutError:
-            return []
         inbox.filled.clear()
-        orders, inbox.orders = inbox.orders, []
-        return orders
+        given, inbox.orders = inbox.orders, []
+        return News(tuple(given), self._outdated(birth))
 
     def answer(self, gateway: str, number: int, moved: list[MovedSession]) -> None:
         """What came of a gateway's sessions, if any were meant."""
@@ -121,7 +143,19 @@ class Orders:
             del self._running[number]
         return OrderResult(tuple(running.found), len(running.awaited))
 
+    def _outdated(self, birth: GatewayBirth) -> bool:
+        settled = self._clock() - SETTLE_S
+        return any(
+            other.birth.version != birth.version
+            and other.birth.began > birth.began
+            and other.first_asked <= settled
+            for other in self._living().values()
+        )
+
     def _alive(self) -> set[str]:
+        return set(self._living())
+
+    def _living(self) -> dict[str, _Inbox]:
         since = self._clock() - LAPSE_S
         self._inboxes = {name: one for name, one in self._inboxes.items() if one.asked >= since}
-        return set(self._inboxes)
+        return self._inboxes

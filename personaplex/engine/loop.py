@@ -40,13 +40,14 @@ class Opened:
     """The session's slot is live; `prefill_s` is the time since it was opened.
 
     `frame` is the number of its next output: 0, or where a rebuilt session goes on. `voice_digest`: see
-    `SessionLog`.
+    `SessionLog`. `window`: see `Stepper.window`.
     """
 
     session: int
     prefill_s: float
     frame: int = 0
     voice_digest: str = ""
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -432,7 +433,8 @@ class EngineLoop:
                     self._silent += not session.queue.frames
         if slot is not None:
             number, frame = session.queue.session, session.frame or 0
-            events = (Opened(number, now - session.opened, frame, engine.voice_digest(slot)),)
+            digest, window = engine.voice_digest(slot), engine.window(slot)
+            events = (Opened(number, now - session.opened, frame, digest, window),)
         self._deliver(Batch(kind, events, now - began, 1))
 
 

@@ -88,7 +88,7 @@ def _local(options: argparse.Namespace) -> tuple[Ledger, dict[str, Any]]:
         flags += ["--haproxy"] * options.haproxy
         with hosted("--model", options.model, "--slots", str(SLOTS), *flags) as host:
             ledger, until = Ledger(), time.monotonic() + 60 * options.minutes
-            callers = kind(host.service, ledger, until, options.longest, options.seed)
+            callers = kind(host.service, ledger, until + local.BACK_S, options.longest, options.seed)
             faults = local.Faults(host, ledger, callers, options)
             asyncio.run(_run(callers, options, lambda: faults.run(until)))
             about = {"phases": _phases(host.service), "slots_left": local.left(host)}

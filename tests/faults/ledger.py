@@ -34,6 +34,7 @@ class Entry:
     heard: Heard = field(default_factory=Heard)
     failure: str = ""  # why it did not end by its own will
     losses: int = 0  # connections that it lost
+    resumes: int = 0  # how often it went on over another one
     # When a loss was noticed, and for how long nothing was heard because of it.
     outages: list[tuple[float, float]] = field(default_factory=list)
 
@@ -103,21 +104,28 @@ class Ledger:
 
     entries: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    not_begun: Counter[str] = field(default_factory=Counter)  # why; while a gateway or a proxy was away
 
     def begin(self) -> Entry:
         entry = Entry(len(self.entries))
         self.entries.append(entry)
         return entry
 
+    def refuse(self, entry: Entry, why: str) -> None:
+        """It was no session yet."""
+        self.entries.remove(entry)
+        self.not_begun[why] += 1
+
     def figures(self) -> dict[str, Any]:
         """What the run found, by kind of fault."""
         found: dict[str, Any] = {
             "sessions": len(self.entries),
             "failures": dict(Counter(entry.failure for entry in self.entries if entry.failure)),
+            "not_begun": dict(self.not_begun),
             "twice": sum(entry.twice() for entry in self.entries),
             "slots_wrong": sum(fault.used != fault.live for fault in self.faults),
             "losses": sum(entry.losses for entry in self.entries),
-            "came_back": sum(len(entry.outages) for entry in self.entries),
+            "resumes": sum(entry.resumes for entry in self.entries),
         }
         for kind in sorted({fault.kind for fault in self.faults}):
             found[kind] = self._of_kind(kind)

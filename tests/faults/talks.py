@@ -23,6 +23,8 @@ from personaplex.session.peer import OwnAudio, PeerEvent
 
 from .ledger import Entry, Ledger
 
+AGAIN_S = 0.5  # until a session is tried again that could not begin
+
 
 @dataclass
 class Leg:
@@ -146,11 +148,16 @@ class Talks:
             try:
                 await talk.run(f"{self._service.chat}?status=1&seed={entry.number}", {}, None)
             except (PersonaplexError, OSError) as error:
+                if talk.report.connect_s is None:
+                    self._running.discard(talk)
+                    self._ledger.refuse(entry, type(error).__name__)
+                    await asyncio.sleep(AGAIN_S)
+                    continue
                 entry.failure = f"{type(error).__name__}: {error}"
             finally:
                 self._running.discard(talk)
                 self.done.append(talk)
-            entry.frames_sent = talk.report.frames_sent
+            entry.frames_sent, entry.resumes = talk.report.frames_sent, talk.report.resumes
             entry.ended = time.monotonic()
 
     async def _speak(self, end: float) -> AsyncIterator[Pcm]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -15,17 +16,27 @@ from loopback import Fleet as Replicas
 from sessions import PERSONAS, speech
 from starlette.applications import Starlette
 from test_failover import Talker, assert_unharmed, memory, run, until, used
+from test_resume import Caller
 
 from deployments.fleet import Fleet
 from deployments.gateway.admin import AdminRoutes
 from deployments.gateway.keys import KeyTable, parse_key
 from deployments.gateway.orders import OrderDesk
 from deployments.gateway.suspects import SUSPECT_S, Suspects
-from deployments.gateway.upstream import INTERRUPTED, Services
+from deployments.gateway.upstream import INTERRUPTED, RECONNECT, Services
 from deployments.metrics import MOVES
 from deployments.wire import orders
 from deployments.wire.messages import ReplicaStatus
-from deployments.wire.orders import LAPSE_S, MovedSession, MoveOrder, OrderResult, Orders
+from deployments.wire.orders import (
+    LAPSE_S,
+    SETTLE_S,
+    GatewayBirth,
+    MovedSession,
+    MoveOrder,
+    News,
+    OrderResult,
+    Orders,
+)
 
 ADMIN = "an-operator"
 FRAMES = 60
@@ -50,7 +61,7 @@ class Operated:
         self.counted = [Counted(), Counted()]
         self.lent: list[Services] = [services(replicas, one, after_s=5.0) for one in self.counted]
         self.desks = [
-            OrderDesk(fleet, f"gateway {number}", lent.moves, lent.failovers.suspects)
+            OrderDesk(fleet, GatewayBirth(f"gateway {number}"), lent.moves, lent.failovers.suspects)
             for number, lent in enumerate(self.lent)
         ]
         self.applications = [application(replicas.describe, desk.give) for desk in self.desks]
@@ -270,9 +281,9 @@ def test_a_gateway_that_dies_is_not_waited_for() -> None:
     async def test() -> None:
         kept = Orders(lambda: now[0])
         for name in ("dead", "alive"):
-            assert await kept.next(name, 0) == []
+            assert await kept.next(GatewayBirth(name), 0) == News()
         running = asyncio.ensure_future(kept.run(MoveOrder(session="s"), 1_000.0))
-        ((number, given),) = await kept.next("alive", 1.0)
+        ((number, given),) = (await kept.next(GatewayBirth("alive"), 1.0)).orders
         assert given == MoveOrder(session="s")
         moved = MovedSession("s", orders.MOVED, "a", "b")
         kept.answer("alive", number, [moved])
@@ -280,7 +291,7 @@ def test_a_gateway_that_dies_is_not_waited_for() -> None:
         await asyncio.sleep(0.05)
         assert not running.done(), "it may be slow"
         now[0] = LAPSE_S + 1
-        assert await kept.next("alive", 0) == []
+        assert await kept.next(GatewayBirth("alive"), 0) == News()
         assert await running == OrderResult((moved,), silent=1)
         assert (await kept.run(MoveOrder(session="s"), 0.0)).silent == 1, "the dead one gets no more orders"
         kept.answer("alive", number, [moved])
@@ -291,7 +302,7 @@ def test_a_gateway_that_dies_is_not_waited_for() -> None:
 def test_an_order_that_takes_too_long_says_who_is_silent() -> None:
     async def test() -> None:
         kept = Orders(asyncio.get_running_loop().time)
-        assert await kept.next("slow", 0) == []
+        assert await kept.next(GatewayBirth("slow"), 0) == News()
         assert await kept.run(MoveOrder(session="s"), 0.05) == OrderResult((), silent=1)
 
     asyncio.run(asyncio.wait_for(test(), 20))
@@ -316,3 +327,56 @@ def test_orders_wait_for_nobody_who_is_not_there() -> None:
         assert asked.result() == OrderResult(())
 
     asyncio.run(test())
+
+
+def test_a_gateway_is_outdated_once_one_of_another_version_has_settled() -> None:
+    now = [0.0]
+    old, same = GatewayBirth("old", "1", 10.0), GatewayBirth("same", "1", 20.0)
+    new, older = GatewayBirth("new", "2", 30.0), GatewayBirth("older", "0", 5.0)
+
+    async def test() -> None:
+        kept = Orders(lambda: now[0])
+        for gateway in (old, same, older):
+            await kept.next(gateway, 0)
+        now[0] = SETTLE_S
+        assert not (await kept.next(old, 0)).outdated, "one of the same version, and one that is older"
+        assert (await kept.next(older, 0)).outdated
+        assert not (await kept.next(new, 0)).outdated
+        assert not (await kept.next(old, 0)).outdated, "the proxies may not know the new one yet"
+        now[0] = 2 * SETTLE_S
+        assert (await kept.next(old, 0)).outdated
+        assert (await kept.next(same, 0)).outdated
+        assert not (await kept.next(new, 0)).outdated
+        now[0] += LAPSE_S + 1
+        assert not (await kept.next(old, 0)).outdated, "the new one has died"
+
+    asyncio.run(test())
+
+
+def test_an_outdated_gateway_asks_each_client_over_that_can_come_back() -> None:
+    async def test() -> None:
+        async with fleet_of(1, memory) as fleet:
+            lent = services(fleet, Counted(), after_s=5.0)
+            caller, stock = Caller(lent), Talker(lent, PERSONAS[0], speech(2, FRAMES), "2" * 32)
+            actor = Fleet()
+            desk = OrderDesk(Remote(actor), GatewayBirth("old", "1"), lent.moves, lent.failovers.suspects)
+            watching = asyncio.ensure_future(desk.watch())
+            for one in (caller, stock):
+                await one.open()
+                await one.speak(0, 5)
+                await one.answered(5)
+            assert not caller.told(RECONNECT)
+            actor._orders._inboxes["new"] = orders._Inbox(
+                GatewayBirth("new", "2", 1.0), -99.0, time.monotonic()
+            )
+            actor._orders._inboxes["old"].filled.set()
+            await until(lambda: caller.told(RECONNECT))
+            for _ in range(3):
+                await lent.moves.ask_over()
+            assert len(caller.told(RECONNECT)) == 1
+            assert not stock.told(RECONNECT)
+            watching.cancel()
+            for one in (caller, stock):
+                await one.close()
+
+    run(test)
