@@ -14,11 +14,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from deployments.haproxy import free_ports
+from deployments.processes import below
 
 START_TIMEOUT_S = 120.0
+REPLICA = "ray::ServeReplica:default:"  # what Serve calls each process of a deployment
 ENVIRONMENT = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_AUTH_MODE": "token",
@@ -30,11 +33,15 @@ PORTS = ("RAY_SERVE_HAPROXY_METRICS_PORT", "RAY_SERVE_HAPROXY_STATS_PORT")
 
 @contextlib.contextmanager
 def service(
-    model: str, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None
+    model: str,
+    settings: Mapping[str, Any],
+    environment: Mapping[str, str] | None = None,
+    checkout: Path | None = None,
 ) -> Iterator[str]:
     """`python -m personaplex.server` behind HAProxy, on a free port; gives its base address, without path.
 
-    Raises SystemExit when it does not come up.
+    `checkout`: a folder with another version of this repository, which is started instead of this one. Raises
+    SystemExit when it does not come up.
     """
     port, *others = free_ports(1 + len(PORTS))
     ports = {name: str(number) for name, number in zip(PORTS, others, strict=True)}
@@ -42,7 +49,8 @@ def service(
     with tempfile.TemporaryFile("w+") as words:
         process = subprocess.Popen(
             [sys.executable, "-m", "personaplex.server", "--port", str(port), "--model", model, *flags],
-            env={**os.environ, **ENVIRONMENT, **ports, **(environment or {})},
+            env={**os.environ, **ENVIRONMENT, **ports, **_imports(checkout), **(environment or {})},
+            cwd=checkout,
             stdout=subprocess.DEVNULL,
             stderr=words,
         )
@@ -58,6 +66,23 @@ def service(
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
+
+
+def _imports(checkout: Path | None) -> dict[str, str]:
+    """So that every process of the service finds the code of `checkout` before what is installed."""
+    return {} if checkout is None else {"PYTHONPATH": str(checkout)}
+
+
+def processes() -> dict[str, list[int]]:
+    """The processes of the running service that this one started, by deployment: `gateway`, `replica`, ..."""
+    found: dict[str, list[int]] = {}
+    for pid in below(os.getpid()):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            name = Path(f"/proc/{pid}/cmdline").read_text()
+            if name.startswith(REPLICA):
+                deployment = name.removeprefix(REPLICA).partition("\0")[0].partition("#")[0]
+                found.setdefault(deployment, []).append(pid)
+    return found
 
 
 def info(base: str) -> dict[str, Any] | None:

@@ -20,10 +20,11 @@ from test_resume import Caller
 
 from deployments.fleet import Fleet
 from deployments.gateway.admin import AdminRoutes
+from deployments.gateway.handover import INTERRUPTED, RECONNECT
 from deployments.gateway.keys import KeyTable, parse_key
 from deployments.gateway.orders import OrderDesk
+from deployments.gateway.services import Services
 from deployments.gateway.suspects import SUSPECT_S, Suspects
-from deployments.gateway.upstream import INTERRUPTED, RECONNECT, Services
 from deployments.metrics import MOVES
 from deployments.wire import orders
 from deployments.wire.messages import ReplicaStatus
