@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 
 from personaplex import cli
 from personaplex.client_access import read_key
-from personaplex.client_io import tls_context
 from personaplex.errors import (
     ClientError,
     ConfigError,
@@ -62,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
 def run(options: argparse.Namespace) -> int:
     """Raises the typed error of a refusal, ConfigError, SessionLost where nobody answers."""
     key = read_key(options.key_file)
-    tls = tls_context(options.url.replace("http", "ws", 1), options.insecure)
+    tls = ssl.create_default_context()
+    if options.insecure:
+        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
     if not options.move and not options.drain:
         print(table(ask(options.url, key, "sessions", tls=tls)))
         return 0

@@ -28,7 +28,7 @@ from .talks import Talks
 FORGOTTEN_S = 5.5  # the fleet names a dead replica for no longer
 BACK_S = 90.0
 MOVE_EVERY_S = 3.0
-QUIET = 10  # stretches of MOVE_EVERY_S without a move, to compare with
+QUIET = 5  # stretches of MOVE_EVERY_S without a move, to compare with
 CUTS_AT_ONCE = 10  # clients' sockets that are cut, at random, until all sessions have to be back
 CUT_EVERY_S = (0.2, 2.0)
 RESUMED = ("client_cuts", "gateway_kills", "proxy_kills", "moves")  # options that are for our own client
