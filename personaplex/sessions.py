@@ -37,7 +37,7 @@ _KINDS: Mapping[int, type[PersonaplexError]] = {400: ClientError, 401: Unauthori
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; exit codes are those of `cli`, 1 also where a session that was to be moved stayed."""
+    """Runs the command; exit codes are those of `cli`, and 1 where a session that was to be moved stayed."""
     return cli.run(lambda: run(_parser().parse_args(argv)), "client")
 
 
@@ -95,8 +95,8 @@ def ask(
     try:
         path = f"{parts.path.rstrip('/')}/api/admin/{what}"
         connection.request("GET" if body is None else "POST", path, body, {"Authorization": f"Bearer {key}"})
-        answer = connection.getresponse()
-        status, said = answer.status, answer.read(ANSWER_LIMIT)
+        with connection.getresponse() as answer:
+            status, said = answer.status, answer.read(ANSWER_LIMIT)
     except (OSError, http.client.HTTPException) as error:
         raise SessionLost(f"the service does not answer: {error or type(error).__name__}") from error
     finally:
