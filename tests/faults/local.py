@@ -27,8 +27,9 @@ from .talks import Talks
 
 FORGOTTEN_S = 5.5  # the fleet names a dead replica for no longer
 BACK_S = 90.0
+ACCOUNTED_S = 5.0  # until as many slots are held as sessions talk
 MOVE_EVERY_S = 3.0
-QUIET = 5  # stretches of MOVE_EVERY_S without a move, to compare with
+QUIET = 10  # stretches of MOVE_EVERY_S without a move, to compare with
 CUTS_AT_ONCE = 10  # clients' sockets that are cut, at random, until all sessions have to be back
 CUT_EVERY_S = (0.2, 2.0)
 RESUMED = ("client_cuts", "gateway_kills", "proxy_kills", "moves")  # options that are for our own client
@@ -84,7 +85,12 @@ class Faults:
             await asyncio.sleep(FORGOTTEN_S)
 
     async def _note(self, kind: str) -> Fault:
-        info = await asyncio.to_thread(self._host.service.info)
+        """Of a moment; a session that just ends or begins is waited for."""
+        began = time.monotonic()
+        while (info := await asyncio.to_thread(self._host.service.info))["used"] != self._callers.live:
+            if time.monotonic() - began > ACCOUNTED_S:
+                break
+            await asyncio.sleep(0.2)
         fault = Fault(kind, time.monotonic(), info["used"], self._callers.live)
         self._ledger.faults.append(fault)
         return fault
