@@ -89,26 +89,44 @@ def sounds_like(said: str, heard: str) -> bool:
     return any(difflib.SequenceMatcher(None, name, span).ratio() >= _ALIKE for span in spans)
 
 
+@dataclass(frozen=True)
+class World:
+    """Who the agent of one session is, and what its role text says."""
+
+    known: grammar.Facts
+    voice: str
+    role: str
+
+
+def worlds(count: int, seed: int = 0) -> list[World]:
+    """So many agents with names, firms and prices that training never sees."""
+    draw, made = random.Random(seed), []
+    for _ in range(count):
+        known, voice = grammar.facts(draw, unseen=True), draw.choice(VOICES)
+        made.append(World(known, voice, grammar.role_text(draw, known)))
+    return made
+
+
 def talks(
-    engine: Engine, callers: list[Caller], sampling: Sampling, after: int = ANSWER, seed: int = 0
+    engine: Engine, callers: list[Caller], agents: list[World], sampling: Sampling, after: int = ANSWER
 ) -> list[Talk]:
     """One session a caller, as many side by side as there are slots; `after` frames behind each question."""
-    draw = random.Random(seed)
+    pairs = list(zip(callers, agents, strict=True))
     done: list[Talk] = []
-    for start in range(0, len(callers), engine.slots):
-        done += _together(engine, callers[start : start + engine.slots], sampling, after, draw)
+    for start in range(0, len(pairs), engine.slots):
+        done += _together(engine, pairs[start : start + engine.slots], sampling, after)
     return done
 
 
 def _together(
-    engine: Engine, callers: list[Caller], sampling: Sampling, after: int, draw: random.Random
+    engine: Engine, pairs: list[tuple[Caller, World]], sampling: Sampling, after: int
 ) -> list[Talk]:
     waiting: dict[Slot, tuple[Talk, Array]] = {}
-    for caller in callers:
-        known, voice = grammar.facts(draw, unseen=True), draw.choice(VOICES)
-        slot = engine.open(Persona(voice, grammar.role_text(draw, known), sampling))
+    for caller, agent in pairs:
+        slot = engine.open(Persona(agent.voice, agent.role, sampling))
         frames = _frames(np.pad(caller.wave, (_BEFORE * FRAME_SIZE, 0)), after)
-        waiting[slot] = (Talk(known, voice, caller, len(frames) - after, "", np.zeros_like(frames)), frames)
+        talk = Talk(agent.known, agent.voice, caller, len(frames) - after, "", np.zeros_like(frames))
+        waiting[slot] = (talk, frames)
     for index in range(max(len(frames) for _, frames in waiting.values())):
         for slot, (_, frames) in waiting.items():
             if index < len(frames):
@@ -123,15 +141,13 @@ def _together(
 
 
 def interrupted(
-    engine: Engine, first: Caller, second: Caller, sampling: Sampling, seed: int = 0
+    engine: Engine, first: Caller, second: Caller, agent: World, sampling: Sampling
 ) -> Interruption:
     """A session in which the second question begins half a second into the first one's answer.
 
     A session that does not answer the first question within `ANSWER` frames was never interrupted.
     """
-    draw = random.Random(seed)
-    known, voice = grammar.facts(draw, unseen=True), draw.choice(VOICES)
-    slot = engine.open(Persona(voice, grammar.role_text(draw, known), sampling))
+    slot = engine.open(Persona(agent.voice, agent.role, sampling))
     waiting = list(_frames(np.pad(first.wave, (_BEFORE * FRAME_SIZE, 0)), ANSWER))
     end, begun, text, loud = len(waiting) - ANSWER, None, "", []
     while waiting:

@@ -31,6 +31,7 @@ OTHER_SHARD = {"robots": 1_000, "festival": 140, "joe": 140, "kokoro": 70}  # se
 INTENTS = (*grammar.INTENTS, grammar.UNKNOWN)
 OTHER = "other"  # speech for the phones' sake, in no dialogue
 _VOICINGS = 3
+_ANY_WORDS = 0.5  # share of the agent's sentences that are names and words without an order
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Utterance:
     labels: NDArray[np.uint8]
     text: str
     intent: str
+    source: str = ""  # the kind of shard it lay in, where that matters
 
 
 def save(path: Path, utterances: list[Utterance]) -> None:
@@ -112,10 +114,20 @@ def others(by: str, seed: int) -> Iterator[Utterance]:
 def agent(speaker: Speaker, seed: int) -> Iterator[Utterance]:
     """One shard of the agent's sentences, locked, each in one of its voices."""
     draw = random.Random(seed)
-    for text in grammar.sentences(draw, AGENT_SHARD, unseen=False):
+    for sentence in grammar.sentences(draw, AGENT_SHARD, unseen=False):
+        text = _words(draw) if draw.random() < _ANY_WORDS else sentence
         made = agent_says(speaker, text, draw.choice(NAMES))
         if made is not None:
             yield Utterance(as_int16(made[0]), made[1].astype(np.uint8).ravel(), text, OTHER)
+
+
+def _words(draw: random.Random) -> str:
+    """Names and words in a row: more kinds of sounds next to one another than answers have."""
+    made = [
+        grammar.name(draw, unseen=False) if draw.random() < 0.6 else draw.choice(grammar.lexicon())
+        for _ in range(draw.randint(3, 6))
+    ]
+    return " ".join(made) + "."
 
 
 def agent_says(speaker: Speaker, text: str, voice: str) -> tuple[Array, NDArray[np.int64]] | None:

@@ -31,6 +31,7 @@ _BANDS = 24
 _GAIN = 250.0  # of the filters: a loud band of speech comes out near 20
 _SLOPES = (0.8, 0.08)  # of a band's two compressed energies: together near a logarithm over 40 dB
 _LOUDEST = 3.0  # factor of each of them
+_DROPPED, _MASKED = 0.15, 6  # in training: share of features, and most bands, that are taken away
 LATENT = 64  # of each side of the quantiser
 CODES = 64
 QUIET, SPEAKING, ASKED = 0, 1, 2  # codes of the first level; ASKED + n: the intent LABELS[n] is complete
@@ -106,8 +107,11 @@ class Ear(nn.Module):
 
     def forward(self, wave: Tensor) -> Heard:
         """wave [N, T * 1920] -> what is heard in it."""
-        x = self.pool(F.elu(self.energies(wave)))
-        front = self.last(F.elu(x)).transpose(1, 2)
+        energies = self.energies(wave)
+        if self.training:
+            energies = energies * _masks(energies)
+        x = self.pool(F.elu(energies))
+        front = F.dropout(self.last(F.elu(x)).transpose(1, 2), _DROPPED, self.training)
         middle = self.transformer(front)
         columns = middle.transpose(1, 2)
         padded = torch.cat([columns[..., :1], columns[..., :1], columns], dim=-1)
@@ -128,6 +132,17 @@ class Ear(nn.Module):
         for level in range(len(self.books)):
             self.books[level] = k_means(rest, CODES, generator, rounds)
             rest = rest - self.books[level][nearest(rest, self.books[level])]
+
+
+def _masks(energies: Tensor) -> Tensor:
+    """[N, BANK, 1] of ones, and zeros where half of the rows lose some neighbouring bands."""
+    rows = len(energies)
+    width = torch.randint(1, _MASKED + 1, (rows, 1)) * (torch.rand(rows, 1) < 0.5)
+    start = torch.randint(0, _BANDS - _MASKED, (rows, 1))
+    band = torch.arange(BANK)
+    band = torch.where(band < 4 * _BANDS, band // 4, band - 4 * _BANDS)[None]
+    kept = (band < start) | (band >= start + width)
+    return kept.to(energies)[..., None]
 
 
 def nearest(x: Tensor, book: Tensor) -> Tensor:

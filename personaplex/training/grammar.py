@@ -85,17 +85,12 @@ QUESTIONS: dict[str, list[str]] = {
             "what is your name|who are you|who am i speaking with|who am i talking to"
             "|may i have your name|who is this|your name please|what's your name|what is your name please"
             "|sorry who are you|give me your name|say your name please"
-            "|which company is this|what company do you work for|what company is this|who do you work for"
-            "|which business is this|what is this business"
+            "|who do you work for"
         ),
         *_product(
             "what is the", "name of your company|name of your business|name of the company|company name"
         ),
-        *_product(
-            _POLITE,
-            "your name|who you are|who i am speaking with|the name of your company|which company this is"
-            "|who you work for|your company name",
-        ),
+        *_product(_POLITE, "your name|your company name|the name of your company|the name of your business"),
     ],
     "price": [
         *_bars(

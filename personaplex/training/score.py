@@ -176,6 +176,7 @@ def talk(folder: Path, per_intent: int = 4) -> None:
     tokenizer = Tokenizer(checkpoint.tokenizer, size=checkpoint.config.lm.text_card)
     voices = _pitches(folder)
     made, rng = callers(per_intent, seed=1), np.random.default_rng(5)
+    agents = behaviour.worlds(len(made))
     noisy = [dataclasses.replace(c, wave=through_line(c.wave, _NOISE, rng)) for c in made]
     for name, chosen, sampling in (
         ("greedy", made, Sampling().greedy()),
@@ -183,12 +184,15 @@ def talk(folder: Path, per_intent: int = 4) -> None:
         ("sampled, Opus, 20 dB", noisy, Sampling()),
     ):
         engine = Engine(model, library, tokenizer, EngineConfig(slots=4))
-        _tell(name, behaviour.talks(engine, chosen, sampling), voices)
+        _tell(name, behaviour.talks(engine, chosen, agents, sampling), voices)
     pauses = [dataclasses.replace(c, wave=paused(c.wave, 0.5)) for c in made]
-    still = [t.silent_before for t in behaviour.talks(engine, pauses, Sampling())]
+    still = [t.silent_before for t in behaviour.talks(engine, pauses, agents, Sampling())]
     print(f"talk: no start in a pause inside the question {share(still)}")
     pairs = zip(made, random.Random(3).sample(made, len(made)), strict=True)
-    cut = [behaviour.interrupted(engine, a, b, Sampling(), seed) for seed, (a, b) in enumerate(pairs)]
+    cut = [
+        behaviour.interrupted(engine, a, b, agent, Sampling())
+        for (a, b), agent in zip(pairs, agents, strict=True)
+    ]
     spoken = [c for c in cut if c.answered is not None]
     print(f"talk: stops within 0.6 s {share([c.stopped is not None and c.stopped <= 0.6 for c in spoken])}")
     print(f"talk: answers the new question {share([bool(c.answered) for c in spoken])}", flush=True)

@@ -34,8 +34,11 @@ _MIX = (0.04, 0.2, 0.76)  # of repetition, dense, talk
 _INTERRUPTED = 0.15  # share of answers
 _STOPS = 4  # frames from an interruption's begin to silence
 _LEAD = 2  # frames by which a word's text leads its sound
-_KEPT = 12  # frames for which the ear tells a question's intent
-_DOUBTS = 0.12  # share of questions whose first frame is taken for another
+_SURE = 3  # frames for which the ear tells the question before the agent answers
+_KEPT = (8, 18)  # fewest and most frames for which it goes on telling
+_DOUBTS = (0.2, 0.08)  # share of questions whose first frame, and whose second too, tells another one
+_WAVERS = 0.35  # share of answers during which the ear tells something else for a while, too late
+_TOO_SOON = 0.2  # share of questions inside which a frame or two look like a question's end
 _WAITING, _FIRST_PIECE, _FIRST_OF_SLOT = 0.3, 2.0, 3.0
 _QUIET_AUDIBLE = 0.15  # share of the agent's silent frames that the depth transformer learns from
 
@@ -55,14 +58,19 @@ def talk(draw: random.Random, words: Words, turns: int = _TURNS, unseen: bool = 
 
 
 def _ask(document: Document, draw: random.Random, intent: str) -> None:
-    """The caller speaks until the ear has understood, for a second frame: its first may be wrong."""
+    """The caller speaks until the ear has told the same question long enough."""
     count = draw.choice((draw.randint(4, 16), draw.randint(8, 40)))
     states = heard(count, SPEAKING)
     if draw.random() < 0.1 and count > 8:
         start = draw.randint(2, count - 3)
         states[start : start + draw.randint(1, 2)] = heard(1, QUIET)
-    sure = asked(1, draw.choice(LABELS) if draw.random() < _DOUBTS else intent)
-    _listen(document, np.concatenate([states, sure, asked(1, intent)]))
+    if draw.random() < _TOO_SOON:
+        start = draw.choice((0, draw.randint(0, count - 3)))
+        states[start : start + draw.randint(1, 2)] = asked(1, draw.choice(LABELS))
+    sure = asked(_SURE, intent)
+    dice = draw.random()
+    sure[: sum(dice < doubt for doubt in _DOUBTS)] = asked(1, draw.choice(LABELS))
+    _listen(document, np.concatenate([states, sure]))
 
 
 def _answer(
@@ -70,11 +78,11 @@ def _answer(
 ) -> None:
     """The agent answers; with `stop` the caller begins to speak and the agent falls silent."""
     sound = codes(joined([word.sound for word in said]), voice)
-    length = _LEAD + len(sound) + 1
+    length, kept = _LEAD + len(sound) + 1, draw.randint(*_KEPT)
     agent = silence(length)
     agent[_LEAD : _LEAD + len(sound)] = sound
     text, weight, slot = _text(said, length)
-    user = np.concatenate([asked(_KEPT, intent), heard(max(0, length - _KEPT), QUIET)])[:length]
+    user = np.concatenate([_understood(draw, intent, kept), heard(max(0, length - kept), QUIET)])[:length]
     audible = [1.0] * length
     if stop:
         begun = draw.randint(4, max(5, length - 6))
@@ -88,8 +96,18 @@ def _answer(
         audible=audible[:length],
     )  # fmt: skip
     if not stop:
-        rest = max(0, _KEPT - length)
+        rest = max(0, kept - length)
         _listen(document, np.concatenate([asked(rest, intent), heard(draw.randint(3, 20), QUIET)]))
+
+
+def _understood(draw: random.Random, intent: str, kept: int) -> Codes:
+    """The caller's codes behind a question; the ear may waver, which comes too late."""
+    states = asked(kept, intent)
+    if draw.random() < _WAVERS:
+        start = draw.randrange(kept)
+        other = heard(1, SPEAKING) if draw.random() < 0.15 else asked(1, draw.choice(LABELS))
+        states[start : start + draw.choice((1, 2, 5, kept))] = other
+    return states
 
 
 def _text(said: list[Word], length: int) -> tuple[list[int], list[float], list[int]]:

@@ -23,6 +23,7 @@ from personaplex.training.articulation import CODES, SILENCE, Said
 from personaplex.training.assemble import assemble
 from personaplex.training.documents import NOTHING
 from personaplex.training.ear import Ear
+from personaplex.training.grammar import Facts
 from personaplex.training.hearing import PHONES
 from personaplex.training.lm import CONSTANT, START, Talker, streams
 from personaplex.training.mouth import HALF, Mouth, basis
@@ -38,7 +39,8 @@ FRAMES = 6
 def parts() -> tuple[Ear, Mouth, Talker]:
     """Every part with random weights, the codebooks on the scale of what they quantise."""
     torch.manual_seed(0)
-    ear, mouth, talker = Ear(export.CONFIG.mimi, 8), Mouth(export.CONFIG.mimi), Talker(export.CONFIG.lm)
+    ear = Ear(export.CONFIG.mimi, 8).eval()
+    mouth, talker = Mouth(export.CONFIG.mimi), Talker(export.CONFIG.lm)
     with torch.no_grad():
         ear.books.copy_(torch.randn_like(ear.books) * ear(speech()).rest.std())
     return ear.eval(), mouth.eval(), talker.eval()
@@ -70,10 +72,13 @@ def test_checkpoints_become_a_model_that_takes_calls(
     tokenizer = Tokenizer(checkpoint.tokenizer, size=320)
     wave = speech()[0].numpy()
     callers = [Caller(wave, "hello", "hello", "slt", False)] * 3
+    known = Facts("Ada", "Pearl Bakery", "bakery", "gift box", 9, "Monday", "Friday")
+    sampling = Sampling(audio_seed=3, text_seed=3)
+    agents = [behaviour.World(known, "NATF2", "Your name is Ada.")] * 3
     said = []
     for _ in range(2):
         engine = Engine(model, library, tokenizer, EngineConfig(slots=2))
-        said.append(behaviour.talks(engine, callers, Sampling(audio_seed=3, text_seed=3), after=4))
+        said.append(behaviour.talks(engine, callers, agents, sampling, after=4))
     for first, second in zip(*said, strict=True):
         assert first.end == FRAMES + 12
         assert first.pcm.shape == (FRAMES + 16, FRAME_SIZE)
