@@ -133,8 +133,12 @@ def test_every_screen(screens: Views, service: WebService, axe: str, images: Pat
     page.click("#language")
     looker.judge("talk in Chinese, muted")
     looker.take("talk-chinese")
-    page.click("#language")
+    assert page.text("#talk-voice") == "声音 NATF2"
+    assert "Agent" not in page.text("#transcript")
     page.end()
+    page.click("#language")
+    assert page.text("#figure-latency").endswith(" ms"), "another language loses nothing"
+    assert page.text(".turn.agent .who") == "Agent"
     page.click("#nav-history")
     page.wait("document.querySelector('.select')")
     looker.see("list")

@@ -79,6 +79,8 @@ def test_a_whole_conversation(page: Views, service: WebService) -> None:
         "window.states = []; new MutationObserver(() => states.push(state.textContent))"
         ".observe(state, { childList: true })"
     )
+    for name in ("echo", "noise", "gain"):  # which take from the user's voice while both speak
+        page.click(f"#{name}")
     page.start()
     service.info = {**INFO, "used": 2}
     page.talk_until("0:05")

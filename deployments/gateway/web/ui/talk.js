@@ -19,7 +19,8 @@ const WARN_S = 60; // before the end
 
 /** One at a time. */
 export class TalkView {
-  #talk = null;
+  #talk = null; // that goes on
+  #shown = null; // the same, or the last one
   #persona;
   #info;
   #lanes = null;
@@ -70,7 +71,7 @@ export class TalkView {
       notice: (key) => notice("talk", t(key)),
       end: (ending) => this.#end(ending),
     });
-    this.#talk = talk;
+    this.#talk = this.#shown = talk;
     this.#dress();
     this.#lanes?.close();
     this.#lanes = new LiveLanes($("lanes"), talk);
@@ -83,12 +84,9 @@ export class TalkView {
 
   #dress() {
     clear("end", "talk", "sample");
-    const [title, voice] = this.#title;
-    $("talk-title").textContent = title;
+    $("talk-title").textContent = this.#title[0];
     paint($("talk-avatar"), this.#persona.voice ?? "");
-    $("talk-voice").textContent = t("start.voice", { voice });
-    this.#words = new TranscriptView($("transcript"));
-    this.#figures = new Figures($("figures"));
+    this.#write();
     $("session-line").textContent = t("session.waiting");
     $("copy").hidden = true;
     $("recorded").hidden = true;
@@ -106,9 +104,17 @@ export class TalkView {
   relabel() {
     this.#show(...this.#state);
     this.#showMute();
-    if (!this.#figures) return;
+    if (this.#shown) this.#write();
+  }
+
+  /** What the conversation has brought so far. */
+  #write() {
+    $("talk-voice").textContent = t("start.voice", { voice: this.#title[1] });
+    const { timing, transcript: { entries } } = this.#shown;
+    this.#words = new TranscriptView($("transcript"));
+    entries.forEach((entry, index) => this.#words.show(entry, index, entries));
     this.#figures = new Figures($("figures"));
-    if (this.#talk) this.#figures.show(this.#talk.timing);
+    this.#figures.show(timing);
   }
 
   #record() {
