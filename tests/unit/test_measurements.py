@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from benchmarks import unhurt, uploads
 from benchmarks.against import compare
 from benchmarks.machine import run_seconds
 
@@ -31,3 +32,20 @@ def test_cpu_time_counts_less_than_a_tick() -> None:
         pass
     spent = run_seconds(os.getpid()) - before
     assert 0.001 < spent < 1.0
+
+
+def _calls(cpu: float, gap_ms: float) -> dict[str, float]:
+    return {"gateway_cpu": cpu, "replica_cpu": cpu, "gap_most_ms": gap_ms, "answered_share": 1.0}
+
+
+def test_calls_are_unhurt_within_the_spread_of_a_transcriber_that_works() -> None:
+    runs = {name: [_calls(10.0, 50.0)] for name in ("off", "slow", "killed", "absent")}
+    found = unhurt.compare({**runs, "on": [_calls(11.0, 40.0)]})
+    assert found["broken"] == []
+    worse = unhurt.compare({**runs, "on": [_calls(11.0, 40.0)], "killed": [_calls(11.1, 141.0)]})
+    assert worse["broken"] == ["killed.gateway_cpu", "killed.replica_cpu", "killed.gap"]
+
+
+def test_what_an_upload_met_is_judged_by_its_body() -> None:
+    answers = {"zip": {"422": 3, "500": 1}, "endless": {"413": 1, "BrokenPipeError": 2}, "1 Hz": {"200": 1}}
+    assert uploads.untyped(answers) == {"zip: 500": 1, "1 Hz: 200": 1}
