@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
-from benchmarks import unhurt, uploads
+import pytest
+
+from benchmarks import outages, unhurt, uploads
 from benchmarks.against import compare
 from benchmarks.machine import run_seconds
+from personaplex.config import FRAME_SECONDS
 
 
 def _runs(*cpu: float) -> list[dict[str, float]]:
@@ -49,3 +53,37 @@ def test_calls_are_unhurt_within_the_spread_of_a_transcriber_that_works() -> Non
 def test_what_an_upload_met_is_judged_by_its_body() -> None:
     answers = {"zip": {"422": 3, "500": 1}, "endless": {"413": 1, "BrokenPipeError": 2}, "1 Hz": {"200": 1}}
     assert uploads.untyped(answers) == {"zip: 500": 1, "1 Hz: 200": 1}
+
+
+def _faults(slower: float = 1.0) -> dict[str, Any]:
+    """Eight sessions on two replicas, one of which dies twenty times; every second gap is `slower`."""
+    ledger: list[dict[str, Any]] = [
+        {"began_s": 0.1 * number, "frames_sent": 9_000, "failure": "", "failovers": []} for number in range(8)
+    ]
+    faults = [{"kind": "kill", "at_s": 30.0 * number, "back_s": 9.0} for number in range(1, 21)]
+    for number, fault in enumerate(faults):
+        talk_s = fault["at_s"]
+        for place, row in enumerate(ledger[: 8 if number else 4], start=1):
+            rebuild_s = 0.1 * place + 0.0001 * talk_s * place
+            details = {"detection_s": 0.1, "slot_s": 0.1, "rebuild_s": rebuild_s * slower ** (number % 2)}
+            row["failovers"].append({"at_s": talk_s + 2, "frame": round(talk_s / FRAME_SECONDS), **details})
+    settings = {"replicas_min": 2, "replicas_max": 2, "placement": "spread"}
+    return {"settings": settings, "faults": faults, "ledger": ledger}
+
+
+def test_the_planner_meets_a_run_that_behaves_as_it_thinks() -> None:
+    found = outages.compare(_faults())
+    assert (found["kills"], found["lost"]) == (20, {"planned": 0.0, "measured": 0.0})
+    fitted = (found["noticed_s"], found["rebuild_s"], found["rebuild_per_s"])
+    assert fitted == pytest.approx((0.2, 0.1, 0.0001), abs=1e-3)
+    assert [name for name in found["off_by_more_than_a_fifth"] if name.startswith("gap")] == []
+
+
+def test_a_run_that_is_slower_than_what_was_fitted_is_said_so() -> None:
+    found = outages.compare(_faults(slower=2.0))
+    assert {"gap_mean_s", "gap_p95_s"} <= set(found["off_by_more_than_a_fifth"])
+
+
+def test_a_run_without_kills_is_no_proof() -> None:
+    with pytest.raises(SystemExit, match="no kills"):
+        outages.compare({"faults": [{"kind": "cut", "at_s": 3.0}], "ledger": []})
