@@ -21,14 +21,15 @@ from starlette.websockets import WebSocket
 from deployments.application import GATEWAY_ENVIRONMENT, GATEWAY_HEADROOM, QUIET_LOGS
 from deployments.gateway.conversation import Conversation
 from deployments.gateway.leases import Claim, Leases
-from deployments.gateway.upstream import Services
+from deployments.gateway.services import Services
 from deployments.metrics import gateway_metrics
 from deployments.settings import Settings
 from deployments.wire import messages
 from deployments.wire.link import Link, OnLost, OnMessage
 from deployments.wire.messages import Grant, MessageKind, SlotReady
 from personaplex.engine.echo import EchoEngine
-from personaplex.engine.loop import Batch, EngineLoop, Opened, Stepped
+from personaplex.engine.events import Batch, Opened, Stepped
+from personaplex.engine.loop import EngineLoop
 from personaplex.persona import Persona
 from personaplex.session.core import Limits
 from personaplex.tokenlog import TokenLog

@@ -17,7 +17,7 @@ from ray.exceptions import ActorDiedError
 from deployments.gateway.failover import Failovers
 from deployments.gateway.leases import Leases
 from deployments.gateway.resumes import Resumes
-from deployments.gateway.upstream import Services
+from deployments.gateway.services import Services
 from deployments.metrics import Metrics, Series
 from deployments.parts import ReplicaSettings
 from deployments.replica.sessions import Sessions
@@ -28,8 +28,8 @@ from deployments.wire.messages import Grant, LeaseRequest, ReplicaStatus
 from deployments.wire.tokens import ResumeTokens
 from personaplex.config import STREAMS, Pcm
 from personaplex.engine.echo import EchoEngine
+from personaplex.engine.events import Batch
 from personaplex.engine.interface import Output, Slot, Stepper, Tokens
-from personaplex.engine.loop import Batch
 from personaplex.session.core import Limits
 from personaplex.sessionlog import SessionLog
 from personaplex.tokenlog import TokenLog
@@ -104,7 +104,7 @@ class LoopbackReplica:
 
     @property
     def used(self) -> int:
-        return self.sessions.used
+        return self.sessions.holders.used
 
     def kill(self) -> None:
         """SIGKILL: its sockets are gone, nothing more is said."""
@@ -198,7 +198,7 @@ class Fleet:
                 voices=(),
                 slots=one.sessions.slots,
                 accepting=one.sessions.accepting,
-                sessions=one.sessions.statuses(),
+                sessions=one.sessions.holders.statuses(),
                 detached=one.sessions.comebacks.kept.statuses,
                 media=("127.0.0.1", one.port),
             )
@@ -222,7 +222,7 @@ class Fleet:
                 break
             await asyncio.sleep(0.01)
         replica = free[0]
-        token, holder = replica.sessions.hold(request)
+        token, holder = replica.sessions.holders.hold(request)
         try:
             items.put_nowait(Grant("127.0.0.1", replica.port, token, replica.name, replica.sessions.slots))
             while not holder.freed.is_set() and replica.alive:
@@ -230,7 +230,7 @@ class Fleet:
                 await replica.changed.wait()
             items.put_nowait(StopAsyncIteration() if replica.alive else ActorDiedError())
         finally:
-            replica.sessions.drop(token)
+            replica.sessions.holders.drop(token)
 
 
 async def _forget(session: str, log: TokenLog) -> None:

@@ -25,9 +25,10 @@ from deployments.gateway.protocols.moshi import MoshiTranslator
 from deployments.gateway.protocols.translator import Begin, Message, Reply, Translator
 from deployments.gateway.recorder import Recording
 from deployments.gateway.resumes import Taken
+from deployments.gateway.services import Services
 from deployments.gateway.stats import SessionStats
 from deployments.gateway.transcripts import Heard, Transcript
-from deployments.gateway.upstream import Services, Upstream
+from deployments.gateway.upstream import Upstream
 from personaplex.config import Pcm
 from personaplex.errors import ClientError, PersonaplexError, RecordingFailed, SessionLost
 from personaplex.persona import Persona

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from deployments import metrics
 from deployments.metrics import Metrics, Series
-from personaplex.engine.loop import Batch, EngineLoop, Opened
+from personaplex.engine.events import Batch, Opened
+from personaplex.engine.loop import EngineLoop
 
 
 class EngineNumbers:

@@ -12,7 +12,7 @@ from deployments.wire.link import Link
 from deployments.wire.messages import MessageKind
 from deployments.wire.questions import Samples, pack_tokens, pack_voice, unpack_text
 from personaplex.config import Pcm
-from personaplex.engine.loop import Encoded
+from personaplex.engine.events import Encoded
 from personaplex.errors import NoCapacity, PersonaplexError, ProtocolError
 
 LINKS_LIMIT = 8

@@ -81,13 +81,13 @@ class Replica:
         if not self._sessions.accepting or self._name in request.excluded:
             yield Refusal()
             return
-        token, holder = self._sessions.hold(request)
+        token, holder = self._sessions.holders.hold(request)
         host, port = self._address()
         try:
             yield Grant(host, port, token, self._name, self._slots)
             await holder.freed.wait()
         finally:
-            self._sessions.drop(token)
+            self._sessions.holders.drop(token)
 
     async def check_health(self) -> None:
         """Raises EngineFault when the engine's thread has ended or is stuck."""
@@ -113,7 +113,7 @@ class Replica:
             voices=tuple(self._loaded.voices),
             slots=self._slots,
             accepting=self._sessions.accepting,
-            sessions=self._sessions.statuses(),
+            sessions=self._sessions.holders.statuses(),
             detached=self._sessions.comebacks.kept.statuses,
             media=self._address(),
             engine={
@@ -139,7 +139,7 @@ class Replica:
     def _publish_slots(self) -> None:
         self._reporter.changed()
         self._metrics.set(metrics.SLOTS_TOTAL, self._slots)
-        self._metrics.set(metrics.SLOTS_USED, self._sessions.used)
+        self._metrics.set(metrics.SLOTS_USED, self._sessions.holders.used)
         self._metrics.set(metrics.DETACHED, len(self._sessions.comebacks.kept))
 
 

@@ -1,9 +1,8 @@
 """The sessions of one replica: who holds which slot, from the grant of its lease until the engine closed it.
 
-A slot is held by the lease while nobody connected yet (`lease_timeout_s` at most), then by the media link,
-whatever becomes of the lease call. A session is opened anew, or rebuilt from the log that its gateway sends.
-When the engine fails, every session is told SessionLost. Knows no Ray; runs on one event loop but for
-`deliver`.
+A slot is held by the lease while nobody connected yet, then by the media link, whatever becomes of the lease
+call. A session is opened anew, or rebuilt from the log that its gateway sends. When the engine fails, every
+session is told SessionLost. Knows no Ray; runs on one event loop but for `deliver`.
 
 A session whose client may come back is detached when its gateway says so or is lost: its slot is freed at
 once, its log is kept for `resume_grace_s`. Whoever shows its token gets the log, from a session that looks
@@ -13,44 +12,26 @@ alive too, which then ends.
 from __future__ import annotations
 
 import asyncio
-import secrets
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from deployments import metrics
 from deployments.metrics import Metrics
 from deployments.parts import ReplicaSettings
 from deployments.replica.comebacks import Comebacks
+from deployments.replica.holders import Holder, Holders
 from deployments.replica.numbers import EngineNumbers
 from deployments.replica.questions import QUESTIONS, Questions
 from deployments.replica.rebuilds import Rebuilds
 from deployments.replica.running import RunningLog
+from deployments.replica.unauthenticated import Unauthenticated
 from deployments.wire import messages
 from deployments.wire.handshake import Keyring, ReplicaHandshake
 from deployments.wire.link import Link
-from deployments.wire.messages import (
-    NOTHING_HELD,
-    Held,
-    LeaseRequest,
-    MessageKind,
-    Opening,
-    SessionStatus,
-    SlotReady,
-)
+from deployments.wire.messages import MessageKind, Opening, SlotReady
 from deployments.wire.transfer import LogReceiver
+from personaplex.engine.events import Batch, Closed, Encoded, EngineEvent, Faulted, Opened, Refused, Stepped
 from personaplex.engine.interface import Stepper
-from personaplex.engine.loop import (
-    Batch,
-    Closed,
-    Encoded,
-    EngineEvent,
-    EngineLoop,
-    Faulted,
-    Opened,
-    Refused,
-    Stepped,
-)
+from personaplex.engine.loop import EngineLoop
 from personaplex.errors import (
     EngineFault,
     LogRefused,
@@ -62,26 +43,9 @@ from personaplex.errors import (
 )
 from personaplex.sessionlog import SessionLog, SessionRecorder
 
-UNAUTHENTICATED_SPARE = 16  # connections that have shown no lease, beyond two per slot
 FAILED = "the server running this session failed; please connect again"
 
 _Packed = tuple[EngineEvent, bytes | None]
-
-
-@dataclass(eq=False)
-class Holder:
-    """Whoever holds a lease: a gateway that has not connected yet (no `link`), one whose session is not with
-    the engine yet (`number` is None), or a session of the engine."""
-
-    request: LeaseRequest
-    began: float = field(default_factory=time.monotonic)
-    link: Link | None = None
-    generation: int = 0
-    log: LogReceiver | None = None  # while it comes in
-    number: int | None = None
-    held: Held = NOTHING_HELD
-    running: RunningLog | None = None  # of a session whose client may come back
-    freed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Sessions:
@@ -110,45 +74,15 @@ class Sessions:
             inbox_limit=settings.burst_frames,
             rebuild_share=settings.rebuild_share,
         )
-        self._settings, self._metrics, self._changed = settings, published, changed
+        self._settings, self._metrics = settings, published
         self._numbers = EngineNumbers(published, self.engine)
         self._event_loop = asyncio.get_running_loop()
-        self._unclaimed: dict[bytes, Holder] = {}  # by one-time token
-        self._unauthenticated: dict[Link, asyncio.TimerHandle] = {}  # no lease shown yet; oldest first
+        self.holders = Holders(settings.lease_timeout_s, changed)
+        self._unauthenticated = Unauthenticated(settings.lease_timeout_s)
         self._linked: dict[Link, Holder] = {}
-        self._coming: set[Holder] = set()  # linked, but not with the engine yet
-        self._open: dict[int, Holder] = {}  # by the engine loop's number
         self._keyring, self._name = keyring, name
         self.comebacks = Comebacks(settings.resume_grace_s, settings.slots, keyring, changed)
         self._rebuilds: Rebuilds[Holder] = Rebuilds(settings.engine_config.rebuilds, self._rebuild)
-
-    @property
-    def used(self) -> int:
-        """Slots that are held."""
-        return len(self._unclaimed) + len(self._coming) + len(self._open)
-
-    def hold(self, request: LeaseRequest) -> tuple[bytes, Holder]:
-        """Holds a slot for whoever shows the token; within `lease_timeout_s`, or it is dropped."""
-        token, holder = secrets.token_bytes(messages.TOKEN_BYTES), Holder(request)
-        self._unclaimed[token] = holder
-        self._event_loop.call_later(self._settings.lease_timeout_s, self.drop, token)
-        self._changed()
-        return token, holder
-
-    def drop(self, token: bytes) -> None:
-        """Ends a lease nobody claimed. Without effect on one that was."""
-        holder = self._unclaimed.pop(token, None)
-        if holder is not None:
-            self._free(holder)
-
-    def statuses(self) -> tuple[SessionStatus, ...]:
-        """Every session that holds a slot."""
-        now = time.monotonic()
-        holders = [*self._unclaimed.values(), *self._coming, *self._open.values()]
-        return tuple(
-            SessionStatus(holder.request.session, round(now - holder.began, 1), holder.generation)
-            for holder in holders
-        )
 
     def close(self) -> None:
         """Graceful shutdown: takes no new session and ends every other one in words."""
@@ -170,18 +104,8 @@ class Sessions:
             outbox=self._settings.burst_frames,
             stall_s=self._settings.stall_limit_s,
         )
-        self._unauthenticated[link] = self._event_loop.call_later(
-            self._settings.lease_timeout_s, self._reject, link, SessionLost("nothing was said in time")
-        )
-        # A gateway claims as soon as it is connected, so the oldest is the likeliest never to.
-        if len(self._unauthenticated) > 2 * self.slots + UNAUTHENTICATED_SPARE:
-            oldest = next(iter(self._unauthenticated))
-            self._reject(oldest, SessionLost("too many connections without a lease"))
+        self._unauthenticated.add(link, self.slots)
         return link
-
-    def _reject(self, link: Link, error: PersonaplexError) -> None:
-        self._unauthenticated.pop(link).cancel()
-        link.close(error)
 
     def _message(self, link: Link, kind: MessageKind, payload: bytes) -> None:
         holder = self._linked.get(link)
@@ -190,8 +114,7 @@ class Sessions:
         elif holder is None and kind is MessageKind.TAKE:
             self._give(link, payload)
         elif holder is None and self.questions is not None and (kind in QUESTIONS or link in self.questions):
-            if link in self._unauthenticated:
-                self._unauthenticated.pop(link).cancel()
+            self._unauthenticated.remove(link)
             self.questions.receive(link, kind, payload)
         elif holder is None:
             self._claim(link, kind, payload)
@@ -214,8 +137,7 @@ class Sessions:
             raise ProtocolError("the first message must open the session")
         try:
             opening = messages.unpack_opening(payload)
-            if opening.token not in self._unclaimed:
-                raise SessionLost("the lease ran out; please connect again")
+            self.holders.check(opening.token)
             if kind is MessageKind.OPEN:
                 persona = messages.unpack_open(opening.rest)
                 holder = self._take(link, opening)
@@ -225,27 +147,23 @@ class Sessions:
                 log = LogReceiver(messages.unpack_rebuild(opening.rest))
                 self._await_log(self._take(link, opening), log)
         except (LogRefused, SessionLost) as error:
-            self._reject(link, error)
+            self._unauthenticated.reject(link, error)
 
     def _take(self, link: Link, opening: Opening) -> Holder:
         """Whoever has the token is from now on at the other end of `link`."""
-        holder = self._unclaimed.pop(opening.token)
-        self._unauthenticated.pop(link).cancel()
-        holder.link, holder.generation, holder.held = link, opening.generation, opening.held
+        holder = self.holders.claim(link, opening)
+        self._unauthenticated.remove(link)
         self._linked[link] = holder
-        self._coming.add(holder)
         return holder
 
     def _start(self, holder: Holder, begin: Callable[[], int]) -> None:
         """Hands the session to the engine; `begin` gives its number there."""
         try:
-            holder.number = begin()
+            number = begin()
         except EngineFault:
             self._end(holder, SessionLost(FAILED))
             return
-        self._coming.discard(holder)
-        self._open[holder.number] = holder
-        self._changed()  # with the generation
+        self.holders.opened(holder, number)
 
     def _await_log(self, holder: Holder, log: LogReceiver) -> None:
         holder.log = log
@@ -273,8 +191,7 @@ class Sessions:
         self._start(holder, lambda: self.engine.rebuild(log))
 
     def _lost(self, link: Link) -> None:
-        if link in self._unauthenticated:
-            self._unauthenticated.pop(link).cancel()
+        self._unauthenticated.remove(link)
         self.comebacks.lost(link)
         if self.questions is not None:
             self.questions.lost(link)
@@ -282,7 +199,7 @@ class Sessions:
         if holder is None:
             return
         self._detach(holder)
-        if holder.number in self._open:
+        if holder.number in self.holders.open:
             self.engine.close(holder.number)  # Closed comes when the slot is free
         else:
             self._free(holder)
@@ -302,15 +219,15 @@ class Sessions:
         """Somebody has come back: gives the session's log to whoever shows its token."""
         try:
             claim = self.comebacks.read(token)
-            for holder in self._open.values():
+            for holder in self.holders.open.values():
                 if holder.running is not None and holder.request.session == claim.session:
                     self._interrupt(holder, holder.running, claim.counter)
                     break
             self.comebacks.give(link, claim)
         except ResumeRefused as error:
-            self._reject(link, error)
+            self._unauthenticated.reject(link, error)
         else:
-            self._unauthenticated.pop(link).cancel()
+            self._unauthenticated.remove(link)
 
     def _interrupt(self, holder: Holder, running: RunningLog, counter: int) -> None:
         """Its client has come back by another way. Raises ResumeRefused for another token than its own."""
@@ -331,15 +248,15 @@ class Sessions:
     def _dispatch(self, batch: Batch, packed: list[_Packed]) -> None:
         for event, payload in packed:
             match event:
-                case Stepped(session) if session in self._open:
+                case Stepped(session) if session in self.holders.open:
                     assert payload is not None
-                    self._reply(self._open[session], event, payload)
-                case Opened(session) if session in self._open:
-                    self._ready(self._open[session], event)
-                case Refused(session, error) if session in self._open:
-                    self._end(self._open.pop(session), error)
-                case Closed(session) if session in self._open:
-                    self._free(self._open.pop(session))
+                    self._reply(self.holders.open[session], event, payload)
+                case Opened(session) if session in self.holders.open:
+                    self._ready(self.holders.open[session], event)
+                case Refused(session, error) if session in self.holders.open:
+                    self._end(self.holders.pop(session), error)
+                case Closed(session) if session in self.holders.open:
+                    self._free(self.holders.pop(session))
                 case Encoded() if self.questions is not None:
                     self.questions.encoded(event)
                 case Faulted():
@@ -364,9 +281,7 @@ class Sessions:
 
     def _fail(self) -> None:
         self.accepting = False
-        holders = [*self._open.values(), *self._coming]
-        self._open.clear()
-        for holder in holders:
+        for holder in self.holders.pop_all():
             self._end(holder, SessionLost(FAILED))
 
     def _end(self, holder: Holder, error: PersonaplexError) -> None:
@@ -377,11 +292,8 @@ class Sessions:
         self._free(holder)
 
     def _free(self, holder: Holder) -> None:
-        holder.log = None
-        self._coming.discard(holder)
-        holder.freed.set()
+        self.holders.free(holder)
         self._rebuilds.done(holder)
-        self._changed()
 
 
 def _pack(event: EngineEvent) -> bytes | None:

@@ -35,16 +35,19 @@ from websockets.http11 import Response as Refused
 
 from deployments import metrics
 from deployments.application import build
-from deployments.gateway import app
-from deployments.gateway.app import PAGE, Gateway, report_failure
+from deployments.gateway import host
+from deployments.gateway.app import PAGE, report_failure
 from deployments.gateway.audio import UNDECODED_LIMIT, AudioStep
 from deployments.gateway.conversation import UNSENT_LIMIT, Conversation
 from deployments.gateway.headers import SecurityHeaders
+from deployments.gateway.host import SessionHost
 from deployments.gateway.leases import Claim, Waiter
+from deployments.gateway.progress import STALE_S
 from deployments.gateway.protocols import moshi
 from deployments.gateway.query import SEED_LIMIT, persona_from, read_query, wants_status
+from deployments.gateway.services import Services
+from deployments.gateway.tokenlogs import TokenLogs
 from deployments.gateway.turns import QueuedRequest
-from deployments.gateway.upstream import STALE_S, Services
 from deployments.gateway.waits import Waits
 from deployments.metrics import Metrics
 from deployments.settings import Settings
@@ -701,14 +704,22 @@ class Unwelcome(Silence):
             raise self._error
 
 
-def _gateway(services: Services | None = None) -> Any:
-    """A gateway as far as a session needs it, without records."""
-    gateway: Any = object.__new__(Gateway)
-    gateway._settings, gateway._records = Settings(), None
-    gateway._services, gateway._reconnects, gateway._metrics = services, Nothing(), Counted()
-    gateway._accounts = SimpleNamespace(attach=lambda *_: None, close=lambda *_: None)
-    gateway._waits = Waits()
-    return gateway
+def _host(records: Any = None, describe: Any = None) -> Any:
+    """Hosts sessions that need no slot any more."""
+    services: Any = SimpleNamespace(metrics=Counted(), ending=set())
+    nothing: Any = Nothing()
+    accounts: Any = SimpleNamespace(attach=lambda *_: None, close=lambda *_: None)
+    return SessionHost(
+        services,
+        fleet=SimpleNamespace(describe=describe),  # type: ignore[arg-type]
+        access=nothing,
+        accounts=accounts,
+        room=nothing,
+        waits=Waits(),
+        voices=nothing,
+        records=records,
+        query_limit=16_384,
+    )
 
 
 @pytest.mark.parametrize(
@@ -719,13 +730,13 @@ def test_a_client_that_goes_while_it_is_accepted_gives_its_slot_back(
     error: Exception | None, cause: str
 ) -> None:
     async def run() -> None:
-        spy, socket, gateway = Spy(), Unwelcome(error), _gateway()
-        handler = asyncio.ensure_future(gateway._converse(socket, "s", Persona(), "caller", _claim(spy)))
+        spy, socket, hosting = Spy(), Unwelcome(error), _host()
+        handler = asyncio.ensure_future(hosting._converse(socket, "s", Persona(), "caller", _claim(spy)))
         await asyncio.wait_for(socket.accepting.wait(), 5)
         handler.cancel()
         await asyncio.gather(handler, return_exceptions=True)
         assert spy.released.is_set()
-        assert gateway._metrics.refused == [cause]
+        assert hosting._metrics.refused == [cause]
 
     asyncio.run(run())
 
@@ -756,18 +767,16 @@ def test_a_session_that_cannot_be_made_ends_its_record_and_gives_its_slot_back(
     async def nobody() -> list[Any]:
         return []
 
-    monkeypatch.setattr(app, "Conversation", stumble)
+    monkeypatch.setattr(host, "Conversation", stumble)
 
     async def run() -> None:
-        spy, gateway = Spy(), _gateway()
-        gateway._records, gateway._fleet = Records(), SimpleNamespace(describe=nobody)
-        gateway._services = SimpleNamespace(ending=set())
+        spy, hosting = Spy(), _host(Records(), nobody)
         with pytest.raises(MemoryError):
-            await gateway._converse(Welcome(None), "s", Persona(), "caller", _claim(spy))
+            await hosting._converse(Welcome(None), "s", Persona(), "caller", _claim(spy))
         assert spy.released.is_set()
-        await asyncio.gather(*gateway._services.ending)
+        await asyncio.gather(*hosting._services.ending)
         assert Records.causes == ["SessionLost"]
-        assert gateway._metrics.refused == ["SessionLost"]
+        assert hosting._metrics.refused == ["SessionLost"]
 
     asyncio.run(run())
 
@@ -780,11 +789,8 @@ def test_who_is_not_recorded_does_not_wait_for_the_fleet() -> None:
     async def describe() -> list[Any]:
         return [SimpleNamespace(engine={"model": "tiny"})]
 
-    gateway = _gateway()
-    gateway._records, gateway._fleet = Records(), SimpleNamespace(describe=describe)
-    assert asyncio.run(gateway._engine({"record": "1"})) == {"model": "tiny"}
-    gateway._fleet = None
-    assert asyncio.run(gateway._engine({})) == {}
+    assert asyncio.run(_host(Records(), describe)._engine({"record": "1"})) == {"model": "tiny"}
+    assert asyncio.run(_host(Records())._engine({})) == {}
 
 
 async def _forget(*_: Any) -> None:
@@ -1059,13 +1065,12 @@ def test_a_token_log_that_cannot_be_written_ends_no_session(
     def save(log: TokenLog, path: Path) -> None:
         raise OSError(trouble, os.strerror(trouble))
 
-    gateway = object.__new__(Gateway)
-    gateway._settings = Settings(token_log_dir=tmp_path / "logs")
+    logs = TokenLogs(tmp_path / "logs")
     log = TokenLog()
     log.append(range(17), forced=False)
-    asyncio.run(gateway._keep("whole", log))
+    asyncio.run(logs.keep("whole", log))
     monkeypatch.setattr(TokenLog, "save", save)
-    asyncio.run(gateway._keep("lost", log))
+    asyncio.run(logs.keep("lost", log))
     assert "tokens of session lost could not be saved" in caplog.text
     assert [path.name for path in (tmp_path / "logs").iterdir()] == ["whole.npz"]
 
@@ -1074,13 +1079,11 @@ def test_what_was_said_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     """The folder as well, where it is ours; one that was there keeps its rights."""
     log = TokenLog()
     log.append(range(17), forced=False)
-    gateway = object.__new__(Gateway)
     mask = os.umask(0)
     try:
         (tmp_path / "theirs").mkdir(0o755)
         for folder, mode in (("ours", 0o700), ("theirs", 0o755)):
-            gateway._settings = Settings(token_log_dir=tmp_path / folder)
-            asyncio.run(gateway._keep("said", log))
+            asyncio.run(TokenLogs(tmp_path / folder).keep("said", log))
             assert (tmp_path / folder).stat().st_mode & 0o7777 == mode
             assert (tmp_path / folder / "said.npz").stat().st_mode & 0o7777 == 0o600
     finally:

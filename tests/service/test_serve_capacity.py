@@ -17,7 +17,7 @@ import websockets
 from serving import Client, Heard, Service, connect, running, speech
 from websockets.http11 import Response
 
-from deployments.replica.sessions import UNAUTHENTICATED_SPARE
+from deployments.replica.unauthenticated import SPARE
 from deployments.wire import messages
 from deployments.wire.handshake import CHALLENGE_BYTES, GatewayHandshake, Keyring
 from deployments.wire.messages import Grant, LeaseRequest, MessageKind
@@ -161,7 +161,7 @@ def test_connections_without_a_lease_are_bounded(pair: Service) -> None:
     with contextlib.ExitStack() as stack:
         strangers = [
             stack.enter_context(socket.create_connection((grant.host, grant.port)))
-            for _ in range(2 * 2 + UNAUTHENTICATED_SPARE + 1)
+            for _ in range(2 * 2 + SPARE + 1)
         ]
         assert _challenged(strangers[0]) == b"", "closed, and told nothing"
         strangers[1].settimeout(0.2)

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from sessions import PERSONAS, engine, speech
 
 from deployments.gateway.failover import LOST_LIMIT
+from deployments.gateway.handover import CONTINUED, INTERRUPTED
 from deployments.gateway.leases import Claim
+from deployments.gateway.services import Services
 from deployments.gateway.stats import SessionStats
-from deployments.gateway.upstream import CONTINUED, INTERRUPTED, Services, Upstream
+from deployments.gateway.upstream import Upstream
 from deployments.metrics import FAILOVER_SECONDS, FAILOVERS
 from deployments.replica import sessions as replica_sessions
 from deployments.wire.messages import LeaseRequest, MessageKind
@@ -72,8 +74,8 @@ class Talker:
 
     @property
     def replica(self) -> str:
-        assert self.upstream._current is not None
-        return self.upstream._current.replica
+        assert self.upstream.handover.current is not None
+        return self.upstream.handover.current.replica
 
     def _hear(self, number: int, pcm: NDArray[np.float32], stale: bool) -> None:
         self.heard.append((number, pcm))
@@ -527,7 +529,7 @@ def test_a_session_that_kills_every_replica_is_ended() -> None:
 
             async def poisoned() -> None:
                 while not talker.error:
-                    for replica in [one for one in fleet.replicas if one.sessions._open]:
+                    for replica in [one for one in fleet.replicas if one.sessions.holders.open]:
                         fleet.kill(replica)
                         killed.append(replica)
                         await fleet.add()
@@ -604,7 +606,7 @@ def test_replies_out_of_order_are_a_fault_of_the_replica() -> None:
         async with fleet_of(2, memory, slots=2) as fleet:
             talker = await _talks(fleet, Counted(), speech(0, 30))
             first = fleet.replicas[0]
-            (holder,) = first.sessions._open.values()
+            (holder,) = first.sessions.holders.open.values()
             assert holder.link is not None
             holder.link.send(MessageKind.REPLY, _reply(12))
             await talker.speak(10, 30)
@@ -627,11 +629,11 @@ def test_a_frame_whose_sound_is_not_known_shortens_the_kept_sound() -> None:
     async def test() -> None:
         async with fleet_of(1, memory, slots=2) as fleet:
             talker = await _talks(fleet, Counted(), speech(0, 30))
-            recorder = talker.upstream._recorder
+            recorder = talker.upstream.progress.recorder
             assert recorder is not None
             assert recorder.log().frames == len(recorder.log().sound) == 10
             talker.upstream.send_frame(talker.sound[10])
-            talker.upstream._unanswered.clear()
+            talker.upstream.progress.unanswered.clear()
             await talker.answered(11)
             with pytest.raises(LogRefused):
                 recorder.log()

@@ -13,8 +13,9 @@ import pytest
 
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, STREAMS
 from personaplex.engine.echo import EchoEngine
+from personaplex.engine.events import Batch, Closed, EngineEvent, Faulted, Opened, Refused, Stepped
 from personaplex.engine.interface import Slot
-from personaplex.engine.loop import Batch, Closed, EngineEvent, EngineLoop, Faulted, Opened, Refused, Stepped
+from personaplex.engine.loop import EngineLoop
 from personaplex.engine.schedule import CATCH_UP_RATE, FrameQueue, PendingFrame, plan
 from personaplex.errors import EngineFault, NoCapacity, PromptTooLong, UnknownVoice
 from personaplex.persona import Persona
@@ -452,7 +453,7 @@ def test_a_rebuild_runs_in_chunks_between_ticks_in_turn_with_a_prompt(ear: Ear) 
     loop = EngineLoop(make, ear, gather_s=0.0, inbox_limit=25, rebuild_share=1.0)
     loop.start().result(5)
     first = _open(loop, ear)
-    with loop._wake:  # both arrive together
+    with loop._backlog._wake:  # both arrive together
         sessions = loop.open(Persona()), loop.rebuild(_log())
     ear.wait(lambda: all(ear.of(Opened, session) for session in sessions))
     ear.wait(lambda: len(ear.of(Stepped, first)) == 12)
@@ -499,6 +500,6 @@ def test_closed_while_it_is_rebuilt(ear: Ear) -> None:
     go_on.set()
     ear.wait(lambda: ear.of(Closed, session))
     assert not ear.of(Opened, session)
-    assert loop._waiting == {"prefill": 0, "rebuild": 0}
+    assert loop._backlog._waiting == {"prefill": 0, "rebuild": 0}
     assert ear.of(Opened, _open(loop, ear))
     loop.stop()

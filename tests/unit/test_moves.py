@@ -10,8 +10,8 @@ from sessions import PERSONAS, speech
 from test_failover import Talker, assert_unharmed, memory, run, until, used
 from test_resume import NAME, SOUND, Caller
 
+from deployments.gateway.handover import CONTINUED, INTERRUPTED
 from deployments.gateway.moves import AT_ONCE, Moves
-from deployments.gateway.upstream import CONTINUED, INTERRUPTED
 from deployments.metrics import FAILOVERS, MOVES
 
 
@@ -86,9 +86,9 @@ def test_the_old_replica_may_die_while_its_sessions_leave() -> None:
             await talker.open()
             talking = asyncio.ensure_future(talker.speak(0, 60))
             await talker.answered(10)
-            moving = asyncio.ensure_future(talker.upstream.move())
+            moving = asyncio.ensure_future(talker.upstream.handover.move())
             await asyncio.sleep(0)
-            assert talker.upstream._failover is not None, "the search has begun"
+            assert talker.upstream.handover._failover is not None, "the search has begun"
             fleet.kill(fleet.replicas[0])
             await talking
             await talker.answered(60)
@@ -108,7 +108,7 @@ def test_after_a_move_the_client_holds_a_new_token() -> None:
             old = first.token
             await first.speak(0, 10)
             await first.answered(10)
-            assert await first.upstream.move()
+            assert await first.upstream.handover.move()
             assert len(first.told(CONTINUED)) == 1
             assert first.token != old
             first.lose_gateway()

@@ -45,7 +45,8 @@ from deployments.wire.voicestore import HOLDER_LIMIT, VoiceStore
 from personaplex.audio.voicewav import check, read_voice
 from personaplex.config import SAMPLE_RATE
 from personaplex.engine.echo import EchoEngine
-from personaplex.engine.loop import Batch, Encoded, EngineLoop, Opened, Refused
+from personaplex.engine.events import Batch, Encoded, Opened, Refused
+from personaplex.engine.loop import EngineLoop
 from personaplex.errors import BadAudio, Forbidden, NoCapacity, ProtocolError, TooManySessions, UnknownVoice
 from personaplex.persona import Persona, own_digest, own_voice
 from personaplex.sessionlog import SessionRecorder

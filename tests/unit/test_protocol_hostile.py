@@ -40,9 +40,9 @@ def unharmed(service: ProtocolService) -> Iterator[None]:
     """After each attack nothing is held, and a session begins at once."""
     yield
     deadline = time.monotonic() + 10
-    while service.gateway._open and time.monotonic() < deadline:
+    while service.gateway._room.open and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert service.gateway._open == 0
+    assert service.gateway._room.open == 0
     assert not ScriptedReplica.held
 
     async def begin() -> None:

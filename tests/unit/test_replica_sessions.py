@@ -82,14 +82,14 @@ def packed_log(frames: int = 5) -> bytes:
 def test_a_log_becomes_a_slot_that_goes_on() -> None:
     async def test(fleet: Fleet, replica: LoopbackReplica) -> None:
         gateway, log = Gateway(), packed_log()
-        token, _ = replica.sessions.hold(LeaseRequest("s", ""))
+        token, _ = replica.sessions.holders.hold(LeaseRequest("s", ""))
         link = await gateway.connect(replica)
         link.send(MessageKind.REBUILD, messages.pack_rebuild(token, len(log), 3))
         for piece in transfer.pieces(log):
             link.send(MessageKind.LOG, piece)
         ready = messages.unpack_ready(await gateway.until(MessageKind.READY))
         assert ready.frame == 5
-        (status,) = replica.sessions.statuses()
+        (status,) = replica.sessions.holders.statuses()
         assert (status.session, status.generation) == ("s", 3)
         link.send(MessageKind.FRAME, messages.pack_frame(9, SOUND[5]))
         reply = messages.unpack_reply(await gateway.until(MessageKind.REPLY))
@@ -132,19 +132,19 @@ def test_what_cannot_be_opened_is_refused_by_type_and_holds_no_slot(
 
     async def test(fleet: Fleet, replica: LoopbackReplica) -> None:
         gateway = Gateway()
-        token, _ = replica.sessions.hold(LeaseRequest("s", ""))
+        token, _ = replica.sessions.holders.hold(LeaseRequest("s", ""))
         link = await gateway.connect(replica)
         for place, (kind, payload) in enumerate(said):
             link.send(kind, token + payload if place == 0 and kind is not MessageKind.LOG else payload)
         assert type(await gateway.refusal()) is error
-        replica.sessions.drop(token)  # as the end of its lease does
+        replica.sessions.holders.drop(token)  # as the end of its lease does
 
     run(test)
 
 
 def test_a_token_is_for_one_session() -> None:
     async def test(fleet: Fleet, replica: LoopbackReplica) -> None:
-        token, _ = replica.sessions.hold(LeaseRequest("s", ""))
+        token, _ = replica.sessions.holders.hold(LeaseRequest("s", ""))
         first, second = Gateway(), Gateway()
         link = await first.connect(replica)
         link.send(MessageKind.OPEN, messages.pack_open(token, Persona()))
@@ -160,7 +160,7 @@ def test_a_token_is_for_one_session() -> None:
 def test_a_log_that_does_not_come_holds_no_slot() -> None:
     async def test(fleet: Fleet, replica: LoopbackReplica) -> None:
         gateway, log = Gateway(), packed_log()
-        token, holder = replica.sessions.hold(LeaseRequest("s", ""))
+        token, holder = replica.sessions.holders.hold(LeaseRequest("s", ""))
         link = await gateway.connect(replica)
         link.send(MessageKind.REBUILD, messages.pack_rebuild(token, len(log), 1))
         link.send(MessageKind.LOG, log[:100])
@@ -173,7 +173,7 @@ def test_a_log_that_does_not_come_holds_no_slot() -> None:
 def test_a_gateway_that_leaves_before_its_log_is_whole_leaves_nothing() -> None:
     async def test(fleet: Fleet, replica: LoopbackReplica) -> None:
         gateway, log = Gateway(), packed_log()
-        token, holder = replica.sessions.hold(LeaseRequest("s", ""))
+        token, holder = replica.sessions.holders.hold(LeaseRequest("s", ""))
         link = await gateway.connect(replica)
         link.send(MessageKind.REBUILD, messages.pack_rebuild(token, len(log), 1))
         link.send(MessageKind.LOG, log[:100])

@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from sessions import PERSONAS, speech
 from test_failover import PACE_S, Talker, alone, memory, run, until, used
 
+from deployments.gateway.handover import CONTINUED
 from deployments.gateway.resumes import Taken
+from deployments.gateway.services import Services
 from deployments.gateway.stats import SessionStats
-from deployments.gateway.upstream import CONTINUED, Services, Upstream
+from deployments.gateway.upstream import Upstream
 from deployments.wire.messages import LeaseRequest
 from deployments.wire.tokens import ResumeClaim
 from personaplex.errors import ResumeRefused, SessionLost, SessionTaken
@@ -49,7 +51,7 @@ class Caller(Talker):
     def lose_gateway(self) -> None:
         """SIGKILL: the link is cut, without a word."""
         self.upstream.stop()
-        for slot in self.upstream._slots():
+        for slot in self.upstream.handover.slots:
             assert slot._link is not None
             assert slot._link._transport is not None
             slot._link._transport.abort()
@@ -145,11 +147,11 @@ def test_who_hangs_up_is_not_kept() -> None:
             await stranger.speak(0, 5)
             await stranger.answered(5)
             assert "resume" not in stranger.of(Ready)[0].details
-            assert stranger.upstream._current is not None
-            assert stranger.upstream._current._link is not None
-            assert stranger.upstream._current._link._transport is not None
+            assert stranger.upstream.handover.current is not None
+            assert stranger.upstream.handover.current._link is not None
+            assert stranger.upstream.handover.current._link._transport is not None
             stranger.upstream.stop()
-            stranger.upstream._current._link._transport.abort()
+            stranger.upstream.handover.current._link._transport.abort()
             await used(fleet, 0)
             assert len(fleet.replicas[0].sessions.comebacks.kept) == 0
             with pytest.raises(ResumeRefused):
