@@ -24,6 +24,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -257,6 +258,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of uploads, and of the queue")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the service goes with us
     stream = Stream.make(20.0)
     parts: dict[str, dict[str, Any]] = {}
     with running() as place, Memory(processes_of_service()) as memory:

@@ -20,8 +20,10 @@ import argparse
 import asyncio
 import itertools
 import random
+import signal
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -142,6 +144,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["echo", "tiny"])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the service goes with us
     checkouts = {"base": options.base.resolve(), "this": HERE}
     stream = Stream.make(options.seconds)
     models: dict[str, Any] = {}

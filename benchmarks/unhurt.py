@@ -148,6 +148,7 @@ def main() -> int:
     parser.add_argument("--model", default="echo")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the service goes with us
     stream = Stream.make(options.seconds)
     runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(options.rounds):

@@ -24,6 +24,8 @@ PATH = "/api/voices?consent=1"
 RATE = 24_000
 SAID = {400, 401, 403, 413, 415, 422, 429, 503}  # a refusal that has a type
 PIECE = bytes(65_536)
+ENDLESS_S = 3.0
+TIMEOUT_S = 15.0
 
 
 def riff(channels: int, rate: int, claimed: int, data: bytes) -> bytes:
@@ -55,7 +57,7 @@ def endless_samples() -> bytes:
 
 
 def bodies() -> dict[str, bytes | None]:
-    """By name; None is a body that never ends."""
+    """By name; None is a body without an end."""
     noise = np.random.default_rng(1).bytes(200_000)
     return {
         "an hour of silence": expanding(),
@@ -103,7 +105,7 @@ class Sender:
 
     def _one(self, key: str, body: bytes | None) -> str:
         """The status, or what became of the connection."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=30)
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=TIMEOUT_S)
         try:
             chunked = body is None
             data: bytes | Iterator[bytes] = _endless() if body is None else body
@@ -125,7 +127,9 @@ def _answered(connection: http.client.HTTPConnection) -> str:
 
 
 def _endless() -> Iterator[bytes]:
-    while True:
+    """For ENDLESS_S: a service that had not cut it off by then would have taken gigabytes."""
+    until = time.monotonic() + ENDLESS_S
+    while time.monotonic() < until:
         yield PIECE
 
 
