@@ -1,9 +1,14 @@
-"""A headless Firefox with its own fake microphone, by WebDriver BiDi: as much as the page's tests need."""
+"""A headless Firefox with its own fake microphone, by WebDriver BiDi: as much as the page's tests need.
+
+Its clock of sound is a loudspeaker's. On a machine without one PulseAudio plays into nothing for it, where
+that is installed; `can_sound` says whether it is.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -30,7 +35,20 @@ PREFERENCES = {
 }
 
 
+SOUND_SERVER = "pulseaudio"
+SOUND_MODULES = (
+    *("-L", "module-native-protocol-unix auth-anonymous=1 socket={folder}/sound"),
+    *("-L", "module-null-sink rate=48000"),
+)
+
+
+def can_sound() -> bool:
+    """Whether sound can be played without a device."""
+    return shutil.which(SOUND_SERVER) is not None
+
+
 def found() -> str | None:
+    """The program, where there is one."""
     return next(filter(None, map(shutil.which, NAMES)), None)
 
 
@@ -40,6 +58,7 @@ class Firefox:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="firefox-", ignore_cleanup_errors=True)
         self._process: subprocess.Popen[bytes] | None = None
+        self._sound: subprocess.Popen[bytes] | None = None
         self._connections = contextlib.ExitStack()
         self._socket: ClientConnection | None = None
         self._ids = 0
@@ -57,7 +76,10 @@ class Firefox:
         command = [program, "--headless", "--no-remote", "--remote-debugging-port", str(port)]
         command += ["--profile", self._folder.name, "about:blank"]
         silent = subprocess.DEVNULL
-        self._process = subprocess.Popen(command, stdout=silent, stderr=silent)
+        environment = self._play_into_nothing() if can_sound() else {}
+        self._process = subprocess.Popen(
+            command, stdout=silent, stderr=silent, env={**os.environ, **environment}
+        )
         try:
             self._socket = self._connect(f"ws://127.0.0.1:{port}/session")
             self.call("session.new", capabilities={})
@@ -72,10 +94,27 @@ class Firefox:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._connections.close()
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(20)
+        for process in (self._process, self._sound):
+            if process is not None:
+                process.terminate()
+                process.wait(20)
         self._folder.cleanup()
+
+    def _play_into_nothing(self) -> dict[str, str]:
+        """Starts a sound server of this browser's own; gives the variables by which it is found."""
+        folder = self._folder.name
+        modules = [part.format(folder=folder) for part in SOUND_MODULES]
+        command = [SOUND_SERVER, "-n", "--daemonize=no", "--exit-idle-time=-1", "--use-pid-file=no", *modules]
+        silent, own = subprocess.DEVNULL, {"XDG_RUNTIME_DIR": folder, "PULSE_STATE_PATH": folder}
+        self._sound = subprocess.Popen(
+            command, stdout=silent, stderr=silent, env={**os.environ, **own, "HOME": folder}
+        )
+        end = time.monotonic() + START_TIMEOUT_S
+        while not (Path(folder) / "sound").exists():
+            assert self._sound.poll() is None, f"{SOUND_SERVER} ended"
+            assert time.monotonic() < end, f"{SOUND_SERVER} did not start"
+            time.sleep(0.05)
+        return {"PULSE_SERVER": f"unix:{folder}/sound"}
 
     def open(self, url: str) -> None:
         self.call("browsingContext.navigate", context=self._tab, url=url, wait="complete")

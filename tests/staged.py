@@ -67,10 +67,13 @@ def microphone(path: Path) -> Path:
 class Staged:
     """One chat after another, each answered by the script; `heard` are the user's frames."""
 
-    def __init__(self, *, words: bool = True, details: dict[str, Any] = DETAILS) -> None:
+    def __init__(
+        self, *, words: bool = True, details: dict[str, Any] = DETAILS, unprompted: bool = False
+    ) -> None:
+        """`words`: what the user said is told. `unprompted`: the agent waits for nobody."""
         self.heard: list[np.ndarray] = []
         self.sent: list[np.ndarray] = []
-        self._details, self._words = details, words
+        self._details, self._words, self._unprompted = details, words, unprompted
         self._agent = sound(AGENT)
 
     async def __call__(self, socket: Any) -> None:
@@ -87,7 +90,7 @@ class Staged:
                 assert isinstance(message, Audio)
                 for frame in transcoder.receive(message.data):
                     self.heard.append(frame)
-                    if told is None and np.abs(frame).max() > LOUD:
+                    if told is None and (self._unprompted or np.abs(frame).max() > LOUD):
                         begin = number - round(USER[0].start * FRAMES)
                         told = self._pieces(begin * FRAME_SECONDS)
                     script = None if told is None else number - begin

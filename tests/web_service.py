@@ -50,11 +50,13 @@ OWN_VOICE = "own:9f86d081884c7d65"
 
 
 class Socket:
-    """A Starlette WebSocket with the methods that `echo_service.echo` uses."""
+    """A Starlette WebSocket with the methods that `echo_service.echo` uses; `left` is the close code of
+    the client."""
 
     def __init__(self, socket: WebSocket) -> None:
         self._socket = socket
         self.query = dict(socket.query_params)
+        self.left: int | None = None
 
     async def send(self, data: bytes) -> None:
         try:
@@ -65,6 +67,7 @@ class Socket:
     async def recv(self) -> bytes | str:
         message = await self._socket.receive()
         if message["type"] == "websocket.disconnect":
+            self.left = message["code"]
             raise ConnectionClosedOK(None, None)
         data: bytes | str | None = message.get("bytes")
         return message["text"] if data is None else data

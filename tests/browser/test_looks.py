@@ -23,6 +23,7 @@ pytestmark = pytest.mark.browser
 AXE = Path(__file__).parents[2] / ".cache" / "browser" / "node_modules" / "axe-core" / "axe.min.js"
 TAGS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 PHONE, WIDE = (390, 844), (1_280, 860)
+LOOKS = [(dark, size) for dark in (False, True) for size in (WIDE, PHONE)]
 SHOWN = {  # in the documentation; the other pictures are for this test's own eyes
     *("start", "start-chinese-dark", "talk", "talk-dark", "talk-phone", "after", "history", "history-phone"),
 }
@@ -58,15 +59,24 @@ class Looker:
         self.findings: list[str] = []
         self._views, self._axe, self._images, self._others = views, axe, images, others
 
-    def see(self, name: str, *, pictures: bool = True, whole: bool = True) -> None:
+    def see(self, name: str) -> None:
+        """A picture of each, the whole page where that is longer than the window, and axe's judgement."""
+        self.take(name, whole=True)
+        self.judge(name)
+
+    def take(self, name: str, *, whole: bool = False) -> None:
         browser = self._views.browser
-        looks = [(dark, size) for dark in (False, True) for size in (WIDE, PHONE)]
-        for dark, (width, height) in looks if pictures else ():  # first: axe keeps the page from its work
+        for dark, (width, height) in LOOKS:
             kind = f"{'-phone' if width < 600 else ''}{'-dark' if dark else ''}"
             folder = self._images if f"{name}{kind}" in SHOWN else self._others
             file = folder / f"page-{name}{kind}.png"
             browser.screenshot(file, width, height, dark=dark, whole=whole and width > 600)
-        for dark, (width, height) in looks:
+        browser.look(*WIDE)
+
+    def judge(self, name: str) -> None:
+        """axe keeps the page from its work: what is heard then has gaps."""
+        browser = self._views.browser
+        for dark, (width, height) in LOOKS:
             browser.look(width, height, dark=dark)
             self._judge(f"{name}, {'dark' if dark else 'light'}, {width} wide", width)
         browser.look(*WIDE)
@@ -105,22 +115,29 @@ def test_every_screen(screens: Views, service: WebService, axe: str, images: Pat
 
     page.start()
     page.talk_until("0:17")
-    looker.see("talk", whole=False)
-    page.click("#mute")
-    page.click("#language")
-    looker.see("talk in Chinese, muted", pictures=False)
-    page.click("#language")
+    looker.take("talk")
     page.end()
-    looker.see("after", whole=False)
+    looker.take("after")
+    looker.judge("after")
     page.listen()
     looker.see("history")
     page.click("#rename")
     page.wait("document.getElementById('dialog').open")
-    looker.see("dialog", pictures=False)
+    looker.judge("dialog")
     page.click("#dialog [type=button]")
+    page.click("#again")
+    page.live()
+    page.talk_until("0:02")
+    looker.judge("talk")
+    page.click("#mute")
+    page.click("#language")
+    looker.judge("talk in Chinese, muted")
+    looker.take("talk-chinese")
+    page.click("#language")
+    page.end()
     page.click("#nav-history")
     page.wait("document.querySelector('.select')")
-    looker.see("list", pictures=False)
+    looker.see("list")
     assert not looker.findings, "\n".join(looker.findings)
 
 

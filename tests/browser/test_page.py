@@ -301,6 +301,19 @@ def test_a_refused_microphone(service: WebService) -> None:
         assert page.text("#notice-end p").startswith("The microphone was refused. Allow it")
 
 
+def test_a_loudspeaker_that_never_starts(service: WebService) -> None:
+    """As in a browser that waits for a device that is not there."""
+    with Chromium(flags=("--lang=en",)) as browser:
+        never = "AudioContext.prototype.resume = AudioContext.prototype.close = () => new Promise(() => {});"
+        browser.call("Page.addScriptToEvaluateOnNewDocument", source=never)
+        page, before = Views(browser, service.url), len(service.chats)
+        page.fresh()
+        page.click("#connect")
+        page.wait("!document.getElementById('after').hidden", 20.0)
+        assert page.text("#notice-end p").startswith("The loudspeaker does not start.")
+        assert len(service.chats) == before, "no slot is taken for it"
+
+
 def test_pages_that_cannot_talk(service: WebService) -> None:
     rules = "--host-resolver-rules=MAP persona.test 127.0.0.1"
     with Chromium(flags=(rules, "--lang=en")) as browser:

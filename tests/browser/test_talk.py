@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -239,6 +240,68 @@ def test_a_replica_that_is_replaced_is_told(page: Views, service: WebService) ->
     page.end()
 
 
+def test_a_talk_is_asked_over_to_another_server(page: Views, service: WebService) -> None:
+    """It comes over at once and says nothing of it; what it does not know it leaves out."""
+    left: list[int] = []  # close codes of ours
+
+    async def asks(socket: Any) -> None:
+        first = "resume" not in socket.query
+        resumed = {} if first else {"resumed": {"frame": 26, "lost_frames": 0, "lost_text": ""}}
+        talk = Staged(details={**DETAILS, "resume": "second" if not first else "first", **resumed})
+        receive, frames = socket.recv, 0
+
+        async def recv() -> bytes | str:
+            nonlocal frames
+            frames += 1
+            if frames == 25:
+                for news in ({"type": "of tomorrow", "much": [1]}, {"type": "window", "frame": 25}):
+                    await socket.send(encode(Metadata(news)))
+                if first:
+                    await socket.send(encode(Metadata({"type": "reconnect", "reason": "rollout"})))
+            return await receive()
+
+        socket.recv = recv
+        await talk(socket)
+        left.append(socket.left)
+
+    service.chat, before = asks, len(service.chats)
+    page.run(
+        "window.states = []; new MutationObserver(() => states.push(state.textContent))"
+        ".observe(state, { childList: true })"
+    )
+    page.start()
+    page.wait("document.getElementById('notice-talk')", 20.0)
+    assert "forgets its beginning" in page.text("#notice-talk p")
+    page.talk_until("0:06")
+    first, second = service.chats[before:]
+    assert "resume" not in first
+    assert (second["resume"], second["text_prompt"]) == ("first", first["text_prompt"])
+    assert int(second["heard"]) > 15
+    assert left == [4000], "neither 1000 nor 1001, which would end the session"
+    assert [words for words in page.run("states") if words.startswith("One moment")] == []
+    page.end()
+    assert page.text("#notice-end p").startswith("The conversation is over after 0:0")
+
+
+def test_two_servers_that_send_it_to_and_fro(page: Views, service: WebService) -> None:
+    async def asks(socket: Any) -> None:
+        await socket.send(b"\x00")
+        details = {"resume": "again", "grace_s": 30}
+        await socket.send(encode(Metadata({"type": "session", **DETAILS, **details})))
+        await socket.send(encode(Metadata({"type": "reconnect"})))
+        while True:
+            await socket.recv()
+
+    service.chat, before = asks, len(service.chats)
+    page.click("#connect")
+    page.wait("state.dataset.state === 'live'", 20.0)
+    began = time.monotonic()
+    page.talk_until("0:03")
+    tries = (len(service.chats) - before) / (time.monotonic() - began)
+    assert 1 < tries < 8, "with pauses, a second"
+    page.end()
+
+
 def test_a_used_token_ends_it(page: Views, service: WebService) -> None:
     async def breaks(socket: Any) -> None:
         await socket.send(b"\x00")
@@ -384,7 +447,7 @@ def test_pushing_to_talk_and_the_keyboard(page: Views, service: WebService) -> N
 
 
 def test_a_sample_of_a_voice_is_made_once(page: Views, service: WebService) -> None:
-    before = len(service.chats)
+    service.chat, before = Staged(unprompted=True), len(service.chats)
     page.click("#hear-NATM1")
     page.wait("document.getElementById('hear-NATM1').title === 'Stop NATM1'")
     page.wait("document.getElementById('hear-NATM1').title === 'Hear NATM1'", 30.0)

@@ -48,7 +48,8 @@ function again(talk, seeds) {
   talkWith(persona);
 }
 
-function route() {
+/** Resolves when the view is drawn. */
+async function route() {
   const [name, id] = location.hash.slice(1).split("/");
   const wanted = name === "history" ? "history" : view.going || after ? "talk" : "start";
   document.body.dataset.view = wanted;
@@ -59,8 +60,8 @@ function route() {
     else $(`nav-${one}`).removeAttribute("aria-current");
   }
   if (wanted !== "start") start.leave();
-  if (wanted === "history") past.show(id ?? null);
-  else past.leave();
+  if (wanted === "history") return past.show(id ?? null);
+  past.leave();
 }
 
 function describe() {
@@ -131,7 +132,7 @@ labelButtons();
 if (!history.kept) notice("memory", t("notice.memory"));
 await recover(history);
 await refresh();
-route();
+await route();
 setInterval(() => document.hidden || refresh(), REFRESH_MS);
 document.documentElement.dataset.ready = "";
 

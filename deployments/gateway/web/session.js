@@ -1,7 +1,8 @@
 // The WebSocket protocol of /api/chat: one conversation, which may outlive its sockets. Knows no sound and no page.
 //
 // A service that offers to resume sends a token with the session's details. When the socket is lost, `Session` connects
-// again with the newest token, with back-off, until the grace that came with it is over.
+// again with the newest token, with back-off, until the grace that came with it is over. A service that asks its clients
+// over to another server (`reconnect`) is obeyed at once, without a word to the user unless that fails.
 
 const Kind = { HANDSHAKE: 0, AUDIO: 1, TEXT: 2, METADATA: 4, ERROR: 5 };
 const PATIENCE_MS = 10_000; // without a message, once live
@@ -9,6 +10,7 @@ const BACK_SOON = 4000; // close code of ours
 const RESUMABLE = new Set([1001, 1006, 1011, 1012]); // close codes of a socket or a server that is gone
 const BACKOFF_MS = { first: 250, most: 4_000 };
 const GRACE_S = 30; // where the service names none
+const SETTLED_MS = 1_000; // a socket that is asked over sooner comes over with back-off: two servers may disagree
 
 /** How a conversation ended: `kind` is asked, over, full, refused, lost, silent or failed; `words` are the service's. */
 function ending(kind, { code = null, status = null, words = "" } = {}) {
@@ -31,6 +33,7 @@ export class Session {
   #token = null;
   #graceS = GRACE_S;
   #deadline = null; // of the tries to resume
+  #liveSince = 0;
   #tries = 0;
   #live = false;
   #over = false;
@@ -77,6 +80,7 @@ export class Session {
     socket.binaryType = "arraybuffer";
     socket.onopen = () => {
       accepted = true;
+      clearTimeout(this.#patience);
       if (!this.#deadline) this.#handlers.state("warming");
     };
     socket.onmessage = ({ data }) => this.#receive(data);
@@ -115,7 +119,19 @@ export class Session {
     url.searchParams.set("resume", this.#token);
     url.searchParams.set("heard", this.heard);
     this.#connect(url);
+    this.#wait(); // for the upgrade: a try that gets no answer makes room for the next
   };
+
+  /** The service asks to come over to another server; the old socket says nothing more. */
+  #comeOver() {
+    if (!this.#token) return; // it cannot be done: the service will say how it ends
+    this.#drop();
+    const settled = performance.now() - this.#liveSince > SETTLED_MS;
+    if (!this.#live || !settled) return this.#closed(true, 1012, "");
+    this.#live = false;
+    this.#deadline = performance.now() + 1e3 * this.#graceS;
+    this.#again();
+  }
 
   // Browsers tell scripts nothing about an upgrade that was refused, so the question is asked again.
   async #whyRefused() {
@@ -165,6 +181,7 @@ export class Session {
   #start() {
     const resumed = this.#deadline !== null;
     this.#live = true;
+    this.#liveSince = performance.now();
     this.#deadline = null;
     this.#tries = 0;
     this.#words = "";
@@ -176,10 +193,8 @@ export class Session {
     if (details.type === "session") {
       if (details.grace_s > 0) this.#graceS = details.grace_s;
       this.#handlers.details(details);
-    } else if (details.type === "reconnect" && this.#token) {
-      this.#drop();
-      this.#closed(true, 1012, "");
-    } else if (details.type !== "queue") this.#handlers.metadata(details);
+    } else if (details.type === "reconnect") this.#comeOver();
+    else if (details.type !== "queue") this.#handlers.metadata(details);
     if (this.#live || this.#deadline) return;
     if (details.type === "queue" && details.position > 0) this.#handlers.state("queued", details);
     else if (details.type === "queue" || details.type === "session") this.#handlers.state("warming");

@@ -265,14 +265,14 @@ export class Talk {
       await this.#recorder.finish(ending.kind);
     }
     this.#session?.close();
-    await this.#closeSound();
+    this.#closeSound();
     this.#handlers.end({ ...ending, seconds, talk: this.#recorder?.talk ?? null });
   }
 
-  async #closeSound() {
+  #closeSound() {
     this.#encoder?.close();
     this.#decoder?.close();
-    await this.#sound.close();
+    this.#sound.close();
   }
 }
 

@@ -4,6 +4,7 @@
 import { RATE } from "./codec.js";
 
 const TONE_S = 0.6;
+const START_MS = 8_000; // a loudspeaker that has not started by then is none: browsers wait for ever for a device
 
 /** A fault of devices or of the browser; `key` names its words. */
 export class SoundError extends Error {
@@ -63,9 +64,9 @@ export class Sound {
       this.#context = new AudioContext({ sampleRate: RATE, latencyHint: "interactive" });
       if (loudspeaker) await this.useLoudspeaker(loudspeaker);
       await this.#context.audioWorklet.addModule(new URL("worklets.js", import.meta.url));
-      await this.#context.resume();
+      await this.#start();
     } catch (error) {
-      await this.close();
+      this.close();
       throw explain(error);
     }
     if (this.#closed) return;
@@ -99,6 +100,18 @@ export class Sound {
     } catch (error) {
       if (error.name !== "OverconstrainedError" || !audio.deviceId) throw error;
       return navigator.mediaDevices.getUserMedia({ audio: { ...audio, deviceId: undefined } }); // it was unplugged
+    }
+  }
+
+  async #start() {
+    let timer;
+    const late = new Promise((_, reject) => {
+      timer = setTimeout(() => reject(new SoundError("sound.output")), START_MS);
+    });
+    try {
+      await Promise.race([this.#context.resume(), late]);
+    } finally {
+      clearTimeout(timer);
     }
   }
 
@@ -176,10 +189,11 @@ export class Sound {
     this.#stream = this.#capture = this.#source = this.#input = undefined;
   }
 
-  async close() {
+  close() {
     this.#closed = true;
     this.#stopListening();
     if (this.#playback) this.#playback.port.onmessage = null;
-    if (this.#context && this.#context.state !== "closed") await this.#context.close();
+    // Not waited for: one whose loudspeaker never started is never closed either.
+    if (this.#context && this.#context.state !== "closed") this.#context.close().catch(() => {});
   }
 }

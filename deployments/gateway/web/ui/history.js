@@ -105,16 +105,17 @@ export class HistoryView {
     const head = h("div", { class: "persona" }, avatar, h("div", {},
       h("h2", { id: "talk-name" }, title(talk)),
       h("p", { class: "hint" }, `${voiceName(talk.voice)} · ${moment(talk.started)} · ${clock(talk.seconds)}`)),
-    button("rename", "pen", t("history.rename"), () => this.#rename(talk)));
+    button("rename", "pen", t("history.rename"), () => this.#rename(talk)),
+    button("delete", "bin", t("history.delete"), () => this.#remove(talk), "quiet danger"));
     const stage = h("div", { class: "stage" });
     const actions = h("div", { class: "row actions" },
       button("again", "again", t("after.persona"), () => this.#again(talk, false)),
       talk.text_seed !== null && talk.text_seed !== undefined && button("again-seed", "again", t("after.seed"), () => this.#again(talk, true)),
       button("export-wav", "down", t("history.wav"), () => this.#export(talk)),
-      button("export-json", "down", t("history.json"), () => download(json(talk), `${fileName(talk)}.json`)),
-      button("delete", "bin", t("history.delete"), () => this.#remove(talk), "quiet danger"));
+      button("export-json", "down", t("history.json"), () => download(json(talk), `${fileName(talk)}.json`)));
     detail.replaceChildren(back, head, stage, actions, about(talk));
-    this.#player = new TalkPlayer(stage, talk, await this.#history.chunks(talk.id));
+    const chunks = await this.#history.chunks(talk.id);
+    if (detail.isConnected) this.#player = new TalkPlayer(stage, talk, chunks); // else another one was chosen meanwhile
   }
 
   async #export(talk) {

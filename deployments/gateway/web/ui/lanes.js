@@ -51,17 +51,19 @@ function drawBars({ context, height, colours }, levels, from, perBar, bars, x) {
     return [Math.max(0, 1 - (db + 6) / (FLOOR_DB + 6)), speaks];
   };
   const half = height / 2;
+  let both = null; // where the band begins that is going on
+  const band = (end) => {
+    if (both !== null) drawBand(context, both, end, height, colours.both);
+    both = null;
+  };
   for (let bar = 0; bar < bars; bar++) {
     const step = from + bar * perBar;
     if (step < 0) continue;
     const left = x + bar * PITCH;
     const user = loud("user", step);
     const agent = loud("agent", step);
-    if (user[1] && agent[1]) {
-      context.globalAlpha = 0.28;
-      context.fillStyle = colours.both;
-      context.fillRect(left - (PITCH - BAR) / 2, 4, PITCH, height - 8);
-    }
+    if (user[1] && agent[1]) both ??= left - (PITCH - BAR) / 2;
+    else band(left - (PITCH - BAR) / 2);
     for (const [lane, [value, speaks], colour] of [[0, user, colours.you], [1, agent, colours.agent]]) {
       const size = Math.max(SILENT, value ** 1.5 * (half - 18));
       context.globalAlpha = speaks ? 1 : 0.38;
@@ -72,7 +74,20 @@ function drawBars({ context, height, colours }, levels, from, perBar, bars, x) {
       context.fill();
     }
   }
+  band(x + bars * PITCH);
   context.globalAlpha = 1;
+}
+
+/** Behind the bars that are there already. */
+function drawBand(context, left, right, height, colour) {
+  context.globalCompositeOperation = "destination-over";
+  context.globalAlpha = 0.28;
+  context.fillStyle = colour;
+  context.beginPath();
+  if (context.roundRect) context.roundRect(left, 4, right - left, height - 8, 6);
+  else context.rect(left, 4, right - left, height - 8);
+  context.fill();
+  context.globalCompositeOperation = "source-over";
 }
 
 /** The last seconds of a conversation that goes on; `talk` has `levels`, `seconds` and `live`. */

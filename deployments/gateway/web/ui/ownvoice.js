@@ -120,7 +120,7 @@ export class OwnVoice {
     const sound = this.#sound;
     if (!sound) return;
     this.#sound = null;
-    await sound.close();
+    sound.close();
     const samples = new Float32Array(this.#parts.reduce((sum, { length }) => sum + length, 0));
     this.#parts.forEach((part, number) => samples.set(part, number * part.length));
     this.#parts = [];

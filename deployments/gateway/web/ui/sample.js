@@ -55,7 +55,7 @@ export class Sample {
       this.#session?.close();
       this.#encoder?.close();
       this.#decoder?.close();
-      await this.#sound?.close();
+      this.#sound?.close();
     }
   }
 

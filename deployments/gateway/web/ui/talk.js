@@ -149,7 +149,7 @@ export class TalkView {
       voice: details.voice ?? this.#persona.voice,
       text_seed: details.text_seed,
       audio_seed: details.audio_seed,
-      at: new Date().toISOString(),
+      at: new Date().toISOString().replace(/\.\d+/, ""),
     };
     const named = Object.entries(parts).filter(([, value]) => value !== undefined && value !== null);
     $("session-line").textContent = named.map(([name, value]) => `${name}=${value}`).join(" ");

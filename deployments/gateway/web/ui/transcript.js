@@ -5,22 +5,36 @@ import { clock } from "../transcript.js";
 import { h } from "./dom.js";
 
 const PAUSE_S = 2; // a silence this long is shown
+const NEAR_END = 60; // pixels
 
 export class TranscriptView {
   #log;
   #rows = new Map(); // entry -> {row, parts}
   #choose;
+  #atEnd = true; // what is shown, since somebody scrolled last
 
   /** `choose(seconds)`: what a click on a time does; without it times are plain. */
   constructor(log, choose = null) {
     this.#log = log;
     this.#choose = choose;
     log.replaceChildren(h("p", { class: "hint empty" }, t("words.empty")));
+    log.onscroll = () => (this.#atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_END);
+    if (!choose) this.#stayAtEnd();
+  }
+
+  /** Where the end is shown it still is when the log takes another shape. */
+  #stayAtEnd() {
+    const observer = new ResizeObserver(() => {
+      const [first] = this.#rows.values();
+      if (first && !first.row.isConnected) return observer.disconnect(); // another talk has the log
+      if (this.#atEnd) this.#log.scrollTop = this.#log.scrollHeight;
+    });
+    observer.observe(this.#log);
   }
 
   /** Shows a new or changed entry of `entries`, which is at `index`. */
   show(entry, index, entries) {
-    const follows = this.#log.scrollHeight - this.#log.scrollTop - this.#log.clientHeight < 60;
+    const follows = this.#atEnd;
     if (!this.#rows.has(entry)) this.#insert(entry, index, entries);
     this.#fill(entry);
     if (follows) this.#log.scrollTop = this.#log.scrollHeight;

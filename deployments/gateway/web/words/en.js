@@ -98,6 +98,7 @@ export default {
   "sound.busy": "The microphone cannot be used; another program may hold it.",
   "sound.gone": "The chosen microphone is not there.",
   "sound.switched": "The microphone was taken away; the system's choice is used now.",
+  "sound.output": "The loudspeaker does not start. Plug one in or choose another, then start again.",
   "sound.absent": "This browser gives web pages no microphone.",
   "sound.insecure": "Browsers give the microphone to secure pages only, and {origin} is not one. Open this page by https://, or on the machine itself by http://localhost.",
   "sound.unreachable": "The service cannot be reached.",

@@ -112,6 +112,7 @@ export default {
   "sound.busy": "麦克风无法使用，可能被其他程序占用。",
   "sound.gone": "所选的麦克风不存在。",
   "sound.switched": "麦克风被拔出，现在使用系统默认设备。",
+  "sound.output": "扬声器无法启动。请接入或换一个扬声器，然后重新开始。",
   "sound.absent": "此浏览器不向网页提供麦克风。",
   "sound.insecure": "浏览器只向安全页面提供麦克风，而 {origin} 不是。请用 https:// 打开，或在本机用 http://localhost 打开。",
   "sound.unreachable": "无法连接服务。",

@@ -1,4 +1,7 @@
-"""The page in a Chromium, where there is one, against a running service: the quickest talk."""
+"""The page against a running service, in a Chromium where there is one: the quickest talk.
+
+tests/browser has the rest.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from views import Views
 
 from personaplex.config import SAMPLE_RATE
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(chromium.found() is None, reason="no Chromium here")]
+pytestmark = pytest.mark.skipif(chromium.found() is None, reason="no Chromium here")
 
 
 def test_a_talk_with_the_echo(echo_app: Service) -> None:
