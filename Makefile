@@ -6,7 +6,7 @@ MODEL ?= auto
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install serve test test-unit test-service test-tools test-chart test-browser test-clients
+.PHONY: install serve test test-unit test-slow test-service test-tools test-chart test-browser test-clients
 .PHONY: load observe check bench format clean
 
 install: $(STAMP)
@@ -47,6 +47,9 @@ test: install promtool decoder
 # Each folder alone. Unit tests start no Ray and no helm and take less than a minute on two cores.
 test-unit: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
+
+test-slow: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/slow
 
 test-service: install decoder
 	$(BIN)/python -m pytest tests/service

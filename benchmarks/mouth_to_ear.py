@@ -29,8 +29,8 @@ from benchmarks.live import service
 from benchmarks.machine import machine, publish
 from loadtest import arrivals
 from loadtest.connection import Connection
-from loadtest.exchange import address
 from loadtest.listener import Listener, percentile
+from loadtest.target import address
 from personaplex.audio.ogg import Head, OggDemuxer
 from personaplex.audio.opus import OpusDecoder, OpusEncoder
 from personaplex.audio.transcoder import Transcoder

@@ -27,7 +27,7 @@ from views import Views
 from benchmarks.live import service
 from benchmarks.machine import machine, publish
 from benchmarks.mouth_to_ear import CLEAR, LONGEST_S, Pcm, Probe, chirps
-from loadtest.exchange import address
+from loadtest.target import address
 from personaplex.config import SAMPLE_RATE
 
 RATE = 48_000

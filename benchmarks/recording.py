@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bursts import processes
+from benchmarks.dialects import chat_stream, speech
 from benchmarks.live import service
 from benchmarks.machine import machine, publish
-from benchmarks.serving import Stream, measure
+from benchmarks.serving import measure
 from personaplex.record.folder import find_records, read_record
 
 KINDS = {"unrecorded": "", "recorded": "?record=1"}
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/recording.json"))
     options = parser.parse_args()
-    stream = Stream.make(options.seconds)
+    stream = chat_stream(speech(options.seconds))
     runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     began = time.time()
     with tempfile.TemporaryDirectory() as directory:

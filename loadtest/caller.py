@@ -1,4 +1,4 @@
-"""One session of a load test over a real WebSocket: the client's own core, a socket and a clock.
+"""One session of a load test over a real WebSocket: the client's own core, a protocol, a socket and a clock.
 
 One loop does all of it: it reads until the next page is due, sends that page, and reads on, so that a session
 costs one greenlet (or thread) and no queue. Pages leave every 80 ms by the clock; after a delay of our own
@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from urllib.parse import urlencode
 
 from websockets.exceptions import InvalidHandshake, InvalidURI
@@ -22,13 +21,16 @@ from loadtest.connection import Connection
 from loadtest.dialogue import Dialogue
 from loadtest.listener import Listener
 from loadtest.outcome import Outcome
-from loadtest.speech import Speech, new_stream
+from loadtest.protocols import PROTOCOLS, Message, Pause
+from loadtest.speech import PlainSpeech, Speech
+from loadtest.target import Target
 from personaplex.client_io import ending, refusal
 from personaplex.config import FRAME_SECONDS
 from personaplex.errors import PersonaplexError, ProtocolError, SessionLost
 from personaplex.persona import PROMPTS
 from personaplex.session.core import CLOSED, CLOSING, LIVE
 from personaplex.session.events import Close, PeerClosed, Tick
+from personaplex.session.moshi import Handshake, encode
 from personaplex.session.pacer import SLACK_S
 from personaplex.session.peer import (
     ClientCore,
@@ -40,7 +42,6 @@ from personaplex.session.peer import (
     PeerEvent,
     Play,
     Received,
-    ReceivedText,
     Send,
     Show,
 )
@@ -48,16 +49,6 @@ from personaplex.session.peer import (
 READY_TIMEOUT_S = 600.0  # for the handshake: the service's own limit on waiting is what is tested
 CLOSE_TIMEOUT_S = 2.0
 TAIL_S = 1.0  # longest wait for the last answers
-HEADER_PAGES = 2
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where sessions go. `headers` go with the upgrade request, an API key for example."""
-
-    url: str
-    insecure: bool = False
-    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Caller:
@@ -67,7 +58,7 @@ class Caller:
         self,
         target: Target,
         arrival: Arrival,
-        speech: Speech,
+        speech: Speech | PlainSpeech,
         *,
         late_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
@@ -79,15 +70,15 @@ class Caller:
         )
         self.error: PersonaplexError | None = None  # what ended it against its wish
         self._target, self._arrival, self._clock = target, arrival, clock
-        self._core, self._listener = ClientCore(), Listener()
-        muxer = new_stream()
-        self._headers = speech.headers(muxer)
+        self._dialect = PROTOCOLS[target.protocol]({})
+        self.outcome.continuous = self._dialect.continuous
+        self._core, self._listener = ClientCore(self._dialect.patience_s), Listener()
         start = arrival.seed if dialogue is None else -1  # the first frame
-        self._pages: Iterator[bytes] = speech.pages(muxer, start)
+        self._headers, self._pages = speech.stream(start)
+        self._headers_due = len(self._headers)  # a stream of theirs has as many as one of ours
         self._dialogue = dialogue
         self._answers: Counter[int] = Counter()
         self._unanswered: deque[float] = deque()  # when each page left that has no answer yet
-        self._stream_pages = 0  # heard, headers included
         self._opened = self._ready = self._live_at = self._next_page = self._ends = 0.0
         self._hangs_up = float("inf")
 
@@ -103,24 +94,44 @@ class Caller:
     def _run(self) -> None:
         began = self._clock()
         try:
-            connection = Connection(self._url(), self._target.headers, self._target.insecure)
+            connection = self._connect()
         except (OSError, InvalidHandshake, InvalidURI) as error:
             raise refusal(error) from error
         self._opened = self._ready = self._clock()
         self.outcome.connect_s = self._opened - began
         with contextlib.closing(connection):
             self._tell(connection, Connected())
+            for message in self._dialect.open():
+                connection.send(message)
+            if not self._dialect.says_live:
+                self._tell(connection, Received(encode(Handshake())))
             while self._core.state is not CLOSED:
                 self._send_what_is_due(connection)
                 for message in connection.receive(self._patience()):
-                    event = ReceivedText(message) if isinstance(message, str) else Received(message)
-                    self._tell(connection, event)
+                    self._read(connection, message)
                 if connection.closed:
                     self._closed(connection)
         if self._core.error:
             raise self._core.error
 
-    def _url(self) -> str:
+    def _connect(self) -> Connection:
+        """The upgrade; for Twilio's calls the webhook before it. Raises what either is refused with."""
+        target, query = self._target, self._query()
+        headers = {**target.headers, **self._dialect.headers}
+        if target.webhook is not None:
+            self._dialect = PROTOCOLS[target.protocol](target.webhook.ring(target.url, query))
+            headers |= target.webhook.headers(target.url)
+            return Connection(target.url, headers, target.insecure)
+        return Connection(f"{target.url}?{query}", headers, target.insecure)
+
+    def _read(self, connection: Connection, message: Message) -> None:
+        for event in self._dialect.read(message):
+            if isinstance(event, Pause):
+                self._listener.pause()
+            else:
+                self._tell(connection, event)
+
+    def _query(self) -> str:
         arrival = self._arrival
         prompt = PROMPTS[arrival.prompt].text if self._dialogue is None else self._dialogue.prompt
         query = {
@@ -129,7 +140,7 @@ class Caller:
             "seed": arrival.seed,
             "status": 1,
         }
-        return f"{self._target.url}?{urlencode(query)}"
+        return urlencode(query)
 
     def _patience(self) -> float:
         """Seconds to read for, until something of our own is due."""
@@ -168,6 +179,8 @@ class Caller:
 
     def _answered_all(self) -> bool:
         # Both codecs' look-ahead keeps part of the last frames back.
+        if not self._dialect.continuous:
+            return False
         return self._hangs_up < float("inf") and self._listener.pages >= self.outcome.sent - 2
 
     def _tell(self, connection: Connection, event: PeerEvent) -> None:
@@ -176,9 +189,12 @@ class Caller:
         for command in self._core.receive(event, now):
             match command:
                 case Send(data):
-                    connection.send(data)
+                    for message in self._dialect.write(data):
+                        connection.send(message)
                 case Close(code, reason):
                     self._ends = now
+                    for message in self._dialect.close():
+                        connection.send(message)
                     connection.close_politely(code, reason)
                 case Live():
                     self._go_live(connection, now)
@@ -192,6 +208,8 @@ class Caller:
     def _go_live(self, connection: Connection, now: float) -> None:
         self.outcome.live = True
         self.outcome.handshake_s = now - self._opened
+        if self.outcome.ready_s is None:  # nobody said so before
+            self.outcome.ready_s = self.outcome.handshake_s
         self._live_at = self._next_page = now
         if self._dialogue is not None:
             self._dialogue.heard.live_at = now
@@ -199,15 +217,18 @@ class Caller:
             self._tell(connection, OwnAudio(page))
 
     def _hear(self, page: bytes, now: float) -> None:
-        if not page.startswith(b"OggS"):
+        form = self._dialect.audio
+        if form is None and not page.startswith(b"OggS"):
             raise ProtocolError("audio that is no whole Ogg page")
+        if form is not None and len(page) != form.frame_bytes:
+            raise ProtocolError("audio that is no whole frame")
         if self._dialogue is not None:
             self._dialogue.heard.pages.append((now, page))
-        self._stream_pages += 1
-        if self._stream_pages <= HEADER_PAGES:
+        if self._headers_due:
+            self._headers_due -= 1
             return
         self._listener.hear(now)
-        if self._unanswered:
+        if self._dialect.continuous and self._unanswered:
             self._answers[round(1e3 * (now - self._unanswered.popleft()))] += 1
 
     def _notice(self, details: Mapping[str, object], now: float) -> None:

@@ -75,10 +75,13 @@ class Connection:
         self._flush()
         return list(self._messages())
 
-    def send(self, data: bytes) -> None:
-        """One binary message; without effect once the connection is closing."""
+    def send(self, data: bytes | str) -> None:
+        """One message, binary or text; without effect once the connection is closing."""
         if self._protocol.state.name == "OPEN":
-            self._protocol.send_binary(data)
+            if isinstance(data, str):
+                self._protocol.send_text(data.encode())
+            else:
+                self._protocol.send_binary(data)
             self._flush()
 
     def close_politely(self, code: int, reason: str) -> None:

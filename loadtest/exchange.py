@@ -21,13 +21,13 @@ from locust.runners import STATE_RUNNING, STATE_SPAWNING, MasterRunner, WorkerRu
 
 from loadtest import arrivals
 from loadtest.arrivals import Arrival
-from loadtest.caller import Caller, Target
+from loadtest.caller import Caller
 from loadtest.dialogue import Dialogue, Dialogues, check_places, write_all
 from loadtest.outcome import Outcome
+from loadtest.protocols import PROTOCOLS
 from loadtest.report import Report, Threshold, report_files
-from loadtest.speech import Speech
-from personaplex.client_io import split_address
-from personaplex.errors import ConfigError
+from loadtest.speech import load
+from loadtest.target import SECRETS, target
 from personaplex.outputs import make_folder_of, refuse_overwriting, try_output
 
 logger = logging.getLogger(__name__)
@@ -35,21 +35,10 @@ logger = logging.getLogger(__name__)
 UNFINISHED = "Unfinished"
 SHARE = "personaplex-share"  # to a worker: the options, and which part of the sessions is its own
 OUTCOME = "personaplex-outcome"  # from a worker: what became of a session
-SECRET = "api_key"
 OPTIONS = (
-    *("arrivals", "lengths", "longest", "draw_seed", "voices", "prompts", "speech", "insecure", SECRET),
-    *("dialogues", "tasks", "answers"),
+    *("arrivals", "lengths", "longest", "draw_seed", "voices", "prompts", "speech", "insecure", *SECRETS),
+    *("dialogues", "tasks", "answers", "protocol", "public_url"),
 )
-
-
-def address(host: str) -> str:
-    """The WebSocket address of a host as people write it. Raises ConfigError."""
-    try:
-        parts = split_address(host)
-    except ValueError as error:
-        raise ConfigError(f"--host must look like ws://HOST:8998, not {host!r}: {error}") from error
-    path = parts.path.rstrip("/")
-    return f"{parts.scheme}://{parts.netloc}{path if path.endswith('/api/chat') else path + '/api/chat'}"
 
 
 class Exchange:
@@ -112,7 +101,7 @@ class Exchange:
                 outcomes.append(self._outcomes[arrival.number])
             elif arrival.at_s <= elapsed:
                 outcomes.append(Outcome(arrival.number, arrival.at_s, voice=arrival.voice, cause=UNFINISHED))
-        asked = {name: value for name, value in self._options().items() if name != SECRET}
+        asked = {name: value for name, value in self._options().items() if name not in SECRETS}
         asked["speech"] = [Path(path).name for path in asked["speech"]]
         for name in ("dialogues", "answers"):
             asked[name] = Path(asked[name]).name
@@ -136,10 +125,9 @@ class Exchange:
         return {"host": self._environment.host, **{name: getattr(options, name) for name in OPTIONS}}
 
     def _prepare(self, options: dict[str, Any]) -> None:
-        key = options[SECRET]
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._target = Target(address(options["host"] or ""), options["insecure"], headers)
-        self._speech = Speech.load([Path(path) for path in options["speech"]])
+        self._target = target(options)
+        form = PROTOCOLS[self._target.protocol]({}).audio
+        self._speech = load([Path(path) for path in options["speech"]], form)
         self._prepare_dialogues(options)
         self._pieces = arrivals.profile(options["arrivals"])
         self._sessions = arrivals.draw(

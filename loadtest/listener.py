@@ -29,12 +29,14 @@ class Listener:
     intervals: Counter[int] = field(default_factory=Counter)  # milliseconds between pages -> times
     _last: float = 0.0
     _played_until: float = 0.0
+    _paused: bool = False
 
     def hear(self, now: float) -> None:
         """One page of 80 ms arrived at `now` seconds."""
         self.pages += 1
-        if self.first_s is None:
-            self.first_s = now
+        if self.first_s is None or self._paused:
+            self.first_s = now if self.first_s is None else self.first_s
+            self._paused = False
             self._played_until = now + SLACK_S + FRAME_SECONDS
         else:
             self.intervals[round(1e3 * (now - self._last))] += 1
@@ -46,6 +48,10 @@ class Listener:
                 self._played_until = now + SLACK_S
             self._played_until += FRAME_SECONDS
         self._last = now
+
+    def pause(self) -> None:
+        """The agent has said that it is done for now: silence until the next page is nobody's fault."""
+        self._paused = True
 
 
 def percentile(histogram: Counter[int], share: float) -> int | None:

@@ -20,6 +20,7 @@ from locust.exception import StopUser
 
 from loadtest.exchange import UNFINISHED, Exchange
 from loadtest.outcome import Outcome
+from loadtest.protocols import PROTOCOLS
 from loadtest.report import REQUIRED
 from loadtest.speech import DEFAULT
 from personaplex import cli
@@ -50,6 +51,9 @@ def add_options(parser: LocustArgumentParser) -> None:
     add("--tasks", nargs="+", default=[], help="of the benchmark; default: all that are there")
     add("--answers", default="", help="where what they heard goes, for personaplex.evaluate score")
     add("--api-key", default="", help="sent as a bearer token")
+    add("--protocol", choices=list(PROTOCOLS), default="chat", help="what the sessions speak")
+    add("--public-url", default="", help="the service's setting of that name, for twilio")
+    add("--twilio-token", default="", help="the account's auth token, to sign as Twilio does")
     add("--insecure", action="store_true", help="accept any certificate")
     add(
         "--drain",

@@ -41,6 +41,7 @@ class Outcome:
     underruns: int = 0
     audible: int = 0
     silence_s: float = 0.0
+    continuous: bool = True  # its protocol answers every frame
     sent_late: int = 0  # pages that left more than 20 ms late: the fault of the load test
     intervals: dict[int, int] = field(default_factory=dict)  # ms between pages heard -> times
     answers: dict[int, int] = field(default_factory=dict)  # ms from a page sent to the page that answers it
@@ -55,7 +56,9 @@ class Outcome:
 
     @property
     def deficit(self) -> int:
-        """Frames that were sent and never answered."""
+        """Frames that were sent and never answered; 0 where the protocol answers only some."""
+        if not self.continuous:
+            return 0
         return max(0, self.sent - DEFICIT_FRAMES - self.heard)
 
     @property

@@ -1,11 +1,13 @@
 """What the sessions of a load test say: recorded speech, encoded once and cut into pages for each of them.
 
 All share the recordings; each session starts somewhere else in them and goes round. Only the Ogg pages are
-made per session, with a serial and sequence of their own, as every client's are.
+made per session, with a serial and sequence of their own, as every client's are; protocols without Ogg send
+the frames as they are.
 """
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ import numpy as np
 
 from personaplex.audio.ogg import OggMuxer
 from personaplex.audio.opus import PACKET_SAMPLES, OpusEncoder
+from personaplex.audio.pcm import PcmFormat, PcmTranscoder
 from personaplex.audio.transcoder import Transcoder
 from personaplex.audio.wav import one_channel, read_wav, resample
 from personaplex.config import FRAME_SIZE, SAMPLE_RATE
@@ -48,6 +51,11 @@ class Speech:
             raise BadAudio("there is no speech to send")
         return cls(frames, encoder.lookahead * _GRANULES)
 
+    def stream(self, start: int) -> tuple[list[bytes], Iterator[bytes]]:
+        """A stream of its own: its header pages, and pages from frame `start` on."""
+        muxer = new_stream()
+        return self.headers(muxer), self.pages(muxer, start)
+
     def headers(self, muxer: OggMuxer) -> list[bytes]:
         return muxer.headers(pre_skip=self._pre_skip)
 
@@ -58,6 +66,36 @@ class Speech:
             number += 1
             packets = self._frames[(start + number) % len(self._frames)]
             yield muxer.page(packets, number * FRAME_SIZE * _GRANULES)
+
+
+class PlainSpeech:
+    """Frames of 80 ms in a format without packets and pages."""
+
+    def __init__(self, frames: Sequence[bytes]) -> None:
+        self._frames = frames
+
+    @classmethod
+    def load(cls, paths: Sequence[Path], form: PcmFormat) -> PlainSpeech:
+        """Encodes recordings, as `Speech.load`."""
+        encoder = PcmTranscoder()
+        encoder.set_formats(form, form)
+        frames = [encoder.send(frame) for path in paths for frame in _frames(path)]
+        if not frames:
+            raise BadAudio("there is no speech to send")
+        return cls(frames)
+
+    def stream(self, start: int) -> tuple[list[bytes], Iterator[bytes]]:
+        """No headers, and frames for ever, from frame `start` (any number) on."""
+        return [], self._from(start)
+
+    def _from(self, start: int) -> Iterator[bytes]:
+        for number in itertools.count(start + 1):
+            yield self._frames[number % len(self._frames)]
+
+
+def load(paths: Sequence[Path], form: PcmFormat | None) -> Speech | PlainSpeech:
+    """Recordings in the format of a protocol; None for Ogg and Opus. Raises BadAudio."""
+    return Speech.load(paths) if form is None else PlainSpeech.load(paths, form)
 
 
 def new_stream() -> OggMuxer:

@@ -1,7 +1,7 @@
 """The whole suite, in two processes: `make test`.
 
-Unit tests and those of a running service measure time, and the latter wait more than they compute. They run
-one after the other at the ordinary priority. The rest runs beside them, niced, so that it takes only what
+Tests of a running service measure its time, and wait more than they compute: they run at the ordinary
+priority. The rest, which computes more than it waits, runs beside them, niced, so that it takes only what
 they leave over of the processors. Its report follows theirs.
 
     python tests/suite.py [pytest options]    # the exit status is 1 when either part failed
@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMED = ("tests/unit", "tests/service")
-BESIDE = ("tests/tools", "tests/chart", "tests/gpu")
+TIMED = ("tests/service",)
+BESIDE = ("tests/tools", "tests/chart", "tests/gpu", "tests/unit", "tests/slow")
 NICENESS = 10
 
 

