@@ -5,7 +5,7 @@
 Starts one service on this machine: echo engine, two gateways behind HAProxy, a keys file. One neighbour talks
 with a key of its own all the time; its gap is the longest silence between two of its pages.
 
-- uploads: up to 10,000 hostile recordings to /api/voices within `--seconds`, from a process of the lowest
+- uploads: up to 10,000 hostile recordings to /api/voices within `--seconds`, from a process of lower
   priority with 300 keys, so that thousands of them get past the limit of each key
 - swaps: the keys file is swapped 50 times, as a mounted Secret is, and then loses a key that talks
 - flood: one key keeps 100 callers waiting over both gateways; callers of another key come one by one

@@ -20,6 +20,8 @@ from deployments.processes import below
 from personaplex.config import FRAME_SECONDS
 from personaplex.session.moshi import Audio, Handshake, Metadata, decode
 
+WATCH_EVERY_S = 1.0  # a look at every process costs as much as a session's frames in that time
+
 
 class Keys:
     """A keys file that changes as a Secret that Kubernetes mounts: a new folder and one rename."""
@@ -58,7 +60,7 @@ class Memory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._done.wait(0.25):
+        while not self._done.wait(WATCH_EVERY_S):
             for pid in processes_of_service():
                 grown = (_resident(pid) - self.idle.get(pid, 0)) / 1e6
                 name = _name(pid) if pid in self.idle else "child"

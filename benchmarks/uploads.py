@@ -14,7 +14,7 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -73,11 +73,13 @@ def bodies() -> dict[str, bytes | None]:
 
 
 class Sender:
-    """Sends bodies in turn, each with the next of `keys`, from `threads` threads."""
+    """Sends the bodies that were `made` in turn, each with the next of `keys`, from `threads` threads."""
 
-    def __init__(self, host: str, port: int, keys: Sequence[str], threads: int) -> None:
+    def __init__(
+        self, host: str, port: int, keys: Sequence[str], threads: int, made: Mapping[str, bytes | None]
+    ) -> None:
         self._host, self._port, self._threads = host, port, threads
-        self._keys, self._bodies = itertools.cycle(keys), itertools.cycle(bodies().items())
+        self._keys, self._bodies = itertools.cycle(keys), itertools.cycle(made.items())
         self._lock = threading.Lock()
         self._left = 0
         self.answers: dict[str, Counter[str]] = {}
@@ -135,9 +137,10 @@ def _endless() -> Iterator[bytes]:
 
 def process(pipe: Connection, host: str, port: int, keys: Sequence[str], threads: int) -> None:
     """A process that sends as often as it is told `(count, seconds)`, and answers with what it met."""
-    os.nice(19)  # its work is not the neighbour's
+    made = bodies()
+    os.nice(10)  # its work is not the neighbour's
     while (told := pipe.recv()) is not None:
-        sender = Sender(host, port, keys, threads)
+        sender = Sender(host, port, keys, threads, made)
         began, cpu = time.monotonic(), time.process_time()
         sent = sender.send(*told)
         found = {name: dict(counter) for name, counter in sorted(sender.answers.items())}
