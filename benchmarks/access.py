@@ -29,7 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,10 +38,9 @@ import numpy as np
 import websockets
 
 from benchmarks import uploads
-from benchmarks.keyed import Call, Keys, Memory, Place, gap, processes_of_service
+from benchmarks.keyed import Call, Keys, Memory, Pages, Place, gap, processes_of_service
 from benchmarks.live import service
 from benchmarks.machine import machine, publish
-from benchmarks.serving import Stream
 from deployments.gateway.waits import close
 
 SLOTS = 5  # one of them the neighbour's
@@ -75,7 +74,7 @@ LIMITS = {
 
 
 async def beside(
-    place: Place, stream: Stream, work: Callable[[], Awaitable[dict[str, Any]]]
+    place: Place, stream: Pages, work: Callable[[], Awaitable[dict[str, Any]]]
 ) -> dict[str, Any]:
     """What `work` found, and how the neighbour fared before it and meanwhile."""
     call = Call()
@@ -105,7 +104,7 @@ def lines(*, leaving: bool = True) -> list[str]:
 # What is tried
 
 
-async def hostile_uploads(place: Place, stream: Stream, options: argparse.Namespace) -> dict[str, Any]:
+async def hostile_uploads(place: Place, stream: Pages, options: argparse.Namespace) -> dict[str, Any]:
     where = urlsplit(place.base)
     here, there = multiprocessing.get_context("spawn").Pipe()
     names = [f"up{number}" for number in range(UPLOADERS)]
@@ -125,7 +124,7 @@ async def hostile_uploads(place: Place, stream: Stream, options: argparse.Namesp
     return found | {"untyped": uploads.untyped(found["answers"])}
 
 
-async def key_swaps(place: Place, stream: Stream, options: argparse.Namespace) -> dict[str, Any]:
+async def key_swaps(place: Place, stream: Pages, options: argparse.Namespace) -> dict[str, Any]:
     async def work() -> dict[str, Any]:
         for number in range(SWAPS):
             place.keys.swap([*lines(), f"other{number} label=other"])
@@ -149,7 +148,7 @@ async def key_swaps(place: Place, stream: Stream, options: argparse.Namespace) -
     return await beside(place, stream, work)
 
 
-async def flood(place: Place, stream: Stream, options: argparse.Namespace) -> dict[str, Any]:
+async def flood(place: Place, stream: Pages, options: argparse.Namespace) -> dict[str, Any]:
     granted: list[float] = []  # when the crowd got slots
     crowd: list[asyncio.Future[None]] = []
     refused = 0
@@ -194,7 +193,7 @@ async def flood(place: Place, stream: Stream, options: argparse.Namespace) -> di
         await asyncio.gather(*crowd, return_exceptions=True)
 
 
-async def queue(place: Place, stream: Stream, options: argparse.Namespace) -> dict[str, Any]:
+async def queue(place: Place, stream: Pages, options: argparse.Namespace) -> dict[str, Any]:
     calls: list[Call] = []
 
     async def caller(number: int, until: float) -> None:
@@ -217,7 +216,7 @@ async def queue(place: Place, stream: Stream, options: argparse.Namespace) -> di
     }
 
 
-Part = Callable[[Place, Stream, argparse.Namespace], Awaitable[dict[str, Any]]]
+Part = Callable[[Place, Pages, argparse.Namespace], Coroutine[Any, Any, dict[str, Any]]]
 PARTS: dict[str, Part] = {
     "uploads": hostile_uploads,
     "swaps": key_swaps,
@@ -259,7 +258,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the service goes with us
-    stream = Stream.make(20.0)
+    stream = Pages.make(20.0)
     parts: dict[str, dict[str, Any]] = {}
     with running() as place, Memory(processes_of_service()) as memory:
         for name in options.only:

@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from benchmarks.caller import Caller, framed
+from benchmarks.caller import Caller
+from benchmarks.dialects import Stream, chat_stream, speech
 from benchmarks.live import processes, service
 from benchmarks.machine import machine, publish, run_seconds, stolen_seconds
-from benchmarks.serving import Stream
 from personaplex.config import FRAME_SECONDS
 
 HERE = Path(__file__).parent.parent
@@ -48,8 +48,8 @@ SETTINGS = {"replica_num_cpus": 0.1, "gateway_num_cpus": 0.1, "session_limit_s":
 
 async def talk(url: str, count: int, stream: Stream, pids: Mapping[str, int]) -> dict[str, Any]:
     """`count` sessions at once; CPU seconds of each process, and the delays, after the warm-up."""
-    headers, pages = ([framed(b"\x01" + page) for page in some] for some in (stream.headers, stream.pages))
-    callers = [Caller(url, headers) for _ in range(count)]
+    pages, (headers, opening) = stream.messages, stream.opening(url)
+    callers = [Caller(url, opening, headers=headers) for _ in range(count)]
     await asyncio.gather(*(caller.open() for caller in callers))
     talking = [
         asyncio.ensure_future(caller.talk(pages, random.random() * FRAME_SECONDS, FRAME_SECONDS))
@@ -146,7 +146,7 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the service goes with us
     checkouts = {"base": options.base.resolve(), "this": HERE}
-    stream = Stream.make(options.seconds)
+    stream = chat_stream(speech(options.seconds))
     models: dict[str, Any] = {}
     for model in options.models:
         runs: dict[str, list[dict[str, float]]] = {which: [] for which in checkouts}

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import websockets
 
-from benchmarks.serving import Stream
+from benchmarks.dialects import speech
 from deployments.processes import below
+from personaplex.audio.transcoder import Transcoder
 from personaplex.config import FRAME_SECONDS
 from personaplex.session.moshi import Audio, Handshake, Metadata, decode
 
@@ -89,6 +90,19 @@ def _resident(pid: int) -> int:
     return 0
 
 
+@dataclasses.dataclass(frozen=True)
+class Pages:
+    """Speech as pages of one frame, encoded once, and the header pages before them."""
+
+    headers: list[bytes]
+    pages: list[bytes]
+
+    @classmethod
+    def make(cls, seconds: float) -> Pages:
+        encoder = Transcoder()
+        return cls(encoder.headers(), [encoder.send(frame) for frame in speech(seconds)])
+
+
 @dataclasses.dataclass
 class Call:
     """What one caller met. Seconds of the monotonic clock; `foretold` in seconds, with when it was said."""
@@ -108,7 +122,7 @@ class Place:
         self.url = f"{base.replace('http', 'ws')}/api/chat?status=1"
 
     async def call(
-        self, key: str, seconds: float, stream: Stream | None = None, call: Call | None = None
+        self, key: str, seconds: float, stream: Pages | None = None, call: Call | None = None
     ) -> Call:
         """One session: waits for its turn, then holds its slot for so long, talking if it has a stream. What
         it meets is in `call` at once. Raises what websockets raises when it is refused."""
@@ -118,7 +132,7 @@ class Place:
         finally:
             call.settled.set()
 
-    async def _call(self, key: str, seconds: float, stream: Stream | None, call: Call) -> Call:
+    async def _call(self, key: str, seconds: float, stream: Pages | None, call: Call) -> Call:
 
         async def listen(socket: Any) -> None:
             async for message in socket:

@@ -32,9 +32,9 @@ import uvloop
 
 from benchmarks import against
 from benchmarks.against import PARTS, SETTINGS, SETTLE_S, rounded
+from benchmarks.dialects import Stream, chat_stream, speech
 from benchmarks.live import processes, service
 from benchmarks.machine import machine, publish
-from benchmarks.serving import Stream
 
 KILL_EVERY_S = 4.0
 GAP_MORE_S = 0.1
@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the service goes with us
-    stream = Stream.make(options.seconds)
+    stream = chat_stream(speech(options.seconds))
     runs: dict[str, list[dict[str, float]]] = {}
     for _ in range(options.rounds):
         for name, found in round_of(options.model, stream, options.sessions):

@@ -215,8 +215,7 @@ def main() -> int:
     print(json.dumps(run, indent=2))
     if options.output is not None:
         runs = json.loads(options.output.read_text()) if options.output.exists() else []
-        ledgers = {"ledger": [entry.row() for entry in ledger.entries]}
-        options.output.write_text(json.dumps([*runs, run | ledgers], indent=1) + "\n")
+        options.output.write_text(json.dumps([*runs, run | ledger.document()], indent=1) + "\n")
     wrong = figures["failures"] or figures["twice"] or figures["slots_wrong"] or about.get("slots_left")
     return 1 if wrong else 0
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from typing import Any
 
 import pytest
+from faults.ledger import Entry, Fault, Ledger
 
 from benchmarks import outages, unhurt, uploads
 from benchmarks.against import compare
 from benchmarks.machine import run_seconds
+from loadtest.failures import Measured
 from personaplex.config import FRAME_SECONDS
+from personaplex.session.moshi import Metadata
 
 
 def _runs(*cpu: float) -> list[dict[str, float]]:
@@ -60,7 +64,7 @@ def _faults(slower: float = 1.0) -> dict[str, Any]:
     ledger: list[dict[str, Any]] = [
         {"began_s": 0.1 * number, "frames_sent": 9_000, "failure": "", "failovers": []} for number in range(8)
     ]
-    faults = [{"kind": "kill", "at_s": 30.0 * number, "back_s": 9.0} for number in range(1, 21)]
+    faults = [{"kind": "kill", "at_s": 30.0 * number} for number in range(1, 21)]
     for number, fault in enumerate(faults):
         talk_s = fault["at_s"]
         for place, row in enumerate(ledger[: 8 if number else 4], start=1):
@@ -87,3 +91,25 @@ def test_a_run_that_is_slower_than_what_was_fitted_is_said_so() -> None:
 def test_a_run_without_kills_is_no_proof() -> None:
     with pytest.raises(SystemExit, match="no kills"):
         outages.compare({"faults": [{"kind": "cut", "at_s": 3.0}], "ledger": []})
+
+
+def test_the_fault_harness_keeps_what_the_planner_is_judged_by() -> None:
+    details = {
+        "type": "continued",
+        "generation": 1,
+        "frame": 50,
+        "detection_s": 0.1,
+        "slot_s": 0.2,
+        "rebuild_s": 0.3,
+    }
+    entry = Entry(0, began=100.0, ended=160.0, frames_sent=750)
+    entry.heard.messages = [(111.0, Metadata(details)), (131.0, Metadata({**details, "frame": 300}))]
+    faults = [Fault("kill", 110.0, 1, 1), Fault("kill", 130.0, 1, 1)]
+    run = {
+        "settings": {"replicas_min": 2, "replicas_max": 2, "placement": "spread"},
+        **Ledger([entry], faults).document(),
+    }
+    assert [at for at, _ in outages.kills(run)] == [10.0, 30.0]
+    assert outages.kills(run)[1][1] == [Measured(24.0, pytest.approx(0.6))]
+    found = outages.compare(json.loads(json.dumps(run)))
+    assert found["startup_s"] == 18.0
