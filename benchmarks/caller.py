@@ -72,7 +72,8 @@ class Caller(asyncio.Protocol):
     async def open(self) -> None:
         """Returns when the session is live. Raises ConnectionError."""
         loop = asyncio.get_running_loop()
-        await loop.create_connection(lambda: self, self._url.hostname, self._url.port)
+        host, port = self._url.hostname or "127.0.0.1", self._url.port or 80
+        await loop.create_connection(lambda: self, host, port)
         await asyncio.wait_for(self._live, 30)
 
     async def talk(

@@ -63,9 +63,9 @@ def sound(seconds: float) -> Pcm:
     """Without a pause and with a number in each frame, float32 [frames, 1920] of 16-bit values."""
     frames = speech(seconds)
     count = len(frames)
-    frames = frames + np.random.default_rng(1).normal(0.0, NOISE, (count, FRAME_SIZE))
+    noisy = frames + np.random.default_rng(1).normal(0.0, NOISE, (count, FRAME_SIZE))
     numbers = np.arange(count) + 1
-    frames = np.rint(np.clip(frames, -0.99, 0.99) * 32_768).astype(np.float32) / 32_768
+    frames = np.rint(np.clip(noisy, -0.99, 0.99) * 32_768).astype(np.float32) / np.float32(32_768)
     frames[:, 0] = (numbers % 16_384) / 32_768
     levels = MARK_STEP * (1 + np.arange(count) % MARKS)
     frames[:, MARK] = levels[:, None] * np.sin(2 * np.pi * np.arange(MARK.stop - MARK.start) / 24)

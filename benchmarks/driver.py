@@ -28,7 +28,7 @@ from websockets.exceptions import ConnectionClosed
 from benchmarks.machine import machine, publish
 from loadtest.speech import DEFAULT, Speech, new_stream
 from personaplex.config import FRAME_SECONDS
-from personaplex.session.moshi import Audio, Handshake, Metadata, encode
+from personaplex.session.moshi import Audio, Handshake, Message, Metadata, encode
 
 LOCUSTFILE = Path(__file__).parent.parent / "loadtest" / "locustfile.py"
 RAMP_S = 5.0
@@ -40,7 +40,8 @@ async def _talk(socket: ServerConnection, speech: Speech) -> None:
     muxer = new_stream()
     pages = speech.pages(muxer, start=0)
     try:
-        for message in (Metadata({"type": "session"}), Handshake(), *map(Audio, speech.headers(muxer))):
+        head: list[Message] = [Metadata({"type": "session"}), Handshake(), *map(Audio, speech.headers(muxer))]
+        for message in head:
             await socket.send(encode(message))
         due = time.monotonic()
         while True:

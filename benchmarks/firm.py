@@ -143,7 +143,9 @@ def ask(intent: Intent, text: str, voice: str, draw: random.Random) -> Question:
 @functools.cache
 def answer(text: str) -> tuple[Pcm, list[list[object]]]:
     """The agent's answer, word by word, and when its words are said, from its beginning."""
-    parts, rows, at = [], [], 0
+    parts: list[Pcm] = []
+    rows: list[list[object]] = []
+    at = 0
     for word in text.split():
         sound = speak(word, *AGENT_VOICE)
         rows.append([word, [round(at / SAMPLE_RATE, 3), round((at + len(sound)) / SAMPLE_RATE, 3)], AGENT])

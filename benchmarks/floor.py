@@ -150,4 +150,5 @@ def build_floor(settings: Settings) -> Application:
         },
         logging_config=QUIET_LOGS,
     )(serve.ingress()(FloorGateway))
-    return cast(Application, gateway.bind(settings))
+    application: Application = gateway.bind(settings)
+    return application

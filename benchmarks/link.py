@@ -32,7 +32,7 @@ from personaplex.config import FRAME_SECONDS, FRAME_SIZE
 SESSIONS = 64  # what one gateway holds
 OPENED = 100  # links, one after the other
 SECRET = bytes(range(32))
-END = {"outbox": 75, "stall_s": 10.0}
+END: dict[str, Any] = {"outbox": 75, "stall_s": 10.0}
 
 
 def replica(pipe: Connection, secure: bool) -> None:

@@ -64,8 +64,8 @@ LENGTHS_S = (30, 60, 120, 240, 480, 960)
 def talk_sound(count: int) -> NDArray[np.float32]:
     """Speech, float32 [count, 1920]: a recording in rounds, each at another level and with other noise."""
     one = np.stack(list(recorded(RECORDING)))
-    rng, rounds = np.random.default_rng(5), []
-    while sum(map(len, rounds)) < count:
+    rng, rounds = np.random.default_rng(5), list[NDArray[np.float32]]()
+    while sum(len(one) for one in rounds) < count:
         noise = 0.002 * rng.standard_normal(one.shape)
         rounds.append((rng.uniform(0.4, 1.1) * one + noise).astype(np.float32))
     sound: NDArray[np.float32] = np.concatenate(rounds)[:count]

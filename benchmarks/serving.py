@@ -170,16 +170,17 @@ def _cluster(gateways: int, floor: bool, more: Mapping[str, Any]) -> Iterator[in
 
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
-    settings = Settings(
-        model="echo",
-        slots=SLOTS,
-        replica_num_cpus=0.1,
-        gateways_min=gateways,
-        gateways_max=gateways,
-        gateway_num_cpus=0.1,
-        session_limit_s=300,
+    chosen: dict[str, Any] = {
+        "model": "echo",
+        "slots": SLOTS,
+        "replica_num_cpus": 0.1,
+        "gateways_min": gateways,
+        "gateways_max": gateways,
+        "gateway_num_cpus": 0.1,
+        "session_limit_s": 300,
         **more,
-    )
+    }
+    settings = Settings(**chosen)
     serve.run(build(settings), name="service", route_prefix="/service")
     if floor:
         serve.run(build_floor(settings), name="floor", route_prefix="/floor")

@@ -203,7 +203,7 @@ def _espeak_say(voice: str, text: str) -> tuple[Pcm, list[Word]]:
     data = text.encode() + b"\0"
     library.espeak_Synth(data, len(data), 0, _CHARACTER, 0, _UTF8, None, None)
     library.espeak_Synchronize()
-    pcm = np.concatenate(pieces).astype(np.float32) / 32_768
+    pcm = np.concatenate(pieces).astype(np.float32) / np.float32(32_768)
     marks = [
         starts[0],
         *(mark for before, mark in pairwise(starts) if mark[0] > before[0]),
@@ -270,7 +270,7 @@ def _flite_say(voice: str, text: str) -> tuple[Pcm, list[Word]]:
     library, speaker = found
     utterance = ctypes.c_void_p(library.flite_synth_text(text.encode(), speaker))
     wave = ctypes.cast(library.utt_wave(utterance), ctypes.POINTER(_FliteWave)).contents
-    pcm = np.ctypeslib.as_array(wave.samples, (wave.num_samples,)).astype(np.float32) / 32_768
+    pcm = np.ctypeslib.as_array(wave.samples, (wave.num_samples,)).astype(np.float32) / np.float32(32_768)
     rate = wave.sample_rate
     words = []
     relation = ctypes.c_void_p(library.utt_relation(utterance, b"Word"))

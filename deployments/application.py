@@ -129,6 +129,7 @@ def _gateway(settings: Settings) -> serve.Deployment:
         },
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         logging_config=QUIET_LOGS,
+        health_check_period_s=2.0,  # until a dead one is replaced its clients wait to come back
     )(serve.ingress()(Gateway))
 
 

@@ -109,6 +109,7 @@ def run(settings: Settings, host: str, port: int, *, ssl_folder: Path | None, wi
 def _check_files(settings: Settings) -> None:
     """Raises ConfigError for files and folders that only a gateway or a replica would miss, later."""
     Keys([key.get_secret_value() for key in settings.api_keys], settings.api_keys_file)
+    Keys([], settings.admin_keys_file)
     for name in _READ:
         path = getattr(settings, name)
         if path is not None and not path.exists():

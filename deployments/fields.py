@@ -306,6 +306,11 @@ class Fields(BaseModel):
         description="File of further keys, one a line with options; read again when it changes: see "
         "docs/access.md.",
     )
+    admin_keys_file: Path | None = Field(
+        None,
+        description="File of operators' keys, one a line, for /api/admin: see docs/resume.md. They open no "
+        "session, and unset there is no such address.",
+    )
     revoke_ends_sessions: bool = Field(
         False, description="End the running sessions of a key that is taken out of api_keys_file."
     )

@@ -14,9 +14,11 @@ import time
 from deployments.wire.handshake import SECRET_BYTES
 from deployments.wire.holdings import Elsewhere, Holdings, Judgement, Ledger, Limits
 from deployments.wire.messages import ReplicaStatus
+from deployments.wire.orders import GatewayBirth, MovedSession, MoveOrder, News, OrderResult, Orders
 from deployments.wire.voicestore import VoiceStore
 
 FORGET_AFTER_S = 5.0  # without a report
+ORDER_TIMEOUT_S = 300.0  # for the gateways to carry out an operator's order
 
 
 class Fleet:
@@ -31,6 +33,7 @@ class Fleet:
         self._secret = b""
         self._ledger = Ledger(time.monotonic())
         self._voices = VoiceStore()
+        self._orders = Orders(time.monotonic)
 
     async def link_secret(self, known: bytes) -> bytes:
         """The application's secret. `known`: the one that the caller has, b"" at its start."""
@@ -87,6 +90,18 @@ class Fleet:
         self._spent[ticket] = now + valid_s
         return True
 
+    async def move_sessions(self, order: MoveOrder) -> OrderResult:
+        """Has every gateway carry out an operator's order; see `orders.Orders`."""
+        return await self._orders.run(order, ORDER_TIMEOUT_S)
+
+    async def next_orders(self, gateway: GatewayBirth) -> News:
+        """An operator's orders for a gateway; none after a few seconds, and then it asks again."""
+        return await self._orders.next(gateway)
+
+    async def answer_order(self, gateway: str, number: int, moved: list[MovedSession]) -> None:
+        """What came of a gateway's sessions."""
+        self._orders.answer(gateway, number, moved)
+
     async def close(self) -> None:
         """Graceful shutdown: replicas close their sessions with their next report, gateways those in their
         queues."""
@@ -102,6 +117,7 @@ class Fleet:
         """This gateway has no queued session left."""
         self._gateways.discard(gateway)
         self._ledger.forget(gateway)
+        self._orders.forget(gateway)
 
     async def held(self) -> int:
         """Slots in use plus gateways that still have to close their queue; 0 once the shutdown is done."""

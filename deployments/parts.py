@@ -53,6 +53,7 @@ class GatewaySettings(_Part):
     sessions_per_gateway: int
     api_keys: tuple[SecretStr, ...]
     api_keys_file: Path | None
+    admin_keys_file: Path | None
     guarded: bool
     allowed_origins: tuple[str, ...]
     sessions_per_key: int

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 import yaml
 
-from k8s import conversation, errors, preflight, rollout, sessions, sizing, smoke
+from k8s import conversation, errors, moves, preflight, rollout, sessions, sizing, smoke
 from k8s.cluster import Cluster
 
 _size = cli.number(0, 2**20, above=True)
@@ -61,9 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("name", help="name of the RayService")
     command.add_argument("--url", help="talk through this address instead of a tunnel: wss://HOST/api/chat")
     command.add_argument("--api-keys-file", type=Path, help="file of keys; the first is used")
-    command = add("sessions", _sessions, "who is where; with --drain, move sessions off one replica's pod")
+    command = add("sessions", _sessions, "who is where; --drain and --move bring sessions elsewhere")
     command.add_argument("name", help="name of the RayService")
-    command.add_argument("--drain", metavar="POD", help="evict this replica's pod and wait until it has gone")
+    chosen = command.add_mutually_exclusive_group()
+    chosen.add_argument("--drain", metavar="POD", help="evict this replica's pod and wait until it has gone")
+    chosen.add_argument("--move", metavar="SESSION", help="bring this session to another replica")
+    command.add_argument("--admin-key-file", type=Path, help="operator's key, for --move")
     command.add_argument("--timeout", type=cli.not_negative, default=3_600.0, metavar="S")
     command = add(
         "serve-config", _serve_config, "print the Serve config inside a rendered manifest", local=True
@@ -136,6 +139,11 @@ def _sessions(args: argparse.Namespace) -> None:
     cluster = _connect(args)
     if args.drain:
         sessions.drain(cluster, args.drain, _say, args.timeout)
+        return
+    if args.move:
+        if args.admin_key_file is None:
+            raise errors.Failed("--move needs --admin-key-file")
+        moves.move(cluster, args.name, args.move, args.admin_key_file, _say)
         return
     state = rollout.read(cluster.service(args.name))
     uids = {state.uid}

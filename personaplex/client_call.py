@@ -25,7 +25,16 @@ from personaplex.client_io import (
     ending,
     refusal,
 )
-from personaplex.client_resume import LEAVE_CODE, LOST_CODES, Ticket, pauses, resume_url, worth_retrying
+from personaplex.client_resume import (
+    LEAVE_CODE,
+    LOST_CODES,
+    SETTLED_S,
+    TRY_TIMEOUT_S,
+    Ticket,
+    pauses,
+    resume_url,
+    worth_retrying,
+)
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, Pcm
 from personaplex.errors import PersonaplexError, SessionLost
 from personaplex.session.events import Close, PeerClosed, Tick
@@ -59,6 +68,7 @@ class _Line:
     """One connection of a conversation."""
 
     socket: ClientConnection | None = None  # None before the first
+    began: float = field(default_factory=time.monotonic)
     core: ClientCore = field(default_factory=ClientCore)
     headers_sent: bool = False  # of our stream
     hung_up: bool = False  # by us: the conversation is over
@@ -108,20 +118,20 @@ class Conversation:
         Raises the typed error of whatever cut it short.
         """
 
-        async def open_socket(address: str) -> ClientConnection:
+        async def open_socket(address: str, timeout_s: float) -> ClientConnection:
             return await connect(
                 address,
                 ssl=tls,
                 additional_headers=headers,
                 compression=None,
                 max_size=MESSAGE_LIMIT,
-                open_timeout=_OPEN_TIMEOUT_S,
+                open_timeout=timeout_s,
                 close_timeout=_CLOSE_TIMEOUT_S,
             )
 
         self._began = time.monotonic()
         try:
-            socket = await open_socket(url)
+            socket = await open_socket(url, _OPEN_TIMEOUT_S)
         except CONNECT_ERRORS as error:
             raise refusal(error) from error
         self.report.connect_s = time.monotonic() - self._began
@@ -169,17 +179,22 @@ class Conversation:
         return error
 
     async def _come_back(
-        self, url: str, open_socket: Callable[[str], Awaitable[ClientConnection]], lost: PersonaplexError
+        self,
+        url: str,
+        open_socket: Callable[[str, float], Awaitable[ClientConnection]],
+        lost: PersonaplexError,
     ) -> ClientConnection:
         """A new connection to the same session. Raises SessionLost when there is none to be had."""
         assert self._ticket is not None
-        self._inform("one moment: the connection was lost")
+        at_once = self._line.leaving and time.monotonic() - self._line.began > SETTLED_S
+        why = "the service asks us over" if self._line.leaving else "the connection was lost"
+        self._inform(f"one moment: {why}")
         address = resume_url(url, self._ticket, self._next_page)
         until = time.monotonic() + self._ticket.grace_s
-        for pause in pauses(random.Random()):
+        for pause in pauses(random.Random(), at_once=at_once or not self._line.leaving):
             await asyncio.sleep(pause)
             try:
-                return await open_socket(address)
+                return await open_socket(address, TRY_TIMEOUT_S)
             except CONNECT_ERRORS as error:
                 refused = refusal(error)
                 if not worth_retrying(refused) or time.monotonic() > until:
@@ -293,6 +308,8 @@ class Conversation:
         elif kind == "session":
             self.report.session = {name: value for name, value in data.items() if name != "resume"}
             self._resumed(data.get("resumed"))
+        elif kind == "window":
+            self._inform("from here on the agent forgets the beginning of the conversation")
         elif kind == "ending":
             self._inform(f"the session ends in {data.get('in_s')} s")
         elif kind == "reconnect" and self._ticket is not None and line.socket is not None:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
-from personaplex.errors import NoCapacity, PersonaplexError, SessionLost, TooManySessions
+from personaplex.errors import NoCapacity, PersonaplexError, ProtocolError, SessionLost, TooManySessions
 
 LOST_CODES = frozenset({1001, 1006, 1011, 1012})  # closes after which a session may go on
 LEAVE_CODE = 1012  # our own, when we come back at once
+SETTLED_S = 1.0  # a connection that asks us over sooner is left with a pause: two gateways may disagree
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 4.0
+TRY_TIMEOUT_S = 8.0  # for one try: what lost the connection may still swallow packets
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ def resume_url(url: str, ticket: Ticket, heard: int) -> str:
     return urlunsplit(parts._replace(query=urlencode(query)))
 
 
-def pauses(spread: random.Random) -> Iterator[float]:
-    """Seconds to wait before each try: none at first, then twice as long each time, at random within a half,
-    so that the clients of a gateway that died do not all come at once."""
-    yield 0.0
+def pauses(spread: random.Random, *, at_once: bool = True) -> Iterator[float]:
+    """Seconds to wait before each try: none at first, if `at_once`, then twice as long each time, at random
+    within a half, so that the clients of a gateway that died do not all come at once."""
+    if at_once:
+        yield 0.0
     pause = FIRST_PAUSE_S
     while True:
         yield pause * spread.uniform(0.5, 1.0)
@@ -54,5 +57,6 @@ def pauses(spread: random.Random) -> Iterator[float]:
 
 
 def worth_retrying(refused: PersonaplexError) -> bool:
-    """Whether an attempt that failed so may succeed later."""
-    return isinstance(refused, SessionLost | NoCapacity | TooManySessions)
+    """Whether an attempt to come back that failed so may succeed later. A proxy that has just begun hangs up,
+    or answers with statuses of its own: all of them are ProtocolErrors."""
+    return isinstance(refused, SessionLost | NoCapacity | TooManySessions | ProtocolError)

@@ -224,7 +224,8 @@ class Spread:
     @classmethod
     def of(cls, seconds: list[float]) -> Spread:
         ms = 1e3 * np.asarray(seconds)
-        return cls(*(round(float(x), 3) for x in (np.median(ms), np.percentile(ms, 99), ms.max())), len(ms))
+        p50, p99, most = (round(float(x), 3) for x in (np.median(ms), np.percentile(ms, 99), ms.max()))
+        return cls(p50, p99, most, len(ms))
 
 
 def talk(engine: Engine, slots: list[Slot], count: int, seed: int = 0) -> np.ndarray:

@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from deployments.gateway.accounts import Accounts
-from deployments.gateway.admission import AccessControl, ClientInfo, Entrant, refusal
+from deployments.gateway.admission import AccessControl, ClientInfo, Entrant
+from deployments.gateway.answers import PRIVATE, Refused, answering, read_body
 from deployments.gateway.asking import Asking
 from deployments.gateway.ownvoices import OwnVoices
 from deployments.gateway.query import read_query
 from deployments.gateway.recording import UPLOAD_LIMIT
-from personaplex.errors import BadParameter, PersonaplexError
+from personaplex.errors import BadParameter
 from personaplex.persona import own_digest, voice_name
-
-BODY_TIMEOUT_S = 30.0  # for a whole recording
-PRIVATE = {"cache-control": "no-store"}
-
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-class _Refused(Exception):
-    """An answer that is no error of the project's tree."""
-
-    def __init__(self, status: int, words: str) -> None:
-        super().__init__(words)
-        self.answer = PlainTextResponse(words + "\n", status, {**PRIVATE, "connection": "close"})
 
 
 class AccessRoutes:
@@ -51,26 +37,11 @@ class AccessRoutes:
 
     def routes(self) -> list[BaseRoute]:
         return [
-            Route("/api/key", self._answering(self._key)),
-            Route("/api/tokens", self._answering(self._tokens), methods=["POST"]),
-            Route("/api/voices", self._answering(self._upload), methods=["POST"]),
-            Route("/api/voices/{voice}", self._answering(self._forget), methods=["DELETE"]),
+            Route("/api/key", answering(self._key)),
+            Route("/api/tokens", answering(self._tokens), methods=["POST"]),
+            Route("/api/voices", answering(self._upload), methods=["POST"]),
+            Route("/api/voices/{voice}", answering(self._forget), methods=["DELETE"]),
         ]
-
-    def _answering(self, handler: Handler) -> Handler:
-        """`handler` with its errors as answers."""
-
-        async def answer(request: Request) -> Response:
-            try:
-                return await handler(request)
-            except PersonaplexError as error:
-                return refusal(error)
-            except _Refused as refused:
-                return refused.answer
-            except ClientDisconnect:
-                return Response(status_code=400)
-
-        return answer
 
     def _identify(self, request: Request) -> tuple[Entrant, dict[str, str]]:
         query = read_query(request.scope["query_string"], self._query_limit)
@@ -79,13 +50,13 @@ class AccessRoutes:
     async def _key(self, request: Request) -> Response:
         key = self._identify(request)[0].key
         if key is None:
-            raise _Refused(404, "no key is needed here")
+            raise Refused(404, "no key is needed here")
         shown = {**self._accounts.describe(key), "own_voices": self._voices.allowed(key)}
         return JSONResponse(shown, headers=PRIVATE)
 
     async def _tokens(self, request: Request) -> Response:
         self._identify(request)
-        text = _text_prompt(await _body(request, self._query_limit))
+        text = _text_prompt(await read_body(request, self._query_limit))
         tokens, limit = await self._asking.count_tokens(text)
         return JSONResponse({"tokens": tokens, "limit": limit, "left": limit - tokens}, headers=PRIVATE)
 
@@ -95,11 +66,11 @@ class AccessRoutes:
             raise BadParameter("consent=1 must say that the speaker agreed to the use of their voice")
         kind = request.headers.get("content-type", "")
         if kind.startswith(("multipart/", "application/x-www-form-urlencoded")):
-            raise _Refused(415, "send the recording itself as the body, not a form")
+            raise Refused(415, "send the recording itself as the body, not a form")
         if request.headers.get("content-encoding", "identity") != "identity":
-            raise _Refused(415, "send the recording as it is, without a Content-Encoding")
+            raise Refused(415, "send the recording as it is, without a Content-Encoding")
         self._voices.check(entrant.key, entrant.caller)
-        data = await _body(request, UPLOAD_LIMIT)
+        data = await read_body(request, UPLOAD_LIMIT)
         if not data:
             raise BadParameter("the body is empty: send the recording as the body")
         return JSONResponse(await self._voices.make(data, entrant.key), headers=PRIVATE)
@@ -111,27 +82,6 @@ class AccessRoutes:
             raise BadParameter("only an own voice can be forgotten")
         await self._voices.forget(digest, entrant.key)
         return Response(status_code=204, headers=PRIVATE)
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """All of a request's body, within bounds. Raises _Refused, ClientDisconnect."""
-    too_large = _Refused(413, f"the body has more than {limit:,} bytes")
-    said = request.headers.get("content-length", "0")
-    if said.isdecimal() and int(said) > limit:
-        raise too_large
-
-    async def read() -> bytes:
-        found = bytearray()
-        async for piece in request.stream():
-            found += piece
-            if len(found) > limit:
-                raise too_large
-        return bytes(found)
-
-    try:
-        return await asyncio.wait_for(read(), BODY_TIMEOUT_S)
-    except asyncio.TimeoutError as error:
-        raise _Refused(408, "the request did not come whole") from error
 
 
 def _text_prompt(body: bytes) -> str:

@@ -7,6 +7,7 @@
     /api/info      model, slots and load of the service
     /api/voices    names a session may ask for
     /api/key, /api/tokens, POST and DELETE of /api/voices: access.py
+    /api/admin/... for operators, where there is an admin_keys_file: admin.py
     /api/prompts   role texts to choose from
     /metrics       this gateway's own series, where the setting metrics_page asks for them
     /healthz       200 when sessions can be taken, 503 while no replica is there; `proxy_limits` is whether
@@ -40,6 +41,7 @@ from deployments import ingress, logs, metrics
 from deployments.gateway import tracing, watchers
 from deployments.gateway.access import AccessRoutes
 from deployments.gateway.accounts import Accounts
+from deployments.gateway.admin import AdminRoutes
 from deployments.gateway.admission import AccessControl
 from deployments.gateway.asking import Asking
 from deployments.gateway.conversation import CLOSE_TIMEOUT_S
@@ -52,6 +54,7 @@ from deployments.gateway.links import ReplicaLinks
 from deployments.gateway.listening import Listening
 from deployments.gateway.observer import Observer
 from deployments.gateway.openai import OpenAIEndpoints
+from deployments.gateway.orders import OrderDesk, birth
 from deployments.gateway.ownvoices import OwnVoices
 from deployments.gateway.records import Records
 from deployments.gateway.resumes import Resumes
@@ -127,6 +130,8 @@ class Gateway:
         self._records = Records.of(settings, self._metrics)
         self._services = self._make_services(failovers, transcribers)
         watchers.watch_replicas(self._services.moves.running)
+        self._admin_keys = Keys([], settings.admin_keys_file)
+        self._desk = OrderDesk(fleet, birth(name), self._services.moves, failovers.suspects)
         self._host = self._make_host(waits)
         self._status_routes = StatusRoutes(
             settings, self._fleet, self._leases, self._room, self._voices, self._metrics_text
@@ -140,10 +145,22 @@ class Gateway:
                 self._accounts.run(self._leases.waiting),
                 self._keys.watch(self._keys_read),
                 self._room.count_slots(),
+                self._admin_keys.watch(self._keys_read),
+                self._desk.watch(),
             )
         ]
         warn_of_proxies_without_limits()
         self._publish()  # a series that is not there yet cannot be told from a gateway that is not read
+
+    def _admin_routes(self) -> list[BaseRoute]:
+        if self._settings.admin_keys_file is None:
+            return []
+        return AdminRoutes(
+            keys=lambda: self._admin_keys.table,
+            api_keys=lambda: self._keys.table,
+            replicas=self._fleet.describe,
+            give=self._desk.give,
+        ).routes()
 
     def _make_host(self, waits: Waits) -> SessionHost:
         return SessionHost(
@@ -235,6 +252,7 @@ class Gateway:
             WebSocketRoute("/{path:path}", no_socket),  # static files know no sockets
             *self._status_routes.routes(),
             *self._access_routes.routes(),
+            *self._admin_routes(),
         ]
         if self._settings.static != "none":
             page = Path(self._settings.static) if self._settings.static else PAGE

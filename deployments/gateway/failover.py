@@ -22,6 +22,7 @@ from deployments.gateway.leases import RETRY_S, Leases
 from deployments.gateway.slot import Slot
 from deployments.gateway.suspects import ShortestFirst, Suspects
 from deployments.wire.messages import LeaseRequest
+from deployments.wire.orders import ENDED
 from personaplex.config import REBUILD_AUDIO_S
 from personaplex.errors import ClientError, EngineFault, NoCapacity, PersonaplexError, SessionLost
 from personaplex.sessionlog import SessionRecorder
@@ -90,6 +91,7 @@ class Failover:
         self._lost = lost
         self._refused: dict[str, PersonaplexError] = {}
         self.continued = False  # a candidate has taken over
+        self.outcome = ENDED  # why not, once the search has failed
         self._outcome: asyncio.Future[PersonaplexError | None] | None = None
 
     async def run(self) -> None:

@@ -20,6 +20,7 @@ from deployments.gateway.services import Services
 from deployments.gateway.silence import SilenceWatch
 from deployments.gateway.slot import Slot, UserFrame
 from deployments.gateway.stats import SessionStats
+from deployments.wire.orders import BUSY, ENDED
 from personaplex.errors import (
     EngineFault,
     LogRefused,
@@ -34,7 +35,8 @@ logger = logging.getLogger(__name__)
 
 CAUGHT_UP = 2  # frames without an answer, of a replica that keeps up
 SETTLED_FRAMES = 25  # answered: whatever lost the replica before, the session is not to blame
-INTERRUPTED, CONTINUED = "interrupted", "continued"  # what clients are told that asked for status
+# What clients are told that asked for status.
+INTERRUPTED, CONTINUED, RECONNECT = "interrupted", "continued", "reconnect"
 LEAVE_TIMEOUT_S = 2.0  # for a replica to say that a slot is free
 
 
@@ -62,7 +64,7 @@ class Handover:
         self._measured: Failover | None = None  # took over, but has not caught up yet
         self._losses = 0  # since the session last said anything
         self._settled = 0  # from this number on
-        self._interrupted = False
+        self._interrupted = self._asked_over = False
         self._announced: Slot | None = None  # whose token the client was sent
         self._watch = SilenceWatch(services.failovers.after_s, self._owed, self._on_silent)
 
@@ -83,15 +85,29 @@ class Handover:
         """Answered so far."""
         return self._progress.frames
 
-    async def move(self) -> bool:
-        """Brings the session to another replica while it goes on at its own; whether it did. Where that fails
-        it stays."""
-        if self._failover is not None or not self.replica:
-            return False
+    @property
+    def session(self) -> str:
+        """Its name."""
+        return self._session
+
+    async def move(self) -> str:
+        """Brings the session to another replica while it goes on at its own; MOVED, or why it stayed."""
+        if not self.replica:
+            return ENDED
+        if self._failover is not None:
+            return BUSY
         failover = self._begin(MOVED)
         assert self._search is not None
         await asyncio.wait({self._search})
-        return failover.continued
+        return MOVED if failover.continued else failover.outcome
+
+    def ask_over(self) -> bool:
+        """Asks the client to come back by another gateway; False for one that cannot, or was asked before."""
+        if self._asked_over or not self.replica or not self._ticket(0):
+            return False
+        self._asked_over = True
+        self._emit(SessionNotice(RECONNECT))
+        return True
 
     def stop(self) -> None:
         """No slot takes over any more."""
@@ -220,8 +236,9 @@ class Handover:
         """No other replica can be had: the end, unless the old one may still answer."""
         assert self.current is not None
         self._failover = None
+        failover.outcome = _outcome(error)
         if not failover.stopped:
-            self._count(failover, _outcome(error))
+            self._count(failover, failover.outcome)
         if self.current.ended:
             self._emit(Failed(error))
         else:

@@ -14,9 +14,12 @@ import logging
 from collections.abc import Collection
 from typing import Protocol
 
+from deployments.wire.orders import ENDED, MOVED, MovedSession
+
 logger = logging.getLogger(__name__)
 
 AT_ONCE = 4  # sessions that are moved at the same time, by one gateway
+ASK_OVER_EVERY_S = 0.1  # one client after another: each is rebuilt where it comes to
 RETRY_S = 1.0  # after a round in which nobody could be moved
 
 
@@ -31,8 +34,15 @@ class Movable(Protocol):
     def frames(self) -> int:
         """Its length."""
 
-    async def move(self) -> bool:
-        """Brings it to another replica; whether it did."""
+    @property
+    def session(self) -> str:
+        """Its name."""
+
+    def ask_over(self) -> bool:
+        """Asks its client to come back by another gateway; False for one that cannot, or was asked before."""
+
+    async def move(self) -> str:
+        """Brings it to another replica; MOVED, or why it stayed (see `orders.MovedSession`)."""
 
 
 class Moves:
@@ -58,6 +68,26 @@ class Moves:
         self._running = frozenset(replicas)
         self._look()
 
+    async def order(self, session: str, replica: str) -> list[MovedSession]:
+        """Brings the session of this name, or all at this replica, to others; what came of each."""
+        meant = [one for one in self._sessions if one.replica and session in ("", one.session)]
+        meant = [one for one in meant if replica in ("", one.replica)]
+        limit = asyncio.Semaphore(AT_ONCE)
+
+        async def bring(one: Movable) -> MovedSession:
+            async with limit:
+                source = one.replica
+                outcome = await one.move() if source and replica in ("", source) else ENDED
+            return MovedSession(one.session, outcome, source, one.replica)
+
+        return list(await asyncio.gather(*map(bring, sorted(meant, key=lambda one: one.frames))))
+
+    async def ask_over(self) -> None:
+        """Asks the clients of all sessions to come back by another gateway, one after another."""
+        for one in list(self._sessions):
+            if one in self._sessions and one.ask_over():
+                await asyncio.sleep(ASK_OVER_EVERY_S)
+
     def _look(self) -> None:
         if self._leaving() and (self._task is None or self._task.done()):
             self._task = asyncio.ensure_future(self._run())
@@ -74,5 +104,5 @@ class Moves:
             for result in moved:
                 if isinstance(result, BaseException):
                     logger.error("a session could not be moved", exc_info=result)
-            if not any(result is True for result in moved):
+            if MOVED not in moved:
                 await asyncio.sleep(RETRY_S)

@@ -22,9 +22,14 @@ class Suspects:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._until: dict[str, float] = {}
+        self._held_until: dict[str, float] = {}
 
     def add(self, replica: str) -> None:
         self._until[replica] = self._clock() + SUSPECT_S
+
+    def hold(self, replica: str, seconds: float) -> None:
+        """It is well, but gets no session for so long: an operator wishes it."""
+        self._held_until[replica] = self._clock() + seconds
 
     def clear(self, replica: str) -> None:
         """It answers again."""
@@ -33,11 +38,13 @@ class Suspects:
     def names(self) -> frozenset[str]:
         now = self._clock()
         self._until = {name: until for name, until in self._until.items() if until > now}
-        return frozenset(self._until)
+        self._held_until = {name: until for name, until in self._held_until.items() if until > now}
+        return frozenset({*self._until, *self._held_until})
 
     def again_in_s(self) -> float:
         """Seconds until one of them may be asked again; infinite while there is none."""
-        return min(self._until.values(), default=float("inf")) - self._clock()
+        ends = [*self._until.values(), *self._held_until.values()]
+        return min(ends, default=float("inf")) - self._clock()
 
 
 class ShortestFirst:

@@ -34,10 +34,11 @@ from personaplex.config import Pcm, frames_in
 from personaplex.errors import LogRefused, NoCapacity, ProtocolError
 from personaplex.persona import Persona
 from personaplex.record.format import Row
-from personaplex.session.events import AgentText, Event, LeaseGranted, Queued, Ready
+from personaplex.session.events import AgentText, Event, LeaseGranted, Queued, Ready, SessionNotice
 from personaplex.sessionlog import SessionRecorder
 from personaplex.tokenlog import TokenLog
 
+WINDOW = "window"  # told to clients that asked for status
 UNANSWERED_LIMIT = 1_024  # frames: more than the queues between a gateway and an engine hold
 
 
@@ -69,6 +70,7 @@ class Upstream:
         self._details: dict[str, Any] = {}
         self._burst_frames = frames_in(services.limits.burst_s)
         self._stale = 0  # replies before this number answer frames that waited for the slot
+        self._window = 0  # the first frame that knows the beginning no more, until the client is told
         self.progress = Progress()
         self._resumption = Resumption(session, services.resumes if resumable else None, services.metrics)
         self.handover = Handover(
@@ -224,6 +226,8 @@ class Upstream:
             self.handover.ended(slot, NoCapacity(str(error)))
             return
         recorder.voice_digest = ready.voice_digest
+        if not self.handover.live and ready.frame <= ready.window:
+            self._window = ready.window
         first = not self.handover.live
         self.handover.ready(slot)
         if first:
@@ -264,6 +268,9 @@ class Upstream:
         if reply.text:
             self._resumption.said(reply.frame, reply.text)
             self._emit(AgentText(reply.text))
+        if 0 < self._window <= reply.frame:
+            self._window = 0
+            self._emit(SessionNotice(WINDOW, {"frame": reply.frame}))
         self.handover.progressed(reply.frame, frame)
 
     def _record(self, reply: messages.Reply, latency_s: float) -> None:

@@ -265,7 +265,7 @@ class Sessions:
 
     def _ready(self, holder: Holder, event: Opened) -> None:
         assert holder.link is not None
-        ready = SlotReady(event.prefill_s, event.frame, event.voice_digest)
+        ready = SlotReady(event.prefill_s, event.frame, event.voice_digest, event.window)
         if holder.running is not None:
             holder.running.recorder.voice_digest = event.voice_digest
         holder.link.send(MessageKind.READY, messages.pack_ready(ready))

@@ -287,11 +287,13 @@ def _is_audio(pcm: Pcm) -> bool:
 @dataclass(frozen=True)
 class SlotReady:
     """A slot is live. `prefill_s`: seconds its prompt or rebuild took, the wait included. `frame`: number of
-    its next reply. `voice_digest`: of the voice it speaks with, for the session's log."""
+    its next reply. `voice_digest`: of the voice it speaks with, for the session's log. `window`: number of
+    the first frame that no longer knows the beginning; 0 where each does."""
 
     prefill_s: float
     frame: int = 0
     voice_digest: str = ""
+    window: int = 0
 
 
 def pack_ready(ready: SlotReady) -> bytes:
@@ -308,6 +310,8 @@ def unpack_ready(payload: bytes) -> SlotReady:
             and type(ready.frame) is int
             and ready.frame >= 0
             and type(ready.voice_digest) is str
+            and type(ready.window) is int
+            and ready.window >= 0
         ):
             ready.voice_digest.encode()
             return ready

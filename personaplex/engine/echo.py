@@ -109,6 +109,9 @@ class EchoEngine:
                 return slot
         return None
 
+    def window(self, slot: Slot) -> int:
+        return 0
+
     def voice_digest(self, slot: Slot) -> str:
         """Voices have no content here."""
         return ""

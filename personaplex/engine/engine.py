@@ -204,6 +204,10 @@ class Engine:
             pass
         return slot
 
+    def window(self, slot: Slot) -> int:
+        context = self._model.config.lm.temporal.context
+        return max(1, context - self._state_of(slot).prompt.position)
+
     def voice_digest(self, slot: Slot) -> str:
         """Names the content of the slot's voice. Raises SessionLost for a closed slot."""
         return self._state_of(slot).prompt.voice

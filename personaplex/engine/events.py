@@ -14,13 +14,14 @@ class Opened:
     """The session's slot is live; `prefill_s` is the time since it was opened.
 
     `frame` is the number of its next output: 0, or where a rebuilt session goes on. `voice_digest`: see
-    `SessionLog`.
+    `SessionLog`. `window`: see `Stepper.window`.
     """
 
     session: int
     prefill_s: float
     frame: int = 0
     voice_digest: str = ""
+    window: int = 0
 
 
 @dataclass(frozen=True)

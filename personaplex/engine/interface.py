@@ -100,6 +100,10 @@ class Stepper(Protocol):
     def rebuild_chunk(self) -> Slot | None:
         """Runs one bounded chunk of the rebuild with the least left; the slot when that made it live."""
 
+    def window(self, slot: Slot) -> int:
+        """Number of the first frame of a live slot that no longer attends to the beginning of its prompt; 0
+        where every frame does."""
+
     def voice_digest(self, slot: Slot) -> str:
         """Names the content of an open slot's voice, for its session's log; "" where voices have none."""
 

@@ -222,5 +222,6 @@ class EngineLoop:
             session = slots[slot]
             self._backlog.went_live(session)
             number, frame = session.queue.session, session.frame or 0
-            events = (Opened(number, now - session.opened, frame, engine.voice_digest(slot)),)
+            digest, window = engine.voice_digest(slot), engine.window(slot)
+            events = (Opened(number, now - session.opened, frame, digest, window),)
         self._deliver(Batch(kind, events, now - began, 1))

@@ -149,6 +149,9 @@ class SimulatedEngine:
         self._rebuilding.remove(slot)
         return slot
 
+    def window(self, slot: Slot) -> int:
+        return 0
+
     def voice_digest(self, slot: Slot) -> str:
         """Voices have no content here."""
         return ""

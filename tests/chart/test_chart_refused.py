@@ -20,6 +20,19 @@ REFUSED = {
         "settings.replicas_max is derived: use replicaGroups.*.maxPods",
     ),
     "key in values": (("settings.api_keys={a}",), "settings.api_keys is derived: use apiKeys.existingSecret"),
+    "twilio without its token": (
+        ("settings.protocols={twilio}", "settings.public_url=https://talk.example"),
+        "twilio, which needs settings.public_url and, in twilio.existingSecret",
+    ),
+    "twilio without its address": (
+        ("settings.protocols={twilio}", "twilio.existingSecret=t"),
+        "twilio, which needs settings.public_url",
+    ),
+    "a token nobody needs": (("twilio.existingSecret=t",), "settings.protocols does not have twilio"),
+    "token's file in values": (
+        ("settings.twilio_token_file=/t",),
+        "settings.twilio_token_file is derived: use twilio.existingSecret",
+    ),
     "tag latest": (("image.tag=latest",), "the tag latest names no version"),
     "bad digest": (("image.digest=sha256:12",), "/image/digest"),
     "long name": (("fullnameOverride=" + "a" * 48,), "has 48 characters; KubeRay allows 47"),

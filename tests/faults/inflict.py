@@ -1,4 +1,4 @@
-"""Faults of a local service's replicas: SIGKILL, SIGSTOP for a while, and links that are cut.
+"""Faults of a local service's processes: SIGKILL, SIGSTOP for a while, and links that are cut.
 
 A link is cut by shutting down the replica's own socket, of which Linux gives a copy to root (pidfd_getfd):
 the process lives on and hears of it as of any broken connection.
@@ -15,7 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hosted import REPLICA, Hosted
+import requests
+from hosted import GATEWAY, PROXY, REPLICA, Hosted
 
 _PIDFD_GETFD = 438  # on every architecture
 _ESTABLISHED = "01"
@@ -23,7 +24,21 @@ _ESTABLISHED = "01"
 
 def replicas(host: Hosted) -> list[int]:
     """Processes of the replicas."""
-    return [pid for pid, command in host.named().items() if command.startswith(REPLICA)]
+    return _named(host, REPLICA)
+
+
+def gateways(host: Hosted) -> list[int]:
+    return _named(host, GATEWAY)
+
+
+def proxies(host: Hosted) -> list[int]:
+    """Whatever holds the clients' sockets: HAProxy where there is one, else Serve's own proxy."""
+    found = [pid for pid, command in host.named().items() if Path(command.split(" ")[0]).name == "haproxy"]
+    return found or _named(host, PROXY)
+
+
+def _named(host: Hosted, name: str) -> list[int]:
+    return [pid for pid, command in host.named().items() if command.startswith(name)]
 
 
 def kill(pid: int) -> None:
@@ -38,6 +53,20 @@ def stop(pid: int, seconds: float) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
+
+
+def move(host: Hosted, key: str, session: str) -> str:
+    """Has one session brought to another replica; what came of it."""
+    answer = requests.post(
+        f"http://{host.service.base}/api/admin/moves",
+        json={"session": session},
+        headers={"authorization": f"Bearer {key}"},
+        timeout=60,
+    )
+    if not answer.ok:
+        return f"HTTP {answer.status_code}"
+    (moved,) = answer.json()["sessions"]
+    return str(moved["outcome"])
 
 
 def cut(pid: int, ports: range) -> int:

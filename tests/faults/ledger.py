@@ -1,7 +1,8 @@
 """What every session of a run heard and was told, and what came of every fault.
 
 A gap is silence that a client hears: the time between two of its pages less the 80 ms that a page lasts. The
-gap of a fault in a session is the longest that began within AFTERMATH_S of it.
+gap of a fault in a session is the longest that began within AFTERMATH_S of it. An outage is such a
+silence of a client that lost its connection and came back.
 """
 
 from __future__ import annotations
@@ -32,6 +33,10 @@ class Entry:
     frames_sent: int = 0
     heard: Heard = field(default_factory=Heard)
     failure: str = ""  # why it did not end by its own will
+    losses: int = 0  # connections that it lost
+    resumes: int = 0  # how often it went on over another one
+    # When a loss was noticed, and for how long nothing was heard because of it.
+    outages: list[tuple[float, float]] = field(default_factory=list)
 
     def pages(self) -> list[tuple[float, int]]:
         """Arrival and number of each page of audio."""
@@ -40,7 +45,7 @@ class Entry:
             for at, message in self.heard.messages
             if isinstance(message, Audio)
         ]
-        return found[2:]
+        return [(at, number) for at, number in found if number >= 0]
 
     def notices(self, kind: str) -> list[tuple[float, dict[str, Any]]]:
         """Arrival and content of each notice of this type."""
@@ -76,6 +81,8 @@ class Entry:
             "twice": self.twice(),
             "interrupted": len(self.notices("interrupted")),
             "slots": [details["generation"] for _, details in self.notices("continued")],
+            "losses": self.losses,
+            "outages_s": [round(silence, 3) for _, silence in self.outages],
             "failure": self.failure,
         }
 
@@ -88,6 +95,7 @@ class Fault:
     at: float
     used: int  # slots, before
     live: int  # sessions, before
+    came_of_it: str = ""  # in one word, where the service says so
 
 
 @dataclass
@@ -96,45 +104,68 @@ class Ledger:
 
     entries: list[Entry] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    not_begun: Counter[str] = field(default_factory=Counter)  # why; while a gateway or a proxy was away
 
     def begin(self) -> Entry:
         entry = Entry(len(self.entries))
         self.entries.append(entry)
         return entry
 
+    def refuse(self, entry: Entry, why: str) -> None:
+        """It was no session yet."""
+        self.entries.remove(entry)
+        self.not_begun[why] += 1
+
     def figures(self) -> dict[str, Any]:
         """What the run found, by kind of fault."""
         found: dict[str, Any] = {
             "sessions": len(self.entries),
             "failures": dict(Counter(entry.failure for entry in self.entries if entry.failure)),
+            "not_begun": dict(self.not_begun),
             "twice": sum(entry.twice() for entry in self.entries),
             "slots_wrong": sum(fault.used != fault.live for fault in self.faults),
+            "losses": sum(entry.losses for entry in self.entries),
+            "resumes": sum(entry.resumes for entry in self.entries),
         }
         for kind in sorted({fault.kind for fault in self.faults}):
             found[kind] = self._of_kind(kind)
         return found
 
     def _of_kind(self, kind: str) -> dict[str, Any]:
-        gaps, beside, phases = [], [], []
+        gaps: list[float] = []
+        beside: list[float] = []
+        phases: list[dict[str, Any]] = []
         for fault in (one for one in self.faults if one.kind == kind):
             for entry in self.entries:
                 until = self._until(fault)
                 gap = entry.gap(fault.at, until)
                 if gap is None:
                     continue
-                told = [at for at, _ in entry.notices("interrupted") if fault.at <= at < until]
-                (gaps if told else beside).append(gap)
+                told = [*entry.notices("interrupted"), *entry.notices("continued")]
+                (gaps if any(fault.at <= at < until for at, _ in told) else beside).append(gap)
                 phases += [details for at, details in entry.notices("continued") if fault.at <= at < until]
         moved = [details for details in phases if PHASES[0] in details]
         return {
             "faults": sum(fault.kind == kind for fault in self.faults),
+            "came_of_it": dict(Counter(one.came_of_it for one in self.faults if one.kind == kind)),
             "sessions_hit": len(gaps),
             "moved": len(moved),
             "stayed": len(phases) - len(moved),
             "gap_s": quantiles(gaps),
             "gap_of_others_s": quantiles(beside),
+            "outage_s": quantiles(self._outages(kind)),
             **{phase: quantiles([details[phase] for details in moved]) for phase in PHASES},
         }
+
+    def _outages(self, kind: str) -> list[float]:
+        """Of connections that were lost after a fault of this kind and before the next one."""
+        ends = sorted(fault.at for fault in self.faults)
+        found = []
+        for fault in (one for one in self.faults if one.kind == kind):
+            until = next((at for at in ends if at > fault.at), float("inf"))
+            for entry in self.entries:
+                found += [silence for at, silence in entry.outages if fault.at <= at < until]
+        return found
 
     def _until(self, fault: Fault) -> float:
         later = [other.at for other in self.faults if other.at > fault.at]

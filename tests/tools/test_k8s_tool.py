@@ -19,9 +19,10 @@ from kube.world import NAME, Clock, World, ready
 
 from deployments import metrics
 from k8s import __main__ as tool
-from k8s import conversation, errors, preflight, rollout, sessions, smoke
+from k8s import conversation, errors, moves, preflight, rollout, sessions, smoke
 from k8s.cluster import ATTEMPTS, Cluster
 from k8s.differences import differences
+from personaplex.errors import SessionLost
 
 
 @pytest.fixture
@@ -589,6 +590,49 @@ def test_smoke_talks_under_the_services_own_prefix(
     assert url.endswith(path)
     assert url.count("/") == path.count("/") + 2
     assert said[1] == "talking to one-gateway"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"), [("moved", 0), ("no_capacity", 1), ("busy", 1), (None, 1)], ids=str
+)
+def test_an_operator_moves_a_session(
+    world: World,
+    server: ApiServer,
+    cluster: Cluster,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    outcome: str | None,
+    code: int,
+) -> None:
+    world.ray_cluster("one")
+    world.service(active="one", spec=_chart_spec(sets=("settings.route_prefix=/speech",)))
+    (pod,) = server.find("Pod", "one-gateway")
+    pod["metadata"]["labels"]["ray.io/serve"] = "true"
+    pod["status"]["conditions"] = [{"type": "Ready", "status": "True"}]
+    server.put(pod)
+    asked: list[tuple[str, ...]] = []
+
+    def ask(url: str, key: str, what: str, order: dict[str, str]) -> dict[str, Any]:
+        asked.append((url.partition("/speech")[1], key, what, order["session"]))
+        if outcome is None:
+            raise SessionLost("the service does not answer")
+        row = {"session": "aa", "outcome": outcome, "from": "r0", "to": "r1"}
+        return {"sessions": [row], "gateways_silent": 0}
+
+    monkeypatch.setattr("personaplex.sessions.ask", ask)
+    (tmp_path / "key").write_text("word\n")
+    said: list[str] = []
+
+    def run() -> None:
+        moves.move(cluster, NAME, "aa", tmp_path / "key", said.append)
+
+    if code:
+        with pytest.raises(errors.Failed, match="aa"):
+            run()
+    else:
+        run()
+        assert said == ["aa: moved, r0 -> r1"]
+    assert asked == [("/speech", "word", "moves", "aa")]
 
 
 def test_serve_config_is_printed_from_a_render(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ from personaplex.client_resume import (
 )
 from personaplex.errors import (
     NoCapacity,
+    ProtocolError,
     ResumeRefused,
     SessionLost,
     TooManySessions,
@@ -172,7 +173,14 @@ def test_without_a_token_a_loss_is_an_end(speech: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("statuses", "resumed"), [([503, 503, 429], True), ([410], False), ([503, 410], False), ([401], False)]
+    ("statuses", "resumed"),
+    [
+        ([503, 503, 429], True),
+        ([404, 502, 500], True),  # of a proxy that has just begun
+        ([410], False),
+        ([503, 410], False),
+        ([401], False),
+    ],
 )
 def test_a_refused_resume_is_tried_again_where_that_may_help(
     statuses: list[int],
@@ -182,7 +190,7 @@ def test_a_refused_resume_is_tried_again_where_that_may_help(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("personaplex.client_call.pauses", lambda spread: itertools.repeat(0.01))
+    monkeypatch.setattr("personaplex.client_call.pauses", lambda spread, at_once: itertools.repeat(0.01))
     left = list(statuses)
     handler = Resumable(abort)
 
@@ -207,7 +215,7 @@ def test_a_refused_resume_is_tried_again_where_that_may_help(
 def test_after_the_grace_nobody_tries_any_more(
     speech: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("personaplex.client_call.pauses", lambda spread: itertools.repeat(0.05))
+    monkeypatch.setattr("personaplex.client_call.pauses", lambda spread, at_once: itertools.repeat(0.05))
 
     async def run() -> int:
         gone = asyncio.Event()
@@ -250,5 +258,5 @@ def test_tickets() -> None:
 
 
 def test_what_is_worth_another_try() -> None:
-    assert all(map(worth_retrying, (SessionLost(""), NoCapacity(""), TooManySessions(""))))
+    assert all(map(worth_retrying, (SessionLost(""), NoCapacity(""), TooManySessions(""), ProtocolError(""))))
     assert not any(map(worth_retrying, (ResumeRefused(), Unauthorized(""))))

@@ -106,7 +106,7 @@ def test_the_fault_harness_keeps_what_the_planner_is_judged_by() -> None:
     entry.heard.messages = [(111.0, Metadata(details)), (131.0, Metadata({**details, "frame": 300}))]
     faults = [Fault("kill", 110.0, 1, 1), Fault("kill", 130.0, 1, 1)]
     run = {
-        "settings": {"replicas_min": 2, "replicas_max": 2, "placement": "spread"},
+        "settings": {"replicas_min": "2", "replicas_max": "2", "placement": "spread"},  # as they are kept
         **Ledger([entry], faults).document(),
     }
     assert [at for at, _ in outages.kills(run)] == [10.0, 30.0]

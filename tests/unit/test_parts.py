@@ -43,6 +43,7 @@ GATEWAY: dict[str, Any] = {
     "token_log_dir": Path("logs"),
     "api_keys": (SecretStr("key"),),
     "api_keys_file": Path("keys"),
+    "admin_keys_file": Path("admin"),
     "allowed_origins": ("https://example.org",),
     "sessions_per_key": 7,
     "revoke_ends_sessions": True,

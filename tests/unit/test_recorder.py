@@ -90,7 +90,8 @@ def test_a_session_is_written_while_it_goes_on_and_whole_at_its_end(
     before, recording = time.time(), recorder.begin(head())
     talk(recording, 5, " word")
     deadline = time.monotonic() + 10
-    while not find_records([tmp_path]) or len(only(tmp_path)) < 5:
+    # A file is there before its head is.
+    while not any(path.stat().st_size for path in find_records([tmp_path])) or len(only(tmp_path)) < 5:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     assert only(tmp_path).ended is None

@@ -8,6 +8,7 @@ const Kind = { HANDSHAKE: 0, AUDIO: 1, TEXT: 2, METADATA: 4, ERROR: 5 };
 const PATIENCE_MS = 10_000; // without a message, once live
 const BACK_SOON = 4000; // close code of ours
 const RESUMABLE = new Set([1001, 1006, 1011, 1012]); // close codes of a socket or a server that is gone
+const FINAL = new Set([400, 401, 403, 410]); // refusals that no other try would change
 const BACKOFF_MS = { first: 250, most: 4_000 };
 const GRACE_S = 30; // where the service names none
 const SETTLED_MS = 1_000; // a socket that is asked over sooner comes over with back-off: two servers may disagree
@@ -100,7 +101,7 @@ export class Session {
     this.#handlers.state("lost", { deadline: this.#deadline });
     if (!accepted) {
       const refusal = await this.#whyRefused();
-      const final = refusal.status !== null && refusal.status < 500 && refusal.status !== 429;
+      const final = FINAL.has(refusal.status); // a proxy that has just begun answers with others, such as 404
       if (this.#over) return;
       if (final) return this.#finish(refusal.status === 410 ? ending("lost") : refusal);
     }

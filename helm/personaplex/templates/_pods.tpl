@@ -172,6 +172,7 @@ dict root, role (head | gateway | replica), pod (the values of the role), image,
 {{- $timeouts := include "personaplex.timeouts" $root | fromJson -}}
 {{- $weights := and (eq $role "replica") (ne $root.Values.weights.source "none") -}}
 {{- $keys := and (eq $role "gateway") $root.Values.apiKeys.existingSecret -}}
+{{- $twilio := and (eq $role "gateway") $root.Values.twilio.existingSecret -}}
 metadata:
   labels:
     {{- include "personaplex.selectorLabels" $root | nindent 4 }}
@@ -261,6 +262,9 @@ spec:
         {{- if $keys }}
         - {name: api-keys, mountPath: /etc/personaplex, readOnly: true}
         {{- end }}
+        {{- if $twilio }}
+        - {name: twilio, mountPath: /etc/personaplex-twilio, readOnly: true}
+        {{- end }}
         {{- with $pod.extraVolumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
@@ -277,6 +281,12 @@ spec:
       secret:
         secretName: {{ $root.Values.apiKeys.existingSecret }}
         items: [{key: {{ $root.Values.apiKeys.key }}, path: keys}]
+    {{- end }}
+    {{- if $twilio }}
+    - name: twilio
+      secret:
+        secretName: {{ $root.Values.twilio.existingSecret }}
+        items: [{key: {{ $root.Values.twilio.key }}, path: token}]
     {{- end }}
     {{- with $pod.extraVolumes }}
     {{- toYaml . | nindent 4 }}

@@ -27,6 +27,9 @@ follow from the pod groups, so that Serve never asks for more than the autoscale
 {{- if .Values.apiKeys.existingSecret -}}
 {{- $_ := set $settings "api_keys_file" "/etc/personaplex/keys" -}}
 {{- end -}}
+{{- if .Values.twilio.existingSecret -}}
+{{- $_ := set $settings "twilio_token_file" "/etc/personaplex-twilio/token" -}}
+{{- end -}}
 {{- if not (hasKey $settings "trusted_proxies") -}}
 {{- $_ := set $settings "trusted_proxies" (include "personaplex.proxies" . | int) -}}
 {{- end -}}

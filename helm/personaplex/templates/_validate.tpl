@@ -26,9 +26,17 @@ What a schema cannot say: rules between values. Each message names the value to 
   "gateways_min" "gateway.minPods" "gateways_max" "gateway.maxPods"
   "transcribers_min" "transcriber.minPods" "transcribers_max" "transcriber.maxPods" "transcriber_resources" "serve.dedicatedNodes"
   "replica_resources" "serve.dedicatedNodes" "gateway_resources" "serve.dedicatedNodes"
-  "api_keys" "apiKeys.existingSecret" "api_keys_file" "apiKeys.existingSecret" -}}
+  "api_keys" "apiKeys.existingSecret" "api_keys_file" "apiKeys.existingSecret"
+  "twilio_token_file" "twilio.existingSecret" -}}
 {{- range $key, $instead := $derived -}}
 {{- if hasKey $.Values.settings $key -}}{{- fail (printf "settings.%s is derived: use %s" $key $instead) -}}{{- end -}}
+{{- end -}}
+{{- $calls := has "twilio" (default list .Values.settings.protocols) -}}
+{{- if and $calls (or (not .Values.twilio.existingSecret) (not .Values.settings.public_url)) -}}
+{{- fail "settings.protocols has twilio, which needs settings.public_url and, in twilio.existingSecret, the Secret with the account's auth token" -}}
+{{- end -}}
+{{- if and .Values.twilio.existingSecret (not $calls) -}}
+{{- fail "twilio.existingSecret is set, but settings.protocols does not have twilio" -}}
 {{- end -}}
 {{- if hasKey .Values.settings "replicas_initial" -}}
 {{- $derived := include "personaplex.settings" . | fromYaml -}}

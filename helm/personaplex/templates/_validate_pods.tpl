@@ -38,6 +38,7 @@ with the path of the value to change.
 {{- define "personaplex.validatePods" -}}
 {{- include "personaplex.validatePod" (dict "root" . "path" "head" "pod" .Values.head "cpus" 0.0 "volumes" list) -}}
 {{- $keys := empty .Values.apiKeys.existingSecret | not | ternary (list "api-keys") list -}}
+{{- $keys = empty .Values.twilio.existingSecret | ternary $keys (append $keys "twilio") -}}
 {{- $each := hasKey .Values.settings "gateway_num_cpus" | ternary .Values.settings.gateway_num_cpus 1 -}}
 {{- $asks := printf "%v gateways of settings.gateway_num_cpus %v" .Values.gateway.perPod $each -}}
 {{- include "personaplex.validatePod" (dict "root" . "path" "gateway" "pod" .Values.gateway "cpus" (mulf (float64 .Values.gateway.perPod) (float64 $each)) "asks" $asks "volumes" $keys) -}}
@@ -145,6 +146,7 @@ RAY_REDIS_ADDRESS REDIS_PASSWORD REDIS_USERNAME RAY_enable_autoscaler_v2 KUBERAY
 {{- $paths := list "/tmp" "/dev/shm" -}}
 {{- if has "weights" .volumes -}}{{- $paths = append $paths (trimSuffix "/" .root.Values.weights.mountPath) -}}{{- end -}}
 {{- if has "api-keys" .volumes -}}{{- $paths = append $paths "/etc/personaplex" -}}{{- end -}}
+{{- if has "twilio" .volumes -}}{{- $paths = append $paths "/etc/personaplex-twilio" -}}{{- end -}}
 {{- range $index, $mount := default list .pod.extraVolumeMounts -}}
 {{- if not (has $mount.name $names) -}}{{- fail (printf "%s.extraVolumeMounts[%d]: no volume %s in extraVolumes" $.path $index $mount.name) -}}{{- end -}}
 {{- $path := trimSuffix "/" $mount.mountPath -}}
