@@ -9,6 +9,7 @@ this interpreter and its packages. `echo` does no maths, so what the serving pat
 
 - cpu: milliseconds of CPU per session and second, of all threads, while all sessions talk
 - idle: the same process before anybody called, as a share of a core
+- gap: the longest silence between two pages of any session
 - delay: from sending the page that completes a user frame to receiving the page that answers it
 - within_spread: the median of this checkout is not above the largest run of the other one
 """
@@ -17,9 +18,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import random
+import signal
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,7 +46,7 @@ WARM_UP_S = 3.0
 SETTINGS = {"replica_num_cpus": 0.1, "gateway_num_cpus": 0.1, "session_limit_s": 3_600}
 
 
-async def _talk(url: str, count: int, stream: Stream, pids: Mapping[str, int]) -> dict[str, Any]:
+async def talk(url: str, count: int, stream: Stream, pids: Mapping[str, int]) -> dict[str, Any]:
     """`count` sessions at once; CPU seconds of each process, and the delays, after the warm-up."""
     pages, (headers, opening) = stream.messages, stream.opening(url)
     callers = [Caller(url, opening, headers=headers) for _ in range(count)]
@@ -53,7 +57,7 @@ async def _talk(url: str, count: int, stream: Stream, pids: Mapping[str, int]) -
     ]
     await asyncio.sleep(WARM_UP_S)
     seconds = len(pages) * FRAME_SECONDS - WARM_UP_S - FRAME_SECONDS
-    used = await _watch(pids, seconds)
+    used = await watch(pids, seconds)
     await asyncio.gather(*talking)
     first = round(WARM_UP_S / FRAME_SECONDS)
     delays = [
@@ -62,16 +66,24 @@ async def _talk(url: str, count: int, stream: Stream, pids: Mapping[str, int]) -
         for number, page in enumerate(stream.completes)
         if number >= first and number in caller.heard
     ]
+    gaps = [max(_silences(caller, first)) for caller in callers]
     answered = len(delays) / (count * (len(stream.completes) - first))
     return {
         **{f"{part}_cpu": 1e3 * cpu / (count * seconds) for part, cpu in used.items()},
         "delay_p50_ms": 1e3 * float(np.percentile(delays, 50)),
         "delay_p95_ms": 1e3 * float(np.percentile(delays, 95)),
         "answered_share": answered,
+        "gap_most_ms": 1e3 * max(gaps),
     }
 
 
-async def _watch(pids: Mapping[str, int], seconds: float) -> dict[str, float]:
+def _silences(caller: Caller, first: int) -> list[float]:
+    """Seconds beyond a page's length between each two pages from number `first` on, in order of arrival."""
+    times = sorted(at for number, at in caller.heard.items() if number >= first)
+    return [after - before - FRAME_SECONDS for before, after in itertools.pairwise(times)] or [float("inf")]
+
+
+async def watch(pids: Mapping[str, int], seconds: float) -> dict[str, float]:
     """CPU seconds that each process uses within `seconds`."""
     before = {part: run_seconds(pid) for part, pid in pids.items()}
     await asyncio.sleep(seconds)
@@ -83,10 +95,10 @@ def run(checkout: Path, model: str, count: int, stream: Stream) -> dict[str, flo
     with service(model, {**SETTINGS, "slots": count}, checkout=checkout) as base:
         found = {part: pids[0] for part, pids in processes().items() if part in PARTS}
         time.sleep(SETTLE_S)
-        idle = asyncio.run(_watch(found, IDLE_S))
+        idle = asyncio.run(watch(found, IDLE_S))
         began, stolen = time.monotonic(), stolen_seconds()
         url = f"{base.replace('http', 'ws')}/api/chat"
-        figures = uvloop.run(_talk(url, count, stream, found))
+        figures = uvloop.run(talk(url, count, stream, found))
         figures["stolen_cores"] = (stolen_seconds() - stolen) / (time.monotonic() - began)
     return figures | {f"{part}_idle": used / IDLE_S for part, used in idle.items()}
 
@@ -132,6 +144,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["echo", "tiny"])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the service goes with us
     checkouts = {"base": options.base.resolve(), "this": HERE}
     stream = chat_stream(speech(options.seconds))
     models: dict[str, Any] = {}

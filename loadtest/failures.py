@@ -1,12 +1,13 @@
 """Replicas that die under their sessions: when that happens, and how long each session is silent then.
 
-A session's gap is the time until its gateway asks for another slot, plus the rebuilds before it on the new
-replica and its own, shortest first. Rebuilds take a constant and a share of the talk, up to the windows that
+A session's gap is the time until the first rebuild can begin, plus the rebuilds before it on the new replica
+and its own, shortest first. Rebuilds take a constant and a share of the talk, up to the windows that
 are run: fit both to measured failovers (`fit`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Failures:
     mtbf_s: float = math.inf
     at: tuple[float, ...] = ()
     seed: int = 1
-    noticed_s: float = 0.05  # from the last answer to the request for another slot
+    noticed_s: float = 0.05  # from the last answer until the first rebuild can begin
     rebuild_s: float = 0.15  # of any session: lease, link, log, first answer
     rebuild_per_s: float = 0.004  # of each second of talk
     windows: int = 4  # of a talk that are run
@@ -36,12 +37,33 @@ class Failures:
         return self.rebuild_s + self.rebuild_per_s * min(talk_s, self.windows * WINDOW / FRAME_RATE)
 
 
-def fit(talks_s: Sequence[float], gaps_s: Sequence[float], noticed_s: float) -> tuple[float, float]:
-    """`rebuild_s` and `rebuild_per_s` from the gaps of sessions that were rebuilt each alone, by least
-    squares; neither is negative."""
-    if len(talks_s) < 2:
-        raise ValueError("two failovers at least")
-    slope, constant = np.polyfit(np.asarray(talks_s), np.asarray(gaps_s) - noticed_s, 1)
-    if slope < 0 or constant < 0:
-        slope, constant = max(0.0, slope), max(0.0, float(np.mean(gaps_s)) - noticed_s)
-    return float(constant), float(slope)
+@dataclass(frozen=True)
+class Measured:
+    """One session whose replica died, and that went on at another: after how much talk, and the gap."""
+
+    talk_s: float
+    gap_s: float
+
+
+def fit(deaths: Sequence[Sequence[Measured]]) -> tuple[float, float, float]:
+    """`noticed_s`, `rebuild_s` and `rebuild_per_s` from the sessions that were hit together, death by death:
+    those with the least squared error of which none is negative. Raises ValueError without any session."""
+    rows, gaps = [], []
+    for hit in deaths:
+        talked = 0.0
+        for place, one in enumerate(sorted(hit, key=lambda one: one.talk_s), start=1):
+            talked += one.talk_s
+            rows.append((1.0, float(place), talked))
+            gaps.append(one.gap_s)
+    if not rows:
+        raise ValueError("no session went on at another replica")
+    design, seen = np.array(rows), np.array(gaps)
+    best, least = np.zeros(3), math.inf
+    for size in (1, 2, 3):
+        for chosen in itertools.combinations(range(3), size):
+            found = np.zeros(3)
+            found[list(chosen)] = np.linalg.lstsq(design[:, chosen], seen, rcond=None)[0]
+            error = float(((design @ found - seen) ** 2).sum())
+            if found.min() >= 0 and error < least * (1 - 1e-9):
+                best, least = found, error
+    return float(best[0]), float(best[1]), float(best[2])

@@ -126,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("S", "S_PER_S"),
         help="seconds to rebuild a session, and for each second it has talked",
     )
+    add(
+        "--noticed",
+        type=cli.not_negative,
+        default=Failures.noticed_s,
+        help="seconds from a replica's last answer until the first of its sessions can be rebuilt",
+    )
     add("--startup", type=cli.not_negative, default=60.0, help="seconds until a new replica takes sessions")
     add("--push", type=cli.positive, default=10.0, help="seconds between Serve's reports of load")
     add("--gpu-hour", type=cli.not_negative, default=0.0, help="price of a GPU")
@@ -164,6 +170,7 @@ def run(options: argparse.Namespace) -> Plan:
         gpus=options.gpus,
         failures=Failures(
             mtbf_s=math.inf if options.mtbf_hours is None else 3_600 * options.mtbf_hours,
+            noticed_s=options.noticed,
             rebuild_s=options.rebuild[0],
             rebuild_per_s=options.rebuild[1],
         ),

@@ -69,10 +69,11 @@ class Handover:
         self._watch = SilenceWatch(services.failovers.after_s, self._owed, self._on_silent)
 
     @property
-    def slots(self) -> list[Slot]:
+    def slots(self) -> tuple[Slot, ...]:
         """The current slot and the candidate, as far as there are any."""
-        candidate = None if self._failover is None else self._failover.candidate
-        return [slot for slot in (self.current, candidate) if slot is not None]
+        if self._failover is None:
+            return () if self.current is None else (self.current,)
+        return tuple(slot for slot in (self.current, self._failover.candidate) if slot is not None)
 
     @property
     def replica(self) -> str:

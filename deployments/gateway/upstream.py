@@ -143,7 +143,8 @@ class Upstream:
         for slot in ready:
             dropped = slot.dropped
             slot.send_frame(waiting)
-            self._metrics.add(metrics.FRAMES_DROPPED, slot.dropped - dropped, place="link_in")
+            if slot.dropped > dropped:
+                self._metrics.add(metrics.FRAMES_DROPPED, slot.dropped - dropped, place="link_in")
         if ready:
             self.handover.asked()
 

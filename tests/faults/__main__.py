@@ -152,8 +152,7 @@ def main() -> int:
     print(json.dumps(run, indent=2))
     if options.output is not None:
         runs = json.loads(options.output.read_text()) if options.output.exists() else []
-        ledgers = {"ledger": [entry.row() for entry in ledger.entries]}
-        options.output.write_text(json.dumps([*runs, run | ledgers], indent=1) + "\n")
+        options.output.write_text(json.dumps([*runs, run | ledger.document()], indent=1) + "\n")
     return 1 if _wrong(figures, about) else 0
 
 

@@ -171,6 +171,26 @@ class Ledger:
         later = [other.at for other in self.faults if other.at > fault.at]
         return min([fault.at + AFTERMATH_S, *later])
 
+    def document(self) -> dict[str, Any]:
+        """Every fault and every session, with their times in seconds since the first session began."""
+        zero = min((entry.began for entry in self.entries), default=0.0)
+        return {
+            "faults": [{"kind": fault.kind, "at_s": round(fault.at - zero, 3)} for fault in self.faults],
+            "ledger": [
+                entry.row()
+                | {
+                    "began_s": round(entry.began - zero, 3),
+                    "failovers": [
+                        {"at_s": round(at - zero, 3), "frame": details["frame"]}
+                        | {phase: details[phase] for phase in PHASES}
+                        for at, details in entry.notices("continued")
+                        if PHASES[0] in details
+                    ],
+                }
+                for entry in self.entries
+            ],
+        }
+
 
 def quantiles(values: list[float]) -> dict[str, float] | None:
     """p50, p95 and the greatest."""

@@ -16,7 +16,7 @@ from deployments.settings import Settings
 from loadtest import arrivals, plan
 from loadtest.arrivals import Arrival
 from loadtest.autoscaler import Autoscaler, History
-from loadtest.failures import Failures, fit
+from loadtest.failures import Failures, Measured, fit
 from loadtest.fleet import SimulatedFleet, SimulatedReplica
 from loadtest.forecast import Forecast, Timing
 from loadtest.planner import Goals, Prices, erlang_c, fewest_gpus, make
@@ -120,10 +120,17 @@ def test_a_mean_time_is_kept(steps: StepTimes) -> None:
     assert seen.deaths == pytest.approx(4 * 100_000 / 5_000, rel=0.3)
 
 
-def test_rebuild_times_are_fitted() -> None:
-    talks = np.array([5.0, 20.0, 40.0, 80.0])
-    assert fit(talks, 0.1 + 0.3 + 0.02 * talks, 0.1) == pytest.approx((0.3, 0.02))
-    assert fit([5.0, 10.0], [0.9, 0.5], 0.1) == pytest.approx((0.6, 0.0))
+def test_gaps_are_fitted_death_by_death() -> None:
+    talks = [[5.0, 80.0, 20.0], [40.0], [10.0, 15.0]]
+    deaths = [
+        [Measured(talk, 0.1 + 0.3 * place + 0.02 * sum(sorted(hit)[:place]))
+         for place, talk in enumerate(sorted(hit), start=1)]
+        for hit in talks
+    ]  # fmt: skip
+    assert fit(deaths) == pytest.approx((0.1, 0.3, 0.02))
+    assert min(fit([[Measured(5.0, 0.9), Measured(10.0, 0.5)]])) == 0.0
+    with pytest.raises(ValueError, match="no session"):
+        fit([[]])
 
 
 # Queue, slots and prompts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from ray.exceptions import ActorDiedError
 
 from deployments import metrics
 from deployments.fleet import Fleet
+from deployments.gateway import accounts
 from deployments.gateway.accounts import DAY_S, REMEMBER_S, Accounts
 from deployments.gateway.admission import refusal
 from deployments.gateway.keys import PRIORITY, Key, Keys, KeyTable, parse_key
@@ -526,3 +528,48 @@ def test_keys_without_limits_never_wait_for_the_fleet() -> None:
             a.check(None)
 
     asyncio.run(run())
+
+
+def test_a_gateway_where_no_key_holds_anything_tells_the_fleet_less_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But each second while one does, and at once when that is over: others would count what is gone."""
+    monkeypatch.setattr(accounts, "TICK_S", 0.0)
+    times = Times()
+    table, key = key_of("k label=acme")
+    reported: list[tuple[int, int]] = []
+
+    async def run() -> None:
+        _, (a,), _ = gateways(times, table, count=1)
+        told, ticks, ended = a._report, itertools.count(1), asyncio.Event()
+
+        async def note(queued: Any) -> None:
+            reported.append((int(times.now), len(a._held)))
+            await told(queued)
+
+        def tick() -> tuple[()]:
+            times.now = next(ticks)
+            if times.now == 8:
+                a._held["s"] = accounts._Held(key, times.wall, times.now)
+            elif times.now == 11:
+                del a._held["s"]
+            elif times.now == 18:
+                ended.set()
+            return ()
+
+        monkeypatch.setattr(a, "_report", note)
+        running = asyncio.ensure_future(a.run(tick))
+        await ended.wait()
+        running.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    held = [(8, 1), (9, 1), (10, 1)]
+    assert [one for one in reported if one[0] < 18] == [
+        (1, 0),
+        (4, 0),
+        (7, 0),
+        *held,
+        (11, 0),
+        (14, 0),
+        (17, 0),
+    ]

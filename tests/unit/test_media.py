@@ -42,6 +42,13 @@ def _noise(seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(seed).standard_normal(FRAME_SIZE).astype(np.float32)
 
 
+def _opposed() -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Sound but for two samples, whose sum is no number."""
+    pcm = _noise()
+    pcm[[3, 1_900]] = np.inf, -np.inf
+    return pcm
+
+
 def test_a_frame_arrives_bit_for_bit() -> None:
     pcm = _noise()
     pcm[:3] = (-0.0, 1e-42, np.finfo(np.float32).max)
@@ -218,6 +225,7 @@ def test_damaged_messages_raise_nothing_else(unpack: Callable[[bytes], Any], pay
             messages.unpack_reply,
             messages.pack_reply(messages.Reply(0, _noise() * np.nan, np.zeros(17, int), "", 0)),
         ),
+        (messages.unpack_reply, messages.pack_reply(messages.Reply(0, _opposed(), np.zeros(17, int), "", 0))),
         (messages.unpack_ready, b"{}"),
         (messages.unpack_ready, b"[]"),
         (messages.unpack_ready, b"[" * 60_000),
