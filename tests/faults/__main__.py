@@ -3,6 +3,7 @@
     python -m tests.faults --minutes 12 --kills 50   # of one of two replicas, each after the last is back
     python -m tests.faults --minutes 1 --stops 0.5   # SIGSTOP for so long; --replicas 1: with no other
     python -m tests.faults --minutes 1 --cuts 5      # of links only
+    python -m tests.faults --minutes 2 --disks 5     # full under records and logs, for 5 s
     python -m tests.faults --minutes 10 --client-cuts 200      # sockets of clients, which come back
     python -m tests.faults --minutes 15 --gateway-kills 20     # --gateways 2: with another one
     python -m tests.faults --minutes 15 --proxy-kills 20       # of Serve's; --haproxy: of HAProxy
@@ -118,6 +119,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--stops", type=float, action="append", default=[], metavar="SECONDS")
     parser.add_argument("--cuts", type=int, default=0, help="of links between gateways and replicas")
+    parser.add_argument("--disks", type=int, default=0, help="of gateways and replicas, which are full")
     parser.add_argument("--client-cuts", type=int, default=0, help="of sockets of our own clients")
     parser.add_argument("--gateway-kills", type=int, default=0)
     parser.add_argument("--proxy-kills", type=int, default=0)

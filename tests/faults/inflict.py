@@ -1,7 +1,10 @@
-"""Faults of a local service's processes: SIGKILL, SIGSTOP for a while, and links that are cut.
+"""Faults of a local service's processes: SIGKILL, SIGSTOP for a while, links that are cut, full disks.
 
 A link is cut by shutting down the replica's own socket, of which Linux gives a copy to root (pidfd_getfd):
 the process lives on and hears of it as of any broken connection.
+
+A full disk is a limit of zero bytes for whatever these processes write into a file: each write fails, as on a
+full disk, with an OSError, but nothing else on the machine is hurt.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import socket
 import time
@@ -53,6 +57,19 @@ def stop(pid: int, seconds: float) -> None:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
+
+
+def fill_disks(pids: list[int], seconds: float) -> None:
+    """No file takes another byte from these processes for so long."""
+    before = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in pids}
+    try:
+        for pid, (_, hard) in before.items():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+        time.sleep(seconds)
+    finally:
+        for pid, limits in before.items():
+            with contextlib.suppress(ProcessLookupError):
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
 
 
 def move(host: Hosted, key: str, session: str) -> str:

@@ -29,6 +29,7 @@ FORGOTTEN_S = 5.5  # the fleet names a dead replica for no longer
 BACK_S = 90.0
 ACCOUNTED_S = 5.0  # until as many slots are held as sessions talk
 MOVE_EVERY_S = 3.0
+DISK_FULL_S = 5.0
 QUIET = 10  # stretches of MOVE_EVERY_S without a move, to compare with
 CUTS_AT_ONCE = 10  # clients' sockets that are cut, at random, until all sessions have to be back
 CUT_EVERY_S = (0.2, 2.0)
@@ -61,6 +62,7 @@ class Faults:
     def _plan(self) -> Iterator[str]:
         options = self._options
         asked = ["kill"] * options.kills + ["stop"] * len(options.stops) + ["cut"] * options.cuts
+        asked += ["full disk"] * options.disks
         asked += ["gateway kill"] * options.gateway_kills + ["proxy kill"] * options.proxy_kills
         asked += ["client cut"] * -(-options.client_cuts // CUTS_AT_ONCE) + ["move"] * options.moves
         if asked:
@@ -76,6 +78,9 @@ class Faults:
             await self._cut_clients()
         elif kind == "move":
             await self._move(fault)
+        elif kind == "full disk":
+            pids = inflict.replicas(self._host) + inflict.gateways(self._host)
+            await asyncio.to_thread(inflict.fill_disks, pids, DISK_FULL_S)
         elif kind in ("gateway kill", "proxy kill"):
             found = inflict.gateways if kind == "gateway kill" else inflict.proxies
             inflict.kill(self._dice.choice(await asyncio.to_thread(found, self._host)))
@@ -161,8 +166,10 @@ def settings(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             "media_port_max": options.ports + 19,
             "metrics_page": "true",
         }
-        if resuming(options):
+        if resuming(options) or options.disks:
             values["token_log_dir"] = options.tokens
+        if options.disks:
+            values |= {"record": "always", "record_dir": folder / "records"}
         if options.moves:
             values["admin_keys_file"] = folder / "admin"
             (folder / "admin").write_text(options.admin_key + "\n")
