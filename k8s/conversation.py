@@ -60,6 +60,7 @@ def converse(
 ) -> str:
     """Speaks for `seconds` and gives what the client printed.
 
+    The key goes to the client on its standard input: a command line can be read by everyone on the machine.
     Raises RuntimeError when it failed, or when less than the share `least` came back.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -68,12 +69,12 @@ def converse(
         command = [sys.executable, "-m", "personaplex.client", "--url", url]
         command += ["--input-wav", str(spoken), "--output-wav", str(heard)]
         if key:
-            command += ["--api-key", key]
+            command += ["--key-file", "/dev/stdin"]
         if insecure:
             command.append("--insecure")
         try:
             limit = TIMEOUT_S + seconds
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+            done = subprocess.run(command, input=key or "", capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired as error:
             raise RuntimeError(f"no conversation within {limit:.0f} s") from error
         if done.returncode:

@@ -10,10 +10,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kube import chart
 
 FOLDER = chart.ROOT / "tests" / "data" / "chart"
-# Name -> values file and what is left out: dashboards are compared with their own files.
+# Name -> values file and what is set beside it; dashboards are compared with their own files.
 RENDERS = {
     "dev": ("values-dev.yaml", ()),
     "everything": ("ci/everything-values.yaml", ("monitoring.dashboards.enabled=false",)),
+    "balancer": (
+        "ci/minimal-values.yaml",
+        (
+            "service.type=LoadBalancer",
+            "service.annotations.cloud\\.example/balancer=internal",
+            "apiKeys.existingSecret=keys",
+        ),
+    ),
 }
 
 

@@ -7,8 +7,10 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from echo_service import EchoService
 from kube import chart
 
 from k8s import conversation
@@ -85,3 +87,20 @@ def test_no_service_is_an_error_with_one_line(
     monkeypatch.setattr(sys, "argv", ["conversation", "--url", "ws://127.0.0.1:1/api/chat"])
     assert conversation.main() == 1
     assert capsys.readouterr().err.startswith("no conversation: ")
+
+
+def test_the_key_opens_the_conversation_and_is_on_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command line can be read by everyone on the machine."""
+    run, commands = subprocess.run, []
+
+    def seen(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(" ".join(command))
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", seen)
+    with EchoService() as service:
+        conversation.converse(service.url, "a-secret", seconds=0.4)
+    assert service.headers[0]["authorization"] == "Bearer a-secret"
+    (command,) = commands
+    assert "personaplex.client" in command
+    assert "a-secret" not in command
