@@ -46,7 +46,7 @@ from personaplex.config import FRAME_SIZE, STREAMS, Pcm, Sampling
 from personaplex.errors import PersonaplexError, ProtocolError, SessionLost, UnknownVersion, UnknownVoice
 from personaplex.persona import VOICES, Persona, own_digest, voice_name
 
-VERSION = 1
+VERSION = 2  # of all these messages: a message that changes its shape gets a new one
 TOKEN_BYTES = 16
 
 _OPENING = struct.Struct(f"<{TOKEN_BYTES}sHIi?")

@@ -1,6 +1,7 @@
 """Writes one record, piece by piece, readable by nobody but its owner.
 
-Entries are buffered and written by `flush`, whole entries at once; who calls it every second loses a second
+The head is in the file before the file has its name, so a reader never meets one without. Entries are
+buffered and written by `flush`, whole entries at once; who calls it every second loses a second
 when the process dies. While it is open the file is locked, so that nobody deletes or moves it half-written
 (`claimed`); the lock ends with the process.
 """
@@ -28,14 +29,14 @@ class RecordWriter:
     def __init__(self, folder: Path, head: Head) -> None:
         """Makes the folder (0700) and the file (0600). Raises BadRecord for a head that cannot be told."""
         self.path = folder / record_name(head)
-        self._buffer = [pack_head(head)]
-        self._written = 0
+        self._buffer: list[bytes] = []
+        first = pack_head(head)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._file: int | None = _create(self.path)
+            self._file: int | None = _create(self.path, first)
         except OSError as error:
             raise _failure(error) from error
-        self.flush()
+        self._written = len(first)
 
     def row(self, row: Row) -> None:
         """Buffers a frame."""
@@ -49,12 +50,10 @@ class RecordWriter:
         """Hands all that is buffered to the system."""
         if self._file is None:
             raise RecordingFailed("the record has ended")
-        data = memoryview(b"".join(self._buffer))
+        data = b"".join(self._buffer)
         self._buffer.clear()
-        start = 0
         try:
-            while start < len(data):
-                start += os.write(self._file, data[start:])
+            _write(self._file, data)
         except OSError as error:
             self._abandon()
             raise _failure(error) from error
@@ -78,14 +77,10 @@ class RecordWriter:
             self._abandon()
 
     def _abandon(self) -> None:
-        """Cuts off an entry that was written in part; a record that has not even a head goes."""
+        """Cuts off an entry that was written in part."""
         assert self._file is not None
-        try:
+        with contextlib.suppress(OSError):  # the reader leaves out what is not whole
             os.ftruncate(self._file, self._written)
-            if not self._written:
-                self.path.unlink(missing_ok=True)
-        except OSError:
-            pass  # the reader leaves out what is not whole
         self._let_go()
 
     def _let_go(self) -> None:
@@ -95,8 +90,9 @@ class RecordWriter:
                 os.close(file)
 
 
-def _create(path: Path) -> int:
-    """A new file, locked before it has the name that others look for. Raises OSError."""
+def _create(path: Path, head: bytes) -> int:
+    """A new file, locked and with its head before it has the name that others look for. Raises OSError, and
+    leaves no file then."""
     if path.exists():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     part = path.with_name(f".{path.name}.part")
@@ -104,11 +100,22 @@ def _create(path: Path) -> int:
     with contextlib.suppress(OSError):  # a file system without locks: the file's age protects it
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
+        _write(file, head)
         os.rename(part, path)
     except OSError:
-        os.close(file)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.close(file)
         raise
     return file
+
+
+def _write(file: int, data: bytes) -> None:
+    """All of `data`. Raises OSError, with a part of it written perhaps."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(file, left) :]
 
 
 def record_name(head: Head) -> str:

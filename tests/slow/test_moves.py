@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
-from loopback import Counted, fleet_of, services
+import pytest
+from loopback import Counted, MemoryEngine, fleet_of, services
 from sessions import PERSONAS, speech
 from test_failover import Talker, assert_unharmed, memory, run, until, used
 from test_resume import NAME, SOUND, Caller
 
 from deployments.gateway.handover import CONTINUED, INTERRUPTED
 from deployments.gateway.moves import AT_ONCE, Moves
+from deployments.gateway.upstream import WINDOW
 from deployments.metrics import FAILOVERS, MOVES
+from personaplex.engine.interface import Slot
 
 
 def test_a_moved_session_says_what_it_would_have_said() -> None:
@@ -157,5 +160,70 @@ def test_a_few_at_a_time_and_the_shortest_first() -> None:
                     session.may.set()
         await until(lambda: all(session.replica == "new" for session in sessions))
         assert 99 not in begun, "it is where it may stay"
+
+    run(test)
+
+
+WINDOW_FRAME = 15
+
+
+class SmallWindow(MemoryEngine):
+    def window(self, slot: Slot) -> int:
+        return WINDOW_FRAME
+
+
+def small_window() -> MemoryEngine:
+    return SmallWindow(2)
+
+
+@pytest.mark.parametrize("at", [5, 25], ids=["moved before", "moved after"])
+def test_a_full_window_is_told_once_whatever_replica_it_is_at(at: int) -> None:
+    async def test() -> None:
+        async with fleet_of(2, small_window) as fleet:
+            talker = Talker(services(fleet, Counted(), after_s=5.0), PERSONAS[0], SOUND)
+            await talker.open()
+            await talker.speak(0, at)
+            await talker.answered(at)
+            assert len(talker.told(WINDOW)) == (at > WINDOW_FRAME)
+            assert await talker.upstream.handover.move()
+            await talker.speak(at, 40)
+            await talker.answered(40)
+            assert [notice.data for notice in talker.told(WINDOW)] == [{"frame": WINDOW_FRAME}]
+            assert_unharmed(talker, memory(), 40)
+            await talker.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("at", [5, 25], ids=["resumed before", "resumed after"])
+def test_a_full_window_is_told_once_whichever_connection_it_is(at: int) -> None:
+    async def test() -> None:
+        async with fleet_of(2, small_window) as fleet:
+            lent = services(fleet, Counted(), after_s=5.0)
+            first, second = Caller(lent), Caller(lent, name=NAME)
+            await first.open()
+            await first.speak(0, at)
+            await first.answered(at)
+            first.lose_gateway()
+            await second.come_back(first.token, at)
+            await second.speak(at, 40)
+            await second.answered(40 - at)
+            told = [[notice.data for notice in one.told(WINDOW)] for one in (first, second)]
+            once = [{"frame": WINDOW_FRAME}]
+            assert told == ([[], once] if at < WINDOW_FRAME else [once, []])
+            await second.close()
+
+    run(test)
+
+
+def test_a_window_that_never_fills_is_not_told() -> None:
+    async def test() -> None:
+        async with fleet_of(1, memory) as fleet:
+            talker = Talker(services(fleet, Counted(), after_s=5.0), PERSONAS[0], SOUND)
+            await talker.open()
+            await talker.speak(0, 20)
+            await talker.answered(20)
+            assert not talker.told(WINDOW)
+            await talker.close()
 
     run(test)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
 import json
 import random
 import socket
@@ -83,9 +84,30 @@ def test_a_rebuild_says_how_long_the_log_is() -> None:
 
 def test_another_version_of_the_link_is_refused_by_type() -> None:
     payload = bytearray(messages.pack_open(bytes(16), Persona()))
-    payload[16:18] = (messages.VERSION + 1).to_bytes(2, "little")
-    with pytest.raises(UnknownVersion, match="version 2"):
-        messages.unpack_opening(bytes(payload))
+    for other in (1, messages.VERSION + 1):
+        payload[16:18] = other.to_bytes(2, "little")
+        with pytest.raises(UnknownVersion, match=f"version {other}, this process {messages.VERSION}"):
+            messages.unpack_opening(bytes(payload))
+
+
+# By version of the link: what one message of each kind is, as bytes. One that changes needs a new version.
+SHAPES = {2: "0d3348020cf7b33a"}
+
+
+def test_messages_of_another_shape_have_another_version() -> None:
+    token, held = bytes(range(16)), messages.Held(3, True)
+    sent = (
+        messages.pack_open(token, Persona("NATF2", "a", Sampling(0.1, 2, 0.3, 4, 5, 6)), 4, held),
+        messages.pack_rebuild(token, 5, 4, held),
+        messages.pack_frame(6, np.zeros(FRAME_SIZE, np.float32)),
+        messages.pack_reply(messages.Reply(7, np.zeros(FRAME_SIZE, np.float32), np.arange(17), " é", 8)),
+        messages.pack_ready(messages.SlotReady(0.5, 9, "digest", 10)),
+        messages.pack_taken(messages.TakenSession(11, 12, ((13, "a"),))),
+        messages.pack_error(SessionLost("gone")),
+        repr([(kind.name, kind.value) for kind in MessageKind]).encode(),
+    )
+    digest = hashlib.sha256(b"|".join(sent)).hexdigest()[:16]
+    assert SHAPES.get(messages.VERSION) == digest, "a new shape of a message under the old version"
 
 
 @pytest.mark.parametrize("size", [1, PIECE_BYTES - 1, PIECE_BYTES, 3 * PIECE_BYTES + 7])

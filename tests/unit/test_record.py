@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -304,6 +305,40 @@ def test_a_full_disk_ends_the_record_at_a_whole_entry(tmp_path: Path) -> None:
     assert not in_use(writer.path)
     with pytest.raises(RecordingFailed):
         writer.flush()
+
+
+def test_a_record_has_its_head_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads the folder meanwhile finds either no file or one that can be read."""
+    seen: list[list[Record]] = []
+
+    def look_and_write(file: int, data: bytes) -> int:
+        seen.append([read_record(path) for path in find_records([tmp_path])])
+        return write(file, data[:7])  # a disk that takes little at a time
+
+    write = os.write
+    monkeypatch.setattr(os, "write", look_and_write)
+    writer = RecordWriter(tmp_path, HEAD)
+    assert len(seen) == -(-len(pack_head(HEAD)) // 7)
+    assert not any(seen)
+    assert read_record(writer.path).head == HEAD
+    writer.row(row(0))
+    writer.close()
+    assert all(found.head == HEAD for found, *_ in seen[-3:])
+    assert list(tmp_path.iterdir()) == [writer.path]
+
+
+def test_a_disk_without_room_for_a_head_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(RecordingFailed, match="No space left"):
+        RecordWriter(tmp_path, HEAD)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_takes_nothing(tmp_path: Path) -> None:
