@@ -58,7 +58,6 @@ from personaplex.session.peer import (
 from personaplex.transcript import Transcript
 
 TAIL_S = 3.0  # longest wait for the last answers after a recording has ended
-HEADER_PAGES = 2  # of the agent's stream, before its first frame
 _OPEN_TIMEOUT_S = 20.0
 _CLOSE_TIMEOUT_S = 2.0
 
@@ -269,7 +268,7 @@ class Conversation:
 
     def _write(self, text: str) -> None:
         self.report.transcript += text
-        self.transcript.add_agent(self._next_page - 1 - HEADER_PAGES, text)
+        self.transcript.add_agent(self._next_page - 1, text)
         self._show(text)
 
     def _hear(self, data: bytes, now: float) -> None:

@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -22,6 +22,7 @@ from websockets.http11 import Request, Response
 
 from personaplex import client
 from personaplex.audio.wav import write_wav
+from personaplex.client_call import Conversation
 from personaplex.client_resume import (
     LEAVE_CODE,
     LONGEST_PAUSE_S,
@@ -31,6 +32,7 @@ from personaplex.client_resume import (
     resume_url,
     worth_retrying,
 )
+from personaplex.config import FRAME_SIZE, Pcm
 from personaplex.errors import (
     NoCapacity,
     ProtocolError,
@@ -149,6 +151,21 @@ def test_a_lost_connection_is_made_again_and_nothing_is_played_twice(
     assert handler.close_codes[-1] == 1000, "the second is closed as ever"
     if end is move:
         assert handler.close_codes[0] == LEAVE_CODE
+
+
+def test_what_the_agent_says_has_the_time_of_the_frame_it_came_with() -> None:
+    async def source() -> AsyncIterator[Pcm]:
+        for _ in range(FRAMES):
+            yield np.zeros(FRAME_SIZE, np.float32)
+            await asyncio.sleep(0.02)
+
+    with EchoService() as service:  # says a word with each frame
+        conversation = Conversation(source)
+        asyncio.run(conversation.run(f"{service.url}?status=1", {}, None))
+    (told,) = json.loads(conversation.transcript.json({}))["segments"]
+    starts = [word["start_ms"] for word in told["words"]]
+    assert len(starts) >= FRAMES - 2
+    assert starts == [80 * frame for frame in range(len(starts))]
 
 
 def test_after_which_closes_a_session_may_go_on() -> None:
