@@ -106,6 +106,7 @@ class Conversation:
         self._answered = asyncio.Event()  # as many frames were heard as were sent
         self._ticket: Ticket | None = None
         self._next_page = 0  # of the agent's stream
+        self._read = 0  # pages of which the text is complete: it follows its page
         self._unheard = 0  # our frames that were lost on the way, so that nothing answers them
         self._arrivals: list[float] = []
         self._began = self._first_sent = 0.0
@@ -188,7 +189,7 @@ class Conversation:
         at_once = self._line.leaving and time.monotonic() - self._line.began > SETTLED_S
         why = "the service asks us over" if self._line.leaving else "the connection was lost"
         self._inform(f"one moment: {why}")
-        address = resume_url(url, self._ticket, self._next_page)
+        address = resume_url(url, self._ticket, self._next_page, self._read)
         until = time.monotonic() + self._ticket.grace_s
         for pause in pauses(random.Random(), at_once=at_once or not self._line.leaving):
             await asyncio.sleep(pause)
@@ -267,11 +268,13 @@ class Conversation:
                     line.complaint = message
 
     def _write(self, text: str) -> None:
+        self._read = self._next_page
         self.report.transcript += text
         self.transcript.add_agent(self._next_page - 1, text)
         self._show(text)
 
     def _hear(self, data: bytes, now: float) -> None:
+        self._read = max(self._read, min(self._next_page, page_number(data)))
         self._next_page = max(self._next_page, page_number(data) + 1)
         frames = self._transcoder.receive(data)
         if not frames or self.heard is None:

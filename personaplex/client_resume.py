@@ -36,12 +36,12 @@ class Ticket:
         return cls(token, float(grace_s))
 
 
-def resume_url(url: str, ticket: Ticket, heard: int) -> str:
-    """The address to come back to after `heard` frames of the agent."""
+def resume_url(url: str, ticket: Ticket, heard: int, read: int) -> str:
+    """The address to come back to after `heard` frames of the agent, with all text of the first `read`."""
     parts = urlsplit(url)
-    old = ("resume", "heard")
+    old = ("resume", "heard", "read")
     query = [pair for pair in parse_qsl(parts.query, keep_blank_values=True) if pair[0] not in old]
-    query += [("resume", ticket.token), ("heard", str(heard))]
+    query += [("resume", ticket.token), ("heard", str(heard)), ("read", str(read))]
     return urlunsplit(parts._replace(query=urlencode(query)))
 
 

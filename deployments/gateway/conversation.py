@@ -64,10 +64,12 @@ CLEAN_CODES = (1000, 1001)
 
 @dataclass(frozen=True)
 class Comeback:
-    """A session whose client is back, after it had heard `heard` frames of the agent."""
+    """A session whose client is back, after it had heard `heard` frames of the agent and read the text of
+    `read`."""
 
     taken: Taken
     heard: int
+    read: int
 
 
 class Conversation:
@@ -248,7 +250,9 @@ class Conversation:
             if self._comeback is None:
                 await self._upstream.open(persona, claim)
             else:
-                await self._upstream.go_on(self._comeback.taken, self._comeback.heard, claim)
+                await self._upstream.go_on(
+                    self._comeback.taken, self._comeback.heard, self._comeback.read, claim
+                )
         except PersonaplexError as error:
             self._on(Failed(error))
         except OSError:

@@ -30,7 +30,14 @@ from deployments.gateway.observer import Observer
 from deployments.gateway.openai import Admit
 from deployments.gateway.ownvoices import OwnVoices
 from deployments.gateway.protocols.translator import Translator
-from deployments.gateway.query import allows_transcription, heard_from, persona_from, read_query, wants_status
+from deployments.gateway.query import (
+    allows_transcription,
+    heard_from,
+    persona_from,
+    read_from,
+    read_query,
+    wants_status,
+)
 from deployments.gateway.reconnects import Reconnects
 from deployments.gateway.recorder import Recording
 from deployments.gateway.records import Records
@@ -203,7 +210,7 @@ class SessionHost:
             engine = await self._engine(query)
             await socket.accept()
             recording = self._begin_record(query, session, persona, engine)
-            comeback = None if taken is None else Comeback(taken, heard_from(query))
+            comeback = None if taken is None else Comeback(taken, heard_from(query), read_from(query))
         except (*_LEFT, asyncio.CancelledError) as error:
             claim.give_up()
             self._left(session)

@@ -5,7 +5,8 @@ Everything has a default, and names nobody knows are ignored, since stock client
 `record=1` is the consent to be recorded, and `record_person` a name to find the record by.
 `status=1` asks for news before the handshake: the place in the queue and the session's details; and for the
 words of the user, where the service reads them. `transcription=0` forbids that.
-`resume` is a token to come back with, and `heard` how many of the agent's frames were heard before.
+`resume` is a token to come back with, `heard` how many of the agent's frames were heard before, and `read` of
+how many the text is known to be complete.
 """
 
 from __future__ import annotations
@@ -59,6 +60,12 @@ def wants_record(query: Mapping[str, str]) -> bool:
 def heard_from(query: Mapping[str, str]) -> int:
     """How many frames of the agent a client that comes back has heard. Raises BadParameter."""
     return _integer(query, "heard", 0, HEARD_LIMIT)
+
+
+def read_from(query: Mapping[str, str]) -> int:
+    """Of how many frames such a client has all the text: a frame's text follows its sound, and may have been
+    lost without it. Raises BadParameter."""
+    return _integer(query, "read", heard_from(query), HEARD_LIMIT)
 
 
 def person_from(query: Mapping[str, str]) -> str:

@@ -34,14 +34,14 @@ class Resumption:
         if self._resumes is not None:
             self.held = Held(0)
 
-    def go_on(self, taken: Taken, heard: int) -> dict[str, Any]:
-        """A session whose client has come back, after it had heard `heard` frames of the agent. Gives what
-        the client is told of it."""
+    def go_on(self, taken: Taken, heard: int, read: int) -> dict[str, Any]:
+        """A session whose client has come back, after it had heard `heard` frames of the agent and read
+        the text of `read`. Gives what the client is told of it."""
         self.held = Held(taken.counter, used=True)
         self._taken = taken
         self._texts.extend(taken.texts)
         frames = taken.log.frames
-        lost = [text for frame, text in taken.texts if frame >= heard]
+        lost = [text for frame, text in taken.texts if frame >= read]
         return {"frame": frames, "lost_frames": max(0, frames - heard), "lost_text": "".join(lost)}
 
     def shown(self, generation: int) -> None:

@@ -90,13 +90,14 @@ class Upstream:
         slot = await self._get_slot(persona, claim)
         slot.open(persona)
 
-    async def go_on(self, taken: Taken, heard: int, claim: Claim) -> None:
-        """`open` for a session whose client has come back, after it had heard `heard` frames of the agent.
+    async def go_on(self, taken: Taken, heard: int, read: int, claim: Claim) -> None:
+        """`open` for a session whose client has come back, after it had heard `heard` frames of the agent
+        and read the text of `read`.
         Raises NoCapacity, OSError, LogRefused; then `taken` was given back."""
         log = taken.log
         self.progress.recorder = SessionRecorder.of(log, self._services.failovers.audio_s)
         self._generations = itertools.count(taken.generation + 1)
-        self._details["resumed"] = self._resumption.go_on(taken, heard)
+        self._details["resumed"] = self._resumption.go_on(taken, heard, read)
         try:
             slot = await self._get_slot(log.persona, claim)
             packed = await asyncio.to_thread(log.pack)

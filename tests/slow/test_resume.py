@@ -4,7 +4,8 @@ links, sessions and engines."""
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import types
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from test_failover import PACE_S, Talker, alone, memory, run, until, used
 
 from deployments.gateway.handover import CONTINUED
 from deployments.gateway.resumes import Taken
+from deployments.gateway.resumption import Resumption
 from deployments.gateway.services import Services
 from deployments.gateway.stats import SessionStats
 from deployments.gateway.upstream import Upstream
@@ -60,7 +62,7 @@ class Caller(Talker):
         assert self._lent.resumes is not None
         taken = await self._lent.resumes.take(token)
         claim = await self._lent.leases.claim(LeaseRequest.of(self._name, self.persona))
-        await self.upstream.go_on(taken, heard, claim)
+        await self.upstream.go_on(taken, heard, heard, claim)
         await until(lambda: self.of(Ready) or self.error)
         assert self.error is None
         return taken
@@ -329,3 +331,14 @@ def test_what_the_agent_said_and_nobody_heard_is_told() -> None:
                 await asyncio.sleep(PACE_S)
 
     run(test)
+
+
+@pytest.mark.parametrize(("read", "told"), [(17, " 17 18"), (16, " 16 17 18")])
+def test_text_that_was_lost_without_its_page_is_told(read: int, told: str) -> None:
+    """A frame's text follows its page; a connection may be cut between the two."""
+    taken = types.SimpleNamespace(
+        counter=1, log=types.SimpleNamespace(frames=20), texts=[(n, f" {n}") for n in range(19)]
+    )
+    resumption = Resumption("s", None, Counted())
+    details = resumption.go_on(cast(Taken, taken), heard=17, read=read)
+    assert details == {"frame": 20, "lost_frames": 3, "lost_text": told}

@@ -131,8 +131,12 @@ def test_a_disk_that_fails_ends_one_record_and_no_session(
     """/dev/full stands for the disk: it takes the file and none of its bytes."""
     real = writer._create
 
-    def full(path: Path) -> int:
-        return os.open("/dev/full", os.O_WRONLY) if "full" in path.name else real(path)
+    def full(path: Path, first: bytes) -> int:
+        if "full" not in path.name:
+            return real(path, first)
+        file = os.open("/dev/full", os.O_WRONLY)
+        writer._write(file, first)
+        return file
 
     monkeypatch.setattr(writer, "_create", full)
     lost, kept = recorder.begin(head("full")), recorder.begin(head("kept"))
