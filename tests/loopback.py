@@ -6,9 +6,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import itertools
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, cast
 
 import numpy as np
@@ -149,12 +150,13 @@ class LoopbackReplica:
             self._dispatch(batch, packed)
 
 
-class Call:
-    """A lease call as Serve gives it."""
+class LeaseCall:
+    """A streaming call of a lease, as Serve gives it. `serve` puts the answers into the queue it is given; an
+    exception among them is raised."""
 
-    def __init__(self, fleet: Fleet, request: LeaseRequest) -> None:
+    def __init__(self, serve: Callable[[asyncio.Queue[Any]], Coroutine[Any, Any, None]]) -> None:
         self._items: asyncio.Queue[Any] = asyncio.Queue()
-        self._task = asyncio.ensure_future(fleet.serve(request, self._items))
+        self._task = asyncio.ensure_future(serve(self._items))
 
     async def __anext__(self) -> Any:
         item = await self._items.get()
@@ -208,9 +210,9 @@ class Fleet:
     def options(self, **_: Any) -> Fleet:
         return self
 
-    def remote(self, request: LeaseRequest) -> Call:
+    def remote(self, request: LeaseRequest) -> LeaseCall:
         self.asked.append(request)
-        return Call(self, request)
+        return LeaseCall(functools.partial(self.serve, request))
 
     async def serve(self, request: LeaseRequest, items: asyncio.Queue[Any]) -> None:
         while True:

@@ -40,7 +40,7 @@ from serving import Service
 from benchmarks.machine import machine
 
 from . import local, tokens
-from .callers import Callers
+from .callers import Callers, Crowd
 from .ledger import Fault, Ledger
 from .talks import Talks
 
@@ -48,9 +48,7 @@ SLOTS = 8
 SUM = re.compile(r'personaplex_failover_seconds_(sum|count)\{phase="(\w+)"\} (\S+)')
 
 
-async def _elsewhere(
-    service: Service, ledger: Ledger, callers: Callers | Talks, options: Any, until: float
-) -> None:
+async def _elsewhere(service: Service, ledger: Ledger, callers: Crowd, options: Any, until: float) -> None:
     while time.monotonic() < until - options.every:
         await asyncio.sleep(options.every)
         info = await asyncio.to_thread(service.info)
@@ -70,9 +68,7 @@ def _phases(service: Service) -> dict[str, dict[str, float]]:
     }
 
 
-async def _run(
-    callers: Callers | Talks, options: argparse.Namespace, faults: Callable[[], Awaitable[None]]
-) -> None:
+async def _run(callers: Crowd, options: argparse.Namespace, faults: Callable[[], Awaitable[None]]) -> None:
     calling = asyncio.ensure_future(callers.run(options.sessions))
     try:
         await faults()

@@ -18,14 +18,19 @@ PIECE = 5  # frames between two looks at the clock
 LAST_ANSWERS_S = 3.0
 
 
-class Callers:
-    """Sessions until `until`, each at most `longest_s` long and at least half of that."""
+class Crowd:
+    """Sessions one after another, `count` at a time, until `until`, each at most `longest_s` and at least
+    half of that; what they are is the kind's."""
 
     def __init__(self, service: Service, ledger: Ledger, until: float, longest_s: float, seed: int) -> None:
-        self.live = 0
         self._service, self._ledger, self._until, self._longest_s = service, ledger, until, longest_s
         self._dice = random.Random(seed)
         self._sound = np.tile(speech(9.6), 2)
+
+    @property
+    def live(self) -> int:
+        """Sessions that talk."""
+        raise NotImplementedError
 
     def stop(self) -> None:
         """No further session begins; those that talk end soon."""
@@ -33,6 +38,21 @@ class Callers:
 
     async def run(self, count: int) -> None:
         await asyncio.gather(*(self._one_after_another() for _ in range(count)))
+
+    async def _one_after_another(self) -> None:
+        raise NotImplementedError
+
+
+class Callers(Crowd):
+    """Stock clients, which never come back."""
+
+    def __init__(self, service: Service, ledger: Ledger, until: float, longest_s: float, seed: int) -> None:
+        super().__init__(service, ledger, until, longest_s, seed)
+        self._live = 0
+
+    @property
+    def live(self) -> int:
+        return self._live
 
     async def _one_after_another(self) -> None:
         while time.monotonic() < self._until:
@@ -50,7 +70,7 @@ class Callers:
             entry.heard = client.heard
             await client.headers()
             await client.until(lambda heard: heard.live, 60.0)
-            self.live += 1
+            self._live += 1
             try:
                 began = time.monotonic()
                 end = began + seconds
@@ -65,6 +85,6 @@ class Callers:
             except websockets.ConnectionClosed:
                 pass  # its code says why
             finally:
-                self.live -= 1
+                self._live -= 1
             if client.ended:
                 entry.failure = f"{client.heard.code} {client.heard.reason}"

@@ -21,7 +21,7 @@ import requests
 from hosted import Hosted
 
 from . import inflict
-from .callers import Callers
+from .callers import Crowd
 from .ledger import Fault, Ledger
 from .talks import Talks
 
@@ -39,9 +39,7 @@ RESUMED = ("client_cuts", "gateway_kills", "proxy_kills", "moves")  # options th
 class Faults:
     """What is done to one service, as `options` say, until `until`."""
 
-    def __init__(
-        self, host: Hosted, ledger: Ledger, callers: Callers | Talks, options: argparse.Namespace
-    ) -> None:
+    def __init__(self, host: Hosted, ledger: Ledger, callers: Crowd, options: argparse.Namespace) -> None:
         self._host, self._ledger, self._callers, self._options = host, ledger, callers, options
         self._dice = random.Random(options.seed)
         self._ports = range(options.ports, options.ports + 20)

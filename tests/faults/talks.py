@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import random
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from serving import Service, speech
+from serving import Service
 from websockets.asyncio.client import ClientConnection
 
 from personaplex.client_call import Conversation, _Line, paced
@@ -21,6 +20,7 @@ from personaplex.persona import Persona
 from personaplex.session.moshi import Audio, Metadata, Text
 from personaplex.session.peer import OwnAudio, PeerEvent
 
+from .callers import Crowd
 from .ledger import Entry, Ledger
 
 AGAIN_S = 0.5  # until a session is tried again that could not begin
@@ -107,16 +107,13 @@ class Talk(Conversation):
         await super()._tell(line, event)
 
 
-class Talks:
-    """Conversations one after another, `count` at a time, until told to stop. Each lasts at most `longest_s`
-    and at least half of that."""
+class Talks(Crowd):
+    """Conversations of our own client, which comes back."""
 
     def __init__(self, service: Service, ledger: Ledger, until: float, longest_s: float, seed: int) -> None:
+        super().__init__(service, ledger, until, longest_s, seed)
         self.done: list[Talk] = []
         self._running: set[Talk] = set()
-        self._service, self._ledger, self._until, self._longest_s = service, ledger, until, longest_s
-        self._dice = random.Random(seed)
-        self._sound = np.tile(speech(9.6), 2)
 
     @property
     def live(self) -> int:
@@ -131,13 +128,6 @@ class Talks:
         talks = list(self._running)
         self._dice.shuffle(talks)
         return any(talk.cut() for talk in talks)
-
-    def stop(self) -> None:
-        """No further session begins; those that talk end soon."""
-        self._until = min(self._until, time.monotonic() + 1.0)
-
-    async def run(self, count: int) -> None:
-        await asyncio.gather(*(self._one_after_another() for _ in range(count)))
 
     async def _one_after_another(self) -> None:
         while time.monotonic() < self._until:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import time
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from golden import GOLDEN
+from loopback import LeaseCall
 from test_own_voices import in_a_loop, request
 
 from deployments import metrics
@@ -52,27 +54,12 @@ class Replica(replica_module.Replica):
         """Serve awaits the one above; the interpreter calls this one."""
 
 
-class Lease:
-    """A streaming call of a lease, as Serve gives it."""
-
-    def __init__(self, answers: Any) -> None:
-        self._items: asyncio.Queue[Any] = asyncio.Queue()
-        self._task = asyncio.ensure_future(self._run(answers))
-
-    async def _run(self, answers: Any) -> None:
-        async with contextlib.aclosing(answers):
-            async for item in answers:
-                self._items.put_nowait(item)
-        self._items.put_nowait(StopAsyncIteration())
-
-    async def __anext__(self) -> Any:
-        item = await self._items.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
-
-    def cancel(self) -> None:
-        self._task.cancel()
+async def pour(answers: Any, items: asyncio.Queue[Any]) -> None:
+    """What a replica's lease says, to its end."""
+    async with contextlib.aclosing(answers):
+        async for item in answers:
+            items.put_nowait(item)
+    items.put_nowait(StopAsyncIteration())
 
 
 class Replicas:
@@ -84,8 +71,8 @@ class Replicas:
     def options(self, **_: Any) -> Replicas:
         return self
 
-    def remote(self, asked: Any) -> Lease:
-        return Lease(self._replica.lease(asked))
+    def remote(self, asked: Any) -> LeaseCall:
+        return LeaseCall(functools.partial(pour, self._replica.lease(asked)))
 
 
 class Call:

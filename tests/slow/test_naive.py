@@ -17,13 +17,18 @@ def naive() -> NaiveLM:
     return NaiveLM(weights, CONFIG.lm, Sampling().greedy())
 
 
-def test_the_baseline_says_what_the_reference_says(naive: NaiveLM) -> None:
-    run, prompt = arrays("lm_run_voicewav"), arrays("prompt_inputs")
+def step_through_prompt(naive: NaiveLM) -> None:
+    prompt = arrays("prompt_inputs")
     for codes in prompt["voice_codes"][0].T.tolist():
         naive.step(user=SINE_CODES, agent=codes, text=TEXT_PAD)
     silence = [TEXT_PAD] * SILENCE_FRAMES
     for token in (*silence, *prompt["text_tokens"].tolist(), *silence):
         naive.step(user=SINE_CODES, agent=SILENCE_CODES, text=token)
+
+
+def test_the_baseline_says_what_the_reference_says(naive: NaiveLM) -> None:
+    run = arrays("lm_run_voicewav")
+    step_through_prompt(naive)
     assert naive.offset == run["offset_after_prompt"]
     said = [naive.step(user=codes) for codes in run["user_codes"][0].T.tolist()]
     np.testing.assert_array_equal(said, run["outputs"][:, 0])
@@ -31,11 +36,7 @@ def test_the_baseline_says_what_the_reference_says(naive: NaiveLM) -> None:
 
 def test_the_baseline_predicts_the_user_when_nobody_speaks(naive: NaiveLM) -> None:
     """Depth steps 8 to 15 matter here, the last of which no longer sees the first."""
-    run, prompt = arrays("lm_run_selfplay"), arrays("prompt_inputs")
-    for codes in prompt["voice_codes"][0].T.tolist():
-        naive.step(user=SINE_CODES, agent=codes, text=TEXT_PAD)
-    silence = [TEXT_PAD] * SILENCE_FRAMES
-    for token in (*silence, *prompt["text_tokens"].tolist(), *silence):
-        naive.step(user=SINE_CODES, agent=SILENCE_CODES, text=token)
+    run = arrays("lm_run_selfplay")
+    step_through_prompt(naive)
     said = [naive.step() for _ in range(len(run["outputs"]))]
     np.testing.assert_array_equal(said, run["outputs"][:, 0])
