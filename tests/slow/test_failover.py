@@ -128,7 +128,8 @@ def test_three_kills_change_no_token() -> None:
     """At random frames, under a greedy and a sampled session; a dead replica is replaced before the
     next."""
     dice, counted = random.Random(5), Counted()
-    frames = 48
+    kills, between = 3, 16
+    frames = (kills + 1) * between  # the last ones show what the last kill cost, whoever was done before it
 
     async def test() -> None:
         async with fleet_of(2, lambda: engine(2), slots=2) as fleet:
@@ -136,15 +137,19 @@ def test_three_kills_change_no_token() -> None:
             talkers = [Talker(lent, PERSONAS[index], speech(index, frames), f"s{index}") for index in (1, 2)]
             for talker in talkers:
                 await talker.open()
-            speaking = [asyncio.ensure_future(talker.speak(0, frames)) for talker in talkers]
-            for third in range(3):
-                kill_at = 16 * third + dice.randrange(2, 12)
-                await talkers[0].answered(kill_at)
-                fleet.kill(next(one for one in fleet.replicas if one.used))
+            for first in range(0, kills * between, between):
+                speaking = [asyncio.ensure_future(one.speak(first, first + between)) for one in talkers]
                 for talker in talkers:
-                    await until(lambda talker=talker, third=third: len(talker.told(CONTINUED)) > third)
+                    await talker.answered(first + 1)
+                await talkers[0].answered(first + dice.randrange(2, 12))
+                fleet.kill(next(one for one in fleet.replicas if one.used))
+                await asyncio.gather(*speaking)
+                for talker in talkers:
+                    await until(lambda one=talker, n=first // between: len(one.told(CONTINUED)) > n)
+                    await talker.answered(first + between)
                 await fleet.add()
-            await asyncio.gather(*speaking)
+            for talker in talkers:
+                await talker.speak(frames - between, frames)
             for talker in talkers:
                 await talker.answered(frames)
                 assert_unharmed(talker, engine(1), frames)
