@@ -127,6 +127,14 @@ def segment_of(speech: Speech) -> Segment:
     return Segment.of([Word(SECRET, speech.start, speech.end)])
 
 
+async def until(condition: Callable[[], Any]) -> None:
+    async def wait() -> None:
+        while not condition():  # noqa: ASYNC110  it has no event
+            await asyncio.sleep(0.001)
+
+    await asyncio.wait_for(wait(), 10)
+
+
 async def settle() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
@@ -206,7 +214,7 @@ def test_trouble_is_a_line_and_passes(
             at = len(room.oracle.calls) - 2
             room.oracle.answer(at, trouble)
             room.oracle.answer(at + 1, trouble)
-            await asyncio.sleep(0.03)
+            await until(lambda asked=at + 4: len(room.oracle.calls) == asked)
         assert room.told[session] == []
         at = len(room.oracle.calls) - 2
         assert [called.start for called, _ in room.oracle.calls[at:]] == [1.0, 5.0]
@@ -233,7 +241,7 @@ def test_trouble_that_lasts_loses_words_and_nothing_else(monkeypatch: pytest.Mon
         room.oracle.answer(0, Unready("no model"))
         await settle()
         room.clock.now += 21.0
-        await asyncio.sleep(0.03)
+        await until(lambda: room.told[session])
         assert room.told[session] == [UserTextLost(1.0, 3.0, "unavailable")]
         assert room.published.dropped("unavailable") == 2.0
         assert len(room.oracle.calls) == 1, "what is lost is not asked for"
