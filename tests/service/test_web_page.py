@@ -40,7 +40,7 @@ def test_a_talk_with_the_echo(echo_app: Service) -> None:
     assert np.abs(user).max() > 0.05
     spoken = user[SAMPLE_RATE // 2 : 2 * SAMPLE_RATE]
     scores = np.correlate(agent[SAMPLE_RATE // 2 :], spoken, "valid")
-    at = int(scores.argmax())
+    at = int((scores > 0.9 * scores.max()).argmax())  # the first of them: the microphone beeps every second
     there = agent[SAMPLE_RATE // 2 + at :][: len(spoken)]
     assert scores[at] > 0.5 * np.linalg.norm(there) * np.linalg.norm(spoken), "what was said is heard"
     assert 0.1 < at / SAMPLE_RATE < 2.0, "later, on the same clock"
