@@ -1,7 +1,7 @@
 """Raw manifests from the chart, for those who do not use Helm: `k8s/base` and its overlays.
 
 One source: a manifest is a render of the chart without Helm's labels, an overlay the JSON merge patch (RFC
-7386) from the base's RayService to that of a values file. `python helm/generate.py` writes them.
+7386) from the base's RayService to that of other values. `python helm/generate.py` writes them.
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm" / "personaplex"
 BASE = ROOT / "k8s" / "base"
 TOKEN = "huggingFace.existingSecret=hf"
-OVERLAYS = {"dev": "values-dev.yaml", "h100": "values-h100.yaml"}
+OVERLAYS = {"dev": ("--values", "values-dev.yaml"), "h100": ("--set", "card=h100")}
 HELM_LABELS = ("helm.sh/chart", "app.kubernetes.io/managed-by")
 HEADER = "# Made from the chart by: python helm/generate.py\n"
 
 
-def rendered(values: str | None = None) -> dict[str, Any]:
-    """`kind-name` -> document of one values file, without what only Helm needs (labels, the test hook)."""
-    command = [str(tools.fetch().helm), "template", "personaplex", str(CHART), "--set", TOKEN]
-    if values:
-        command += ["--values", str(CHART / values)]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def rendered(options: tuple[str, ...] = ()) -> dict[str, Any]:
+    """`kind-name` -> document by these options, without what only Helm needs (labels, the test hook)."""
+    command = [str(tools.fetch().helm), "template", "personaplex", ".", "--set", TOKEN, *options]
+    text = subprocess.run(command, cwd=CHART, capture_output=True, text=True, check=True).stdout
     documents = [item for item in yaml.safe_load_all(text) if item and item["kind"] != "Pod"]
     return {f"{item['kind']}-{item['metadata']['name']}".lower(): _without_helm(item) for item in documents}
 
@@ -41,8 +39,8 @@ def files() -> dict[Path, str]:
     found[BASE / "kustomization.yaml"] = HEADER + _yaml(
         _kustomization(resources=sorted(f"{n}.yaml" for n in base))
     )
-    for overlay, values in OVERLAYS.items():
-        folder, wanted = ROOT / "k8s" / "overlays" / overlay, rendered(values)
+    for overlay, options in OVERLAYS.items():
+        folder, wanted = ROOT / "k8s" / "overlays" / overlay, rendered(options)
         assert set(wanted) <= set(base), "an overlay can change and drop documents, not add any"
         patches = []
         for name, item in sorted(base.items()):

@@ -79,7 +79,13 @@ class Bundle:
         names = [item["metadata"]["name"] for item in owned]
         pods = [pod for name in names for pod in self.cluster.pods(f"ray.io/cluster={name}")]
         self._yaml("pods", lambda: pods)
-        in_namespace = (("networkpolicies", NETWORK), ("poddisruptionbudgets", POLICY), ("events", "/api/v1"))
+        core = "/api/v1"
+        in_namespace = (
+            ("networkpolicies", NETWORK),
+            ("poddisruptionbudgets", POLICY),
+            ("resourcequotas", core),
+            ("events", core),
+        )
         for plural, root in in_namespace:
             self._listed(plural, self.cluster.path(plural, root=root))
         labels = "app.kubernetes.io/name=kuberay-operator"

@@ -14,7 +14,7 @@ from typing import Any
 
 from k8s.cluster import Cluster
 
-GPU = "nvidia.com/gpu"
+GPU, MIG = "nvidia.com/gpu", "nvidia.com/mig-"  # a whole card, the beginning of a part of one
 NEEDED_DRIVER = "personaplex.io/gpu-driver"  # annotation of the RayService
 # Labels by which clouds and NVIDIA's feature discovery name a card.
 CARDS = (
@@ -43,22 +43,26 @@ class Finding:
 
 def gpus(cluster: Cluster, service: Any) -> Iterator[Finding]:
     """Free GPUs where each group may run: for its fewest pods, and for a second cluster during an upgrade."""
+    for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]:
+        if group["template"]["spec"].get("resourceClaims") and "GPU" in group.get("resources", {}):
+            text = "gets its GPUs by a resource claim: whether a node has the device is not looked at"
+            yield Finding("warn", f"group {group['groupName']} {text}")
     groups = _gpu_groups(service)
     if not groups:
         return
-    nodes, used = cluster.list("/api/v1/nodes"), _gpus_in_use(cluster)
-    free = {
-        node["metadata"]["name"]: _allocatable(node) - used.get(node["metadata"]["name"], 0) for node in nodes
-    }
+    nodes, used = cluster.list("/api/v1/nodes"), _in_use(cluster)
     for group in groups:
-        each, least = _gpus(group["template"]), group["minReplicas"]
-        spec = group["template"]["spec"]
-        suitable = [node["metadata"]["name"] for node in nodes if _allocatable(node) and admits(node, spec)]
+        resource, each = _gpus(group["template"])
+        least, spec = group["minReplicas"], group["template"]["spec"]
+        there = [node for node in nodes if _allocatable(node, resource)]
+        suitable = [node for node in there if admits(node, spec)]
         if not suitable:
-            yield _no_node(group, [node for node in nodes if _allocatable(node)])
+            yield _no_node(group, there)
             continue
-        pods = sum(max(free[node], 0) // each for node in suitable)
-        text = f"group {group['groupName']}: room for {pods} pods of {each} GPUs on {len(suitable)} nodes"
+        free = [_allocatable(node, resource) - used[node["metadata"]["name"], resource] for node in suitable]
+        pods = sum(max(count, 0) // each for count in free)
+        what = "GPUs" if resource == GPU else resource
+        text = f"group {group['groupName']}: room for {pods} pods of {each} {what} on {len(suitable)} nodes"
         if pods >= 2 * least:
             yield Finding("ok", f"{text}, an upgrade's second cluster included")
         elif pods >= least:
@@ -76,7 +80,10 @@ def drivers(cluster: Cluster, service: Any) -> Iterator[Finding]:
     nodes = [
         node
         for node in cluster.list("/api/v1/nodes")
-        if _allocatable(node) and any(admits(node, group["template"]["spec"]) for group in groups)
+        if any(
+            _allocatable(node, _gpus(group["template"])[0]) and admits(node, group["template"]["spec"])
+            for group in groups
+        )
     ]
     unknown = []
     for node in nodes:
@@ -102,9 +109,11 @@ def drivers(cluster: Cluster, service: Any) -> Iterator[Finding]:
 def _no_node(group: Any, nodes: list[Any]) -> Finding:
     """Why none of the nodes with GPUs takes the group's pods."""
     start, selector = f"group {group['groupName']}", group["template"]["spec"].get("nodeSelector", {})
+    resource, _ = _gpus(group["template"])
     late = [name for name in selector if name.startswith(DISCOVERED)]
     if not nodes:
-        text = f"{start}: no node has GPUs now; the pool must grow from nothing"
+        what = "GPUs" if resource == GPU else resource
+        text = f"{start}: no node has {what} now; the pool must grow from nothing"
         if late:
             text += (
                 f". It grows for the label {late[0]} only where the pool's template has it: "
@@ -132,12 +141,14 @@ def _no_node(group: Any, nodes: list[Any]) -> Finding:
 
 def _gpu_groups(service: Any) -> list[Any]:
     return [
-        group for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"] if _gpus(group["template"])
+        group
+        for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+        if _gpus(group["template"])[1]
     ]
 
 
-def _allocatable(node: Any) -> int:
-    return int(node.get("status", {}).get("allocatable", {}).get(GPU, 0))
+def _allocatable(node: Any, resource: str) -> int:
+    return int(node.get("status", {}).get("allocatable", {}).get(resource, 0))
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -165,19 +176,22 @@ def _tolerates(toleration: Any, taint: Any) -> bool:
     )
 
 
-def _gpus(template: Any) -> int:
+def _gpus(template: Any) -> tuple[str, int]:
+    """What the Ray container calls a GPU, and how many it asks for."""
     limits = template["spec"]["containers"][0].get("resources", {}).get("limits", {})
-    return int(limits.get(GPU, 0))
+    return next(((name, int(count)) for name, count in limits.items() if _is_gpu(name)), (GPU, 0))
 
 
-def _gpus_in_use(cluster: Cluster) -> dict[str, int]:
-    """GPUs of live pods, by node."""
-    used: dict[str, int] = {}
+def _is_gpu(resource: str) -> bool:
+    return resource == GPU or resource.startswith(MIG)
+
+
+def _in_use(cluster: Cluster) -> Counter[tuple[str, str]]:
+    """GPUs of live pods, by node and resource."""
+    used: Counter[tuple[str, str]] = Counter()
     for pod in cluster.list("/api/v1/pods", fieldSelector="status.phase!=Succeeded,status.phase!=Failed"):
-        node = pod["spec"].get("nodeName")
-        if node:
-            limits = [
-                container.get("resources", {}).get("limits", {}) for container in pod["spec"]["containers"]
-            ]
-            used[node] = used.get(node, 0) + sum(int(limit.get(GPU, 0)) for limit in limits)
+        for container in pod["spec"]["containers"] if pod["spec"].get("nodeName") else ():
+            for name, count in container.get("resources", {}).get("limits", {}).items():
+                if _is_gpu(name):
+                    used[pod["spec"]["nodeName"], name] += int(count)
     return used

@@ -3,7 +3,7 @@
     helm template NAME helm/personaplex -f VALUES -n NAMESPACE | python -m k8s preflight -n NAMESPACE
 
 Reads only. A check that the operator may not make (nodes are cluster-wide) is a warning, not a pass. What
-depends on nodes is in nodes.py.
+depends on nodes is in nodes.py, on quotas in quotas.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from k8s import crd, errors, nodes
+from k8s import crd, errors, nodes, quotas
 from k8s.cluster import Cluster
 from k8s.nodes import Finding
 
@@ -41,6 +41,7 @@ def run(cluster: Cluster, documents: list[Any]) -> list[Finding]:
         claims,
         nodes.gpus,
         nodes.drivers,
+        quotas.quotas,
     ]
     served = list(_permitted(api, cluster, documents))
     return served + [finding for check in checks for finding in _permitted(check, cluster, service)]

@@ -11,6 +11,7 @@ import difflib
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -75,8 +76,24 @@ def test_generated_parts_are_fresh() -> None:
 
 @pytest.mark.parametrize("card", chart.CARDS)
 def test_slots_follow_from_the_card(card: str) -> None:
-    args = _arguments(chart.render(f"values-{card}.yaml", (chart.TOKEN,)))
-    assert args["slots"] == sizing.slots(sizing.CARDS[card]) > 0
+    documents = chart.render("ci/minimal-values.yaml", (f"card={card}",))
+    assert _arguments(documents)["slots"] == sizing.slots(sizing.CARDS[card]) > 0
+    selector = chart.pod_templates(documents)["gpu"]["spec"]["nodeSelector"]
+    assert f"NVIDIA-{card.upper()}" in selector["nvidia.com/gpu.product"]
+
+
+def test_what_is_given_beside_a_card_wins(tmp_path: Path) -> None:
+    """Zero and none included, which are as good as any other value."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "card: h200\nsettings: {slots: 5, spare_slots: 0}\nreplicaGroups: {gpu: {nodeSelector: {}}}\n"
+    )
+    documents = chart.render(str(path), (chart.TOKEN,))
+    assert (_arguments(documents)["slots"], _arguments(documents)["spare_slots"]) == (5, 0)
+    assert "nodeSelector" not in chart.pod_templates(documents)["gpu"]["spec"]
+    assert "slots" not in _arguments(chart.render("ci/minimal-values.yaml"))
+    of_the_cpu = chart.pod_templates(chart.render("values-dev.yaml", ("card=h100",)))["cpu"]["spec"]
+    assert "nodeSelector" not in of_the_cpu
 
 
 def test_a_card_too_small_for_the_weights_holds_nothing() -> None:

@@ -229,3 +229,74 @@ def test_an_override_changes_the_surge_and_nothing_else() -> None:
             del side["max_surge_percent"], side["user_configured_option_names"]
         assert before == after, name
         assert changed[name].replica_config.ray_actor_options == info.replica_config.ray_actor_options, name
+
+
+# Accounts, parts of cards, spread
+
+
+def _accounts(values: str, sets: tuple[str, ...] = ()) -> dict[str, str]:
+    pods = chart.pod_templates(chart.render(values, sets))
+    return {name: pod["spec"].get("serviceAccountName", "") for name, pod in pods.items()}
+
+
+def test_a_service_account_of_the_release_has_no_role_and_gives_no_token() -> None:
+    """Only the head's autoscaler speaks to the API server, with the account that KubeRay makes for it."""
+    documents = chart.render("ci/mig-values.yaml")
+    account = chart.only(documents, "ServiceAccount")
+    assert account["metadata"]["name"] == "talk-personaplex"
+    assert account["metadata"]["annotations"] == {"cloud.example/identity": "speech"}
+    assert account["automountServiceAccountToken"] is False
+    assert not [item for item in documents if item["kind"] == "RoleBinding"]
+    assert _accounts("ci/mig-values.yaml") == {
+        "head": "",
+        "gateway": "talk-personaplex",
+        "gpu": "talk-personaplex",
+        "talk-personaplex-test": "talk-personaplex",
+    }
+    for name, pod in chart.pod_templates(documents).items():
+        assert ("automountServiceAccountToken" in pod["spec"]) is (name != "head")
+
+
+def test_an_account_that_is_there_already_is_only_named() -> None:
+    sets = ("serviceAccount.name=speech",)
+    assert not [item for item in chart.render(EVERYTHING, sets) if item["kind"] == "ServiceAccount"]
+    accounts = _accounts(EVERYTHING, sets)
+    assert accounts.pop("head") == ""
+    assert set(accounts.values()) == {"speech"}
+    assert len(accounts) >= 5  # the download Job and the test among them
+    assert (
+        _accounts("ci/static-values.yaml", sets)["head"] == "speech"
+    )  # no autoscaler, no account of KubeRay's
+    named = chart.render(MINIMAL, (*sets, "serviceAccount.create=true"))
+    assert chart.only(named, "ServiceAccount")["metadata"]["name"] == "speech"
+    assert set(_accounts(MINIMAL).values()) == {""}
+
+
+def test_a_part_of_a_card_is_asked_for_by_its_name_and_a_gpu_to_ray() -> None:
+    group = _service("ci/mig-values.yaml")["spec"]["rayClusterConfig"]["workerGroupSpecs"][1]
+    resources = group["template"]["spec"]["containers"][0]["resources"]
+    for side in ("requests", "limits"):
+        assert resources[side]["nvidia.com/mig-3g.40gb"] == "1"
+        assert "nvidia.com/gpu" not in resources[side]
+    assert group["resources"]["GPU"] == "1"
+    whole = _service(MINIMAL)["spec"]["rayClusterConfig"]["workerGroupSpecs"][1]
+    assert "GPU" not in whole["resources"]  # KubeRay and Ray count nvidia.com/gpu themselves
+
+
+@pytest.mark.parametrize("values", [MINIMAL, EVERYTHING])
+def test_gateways_are_spread_where_there_is_a_choice(values: str) -> None:
+    """Softly, and each Ray cluster by itself: an upgrade's new gateways do not count the old ones."""
+    pods = _ray_pods(values)
+    constraints = pods["gateway"]["spec"]["topologySpreadConstraints"]
+    assert [item["topologyKey"] for item in constraints] == [
+        "kubernetes.io/hostname",
+        "topology.kubernetes.io/zone",
+    ]
+    for item in constraints:
+        assert item["whenUnsatisfiable"] == "ScheduleAnyway"
+        assert item["matchLabelKeys"] == ["ray.io/cluster"]
+        selector = item["labelSelector"]["matchLabels"]
+        assert selector.items() <= pods["gateway"]["metadata"]["labels"].items()
+        assert not selector.items() <= pods["gpu"]["metadata"]["labels"].items()
+    spread = {name for name, pod in pods.items() if "topologySpreadConstraints" in pod["spec"]}
+    assert spread == {"gateway"}

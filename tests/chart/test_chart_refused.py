@@ -80,7 +80,10 @@ REFUSED = {
         "weights.prefetch.enabled needs weights.source claim",
     ),
     "no token": (("huggingFace.existingSecret=",), "settings.model 7b is gated"),
-    "no weights": (("weights.source=none",), "settings.model 7b needs weights.source node or claim"),
+    "no weights": (
+        ("weights.source=none",),
+        "settings.model 7b needs weights",
+    ),
     "model auto": (("settings.model=auto",), "settings.model auto could serve noise"),
     "limit of an address that is a proxy's": (
         ("settings.trusted_proxies=0",),
@@ -219,34 +222,64 @@ REFUSED = {
         ("head.tolerations[0].key=a", "head.tolerations[0].tolerationSeconds=5"),
         "head.tolerations[0]: tolerationSeconds belongs to the effect NoExecute",
     ),
-    "mount without volume": (
-        ("gateway.extraVolumeMounts[0].name=x", "gateway.extraVolumeMounts[0].mountPath=/x"),
-        "gateway.extraVolumeMounts[0]: no volume x in extraVolumes",
+    # GPUs by other names
+    "GPU that is none": (
+        ("replicaGroups.gpu.gpuResource=nvidia.com/mig-3g",),
+        "'/replicaGroups/gpu/gpuResource': 'nvidia.com/mig-3g' does not match",
     ),
-    "weights on a gateway": (
-        ("gateway.extraVolumeMounts[0].name=weights", "gateway.extraVolumeMounts[0].mountPath=/x"),
-        "gateway.extraVolumeMounts[0]: no volume weights in extraVolumes",
-    ),
-    "two mounts at one path": (
-        ("gateway.extraVolumeMounts[0].name=tmp", "gateway.extraVolumeMounts[0].mountPath=/tmp/"),
-        "gateway.extraVolumeMounts[0]: something is mounted at /tmp already",
-    ),
-    "mount without volume before the start": (
+    "two parts of cards for one pod": (
         (
-            "gateway.initContainers[0].name=a",
-            "gateway.initContainers[0].image=b:1",
-            "gateway.initContainers[0].volumeMounts[0].name=x",
+            "replicaGroups.gpu.gpuResource=nvidia.com/mig-3g.40gb",
+            "replicaGroups.gpu.gpusPerPod=2",
+            "replicaGroups.gpu.perPod=2",
         ),
-        "gateway.initContainers[0].volumeMounts[0]: no volume x in extraVolumes",
+        "replicaGroups.gpu.gpusPerPod is 2: a process sees one nvidia.com/mig-3g.40gb at a time",
     ),
-    "volume of the chart's name": (
-        ("gateway.extraVolumes[0].name=tmp", "gateway.extraVolumes[0].emptyDir.medium=Memory"),
-        "gateway.extraVolumes[0]: a volume tmp is there already",
+    "slots of a card for a part of it": (
+        ("card=h100", "replicaGroups.gpu.gpuResource=nvidia.com/mig-3g.40gb"),
+        "card h100 is a whole card, replicaGroups.gpu.gpuResource a part of one",
     ),
-    "container of the chart's name": (
-        ("gateway.initContainers[0].name=ray", "gateway.initContainers[0].image=b:1"),
-        "gateway.initContainers[0]: a container ray is there already",
+    "no GPU at all": (
+        ("replicaGroups.gpu.gpuResource=",),
+        "replicaGroups.gpu.gpuResource is empty: name a claim in podSpec.resourceClaims",
     ),
+    "a claim that no container makes": (
+        ("replicaGroups.gpu.gpuResource=", "replicaGroups.gpu.podSpec.resourceClaims[0].name=gpu"),
+        "and in resources.claims of the container ray there",
+    ),
+    "a card that nobody knows": (("card=b200",), "'/card': value must be one of '', 'l40s'"),
+    # Weights
+    "image without a name": (("weights.source=image",), "weights.source image needs weights.image.reference"),
+    "directory without a name": (
+        ("weights.source=hostPath",),
+        "weights.source hostPath needs weights.hostPath.path",
+    ),
+    "image that is not asked for": (
+        ("weights.image.reference=a:1",),
+        "weights.image.reference is set, but weights.source is node",
+    ),
+    "claim that is not asked for": (
+        ("weights.source=hostPath", "weights.hostPath.path=/w", "weights.claim.existingClaim=w"),
+        "weights.claim.existingClaim is set, but weights.source is hostPath",
+    ),
+    "image of no version": (
+        ("weights.source=image", "weights.image.reference=localhost:5000/weights"),
+        "weights.image.reference localhost:5000/weights has no tag and no digest: pin one",
+    ),
+    "image of the latest version": (
+        ("weights.source=image", "weights.image.reference=weights:latest"),
+        "weights.image.reference weights:latest: the tag latest names no version",
+    ),
+    "the whole node": (("weights.source=hostPath", "weights.hostPath.path=/"), "'/weights/hostPath/path'"),
+    "out of the directory": (
+        ("weights.source=hostPath", "weights.hostPath.path=/var/../etc"),
+        "'/weights/hostPath/path'",
+    ),
+    "download into an image": (
+        ("weights.source=image", "weights.image.reference=a:1", "weights.prefetch.enabled=true"),
+        "weights.prefetch.enabled needs weights.source claim",
+    ),
+    "account in capitals": (("serviceAccount.name=Speech",), "'/serviceAccount/name'"),
     "label by which policies select": (
         ("gateway.podLabels.app\\.kubernetes\\.io/component=x",),
         "gateway.podLabels.app.kubernetes.io/component: Services and policies select pods by it",
@@ -254,10 +287,6 @@ REFUSED = {
     "label that is none": (
         ("gateway.nodeSelector.zone=a b",),
         "'/gateway/nodeSelector/zone': 'a b' does not match",
-    ),
-    "spread without a rule": (
-        ("gateway.topologySpreadConstraints[0].maxSkew=1",),
-        "'/gateway/topologySpreadConstraints/0': missing properties",
     ),
 }
 
@@ -283,7 +312,7 @@ def test_every_variable_of_the_chart_is_refused_in_extra_env() -> None:
 
 def test_ports_that_ray_and_serve_take_are_reserved() -> None:
     """Their numbers are Ray's own defaults."""
-    helper = (chart.CHART / "templates" / "_validate_ports.tpl").read_text()
+    helper = (chart.CHART / "templates" / "_validate.tpl").read_text()
     rows: list[Any] = yaml.safe_load(
         "\n".join(line for line in helper.splitlines() if line.startswith("- ["))
     )

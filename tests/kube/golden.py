@@ -14,6 +14,8 @@ FOLDER = chart.ROOT / "tests" / "data" / "chart"
 RENDERS = {
     "dev": ("values-dev.yaml", ()),
     "everything": ("ci/everything-values.yaml", ("monitoring.dashboards.enabled=false",)),
+    "mig": ("ci/mig-values.yaml", ()),
+    "podspec": ("ci/podspec-values.yaml", ()),
     "balancer": (
         "ci/minimal-values.yaml",
         (

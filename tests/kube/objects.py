@@ -12,7 +12,8 @@ from kube import protobuf
 
 RESOURCES = {
     "v1": "pods:Pod services:Service secrets:Secret configmaps:ConfigMap namespaces:Namespace! nodes:Node! "
-    "persistentvolumeclaims:PersistentVolumeClaim serviceaccounts:ServiceAccount events:Event",
+    "persistentvolumeclaims:PersistentVolumeClaim serviceaccounts:ServiceAccount events:Event "
+    "resourcequotas:ResourceQuota",
     "apps/v1": "deployments:Deployment",
     "batch/v1": "jobs:Job",
     "networking.k8s.io/v1": "networkpolicies:NetworkPolicy ingresses:Ingress",

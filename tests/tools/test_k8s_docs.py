@@ -50,7 +50,7 @@ def test_files_that_are_named_exist() -> None:
 
 
 def test_the_table_of_slots_is_what_is_computed() -> None:
-    rows = dict(re.findall(r"^\| `values-(\w+)\.yaml` \| .* \| (\d+) \|$", TEXT, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(\w+)` \| [^|]* GB \| (\d+) \|$", TEXT, re.MULTILINE))
     assert {card: int(slots) for card, slots in rows.items()} == {
         card: sizing.slots(data) for card, data in sizing.CARDS.items()
     }
@@ -77,14 +77,22 @@ def test_values_that_are_shown_render(block: str, tmp_path: Path) -> None:
     """On top of a card's values, as a reader would use them."""
     path = tmp_path / "mine.yaml"
     path.write_text(block)
-    files = [str(chart.CHART / "values-h100.yaml"), str(path)]
-    options = [part for file in files for part in ("--values", file)]
+    # A card is a whole one, its parts have slots of their own.
+    card = [] if "gpuResource" in block else ["--set", "card=h100"]
+    options = [*card, "--values", str(path)]
     done = chart.helm("template", "talk", str(chart.CHART), "-n", "speech", "--set", chart.TOKEN, *options)
     assert done.returncode == 0, done.stderr
     documents = [document for document in yaml.safe_load_all(done.stdout) if document]
     pod = chart.pod_templates(documents)["gpu"]["spec"]
     if "gke-accelerator" in block:
         assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
+    elif "podSpec" in block:
+        assert pod["priorityClassName"] == "speech"
+        assert [item["name"] for item in pod["containers"]] == ["ray", "agent"]
+    elif "gpuResource" in block:
+        assert pod["containers"][0]["resources"]["limits"]["nvidia.com/mig-3g.40gb"] == "1"
+    elif block.startswith("weights"):
+        assert "image" in next(item for item in pod["volumes"] if item["name"] == "weights")
     else:
         kind = "HTTPRoute" if block.startswith("httpRoute") else "Ingress"
         assert chart.only(documents, kind)

@@ -11,7 +11,7 @@ from kube import chart, kuberay, schemas
 sys.path.insert(0, str(chart.ROOT / "helm"))
 import manifests
 
-FOLDERS = {"base": None, "overlays/dev": "values-dev.yaml", "overlays/h100": "values-h100.yaml"}
+FOLDERS = {"base": (), **{f"overlays/{name}": options for name, options in manifests.OVERLAYS.items()}}
 
 
 def _by_name(documents: list[Any]) -> dict[str, Any]:
@@ -27,10 +27,10 @@ def test_manifests_are_valid(folder: str, version: str) -> None:
     assert kuberay.violations(chart.only(documents, "RayService")) == []
 
 
-@pytest.mark.parametrize(("folder", "values"), FOLDERS.items())
-def test_manifests_say_what_the_chart_says(folder: str, values: str | None) -> None:
+@pytest.mark.parametrize(("folder", "options"), FOLDERS.items())
+def test_manifests_say_what_the_chart_says(folder: str, options: tuple[str, ...]) -> None:
     built = _by_name(chart.kustomize(chart.ROOT / "k8s" / folder))
-    assert built == manifests.rendered(values)
+    assert built == manifests.rendered(options)
 
 
 def test_key_fields_survive_the_way_from_the_values() -> None:

@@ -199,7 +199,7 @@ def test_a_misspelt_field_is_found_wherever_it_is() -> None:
 
 # Nodes
 
-H100 = "values-h100.yaml"
+H100 = ("ci/minimal-values.yaml", ("card=h100",))
 PRODUCT = "nvidia.com/gpu.product"
 
 
@@ -210,7 +210,7 @@ def _gpus(server: ApiServer, cluster: Cluster, nodes: list[Any]) -> dict[str, li
         server.remove("Node", name, "")
     for item in nodes:
         server.put(item)
-    found = preflight.run(cluster, copy.deepcopy(chart.render(H100, (chart.TOKEN,))))
+    found = preflight.run(cluster, copy.deepcopy(chart.render(*H100)))
     starts = ("group", "node", "no label")
     return {
         level: [item.text for item in found if item.level == level and item.text.startswith(starts)]
@@ -288,3 +288,123 @@ def test_an_older_feature_discovery_tells_the_driver_too(server: ApiServer, clus
     labels = {PRODUCT: "NVIDIA-H100-80GB-HBM3", "nvidia.com/cuda.driver.major": "535"}
     found = _gpus(server, cluster, [node("a", 8, labels, driver="")])
     assert found["fail"] == ["node a: driver 535; the image's CUDA needs 580 or later"]
+
+
+MIG = "nvidia.com/mig-3g.40gb"
+
+
+def _mig_node(count: int) -> Any:
+    """A node whose cards are all in parts: whole ones are not on offer."""
+    found = node("parts", 0)
+    found["status"]["allocatable"][MIG] = str(count)
+    return found
+
+
+def test_parts_of_cards_are_counted_by_their_own_name(server: ApiServer, cluster: Cluster) -> None:
+    ready(server)
+    server.remove("Node", "spot-1", "")
+    assert (
+        f"group gpu: no node has {MIG} now; the pool must grow from nothing"
+        in (levels(cluster, "ci/mig-values.yaml")["warn"])
+    )
+    server.put(_mig_node(4))
+    container = {"name": "c", "resources": {"limits": {MIG: "1", "nvidia.com/gpu": "0"}}}
+    busy = {"metadata": {"name": "train"}, "spec": {"nodeName": "parts", "containers": [container]}}
+    server.put({"apiVersion": "v1", "kind": "Pod", **busy}, namespace="ml")
+    found = levels(cluster, "ci/mig-values.yaml")
+    text = f"group gpu: room for 3 pods of 1 {MIG} on 1 nodes, an upgrade's second cluster included"
+    assert text in found["ok"]
+    assert "node parts: driver 580.95.05" in found["ok"]
+
+
+def test_claimed_devices_are_said_not_to_be_counted(server: ApiServer, cluster: Cluster) -> None:
+    ready(server)
+    found = levels(cluster, "ci/podspec-values.yaml")
+    assert [text for text in found["warn"] if text.startswith("group")] == [
+        "group gpu gets its GPUs by a resource claim: whether a node has the device is not looked at"
+    ]
+
+
+# Quotas
+
+
+def _quota(server: ApiServer, hard: dict[str, str], used: dict[str, str] | None = None, **spec: Any) -> None:
+    metadata = {"name": "team"}
+    status = {"hard": hard, "used": used or {}}
+    server.put(
+        {
+            "apiVersion": "v1",
+            "kind": "ResourceQuota",
+            "metadata": metadata,
+            "spec": {"hard": hard, **spec},
+            "status": status,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("hard", "used", "level", "text"),
+    [
+        ({f"requests.{MIG}": "2", "pods": "40"}, {}, "ok", "quota team has room"),
+        (
+            {f"requests.{MIG}": "0"},
+            {},
+            "fail",
+            f"quota team: the fewest pods need 1 of requests.{MIG}, it allows 0",
+        ),
+        (
+            {f"requests.{MIG}": "4"},
+            {f"requests.{MIG}": "4"},
+            "warn",
+            f"quota team: 0 of requests.{MIG} are left, the fewest pods need 1",
+        ),
+        (
+            {f"requests.{MIG}": "1"},
+            {},
+            "warn",
+            f"quota team: an upgrade needs 2 of requests.{MIG}, it allows 1",
+        ),
+        # A head of 8Gi and its autoscaler of 512Mi, two gateways of 8Gi, a replica of 48Gi.
+        (
+            {"memory": "70Gi"},
+            {},
+            "fail",
+            "quota team: the fewest pods need 72.5Gi of memory, it allows 70.0Gi",
+        ),
+        # 2 and half a CPU, twice 4, and 6.
+        (
+            {"cpu": "16"},
+            {},
+            "fail",
+            "quota team: the fewest pods need 16.5 of cpu, it allows 16",
+        ),
+        ({"count/pods": "3"}, {}, "fail", "quota team: the fewest pods need 4 of count/pods, it allows 3"),
+    ],
+)
+def test_quotas_are_read_before_they_refuse_a_pod(
+    server: ApiServer, cluster: Cluster, hard: dict[str, str], used: dict[str, str], level: str, text: str
+) -> None:
+    ready(server)
+    server.put(_mig_node(4))
+    _quota(server, hard, used)
+    found = levels(cluster, "ci/mig-values.yaml")
+    assert [item for item in found["ok"] + found["warn"] + found["fail"] if item.startswith("quota")] == [
+        text
+    ]
+    assert text in found[level]
+
+
+def test_a_container_that_a_quota_would_refuse_is_named(server: ApiServer, cluster: Cluster) -> None:
+    ready(server)
+    _quota(server, {"limits.cpu": "1000"})
+    (text,) = (item for item in levels(cluster, "ci/minimal-values.yaml")["warn"] if item.startswith("quota"))
+    assert text == (
+        "quota team counts limits.cpu, which these do not name: download-weights; "
+        "refused, unless a LimitRange gives one"
+    )
+
+
+def test_a_quota_with_scopes_is_not_guessed_at(server: ApiServer, cluster: Cluster) -> None:
+    ready(server)
+    _quota(server, {"pods": "1"}, scopes=["BestEffort"])
+    assert levels(cluster)["warn"] == ["quota team counts some pods only (scopes): not looked at"]

@@ -30,6 +30,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end }}
 {{- end -}}
 
+{{/* The ServiceAccount of every pod but an autoscaling head; empty is the namespace's default. */}}
+{{- define "personaplex.serviceAccount" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- default (include "personaplex.fullname" .) .Values.serviceAccount.name -}}
+{{- else -}}
+{{- .Values.serviceAccount.name -}}
+{{- end -}}
+{{- end -}}
+
 {{/* repository:tag or repository@digest of (list $ .Values.image). */}}
 {{- define "personaplex.image" -}}
 {{- $root := index . 0 -}}

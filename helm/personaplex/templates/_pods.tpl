@@ -43,104 +43,6 @@ app version and checksums must never appear in this file.
 {{- end }}
 {{- end -}}
 
-{{/* Downloads the weights into HF_HOME; the only container that holds the token. (list $ name marker) */}}
-{{- define "personaplex.downloader" -}}
-{{- $root := index . 0 -}}
-- name: {{ index . 1 }}
-  image: {{ include "personaplex.image" (list $root $root.Values.image) }}
-  imagePullPolicy: {{ $root.Values.image.pullPolicy }}
-  command: [python, -m, k8s.fetch_weights]
-  args:
-    - --repo={{ default "nvidia/personaplex-7b-v1" $root.Values.settings.hf_repo }}
-    - --revision={{ default "main" $root.Values.settings.hf_revision }}
-    {{- with index . 2 }}
-    - --marker={{ . }}
-    {{- end }}
-  env:
-    - {name: HF_HOME, value: {{ $root.Values.weights.mountPath }}/huggingface}
-    {{- if $root.Values.huggingFace.existingSecret }}
-    - name: HF_TOKEN
-      valueFrom:
-        secretKeyRef:
-          name: {{ $root.Values.huggingFace.existingSecret }}
-          key: {{ $root.Values.huggingFace.tokenKey }}
-    {{- end }}
-  # The reason of a failure, such as a token that may not read the weights, is then in the pod's status.
-  terminationMessagePolicy: FallbackToLogsOnError
-  resources:
-    {{- $resources := deepCopy $root.Values.weights.prefetch.resources }}
-    {{- if eq $root.Values.weights.source "node" }}
-    {{- /* The cache lies on the node's disk: the scheduler has to know. */}}
-    {{- $storage := dict "ephemeral-storage" $root.Values.weights.node.sizeLimit }}
-    {{- $_ := set $resources "requests" (merge (default dict $resources.requests) $storage) }}
-    {{- end }}
-    {{- toYaml $resources | nindent 4 }}
-  securityContext:
-    {{- toYaml (merge (dict "readOnlyRootFilesystem" true) $root.Values.securityContext) | nindent 4 }}
-  volumeMounts:
-    - {name: tmp, mountPath: /tmp}
-    {{- include "personaplex.weightsMount" (list $root false) | nindent 4 }}
-{{- end -}}
-
-{{/* Ten characters that name these weights. */}}
-{{- define "personaplex.weightsHash" -}}
-{{- $repo := default "nvidia/personaplex-7b-v1" .Values.settings.hf_repo -}}
-{{- $revision := default "main" .Values.settings.hf_revision -}}
-{{ printf "%s@%s" $repo $revision | sha256sum | trunc 10 }}
-{{- end -}}
-
-{{/* The file that says a claim holds these weights. */}}
-{{- define "personaplex.weightsMarker" -}}
-{{ .Values.weights.mountPath }}/ready-{{ include "personaplex.weightsHash" . }}
-{{- end -}}
-
-{{/* (list $ readOnly) */}}
-{{- define "personaplex.weightsMount" -}}
-{{- $weights := (index . 0).Values.weights -}}
-- name: weights
-  mountPath: {{ $weights.mountPath }}
-  {{- if and (eq $weights.source "claim") $weights.claim.subPath }}
-  subPath: {{ $weights.claim.subPath }}
-  {{- end }}
-  {{- if index . 1 }}
-  readOnly: true
-  {{- end }}
-{{- end -}}
-
-{{- define "personaplex.weightsVolume" -}}
-- name: weights
-  {{- if eq .Values.weights.source "claim" }}
-  persistentVolumeClaim:
-    claimName: {{ .Values.weights.claim.existingClaim }}
-  {{- else }}
-  emptyDir:
-    sizeLimit: {{ .Values.weights.node.sizeLimit }}
-  {{- end }}
-{{- end -}}
-
-{{/* Init containers that a replica's weights need. */}}
-{{- define "personaplex.weightsInit" -}}
-{{- if eq .Values.weights.source "node" -}}
-{{- include "personaplex.downloader" (list . "download-weights" "") }}
-{{- else if and (eq .Values.weights.source "claim") .Values.weights.prefetch.enabled -}}
-- name: wait-for-weights
-  image: {{ include "personaplex.image" (list . .Values.image) }}
-  imagePullPolicy: {{ .Values.image.pullPolicy }}
-  command: [bash, -ec]
-  args:
-    - until [ -e "$MARKER" ]; do echo "waiting for $MARKER"; sleep 5; done
-  env:
-    - {name: MARKER, value: {{ include "personaplex.weightsMarker" . }}}
-  resources:
-    requests: {cpu: 10m, memory: 16Mi}
-    limits: {memory: 64Mi}
-  securityContext:
-    {{- toYaml (merge (dict "readOnlyRootFilesystem" true) .Values.securityContext) | nindent 4 }}
-  volumeMounts:
-    {{- include "personaplex.weightsMount" (list . true) | nindent 4 }}
-{{- end -}}
-{{- end -}}
-
 {{/* A node selector; a label set to null in a later values file is none, so that one can replace a card's. */}}
 {{- define "personaplex.nodeSelector" -}}
 {{- range $label, $value := . }}
@@ -148,6 +50,11 @@ app version and checksums must never appear in this file.
 {{ $label }}: {{ $value | quote }}
 {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* What the kubelet calls a GPU of a replica group; empty where a claim of podSpec.resourceClaims brings it. */}}
+{{- define "personaplex.gpuResource" -}}
+{{- hasKey . "gpuResource" | ternary .gpuResource "nvidia.com/gpu" -}}
 {{- end -}}
 
 {{/* Ports of the Ray container: (list $ role). */}}
@@ -165,14 +72,10 @@ app version and checksums must never appear in this file.
 {{- end -}}
 
 {{/*
-dict root, role (head | gateway | replica), pod (the values of the role), image, gpus -> a pod template.
+dict root, role (head | gateway | transcriber | replica), pod (the values of the role), image, gpus -> a pod template.
 */}}
 {{- define "personaplex.podTemplate" -}}
-{{- $root := .root -}}{{- $role := .role -}}{{- $pod := .pod -}}{{- $image := .image -}}
-{{- $timeouts := include "personaplex.timeouts" $root | fromJson -}}
-{{- $weights := and (eq $role "replica") (ne $root.Values.weights.source "none") -}}
-{{- $keys := and (eq $role "gateway") $root.Values.apiKeys.existingSecret -}}
-{{- $twilio := and (eq $role "gateway") $root.Values.twilio.existingSecret -}}
+{{- $root := .root -}}{{- $role := .role -}}{{- $pod := .pod -}}
 metadata:
   labels:
     {{- include "personaplex.selectorLabels" $root | nindent 4 }}
@@ -186,109 +89,204 @@ metadata:
       "karpenter.sh/do-not-disrupt" "true"
       "kubectl.kubernetes.io/default-container" "ray" }}
     {{- merge (deepCopy (default dict $pod.podAnnotations)) $annotations | toYaml | nindent 4 }}
+{{- $spec := include "personaplex.podSpec" . -}}
+{{- with $pod.podSpec -}}{{- $spec = include "personaplex.withPodSpec" (dict "spec" $spec "over" .) -}}{{- end }}
 spec:
-  {{- if and (has $role (list "replica" "transcriber")) $root.Values.serve.dedicatedNodes }}
-  # KubeRay labels every worker as serving and leaves it to readiness which of them take sockets. Nothing ever sets
-  # this condition, so a replica's pod is no endpoint of the Service: its loss ends no session but its own.
-  readinessGates:
-    - conditionType: personaplex.io/takes-sockets
+  {{- $spec | trim | nindent 2 }}
+{{- end -}}
+
+{{/* The spec of a pod by the chart's own values; takes the same as podTemplate. */}}
+{{- define "personaplex.podSpec" -}}
+{{- $root := .root -}}{{- $role := .role -}}{{- $pod := .pod -}}{{- $image := .image -}}
+{{- $timeouts := include "personaplex.timeouts" $root | fromJson -}}
+{{- $weights := and (eq $role "replica") (ne $root.Values.weights.source "none") -}}
+{{- $keys := and (eq $role "gateway") $root.Values.apiKeys.existingSecret -}}
+{{- $twilio := and (eq $role "gateway") $root.Values.twilio.existingSecret -}}
+{{- if and (has $role (list "replica" "transcriber")) $root.Values.serve.dedicatedNodes }}
+# KubeRay labels every worker as serving and leaves it to readiness which of them take sockets. Nothing ever sets
+# this condition, so a replica's pod is no endpoint of the Service: its loss ends no session but its own.
+readinessGates:
+  - conditionType: personaplex.io/takes-sockets
+{{- end }}
+enableServiceLinks: false
+{{- /* Only Ray's autoscaler speaks to the API server: KubeRay makes its account, and binds the role to any other. */}}
+{{- if not (and (eq $role "head") $root.Values.autoscaler.enabled) }}
+automountServiceAccountToken: false
+{{- with include "personaplex.serviceAccount" $root }}
+serviceAccountName: {{ . }}
+{{- end }}
+{{- end }}
+terminationGracePeriodSeconds: {{ $timeouts.grace }}
+securityContext:
+  {{- toYaml $root.Values.podSecurityContext | nindent 2 }}
+{{- with $root.Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- $selector := $pod.nodeSelector }}
+{{- if and $root.Values.card (gt (int .gpus) 0) (not (hasKey $pod "nodeSelector")) }}
+{{- $card := get (include "personaplex.cards" $root | fromYaml) $root.Values.card }}
+{{- $selector = dict "nvidia.com/gpu.product" $card.label }}
+{{- end }}
+{{- with include "personaplex.nodeSelector" $selector | trim }}
+nodeSelector:
+  {{- . | nindent 2 }}
+{{- end }}
+{{- with $pod.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if eq $role "gateway" }}
+# A wish, not a rule: the loss of one node or zone should not take every gateway.
+topologySpreadConstraints:
+  {{- range list "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "personaplex.selectorLabels" $root | nindent 8 }}
+        app.kubernetes.io/component: gateway
+    # Each Ray cluster by itself: while an upgrade lasts there are two.
+    matchLabelKeys: [ray.io/cluster]
   {{- end }}
-  enableServiceLinks: false
-  {{- if not (and (eq $role "head") $root.Values.autoscaler.enabled) }}
-  automountServiceAccountToken: false
-  {{- end }}
-  {{- with $pod.serviceAccountName }}
-  serviceAccountName: {{ . }}
-  {{- end }}
-  terminationGracePeriodSeconds: {{ $timeouts.grace }}
-  securityContext:
-    {{- toYaml $root.Values.podSecurityContext | nindent 4 }}
-  {{- with $root.Values.imagePullSecrets }}
-  imagePullSecrets:
-    {{- toYaml . | nindent 4 }}
-  {{- end }}
-  {{- with include "personaplex.nodeSelector" $pod.nodeSelector | trim }}
-  nodeSelector:
-    {{- . | nindent 4 }}
-  {{- end }}
-  {{- range $key := list "tolerations" "affinity" "topologySpreadConstraints" "priorityClassName" "runtimeClassName" }}
-  {{- with get $pod $key }}
-  {{ $key }}:
-    {{- if kindIs "string" . }} {{ . }}{{ else }}{{ toYaml . | nindent 4 }}{{ end }}
-  {{- end }}
-  {{- end }}
-  {{- if or $pod.initContainers (and $weights (include "personaplex.weightsInit" $root)) }}
-  initContainers:
-    {{- if $weights }}
-    {{- include "personaplex.weightsInit" $root | nindent 4 }}
-    {{- end }}
-    {{- with $pod.initContainers }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
-  {{- end }}
-  containers:
-    - name: ray
-      image: {{ include "personaplex.image" (list $root $image) }}
-      imagePullPolicy: {{ $image.pullPolicy }}
-      ports:
-        {{- include "personaplex.ports" (list $root $role) | nindent 8 }}
-      env:
-        {{- include "personaplex.env" (list $root $role) | nindent 8 }}
-        {{- with $pod.extraEnv }}
-        {{- toYaml . | nindent 8 }}
-        {{- end }}
-      {{- with $pod.extraEnvFrom }}
-      envFrom:
-        {{- toYaml . | nindent 8 }}
+{{- end }}
+{{- if and $weights (include "personaplex.weightsInit" $root) }}
+initContainers:
+  {{- include "personaplex.weightsInit" $root | nindent 2 }}
+{{- end }}
+containers:
+  - name: ray
+    image: {{ include "personaplex.image" (list $root $image) }}
+    imagePullPolicy: {{ $image.pullPolicy }}
+    ports:
+      {{- include "personaplex.ports" (list $root $role) | nindent 6 }}
+    env:
+      {{- include "personaplex.env" (list $root $role) | nindent 6 }}
+      {{- with $pod.extraEnv }}
+      {{- toYaml . | nindent 6 }}
       {{- end }}
-      resources:
-        {{- $resources := deepCopy $pod.resources }}
-        {{- if gt (int .gpus) 0 }}
-        {{- range $key := list "requests" "limits" }}
-        {{- $_ := set $resources $key (set (default dict (get $resources $key)) "nvidia.com/gpu" (toString (int $.gpus))) }}
-        {{- end }}
-        {{- end }}
-        {{- /* Logs and Ray's spilled objects; without a request, a full disk evicts this pod first. */}}
-        {{- $_ := set $resources "requests" (merge (default dict $resources.requests) (dict "ephemeral-storage" "4Gi")) }}
-        {{- toYaml $resources | nindent 8 }}
-      securityContext:
-        {{- toYaml $root.Values.securityContext | nindent 8 }}
-      volumeMounts:
-        - {name: tmp, mountPath: /tmp}
-        - {name: shared-memory, mountPath: /dev/shm}
-        {{- if $weights }}
-        {{- include "personaplex.weightsMount" (list $root true) | nindent 8 }}
-        {{- end }}
-        {{- if $keys }}
-        - {name: api-keys, mountPath: /etc/personaplex, readOnly: true}
-        {{- end }}
-        {{- if $twilio }}
-        - {name: twilio, mountPath: /etc/personaplex-twilio, readOnly: true}
-        {{- end }}
-        {{- with $pod.extraVolumeMounts }}
-        {{- toYaml . | nindent 8 }}
-        {{- end }}
-  volumes:
-    - name: tmp
-      emptyDir: {}
-    - name: shared-memory
-      emptyDir: {medium: Memory, sizeLimit: {{ $pod.shmSize }}}
-    {{- if $weights }}
-    {{- include "personaplex.weightsVolume" $root | nindent 4 }}
-    {{- end }}
-    {{- if $keys }}
-    - name: api-keys
-      secret:
-        secretName: {{ $root.Values.apiKeys.existingSecret }}
-        items: [{key: {{ $root.Values.apiKeys.key }}, path: keys}]
-    {{- end }}
-    {{- if $twilio }}
-    - name: twilio
-      secret:
-        secretName: {{ $root.Values.twilio.existingSecret }}
-        items: [{key: {{ $root.Values.twilio.key }}, path: token}]
-    {{- end }}
-    {{- with $pod.extraVolumes }}
-    {{- toYaml . | nindent 4 }}
-    {{- end }}
+    resources:
+      {{- $resources := deepCopy $pod.resources }}
+      {{- $gpu := include "personaplex.gpuResource" $pod }}
+      {{- if and $gpu (gt (int .gpus) 0) }}
+      {{- range $key := list "requests" "limits" }}
+      {{- $_ := set $resources $key (set (default dict (get $resources $key)) $gpu (toString (int $.gpus))) }}
+      {{- end }}
+      {{- end }}
+      {{- /* Logs and Ray's spilled objects; without a request, a full disk evicts this pod first. */}}
+      {{- $_ := set $resources "requests" (merge (default dict $resources.requests) (dict "ephemeral-storage" "4Gi")) }}
+      {{- toYaml $resources | nindent 6 }}
+    securityContext:
+      {{- toYaml $root.Values.securityContext | nindent 6 }}
+    volumeMounts:
+      - {name: tmp, mountPath: /tmp}
+      - {name: shared-memory, mountPath: /dev/shm}
+      {{- if $weights }}
+      {{- include "personaplex.weightsMount" (list $root true) | nindent 6 }}
+      {{- end }}
+      {{- if $keys }}
+      - {name: api-keys, mountPath: /etc/personaplex, readOnly: true}
+      {{- end }}
+      {{- if $twilio }}
+      - {name: twilio, mountPath: /etc/personaplex-twilio, readOnly: true}
+      {{- end }}
+volumes:
+  - name: tmp
+    emptyDir: {}
+  - name: shared-memory
+    emptyDir: {medium: Memory, sizeLimit: {{ $pod.shmSize }}}
+  {{- if $weights }}
+  {{- include "personaplex.weightsVolume" $root | nindent 2 }}
+  {{- end }}
+  {{- if $keys }}
+  - name: api-keys
+    secret:
+      secretName: {{ $root.Values.apiKeys.existingSecret }}
+      items: [{key: {{ $root.Values.apiKeys.key }}, path: keys}]
+  {{- end }}
+  {{- if $twilio }}
+  - name: twilio
+    secret:
+      secretName: {{ $root.Values.twilio.existingSecret }}
+      items: [{key: {{ $root.Values.twilio.key }}, path: token}]
+  {{- end }}
+{{- end -}}
+
+{{/*
+(dict "spec" a pod's spec as YAML, "over" the values' podSpec) -> the spec with podSpec on top. Containers, init
+containers and volumes are added, except for `ray`, into which its namesake is merged.
+*/}}
+{{- define "personaplex.withPodSpec" -}}
+{{- $spec := fromYaml .spec -}}{{- $over := deepCopy .over -}}
+{{- $ray := first $spec.containers -}}{{- $sidecars := list -}}
+{{- range $over.containers -}}
+{{- if eq .name "ray" -}}
+{{- $changes := . -}}
+{{- range $key := list "env" "envFrom" "volumeMounts" -}}
+{{- with get $changes $key -}}{{- $_ := set $changes $key (concat (default list (get $ray $key)) .) -}}{{- end -}}
+{{- end -}}
+{{- $ray = include "personaplex.merge" (dict "old" $ray "new" $changes) | fromJson -}}
+{{- else -}}
+{{- $sidecars = append $sidecars . -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set $over "containers" (prepend $sidecars $ray) -}}
+{{- range $key := list "initContainers" "volumes" -}}
+{{- with get $over $key -}}{{- $_ := set $over $key (concat (default list (get $spec $key)) .) -}}{{- end -}}
+{{- end -}}
+{{- include "personaplex.merge" (dict "old" $spec "new" $over) | fromJson | toYaml -}}
+{{- end -}}
+
+{{/*
+(dict "old" MAP "new" MAP) -> JSON of both: maps are merged, null removes, everything else of `new` replaces what
+was there. Not Sprig's mergeOverwrite, for which false, 0 and an empty list are nothing.
+*/}}
+{{- define "personaplex.merge" -}}
+{{- $merged := deepCopy .old -}}
+{{- range $key, $value := .new -}}
+{{- $there := get $merged $key -}}
+{{- if and (kindIs "map" $value) (kindIs "map" $there) -}}
+{{- $_ := set $merged $key (include "personaplex.merge" (dict "old" $there "new" $value) | fromJson) -}}
+{{- else if kindIs "invalid" $value -}}
+{{- $_ := unset $merged $key -}}
+{{- else -}}
+{{- $_ := set $merged $key $value -}}
+{{- end -}}
+{{- end -}}
+{{- toJson $merged -}}
+{{- end -}}
+
+{{/*
+One worker group without its name. `replicas` is left out when the autoscaler owns it, so that an upgrade never
+resets what it has scaled.
+*/}}
+{{- define "personaplex.group" -}}
+minReplicas: {{ .pod.minPods }}
+maxReplicas: {{ add .pod.maxPods (default 0 .pod.surgePods) }}
+{{- if .root.Values.autoscaler.enabled }}
+idleTimeoutSeconds: {{ .pod.idleTimeoutSeconds }}
+{{- else }}
+replicas: {{ add .pod.minPods (default 0 .pod.surgePods) }}
+{{- end }}
+{{- $resources := dict }}
+{{- if .root.Values.serve.dedicatedNodes }}
+{{- $_ := set $resources (printf "personaplex_%s" .role) (toString .pod.perPod) }}
+{{- end }}
+{{- /* Ray knows a GPU by a name that ends with `gpu`; a part of a card and a claimed device it has to be told. */}}
+{{- if and (gt (int .gpus) 0) (ne "nvidia.com/gpu" (include "personaplex.gpuResource" .pod)) }}
+{{- $_ := set $resources "GPU" (toString .gpus) }}
+{{- end }}
+{{- with $resources }}
+resources:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if .root.Values.serve.dedicatedNodes }}
+labels:
+  personaplex.io/role: {{ .role }}
+{{- end }}
+rayStartParams:
+  object-store-memory: {{ .pod.objectStoreBytes | quote }}
+template:
+  {{- include "personaplex.podTemplate" . | nindent 2 }}
 {{- end -}}

@@ -30,10 +30,26 @@ follow from the pod groups, so that Serve never asks for more than the autoscale
 {{- if .Values.twilio.existingSecret -}}
 {{- $_ := set $settings "twilio_token_file" "/etc/personaplex-twilio/token" -}}
 {{- end -}}
+{{- if .Values.card -}}
+{{- range $key, $value := omit (get (include "personaplex.cards" . | fromYaml) .Values.card) "label" -}}
+{{- if not (hasKey $settings $key) -}}{{- $_ := set $settings $key (int $value) -}}{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- if not (hasKey $settings "trusted_proxies") -}}
 {{- $_ := set $settings "trusted_proxies" (include "personaplex.proxies" . | int) -}}
 {{- end -}}
 {{- toYaml $settings -}}
+{{- end -}}
+
+{{/*
+What `card` stands for: settings unless they are given, and the label by which NVIDIA's GPU feature discovery names the
+card. Slots are computed by k8s/sizing.py from the model's shapes and the card's data sheet; they have not been measured.
+*/}}
+{{- define "personaplex.cards" -}}
+l40s: {slots: 12, spare_slots: 4, label: NVIDIA-L40S}
+a100: {slots: 32, spare_slots: 8, label: NVIDIA-A100-SXM4-80GB}
+h100: {slots: 32, spare_slots: 8, label: NVIDIA-H100-80GB-HBM3}
+h200: {slots: 72, spare_slots: 16, label: NVIDIA-H200}
 {{- end -}}
 
 {{/* Not empty where users' speech is transcribed: then there is a group of pods for it. */}}
@@ -86,4 +102,27 @@ serving and the update never end.
   max_surge_percent: {{ $percent }}
 {{- end -}}
 {{- end -}}
+{{- end -}}
+
+{{/*
+The four timeouts, in whole seconds, as JSON:
+
+    termination grace > node drain > graceful shutdown >= longest session
+
+A pod that is to go gets SIGTERM; Ray drains its node; Serve waits for the replica's sessions; only then may
+Kubernetes kill it. The graceful shutdown time is the service's own (Settings.drain_timeout_s: the longest
+session, its wait for a slot and 5 s for the close); the other two follow. An old cluster after an upgrade is
+kept for as long as its pods would be given.
+*/}}
+{{- define "personaplex.timeouts" -}}
+{{- $session := default 1800 .Values.settings.session_limit_s | float64 -}}
+{{- $queue := default 60 .Values.settings.queue_timeout_s | float64 -}}
+{{- $graceful := addf $session $queue 5 | ceil | int -}}
+{{- $drain := add $graceful 30 | int -}}
+{{- if kindIs "invalid" .Values.timeouts.nodeDrainSeconds | not -}}{{- $drain = int .Values.timeouts.nodeDrainSeconds -}}{{- end -}}
+{{- $grace := add $drain 60 | int -}}
+{{- if kindIs "invalid" .Values.timeouts.terminationGraceSeconds | not -}}{{- $grace = int .Values.timeouts.terminationGraceSeconds -}}{{- end -}}
+{{- $deletion := $grace -}}
+{{- if kindIs "invalid" .Values.timeouts.clusterDeletionDelaySeconds | not -}}{{- $deletion = int .Values.timeouts.clusterDeletionDelaySeconds -}}{{- end -}}
+{{- dict "session" ($session | ceil | int) "graceful" $graceful "drain" $drain "grace" $grace "deletion" $deletion | toJson -}}
 {{- end -}}

@@ -75,15 +75,24 @@ What a schema cannot say: rules between values. Each message names the value to 
 {{- define "personaplex.validateWeights" -}}
 {{- $weights := .Values.weights -}}
 {{- $model := toString .Values.settings.model -}}
-{{- if and (eq $weights.source "claim") (not $weights.claim.existingClaim) -}}{{- fail "weights.source claim needs weights.claim.existingClaim" -}}{{- end -}}
+{{- $places := dict "claim" (list "existingClaim" $weights.claim.existingClaim) "image" (list "reference" $weights.image.reference) "hostPath" (list "path" $weights.hostPath.path) -}}
+{{- range $source, $place := $places -}}
+{{- $value := printf "weights.%s.%s" $source (first $place) -}}
+{{- if and (eq $weights.source $source) (not (last $place)) -}}{{- fail (printf "weights.source %s needs %s" $source $value) -}}{{- end -}}
+{{- if and (ne $weights.source $source) (last $place) -}}{{- fail (printf "%s is set, but weights.source is %s" $value $weights.source) -}}{{- end -}}
+{{- end -}}
+{{- if and $weights.image.reference (not (regexMatch "(@sha256:[0-9a-f]{64}|:[A-Za-z0-9_][A-Za-z0-9_.-]*)$" $weights.image.reference)) -}}
+{{- fail (printf "weights.image.reference %s has no tag and no digest: pin one" $weights.image.reference) -}}
+{{- end -}}
+{{- if hasSuffix ":latest" $weights.image.reference -}}{{- fail (printf "weights.image.reference %s: the tag latest names no version: pin one" $weights.image.reference) -}}{{- end -}}
 {{- if and $weights.prefetch.enabled (ne $weights.source "claim") -}}{{- fail "weights.prefetch.enabled needs weights.source claim" -}}{{- end -}}
 {{- if and (eq $weights.source "node") (not .Values.huggingFace.existingSecret) (eq $model "7b") -}}
-{{- fail "settings.model 7b is gated: put a Hugging Face token in a Secret and name it in huggingFace.existingSecret, or use weights.source claim" -}}
+{{- fail "settings.model 7b is gated: put a Hugging Face token in a Secret and name it in huggingFace.existingSecret, or use another weights.source" -}}
 {{- end -}}
 {{- if and $weights.prefetch.enabled (not .Values.huggingFace.existingSecret) (eq $model "7b") -}}
 {{- fail "weights.prefetch.enabled downloads a gated model: name a token's Secret in huggingFace.existingSecret" -}}
 {{- end -}}
-{{- if and (eq $weights.source "none") (eq $model "7b") -}}{{- fail "settings.model 7b needs weights.source node or claim" -}}{{- end -}}
+{{- if and (eq $weights.source "none") (eq $model "7b") -}}{{- fail "settings.model 7b needs weights: weights.source none has no volume for them" -}}{{- end -}}
 {{- $least := 18 -}}{{- /* GB: the files of 7b and their voices */ -}}
 {{- if and (eq $weights.source "node") (eq $model "7b") (lt (include "personaplex.quantity" $weights.node.sizeLimit | float64) (mulf $least 1e9)) -}}
 {{- fail (printf "weights.node.sizeLimit is %v, but the weights of settings.model 7b take %d GB" $weights.node.sizeLimit $least) -}}
@@ -97,4 +106,50 @@ What a schema cannot say: rules between values. Each message names the value to 
 {{- end -}}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) -}}{{- fail "ingress.enabled needs ingress.hosts" -}}{{- end -}}
 {{- if and .Values.httpRoute.enabled (not .Values.httpRoute.parentRefs) -}}{{- fail "httpRoute.enabled needs httpRoute.parentRefs" -}}{{- end -}}
+{{- end -}}
+
+{{/*
+Ports of a Ray pod that Ray and its Serve take for themselves: (list first last what), by default settings.
+*/}}
+{{- define "personaplex.reservedPorts" -}}
+- [6379, 6379, "Ray's GCS"]
+- [8080, 8080, "Ray's metrics"]
+- [8265, 8265, "Ray's dashboard"]
+- [8500, 8500, "Serve's fallback proxy"]
+- [9000, 9000, "Serve's gRPC proxy"]
+- [9500, 9500, "Serve's fallback proxy"]
+- [10001, 10001, "Ray's client server"]
+- [10002, 19999, "Ray's workers"]
+- [44217, 44217, "the autoscaler's metrics"]
+- [44227, 44227, "the dashboard's metrics"]
+- [52365, 52365, "Ray's dashboard agent"]
+{{- if .Values.serve.haProxy }}
+- [8404, 8404, "HAProxy's statistics"]
+- [9101, 9101, "HAProxy's metrics"]
+- [30000, 31000, "gateways behind HAProxy"]
+- [40000, 41000, "gateways behind HAProxy"]
+{{- end }}
+{{- end -}}
+
+{{- define "personaplex.validatePorts" -}}
+{{- $first := default 0 .Values.settings.media_port_min | int -}}
+{{- $last := default 0 .Values.settings.media_port_max | int -}}
+{{- $port := int .Values.serve.port -}}
+{{- if lt $last $first -}}{{- fail (printf "settings.media_port_max is %d, less than the media_port_min of %d" $last $first) -}}{{- end -}}
+{{- if and (eq $first 0) (gt $last 0) -}}{{- fail "settings.media_port_max needs settings.media_port_min" -}}{{- end -}}
+{{- if and (ge $port $first) (le $port $last) -}}
+{{- fail (printf "serve.port is %d, one of the media ports %d to %d (settings.media_port_min, media_port_max)" $port $first $last) -}}
+{{- end -}}
+{{- range include "personaplex.reservedPorts" . | fromYamlArray -}}
+{{- $low := index . 0 | int -}}{{- $high := index . 1 | int -}}{{- $what := index . 2 -}}
+{{- if and (ge $port $low) (le $port $high) -}}{{- fail (printf "serve.port is %d, which belongs to %s" $port $what) -}}{{- end -}}
+{{- if and (gt $first 0) (le $first $high) (ge $last $low) -}}
+{{- fail (printf "settings.media_port_min to media_port_max (%d to %d) reach over %d to %d, which belong to %s" $first $last $low $high $what) -}}
+{{- end -}}
+{{- end -}}
+{{- range $name, $group := .Values.replicaGroups -}}
+{{- if and (gt $first 0) (lt (add (sub $last $first) 1 | int) (int $group.perPod)) -}}
+{{- fail (printf "replicaGroups.%s: %d media ports for %v replicas in a pod" $name (add (sub $last $first) 1 | int) $group.perPod) -}}
+{{- end -}}
+{{- end -}}
 {{- end -}}

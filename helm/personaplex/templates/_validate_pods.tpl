@@ -25,6 +25,11 @@ with the path of the value to change.
 {{- if gt (mulf $wanted (float64 $group.perPod)) (float64 $group.gpusPerPod) -}}
 {{- fail (printf "replicaGroups.%s: %v replicas of %v GPUs do not fit in %v" $name $group.perPod $wanted $group.gpusPerPod) -}}
 {{- end -}}
+{{- $resource := include "personaplex.gpuResource" $group -}}
+{{- if hasPrefix "nvidia.com/mig-" $resource -}}
+{{- if gt (int $group.gpusPerPod) 1 -}}{{- fail (printf "replicaGroups.%s.gpusPerPod is %v: a process sees one %s at a time" $name $group.gpusPerPod $resource) -}}{{- end -}}
+{{- if $.Values.card -}}{{- fail (printf "card %s is a whole card, replicaGroups.%s.gpuResource a part of one: leave card out and set settings.slots (python -m k8s slots)" $.Values.card $name) -}}{{- end -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
@@ -76,8 +81,8 @@ with the path of the value to change.
 {{- if ge $store (include "personaplex.quantity" (default $limits.memory $requests.memory) | float64) -}}
 {{- fail (printf "%s.objectStoreBytes is %s, all of the pod's memory or more" .path .pod.objectStoreBytes) -}}
 {{- end -}}
-{{- include "personaplex.validateEnv" . -}}
-{{- include "personaplex.validateVolumes" . -}}
+{{- include "personaplex.validateEnv" (dict "path" (printf "%s.extraEnv" .path) "env" .pod.extraEnv "seen" dict) -}}
+{{- include "personaplex.validatePodSpec" . -}}
 {{- include "personaplex.validateTolerations" (dict "path" .path "tolerations" .pod.tolerations) -}}
 {{- range $label, $_ := default dict .pod.podLabels -}}
 {{- if or (hasPrefix "ray.io/" $label) (has $label (list "app.kubernetes.io/name" "app.kubernetes.io/instance" "app.kubernetes.io/component")) -}}
@@ -111,15 +116,15 @@ RAY_ADDRESS RAY_CLUSTER_NAME RAY_CLOUD_INSTANCE_ID RAY_NODE_TYPE_NAME RAY_IP FQ_
 RAY_REDIS_ADDRESS REDIS_PASSWORD REDIS_USERNAME RAY_enable_autoscaler_v2 KUBERAY_GEN_RAY_START_CMD
 {{- end -}}
 
+{{/* (dict "path" "env" "seen" names so far) */}}
 {{- define "personaplex.validateEnv" -}}
 {{- $taken := include "personaplex.ownVariables" . | replace "\n" " " | splitList " " -}}
-{{- $seen := dict -}}
-{{- range $index, $variable := default list .pod.extraEnv -}}
+{{- range $index, $variable := default list .env -}}
 {{- if has $variable.name $taken -}}
-{{- fail (printf "%s.extraEnv[%d]: %s is set by the chart or by KubeRay; a second value would silently win" $.path $index $variable.name) -}}
+{{- fail (printf "%s[%d]: %s is set by the chart or by KubeRay; a second value would silently win" $.path $index $variable.name) -}}
 {{- end -}}
-{{- if hasKey $seen $variable.name -}}{{- fail (printf "%s.extraEnv[%d]: %s is there twice" $.path $index $variable.name) -}}{{- end -}}
-{{- $_ := set $seen $variable.name true -}}
+{{- if hasKey $.seen $variable.name -}}{{- fail (printf "%s[%d]: %s is there twice" $.path $index $variable.name) -}}{{- end -}}
+{{- $_ := set $.seen $variable.name true -}}
 {{- end -}}
 {{- end -}}
 
@@ -137,28 +142,88 @@ RAY_REDIS_ADDRESS REDIS_PASSWORD REDIS_USERNAME RAY_enable_autoscaler_v2 KUBERAY
 {{- end -}}
 {{- end -}}
 
+{{/* What podSpec may not change, and why; `ray.` is a field of the Ray container. */}}
+{{- define "personaplex.ownFields" -}}
+terminationGracePeriodSeconds: timeouts.terminationGraceSeconds sets it, in order with the other timeouts
+restartPolicy: Ray's autoscaler needs pods that are not started again
+readinessGates: they keep sockets off the pods that take none
+hostNetwork: no network policy covers such a pod, and Ray's ports would be open to everyone
+ray.image: image and gatewayImage set it
+ray.imagePullPolicy: image.pullPolicy and gatewayImage.pullPolicy set it
+ray.command: KubeRay writes the command that starts Ray
+ray.args: KubeRay writes the command that starts Ray
+ray.ports: Services, policies and monitors know its ports
+ray.lifecycle: a hook would delay or replace Ray's own drain, in which sessions end
+{{- end -}}
+
+{{- define "personaplex.validatePodSpec" -}}
+{{- $over := default dict .pod.podSpec -}}
+{{- range $field, $why := include "personaplex.ownFields" . | fromYaml -}}
+{{- if hasKey $over $field -}}{{- fail (printf "%s.podSpec.%s cannot be changed: %s" $.path $field $why) -}}{{- end -}}
+{{- end -}}
+{{- if and (eq .path "head") .root.Values.autoscaler.enabled (eq "false" (toString (get $over "automountServiceAccountToken"))) -}}
+{{- fail "head.podSpec.automountServiceAccountToken cannot be false with autoscaler.enabled: the autoscaler speaks to the API server" -}}
+{{- end -}}
+{{- $ray := dict -}}
+{{- range $index, $container := default list $over.containers -}}
+{{- $path := printf "%s.podSpec.containers[%d]" $.path $index -}}
+{{- if eq $container.name "ray" -}}
+{{- $ray = $container -}}
+{{- range $field, $why := include "personaplex.ownFields" $ | fromYaml -}}
+{{- if and (hasPrefix "ray." $field) (hasKey $container (trimPrefix "ray." $field)) -}}{{- fail (printf "%s.%s cannot be changed: %s" $path (trimPrefix "ray." $field) $why) -}}{{- end -}}
+{{- end -}}
+{{- if omit (default dict $container.resources) "claims" -}}{{- fail (printf "%s.resources cannot be changed but for its claims: use %s.resources" $path $.path) -}}{{- end -}}
+{{- $seen := dict -}}
+{{- range default list $.pod.extraEnv -}}{{- $_ := set $seen .name true -}}{{- end -}}
+{{- include "personaplex.validateEnv" (dict "path" (printf "%s.env" $path) "env" $container.env "seen" $seen) -}}
+{{- else if not $container.image -}}
+{{- fail (printf "%s: a container beside ray needs an image" $path) -}}
+{{- end -}}
+{{- end -}}
+{{- $claimed := and (hasKey .pod "gpuResource") (not .pod.gpuResource) (gt (int .pod.gpusPerPod) 0) -}}
+{{- if and $claimed (not (and $over.resourceClaims (dig "resources" "claims" list $ray))) -}}
+{{- fail (printf "%s.gpuResource is empty: name a claim in podSpec.resourceClaims, and in resources.claims of the container ray there" .path) -}}
+{{- end -}}
+{{- include "personaplex.validateTolerations" (dict "path" (printf "%s.podSpec" .path) "tolerations" $over.tolerations) -}}
+{{- include "personaplex.validateVolumes" . -}}
+{{- end -}}
+
 {{- define "personaplex.validateVolumes" -}}
+{{- $over := default dict .pod.podSpec -}}
 {{- $names := concat (list "tmp" "shared-memory") .volumes -}}
-{{- range $index, $volume := default list .pod.extraVolumes -}}
-{{- if has $volume.name $names -}}{{- fail (printf "%s.extraVolumes[%d]: a volume %s is there already" $.path $index $volume.name) -}}{{- end -}}
+{{- range $index, $volume := default list $over.volumes -}}
+{{- if has $volume.name $names -}}{{- fail (printf "%s.podSpec.volumes[%d]: a volume %s is there already" $.path $index $volume.name) -}}{{- end -}}
 {{- $names = append $names $volume.name -}}
 {{- end -}}
-{{- $paths := list "/tmp" "/dev/shm" -}}
-{{- if has "weights" .volumes -}}{{- $paths = append $paths (trimSuffix "/" .root.Values.weights.mountPath) -}}{{- end -}}
-{{- if has "api-keys" .volumes -}}{{- $paths = append $paths "/etc/personaplex" -}}{{- end -}}
-{{- if has "twilio" .volumes -}}{{- $paths = append $paths "/etc/personaplex-twilio" -}}{{- end -}}
-{{- range $index, $mount := default list .pod.extraVolumeMounts -}}
-{{- if not (has $mount.name $names) -}}{{- fail (printf "%s.extraVolumeMounts[%d]: no volume %s in extraVolumes" $.path $index $mount.name) -}}{{- end -}}
-{{- $path := trimSuffix "/" $mount.mountPath -}}
-{{- if has $path $paths -}}{{- fail (printf "%s.extraVolumeMounts[%d]: something is mounted at %s already" $.path $index $path) -}}{{- end -}}
-{{- $paths = append $paths $path -}}
-{{- end -}}
-{{- $containers := list "ray" "download-weights" "wait-for-weights" "wait-gcs-ready" "autoscaler" -}}
-{{- range $index, $container := default list .pod.initContainers -}}
-{{- if has $container.name $containers -}}{{- fail (printf "%s.initContainers[%d]: a container %s is there already" $.path $index $container.name) -}}{{- end -}}
-{{- $containers = append $containers $container.name -}}
+{{- $mounted := list "/tmp" "/dev/shm" -}}
+{{- if has "weights" .volumes -}}{{- $mounted = append $mounted (trimSuffix "/" .root.Values.weights.mountPath) -}}{{- end -}}
+{{- if has "api-keys" .volumes -}}{{- $mounted = append $mounted "/etc/personaplex" -}}{{- end -}}
+{{- if has "twilio" .volumes -}}{{- $mounted = append $mounted "/etc/personaplex-twilio" -}}{{- end -}}
+{{- $taken := list "download-weights" "wait-for-weights" "wait-gcs-ready" "autoscaler" -}}
+{{- range $list := list "containers" "initContainers" -}}
+{{- range $index, $container := default list (get $over $list) -}}
+{{- $path := printf "%s.podSpec.%s[%d]" $.path $list $index -}}
+{{- if or (has $container.name $taken) (and (eq $container.name "ray") (eq $list "initContainers")) -}}{{- fail (printf "%s: a container %s is there already" $path $container.name) -}}{{- end -}}
+{{- $taken = append $taken $container.name -}}
+{{- $paths := eq $container.name "ray" | ternary $mounted list -}}
 {{- range $number, $mount := default list $container.volumeMounts -}}
-{{- if not (has $mount.name $names) -}}{{- fail (printf "%s.initContainers[%d].volumeMounts[%d]: no volume %s in extraVolumes" $.path $index $number $mount.name) -}}{{- end -}}
+{{- if not (has $mount.name $names) -}}{{- fail (printf "%s.volumeMounts[%d]: no volume %s in podSpec.volumes" $path $number $mount.name) -}}{{- end -}}
+{{- $place := trimSuffix "/" $mount.mountPath -}}
+{{- if has $place $paths -}}{{- fail (printf "%s.volumeMounts[%d]: something is mounted at %s already" $path $number $place) -}}{{- end -}}
+{{- $paths = append $paths $place -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* A Kubernetes quantity ("500m", "8Gi", 2) as a plain number, so that two can be compared. */}}
+{{- define "personaplex.quantity" -}}
+{{- if kindIs "string" . -}}
+{{- $factors := dict "" 1.0 "m" 1e-3 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12
+  "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 -}}
+{{- $number := regexFind "^[0-9]+([.][0-9]+)?" . -}}
+{{- mulf (float64 $number) (get $factors (trimPrefix $number .)) -}}
+{{- else -}}
+{{- float64 . -}}
 {{- end -}}
 {{- end -}}
