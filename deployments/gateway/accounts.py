@@ -3,9 +3,9 @@
 The fleet judges a session of a key with a limit before it begins (wire/holdings.py). While the fleet is away
 a gateway judges by its own sessions and, for REMEMBER_S, by what it last heard of the others: so it never
 refuses for want of an answer, and at worst a limit holds for each gateway by itself. Every TICK_S the fleet
-is told what is held here, less often while nothing is, used seconds are counted, and sessions of keys whose
-minutes are used up, or that were revoked, are ended. A label is the operator's; no key is in a log or a
-metric.
+is told what is held here, less often while nothing is and more often while callers wait, since gateways take
+turns by it; used seconds are counted, and sessions of keys whose minutes are used up, or that were revoked,
+are ended. A label is the operator's; no key is in a log or a metric.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 usage = logging.getLogger("deployments.gateway.usage")
 
 TICK_S = 1.0
+QUEUE_TICK_S = 0.25  # while callers wait here
 QUIET_REPORT_S = (
     2.9  # between two reports of a gateway where no key holds anything; the fleet forgets after 5
 )
@@ -232,15 +233,18 @@ class Accounts:
 
     async def run(self, queued: Callable[[], Iterable[QueuedRequest]]) -> None:
         """Counts, reports and ends sessions, for ever; `queued` gives those that wait for a slot."""
+        due = float("-inf")
         while True:
-            self.tick()
             waiting = list(queued())
-            busy = bool(self._held or waiting)
-            # A call to the fleet costs as much as 30 frames: who holds nothing makes fewer.
-            if busy or self._was_busy or self._clock() - self._heard >= QUIET_REPORT_S:
-                await self._report(waiting)
-            self._was_busy = busy
-            await asyncio.sleep(TICK_S)
+            if waiting or self._clock() >= due:
+                due = self._clock() + TICK_S
+                self.tick()
+                busy = bool(self._held or waiting)
+                # A call to the fleet costs as much as 30 frames: who holds nothing makes fewer.
+                if busy or self._was_busy or self._clock() - self._heard >= QUIET_REPORT_S:
+                    await self._report(waiting)
+                self._was_busy = busy
+            await asyncio.sleep(QUEUE_TICK_S)
 
     def tick(self) -> None:
         """Counts what was used since the last one, and ends what may not go on."""

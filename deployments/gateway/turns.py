@@ -8,7 +8,7 @@
 A queue's places are shared by the same thought: a holder may have at most as many callers waiting as there
 are free places, so alone it gets half of them and there is always one left for somebody else.
 
-Gateways know of each other's queues through the fleet, a second late. One whose own caller is not the first
+Gateways know of each other's queues through the fleet, a moment late. One whose own caller is not the first
 over all leaves a free slot to the others for YIELD_S before it takes it; no slot is ever kept from anybody
 for longer, whatever the fleet knows.
 """
