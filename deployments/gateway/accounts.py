@@ -41,6 +41,8 @@ QUIET_REPORT_S = (
 )
 JUDGE_TIMEOUT_S = 2.0  # for the fleet's answer to a session that waits for it
 REPORT_TIMEOUT_S = 2.0
+FRESH_S = 0.05  # age of word about other queues that is good enough to take a turn by
+FRESH_TIMEOUT_S = 0.2  # waited for it while a slot is free
 REMEMBER_S = 60.0  # what was last heard of other gateways
 SESSIONS_RETRY_S = 10.0
 DAY_S = 86_400
@@ -93,6 +95,9 @@ class Accounts:
         self._elsewhere, self._heard = Elsewhere(), float("-inf")
         self._was_busy = True  # at the last tick: that it no longer is has to be told
         self._leaving: set[asyncio.Future[None]] = set()
+        self._queued: Callable[[], Iterable[QueuedRequest]] = tuple
+        self._asking, self._asked = asyncio.Lock(), float("-inf")
+        turns.ask = self._ask
 
     # One session
 
@@ -233,7 +238,7 @@ class Accounts:
 
     async def run(self, queued: Callable[[], Iterable[QueuedRequest]]) -> None:
         """Counts, reports and ends sessions, for ever; `queued` gives those that wait for a slot."""
-        due = float("-inf")
+        self._queued, due = queued, float("-inf")
         while True:
             waiting = list(queued())
             if waiting or self._clock() >= due:
@@ -273,6 +278,14 @@ class Accounts:
                 yield held, Unauthorized("the API key of this session was revoked")
             elif held.key.minutes and self._used(held.key.holder) >= 60 * held.key.minutes:
                 yield held, SessionExpired(_minutes_used(held.key))
+
+    async def _ask(self) -> None:
+        """Word of the others that is FRESH_S old at most, where the fleet has it in time."""
+        async with self._asking:
+            if self._clock() - self._asked >= FRESH_S:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._report(self._queued()), FRESH_TIMEOUT_S)
+                self._asked = self._clock()
 
     async def _report(self, queued: Iterable[QueuedRequest]) -> None:
         holdings = Holdings(
