@@ -31,14 +31,14 @@ def quotas(cluster: Cluster, service: Any) -> Iterator[Finding]:
             continue
         used, fits = quota.get("status", {}).get("used", {}), True
         for key, hard in spec.get("hard", {}).items():
-            item, most = _counted_as(key), parse_quantity(hard)
+            item, most = _counted_as(key), _quantity(hard)
             without = sorted(set(_without(config, item)))
             if without:
                 fits = False
                 text = f"{name} counts {key}, which these do not name: {', '.join(without)}"
                 yield Finding("warn", f"{text}; refused, unless a LimitRange gives one")
             least = needed[item]
-            left = most - parse_quantity(used.get(key, 0))
+            left = most - _quantity(used.get(key, 0))
             if least > most:
                 fits = False
                 text = f"the fewest pods need {_shown(key, least)} of {key}, it allows {_shown(key, most)}"
@@ -53,6 +53,10 @@ def quotas(cluster: Cluster, service: Any) -> Iterator[Finding]:
                 yield Finding("warn", f"{name}: {text}")
         if fits:
             yield Finding("ok", f"{name} has room")
+
+
+def _quantity(text: str | int) -> Decimal:
+    return Decimal(parse_quantity(text))  # type: ignore[no-untyped-call]
 
 
 def _counted_as(key: str) -> str:
@@ -105,7 +109,7 @@ def _amounts(container: Any, side: str) -> Amounts:
     resources = container.get("resources", {})
     given = dict(resources.get("limits") or {}) if side == "requests" else {}
     given |= resources.get(side) or {}
-    return {name: parse_quantity(amount) for name, amount in given.items()}
+    return {name: _quantity(amount) for name, amount in given.items()}
 
 
 def _without(config: Any, item: str) -> Iterator[str]:
