@@ -325,7 +325,7 @@ class Conversation:
         if state is State.LIVE:
             if not self._was_live:
                 self._was_live = True
-                self._services.live.add(self._session)
+                self._services.live.add(self)
                 self._services.changed()
                 self._stats.live()
         elif state in (State.CLOSING, State.CLOSED):
@@ -364,7 +364,7 @@ class Conversation:
             self._transcript.end()
             if self._recording is None:
                 self._transcript.close()  # nobody is left to be told
-        self._services.live.discard(self._session)
+        self._services.live.discard(self)
 
     async def _wind_up(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
