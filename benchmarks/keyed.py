@@ -108,6 +108,7 @@ class Call:
     """What one caller met. Seconds of the monotonic clock; `foretold` in seconds, with when it was said."""
 
     began: float = dataclasses.field(default_factory=time.monotonic)
+    queued: float = 0.0  # when it was told its place in the queue; 0.0: never
     live: float = 0.0
     settled: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)  # it is live, or over
     foretold: list[tuple[float, float]] = dataclasses.field(default_factory=list)
@@ -140,8 +141,10 @@ class Place:
                     case Handshake():
                         call.live = time.monotonic()
                         call.settled.set()
-                    case Metadata(data) if data.get("type") == "queue" and "wait_s" in data:
-                        call.foretold.append((time.monotonic(), float(data["wait_s"])))
+                    case Metadata(data) if data.get("type") == "queue":
+                        call.queued = call.queued or time.monotonic()
+                        if "wait_s" in data:
+                            call.foretold.append((time.monotonic(), float(data["wait_s"])))
                     case Audio():
                         call.pages.append(time.monotonic())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -79,9 +80,10 @@ def processes() -> dict[str, list[int]]:
     for pid in below(os.getpid()):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             name = Path(f"/proc/{pid}/cmdline").read_text()
-            if name.startswith(REPLICA):
-                deployment = name.removeprefix(REPLICA).partition("\0")[0].partition("#")[0]
-                found.setdefault(deployment, []).append(pid)
+            if name.startswith(REPLICA):  # and behind it, in a call, the method's name
+                deployment = re.match(r"\w*", name.removeprefix(REPLICA))
+                assert deployment is not None
+                found.setdefault(deployment[0], []).append(pid)
     return found
 
 

@@ -7,7 +7,7 @@ Each round talks to three services on this machine, in turn, with the same speec
 - off: `transcription=off`, for what listening itself costs a gateway
 - on: a transcriber that works; then one that stands still (SIGSTOP) all the while; then one that is killed
   every few seconds, whenever Serve has started it anew
-- absent: a transcriber whose model is not there
+- absent: a transcriber whose model cannot be loaded
 
 `cpu` is the CPU time of gateway and replica alone, in milliseconds per session and second. The exit status is
 1 when the median of a broken transcriber's runs is above the dearest run, or its longest gap GAP_MORE_S above
@@ -22,6 +22,7 @@ import os
 import signal
 import statistics
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,10 +100,12 @@ def talk(base: str, trouble: Trouble, stream: Stream, sessions: int) -> dict[str
         )
 
 
-def round_of(model: str, stream: Stream, sessions: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """Each condition once."""
+def round_of(
+    model: str, stream: Stream, sessions: int, broken: Path
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each condition once. `broken`: a directory that only looks like a transcriber's model."""
     common = {**SETTINGS, "slots": sessions}
-    missing = {**ON, "transcription_model": "/nowhere/model"}
+    missing = {**ON, "transcription_model": str(broken)}
     services: list[tuple[Mapping[str, Any], Sequence[tuple[str, Trouble]]]] = [
         ({}, [("off", contextlib.nullcontext)]),
         (ON, [("on", contextlib.nullcontext), ("slow", standing_still), ("killed", killed)]),
@@ -151,10 +154,13 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the service goes with us
     stream = chat_stream(speech(options.seconds))
     runs: dict[str, list[dict[str, float]]] = {}
-    for _ in range(options.rounds):
-        for name, found in round_of(options.model, stream, options.sessions):
-            runs.setdefault(name, []).append(found)
-            print(name, rounded(found), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        broken = Path(folder)
+        (broken / "model.bin").write_bytes(bytes(64))  # or the service would refuse to start
+        for _ in range(options.rounds):
+            for name, found in round_of(options.model, stream, options.sessions, broken):
+                runs.setdefault(name, []).append(found)
+                print(name, rounded(found), flush=True)
     compared = compare(runs)
     result = {
         "benchmark": "unhurt",

@@ -3,9 +3,9 @@
 The fleet judges a session of a key with a limit before it begins (wire/holdings.py). While the fleet is away
 a gateway judges by its own sessions and, for REMEMBER_S, by what it last heard of the others: so it never
 refuses for want of an answer, and at worst a limit holds for each gateway by itself. Every TICK_S the fleet
-is told what is held here, less often while nothing is, used seconds are counted, and sessions of keys whose
-minutes are used up, or that were revoked, are ended. A label is the operator's; no key is in a log or a
-metric.
+is told what is held here, less often while nothing is and more often while callers wait, since gateways take
+turns by it; used seconds are counted, and sessions of keys whose minutes are used up, or that were revoked,
+are ended. A label is the operator's; no key is in a log or a metric.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ logger = logging.getLogger(__name__)
 usage = logging.getLogger("deployments.gateway.usage")
 
 TICK_S = 1.0
+QUEUE_TICK_S = 0.25  # while callers wait here
 QUIET_REPORT_S = (
     2.9  # between two reports of a gateway where no key holds anything; the fleet forgets after 5
 )
 JUDGE_TIMEOUT_S = 2.0  # for the fleet's answer to a session that waits for it
 REPORT_TIMEOUT_S = 2.0
+FRESH_S = 0.05  # age of word about other queues that is good enough to take a turn by
+FRESH_TIMEOUT_S = 0.2  # waited for it while a slot is free
 REMEMBER_S = 60.0  # what was last heard of other gateways
 SESSIONS_RETRY_S = 10.0
 DAY_S = 86_400
@@ -92,6 +95,9 @@ class Accounts:
         self._elsewhere, self._heard = Elsewhere(), float("-inf")
         self._was_busy = True  # at the last tick: that it no longer is has to be told
         self._leaving: set[asyncio.Future[None]] = set()
+        self._queued: Callable[[], Iterable[QueuedRequest]] = tuple
+        self._asking, self._asked = asyncio.Lock(), float("-inf")
+        turns.ask = self._ask
 
     # One session
 
@@ -232,15 +238,18 @@ class Accounts:
 
     async def run(self, queued: Callable[[], Iterable[QueuedRequest]]) -> None:
         """Counts, reports and ends sessions, for ever; `queued` gives those that wait for a slot."""
+        self._queued, due = queued, float("-inf")
         while True:
-            self.tick()
             waiting = list(queued())
-            busy = bool(self._held or waiting)
-            # A call to the fleet costs as much as 30 frames: who holds nothing makes fewer.
-            if busy or self._was_busy or self._clock() - self._heard >= QUIET_REPORT_S:
-                await self._report(waiting)
-            self._was_busy = busy
-            await asyncio.sleep(TICK_S)
+            if waiting or self._clock() >= due:
+                due = self._clock() + TICK_S
+                self.tick()
+                busy = bool(self._held or waiting)
+                # A call to the fleet costs as much as 30 frames: who holds nothing makes fewer.
+                if busy or self._was_busy or self._clock() - self._heard >= QUIET_REPORT_S:
+                    await self._report(waiting)
+                self._was_busy = busy
+            await asyncio.sleep(QUEUE_TICK_S)
 
     def tick(self) -> None:
         """Counts what was used since the last one, and ends what may not go on."""
@@ -269,6 +278,14 @@ class Accounts:
                 yield held, Unauthorized("the API key of this session was revoked")
             elif held.key.minutes and self._used(held.key.holder) >= 60 * held.key.minutes:
                 yield held, SessionExpired(_minutes_used(held.key))
+
+    async def _ask(self) -> None:
+        """Word of the others that is FRESH_S old at most, where the fleet has it in time."""
+        async with self._asking:
+            if self._clock() - self._asked >= FRESH_S:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._report(self._queued()), FRESH_TIMEOUT_S)
+                self._asked = self._clock()
 
     async def _report(self, queued: Iterable[QueuedRequest]) -> None:
         holdings = Holdings(

@@ -19,7 +19,7 @@ from typing import Any
 from ray.serve.request_router import FIFOMixin, PendingRequest, RequestRouter, RunningReplica
 
 from deployments.gateway import watchers
-from deployments.gateway.turns import YIELD_S, QueuedRequest
+from deployments.gateway.turns import YIELD_S, QueuedRequest, Turns
 from deployments.policy import Candidate, rank
 from deployments.wire.messages import LeaseRequest
 
@@ -53,7 +53,7 @@ class SessionRouter(FIFOMixin, RequestRouter):
             if replica.replica_id.unique_id not in request.excluded
         }
         known = [self._candidate(replica) for replica in replicas.values()]
-        ranked = self._mine(rank(known, request.voice, self._placement))
+        ranked = await self._mine(rank(known, request.voice, self._placement))
         full = [replicas[one.key] for one in known if one.accepting and one.sessions >= one.slots]
         return [[replicas[one.key]] for one in ranked] + ([full] if full and self._may_look() else [])
 
@@ -66,19 +66,28 @@ class SessionRouter(FIFOMixin, RequestRouter):
             assert turns is not None
             chosen = turns.pick([request for _, request in waiting])
             turns.sent(chosen)
+            self._free_since.pop(replica.replica_id, None)  # of another free slot the moment begins anew
             (first,) = (call for call, request in waiting if request is chosen)
             others = (call for call in self._pending_requests_to_fulfill if call is not first)
             self._pending_requests_to_fulfill = deque((first, *others))
         super()._fulfill_next_pending_request(replica, request_metadata)
 
-    def _mine(self, free: list[Candidate]) -> list[Candidate]:
+    async def _mine(self, free: list[Candidate]) -> list[Candidate]:
         """Those of the replicas with a free slot whose slot need not be left to another gateway."""
-        now, waiting = time.monotonic(), [request for _, request in self._waiting()] if free else []
-        if not waiting or waiting[0].turns is None or not waiting[0].turns.yields(waiting):
+        turns = self._turns() if free else None
+        if turns is not None:
+            await turns.refresh()
+        waiting = [request for _, request in self._waiting()]
+        if turns is None or not turns.yields(waiting):
             self._free_since.clear()
             return free
+        now = time.monotonic()
         self._free_since = {one.key: self._free_since.get(one.key, now) for one in free}
         return [one for one in free if now - self._free_since[one.key] >= YIELD_S]
+
+    def _turns(self) -> Turns | None:
+        """This gateway's, known from any call that waits."""
+        return next((request.turns for _, request in self._waiting()), None)
 
     def _waiting(self) -> list[tuple[PendingRequest, QueuedRequest]]:
         """The calls that wait, and what is known of them."""

@@ -8,16 +8,16 @@
 A queue's places are shared by the same thought: a holder may have at most as many callers waiting as there
 are free places, so alone it gets half of them and there is always one left for somebody else.
 
-Gateways know of each other's queues through the fleet, a second late. One whose own caller is not the first
-over all leaves a free slot to the others for YIELD_S before it takes it; no slot is ever kept from anybody
-for longer, whatever the fleet knows.
+Gateways know of each other's queues through the fleet, and ask it again when there is a free slot to share.
+One whose own caller is not the first over all leaves a free slot to the others for YIELD_S before it takes
+it; no slot is ever kept from anybody for longer, whatever the fleet knows.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,7 @@ class Turns:
         self._served: dict[str, float] = {}  # when each holder last got a slot
         self._flying: dict[str, str] = {}  # sessions that were sent to a replica, and their holders
         self._elsewhere, self._heard = Elsewhere(), float("-inf")
+        self.ask: Callable[[], Awaitable[None]] | None = None  # the fleet, which ends in `heard`
 
     def order(self, waiting: Iterable[QueuedRequest]) -> list[QueuedRequest]:
         """In the order in which they will get their slots, if nobody else comes."""
@@ -90,6 +91,11 @@ class Turns:
 
     # Other gateways
 
+    async def refresh(self) -> None:
+        """Makes what is known of other gateways current, if callers wait there."""
+        if self.ask is not None and self._elsewhere.waiting:
+            await self.ask()
+
     def heard(self, elsewhere: Elsewhere) -> None:
         """What the fleet says about the others."""
         self._elsewhere, self._heard = elsewhere, self._clock()
@@ -119,10 +125,12 @@ class Turns:
         }
 
     def served_s(self, kept_s: float) -> dict[str, float]:
-        """For the fleet: how long ago holders got a slot here. Those of more than `kept_s` are forgotten."""
+        """For the fleet: how long ago holders got a slot here, or are about to. Those of more than `kept_s`
+        are forgotten."""
         now = self._clock()
         self._served = {holder: at for holder, at in self._served.items() if now - at < kept_s}
-        return {holder: now - at for holder, at in self._served.items()}
+        flying = dict.fromkeys(self._flying.values(), 0.0)
+        return {holder: now - at for holder, at in self._served.items()} | flying
 
     def _rank(self, request: QueuedRequest) -> tuple[float, float, float]:
         return -request.priority, self._last(request.holder), request.arrived

@@ -23,7 +23,7 @@ from deployments.gateway import accounts
 from deployments.gateway.accounts import DAY_S, REMEMBER_S, Accounts
 from deployments.gateway.admission import refusal
 from deployments.gateway.keys import PRIORITY, Key, Keys, KeyTable, parse_key
-from deployments.gateway.turns import Turns
+from deployments.gateway.turns import QueuedRequest, Turns
 from deployments.wire.holdings import FORGET_AFTER_S, SETTLE_S, YOUNG_S, Holdings, Ledger, Limits
 from personaplex.errors import ConfigError, PersonaplexError, SessionExpired, TooManySessions, Unauthorized
 
@@ -535,6 +535,7 @@ def test_a_gateway_where_no_key_holds_anything_tells_the_fleet_less_often(
 ) -> None:
     """But each second while one does, and at once when that is over: others would count what is gone."""
     monkeypatch.setattr(accounts, "TICK_S", 0.0)
+    monkeypatch.setattr(accounts, "QUEUE_TICK_S", 0.0)
     times = Times()
     table, key = key_of("k label=acme")
     reported: list[tuple[int, int]] = []
@@ -573,3 +574,33 @@ def test_a_gateway_where_no_key_holds_anything_tells_the_fleet_less_often(
         (14, 0),
         (17, 0),
     ]
+
+
+def test_while_callers_wait_the_fleet_is_told_at_every_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gateways take turns by each other's queues: a second late, whole turns go to the wrong holder."""
+    monkeypatch.setattr(accounts, "QUEUE_TICK_S", 0.0)
+    times = Times()
+    table, _ = key_of("k label=acme")
+    reported: list[float] = []
+
+    async def run() -> None:
+        _, (a,), _ = gateways(times, table, count=1)
+        ended, looks = asyncio.Event(), itertools.count(1)
+
+        async def note(_: Any) -> None:
+            reported.append(round(times.now, 2))
+
+        def queued() -> list[QueuedRequest]:
+            look = next(looks)
+            times.now = look / 4
+            if look == 12:
+                ended.set()
+            return [QueuedRequest("s", "")] if 5 <= look < 9 else []
+
+        monkeypatch.setattr(a, "_report", note)
+        running = asyncio.ensure_future(a.run(queued))
+        await ended.wait()
+        running.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+    assert reported == [0.25, 1.25, 1.5, 1.75, 2.0, 3.0]

@@ -235,8 +235,8 @@ def test_a_slot_is_left_to_another_gateway_for_a_moment_only(monkeypatch: pytest
         clock = Clock()
         turns = Turns(clock)
         monkeypatch.setattr("deployments.gateway.router.time.monotonic", clock)
-        request = caller("a", "a", clock.now, turns=turns)
-        made, calls, queue = router(turns, request)
+        requests = [caller(name, "a", clock.now, turns=turns) for name in ("a", "a2")]
+        made, calls, queue = router(turns, *requests)
         replica: Any = SimpleNamespace(replica_id=Named("r"), routing_stats={}, max_ongoing_requests=1)
 
         async def offered() -> bool:
@@ -253,10 +253,42 @@ def test_a_slot_is_left_to_another_gateway_for_a_moment_only(monkeypatch: pytest
         assert not await offered(), "another slot, another moment"
         clock.now += YIELD_S
         assert await offered()
+        made._fulfill_next_pending_request(replica)
+        made._pending_requests_to_fulfill = deque(calls[1:])
+        assert not await offered(), "the next slot is another one"
+        clock.now += YIELD_S
+        assert await offered()
         turns.heard(Elsewhere())
         assert await offered()
 
     asyncio.run(run())
+
+
+def test_before_a_free_slot_is_taken_the_fleet_is_asked_about_callers_elsewhere() -> None:
+    async def run() -> None:
+        turns, asked = Turns(Clock()), 0
+        made, calls, _ = router(turns, caller("a", "a", 0.0, turns=turns))
+        replica: Any = SimpleNamespace(replica_id=Named("r"), routing_stats={}, max_ongoing_requests=1)
+
+        async def ask() -> None:
+            nonlocal asked
+            asked += 1
+            turns.heard(Elsewhere(waiting={"b": Waiting(9, 1, 60.0)}))
+
+        turns.ask = ask
+        assert [[replica]] == await made.choose_replicas([replica], calls[0])
+        assert not asked, "nobody waits elsewhere"
+        turns.heard(Elsewhere(waiting={"b": Waiting(0, 1, 0.0)}))
+        assert not await made.choose_replicas([replica], calls[0]), "meanwhile somebody with a priority came"
+        assert asked == 1
+
+    asyncio.run(run())
+
+
+def test_others_hear_of_a_slot_that_is_about_to_be_taken() -> None:
+    turns = Turns(Clock())
+    turns.sent(caller("a", "a", 0.0))
+    assert turns.served_s(60.0) == {"a": 0.0}
 
 
 def test_to_a_replica_a_request_says_nothing_of_keys() -> None:
