@@ -379,9 +379,7 @@ class Conversation:
         await self._upstream.release(CLOSE_TIMEOUT_S)
         states = (self._socket.client_state, self._socket.application_state)
         if WebSocketState.DISCONNECTED not in states:
-            close = self._close or Close(
-                1011, ""
-            )  # the reason, also where the client did not take it in time
+            close = self._close or Close(1011, "")  # the first where the client did not take it in time
             with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError, asyncio.TimeoutError):
                 closing = self._socket.close(close.code, close_reason(close.reason))
                 await asyncio.wait_for(closing, CLOSE_TIMEOUT_S)
