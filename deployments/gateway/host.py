@@ -179,7 +179,10 @@ class SessionHost:
             if ticket and not await self._fleet.spend(ticket, TICKET_S):
                 raise Unauthorized("this call's ticket was used before")
             persona = await self._voices.bring(persona, key)
-            recording = self._begin_record(query, session, persona, await self._engine(query))
+            engine = await self._engine(query)
+            if conversation.over:  # before Python 3.12 asyncio.wait_for may swallow that we are cancelled
+                raise SessionLost("the session ended before it began")
+            recording = self._begin_record(query, session, persona, engine)
             if recording is not None:
                 conversation.record(recording)
             return persona, await self._services.leases.claim(LeaseRequest.of(session, persona))
