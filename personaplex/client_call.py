@@ -106,7 +106,8 @@ class Conversation:
         self._answered = asyncio.Event()  # as many frames were heard as were sent
         self._ticket: Ticket | None = None
         self._next_page = 0  # of the agent's stream
-        self._read = 0  # pages of which the text is complete: it follows its page
+        self._read = 0  # pages of which the text is complete, or was told after a loss: it follows its page
+        self._lost = (0, 0)  # pages that were lost last, and which was the next before them
         self._unheard = 0  # our frames that were lost on the way, so that nothing answers them
         self._arrivals: list[float] = []
         self._began = self._first_sent = 0.0
@@ -268,7 +269,7 @@ class Conversation:
                     line.complaint = message
 
     def _write(self, text: str) -> None:
-        self._read = self._next_page
+        self._read = max(self._read, self._next_page)
         self.report.transcript += text
         self.transcript.add_agent(self._next_page - 1, text)
         self._show(text)
@@ -324,13 +325,21 @@ class Conversation:
                 self._inform("connected; warming up")
             return
         lost, answered = details.get("lost_frames"), details.get("frame")
-        if isinstance(answered, int):
-            self._unheard = max(0, self.report.frames_sent - answered)
         self.report.resumes += 1
-        self.report.frames_lost += lost if isinstance(lost, int) else 0
+        self._lose(lost if isinstance(lost, int) else 0)
         self._inform("the conversation goes on")
         if isinstance(text := details.get("lost_text"), str) and text:
             self._write(text)
+        if isinstance(answered, int):
+            self._unheard = max(0, self.report.frames_sent - answered)
+            self._read = max(self._read, answered)
+
+    def _lose(self, frames: int) -> None:
+        """So many frames of the agent were lost since the last one that was heard."""
+        before, at = self._lost
+        again = before if at == self._next_page else 0  # told already, over a connection that brought nothing
+        self.report.frames_lost += frames - again
+        self._lost = frames, self._next_page
 
 
 async def paced(pcm: Pcm) -> AsyncIterator[Pcm]:

@@ -19,7 +19,7 @@ import itertools
 import json
 import struct
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -154,7 +154,8 @@ class SessionRecorder:
     @classmethod
     def of(cls, log: SessionLog, audio_s: float = REBUILD_AUDIO_S) -> SessionRecorder:
         """One that goes on with a session that was rebuilt from `log`."""
-        recorder = cls(log.persona, audio_s, log.voice, log.voice_digest)
+        persona = replace(log.persona, own=log.voice)  # a log may go on before it has frames
+        recorder = cls(persona, audio_s, log.voice, log.voice_digest)
         for row, forced in zip(log.tokens, log.forced, strict=True):
             recorder.tokens.append(row, bool(forced))
         recorder._sound.extend(log.sound)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -192,7 +193,11 @@ class _Fleet:
 class ProtocolService:
     """`base` is HOST:PORT; `gateway` the real one; `metrics` what it counted."""
 
-    def __init__(self, agent: Agent = echo, *, slots: int = 8, **settings: Any) -> None:
+    def __init__(
+        self, agent: Agent = echo, *, slots: int = 8, send_buffer: int | None = None, **settings: Any
+    ) -> None:
+        """`send_buffer`: bytes that the kernel keeps for each client, its own choice if None."""
+        self._send_buffer = send_buffer
         self._settings = Settings(**{"model": "echo", "static": "none", "log_level": "error", **settings})
         self._slots = slots
         self.metrics = Published()
@@ -227,6 +232,11 @@ class ProtocolService:
         self._undo.close()
         assert not self._thread.is_alive()
 
+    @property
+    def connections(self) -> int:
+        """Sockets that are open, with or without a session."""
+        return len(self._server.server_state.connections)
+
     async def _run(self) -> None:
         self.loop = asyncio.get_running_loop()
         handle: Any = _Handle()
@@ -235,10 +245,13 @@ class ProtocolService:
         application: Any = self.gateway.__serve_build_asgi_app__()
         for one in reversed(ingress.configure()):
             application = one.cls(application, *one.args, **one.kwargs)
-        config = uvicorn.Config(application, host="127.0.0.1", port=self.port, log_level="error")
+        config = uvicorn.Config(application, log_level="error")
         self._server = uvicorn.Server(config)
         self._server.install_signal_handlers = lambda: None  # type: ignore[method-assign]
-        serving = asyncio.ensure_future(self._server.serve())
+        listener = socket.create_server(("127.0.0.1", self.port))
+        if self._send_buffer is not None:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._send_buffer)
+        serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
         while not self._server.started:  # noqa: ASYNC110  uvicorn has no event for it
             await asyncio.sleep(0.01)
         self._started.set()

@@ -149,6 +149,11 @@ class Conversation:
         return self._core.error
 
     @property
+    def over(self) -> bool:
+        """Whether the session has ended, though its client may still have to be told."""
+        return self._core.state in (State.CLOSING, State.CLOSED)
+
+    @property
     def talked_s(self) -> float:
         """Seconds since the handshake, 0 before it; what they were once the session has ended."""
         return self._stats.talked_s
@@ -247,6 +252,9 @@ class Conversation:
                 assert self._claim_slot is not None
                 persona, claim = await self._claim_slot(persona, ticket)
                 self._claim = claim
+                if self.over:
+                    claim.give_up()
+                    return
             if self._comeback is None:
                 await self._upstream.open(persona, claim)
             else:
@@ -325,10 +333,10 @@ class Conversation:
         if state is State.LIVE:
             if not self._was_live:
                 self._was_live = True
-                self._services.live.add(self._session)
+                self._services.live.add(self)
                 self._services.changed()
                 self._stats.live()
-        elif state in (State.CLOSING, State.CLOSED):
+        elif self.over:
             self._audio.stop()
             self._upstream.stop()
             if state is State.CLOSED:
@@ -364,14 +372,16 @@ class Conversation:
             self._transcript.end()
             if self._recording is None:
                 self._transcript.close()  # nobody is left to be told
-        self._services.live.discard(self._session)
+        self._services.live.discard(self)
 
     async def _wind_up(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._upstream.release(CLOSE_TIMEOUT_S)
         states = (self._socket.client_state, self._socket.application_state)
         if WebSocketState.DISCONNECTED not in states:
+            close = self._close or Close(1011, "")  # the first where the client did not take it in time
             with contextlib.suppress(RuntimeError, WebSocketDisconnect, OSError, asyncio.TimeoutError):
-                await asyncio.wait_for(self._socket.close(1011), CLOSE_TIMEOUT_S)
+                closing = self._socket.close(close.code, close_reason(close.reason))
+                await asyncio.wait_for(closing, CLOSE_TIMEOUT_S)
         # Last: whatever becomes of it, all else is done.
         await self._services.keep(self._session, self._upstream.log)

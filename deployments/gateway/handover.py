@@ -27,6 +27,7 @@ from personaplex.errors import (
     NoCapacity,
     PersonaplexError,
     SessionLost,
+    SessionTaken,
     UnknownVersion,
 )
 from personaplex.session.events import Event, Failed, SessionNotice
@@ -171,7 +172,9 @@ class Handover:
         """One of the slots is of no use any more: closed with `error`, or gone without a word."""
         if self.stopped:
             return
-        if self._failover is not None and slot is self._failover.candidate:
+        if isinstance(error, SessionTaken):
+            self._emit(Failed(error))
+        elif self._failover is not None and slot is self._failover.candidate:
             self._failover.ended(error)
         elif slot is self.current:
             if error is not None and not isinstance(error, SessionLost | EngineFault | UnknownVersion):

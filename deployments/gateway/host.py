@@ -91,6 +91,7 @@ class SessionHost:
             counted.enter_context(self._room.counting())
             taken: Taken | None = None
             try:
+                self._free_former(socket)
                 persona, caller, key = counted.enter_context(self._admit(socket))
                 taken = await self._take(socket)
                 if taken is not None:
@@ -107,6 +108,14 @@ class SessionHost:
                 raise
             else:
                 await self._converse(socket, session, persona, caller, claim, taken)
+
+    def _free_former(self, connection: HTTPConnection) -> None:
+        """A connection that a client has left, though it still looks open, is not to be what refuses it: by
+        the number of sessions of its address or of this gateway."""
+        query = read_query(connection.scope["query_string"], self._query_limit)
+        if (token := query.get("resume")) is not None and self._services.resumes is not None:
+            self._access.identify(ClientInfo.of(connection, query))
+            self._services.resumes.free(token)
 
     async def _take(self, connection: HTTPConnection) -> Taken | None:
         """The session that the client comes back to, None for a new one. Raises ResumeRefused."""
@@ -170,7 +179,10 @@ class SessionHost:
             if ticket and not await self._fleet.spend(ticket, TICKET_S):
                 raise Unauthorized("this call's ticket was used before")
             persona = await self._voices.bring(persona, key)
-            recording = self._begin_record(query, session, persona, await self._engine(query))
+            engine = await self._engine(query)
+            if conversation.over:  # before Python 3.12 asyncio.wait_for may swallow that we are cancelled
+                raise SessionLost("the session ended before it began")
+            recording = self._begin_record(query, session, persona, engine)
             if recording is not None:
                 conversation.record(recording)
             return persona, await self._services.leases.claim(LeaseRequest.of(session, persona))

@@ -1,9 +1,12 @@
 """Clients that come back: where their sessions are found, and how this gateway gets them.
 
-A token names a session, not where it is. Replicas tell the fleet which sessions they hold or keep; those
-that name this one are asked over the media link, the newest slot first, and judge the token. A session whose
-replica is gone too may still be kept here, by the gateway that lost its client. Nothing depends on the fleet
-being up to date but how soon the session is found.
+A token names a session, not where it is. A session of this gateway is handed over by its old connection,
+which may still look open. Replicas tell the fleet which sessions they hold or keep; those that name this one
+are asked over the media link and judge the token. A session whose replica is gone too may still be kept here,
+by the gateway that lost its client.
+
+The fleet hears of a slot a moment after its client. So a token that nobody takes, and that was not used as
+far as is known, is tried for LOOK_FOR_S before it is refused.
 """
 
 from __future__ import annotations
@@ -13,25 +16,37 @@ import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from deployments.wire import messages
 from deployments.wire.detached import Detached
 from deployments.wire.link import Link, OnLost, OnMessage
-from deployments.wire.messages import MessageKind, ReplicaStatus, TakenSession
+from deployments.wire.messages import REPORT_EVERY_S, Held, MessageKind, ReplicaStatus, TakenSession
 from deployments.wire.tokens import ResumeClaim, ResumeTokens
 from deployments.wire.transfer import LogReceiver
-from personaplex.errors import LogRefused, PersonaplexError, ProtocolError, ResumeRefused, SessionLost
+from personaplex.errors import (
+    LogRefused,
+    PersonaplexError,
+    ProtocolError,
+    ResumeRefused,
+    SessionLost,
+    SessionTaken,
+)
 from personaplex.sessionlog import SessionLog
 
 ASK_TIMEOUT_S = 3.0  # for one replica to give a session
+LOOK_FOR_S = 2 * REPORT_EVERY_S  # a slot that is there is known by then
+LOOK_EVERY_S = 0.25
 KEPT_LIMIT = 64  # sessions whose logs a gateway keeps: 2 MB each
 
 ConnectTo = Callable[[str, str, int, OnMessage, OnLost], Awaitable[Link]]  # a replica's name, host and port
+Address = tuple[str, str, int]  # the same
 
 
 @dataclass(eq=False)
 class Taken:
-    """A session that its client came back to, before it goes on. `counter`: of the token that was shown."""
+    """A session that its client came back to, before it goes on. `counter`: of the token that was shown.
+    `generation`: no slot that it had is known to have a higher one."""
 
     session: str
     counter: int
@@ -40,6 +55,34 @@ class Taken:
     texts: Sequence[tuple[int, str]]
     confirm: Callable[[], None] = field(repr=False)  # it goes on here
     give_back: Callable[[], None] = field(repr=False)  # it does not; without effect after `confirm`
+    lost: bool = False  # its client has come back by yet another connection
+    on_lost: Callable[[], None] | None = field(default=None, repr=False)
+
+    def lose(self) -> None:
+        """Its client has come back by yet another connection."""
+        self.lost = True
+        if self.on_lost is not None:
+            self.on_lost()
+
+
+class Own(Protocol):
+    """A session of this gateway whose client may come back."""
+
+    def hand_over(self, counter: int) -> None:
+        """Its client shows the token with this counter over another connection: unless that was used before,
+        the session ends here and is kept."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A replica that holds or keeps a session, see `SessionStatus`."""
+
+    address: Address
+    generation: int
+    held: Held
+
+    def takes(self, counter: int) -> bool:
+        return self.held.takes(counter, self.generation)
 
 
 class Resumes:
@@ -51,50 +94,146 @@ class Resumes:
         secrets: Callable[[], Sequence[bytes]],
         describe: Callable[[], Awaitable[Sequence[ReplicaStatus]]],
         connect: ConnectTo,
+        *,
+        look_for_s: float = LOOK_FOR_S,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         """`secrets`: the application's, newest first. `describe` asks the fleet. `connect` makes a link to a
-        replica's media port."""
+        replica's media port. `look_for_s`: how long a session is looked for."""
         self.grace_s = grace_s
         self._secrets, self._describe, self._connect = secrets, describe, connect
-        self._kept = Detached(grace_s, KEPT_LIMIT, time.monotonic)
+        self._look_for_s, self._clock, self._sleep = look_for_s, clock, sleep
+        self._kept = Detached(grace_s, KEPT_LIMIT, clock)
+        self._own: dict[str, Own] = {}
+        self._coming: dict[str, Taken] = {}  # taken, but not going on yet
 
     def token(self, session: str, generation: int) -> str:
         """What the client of the session's slot `generation` comes back with."""
         return ResumeTokens(self._secrets()).make(ResumeClaim(session, generation))
 
+    def enter(self, session: str, own: Own) -> None:
+        """From now on `own` is this gateway's session of that name."""
+        self._own[session] = own
+
+    def leave(self, session: str, own: Own) -> None:
+        """It is no longer. Idempotent."""
+        if self._own.get(session) is own:
+            del self._own[session]
+
     def keep(
-        self, session: str, log: SessionLog, generation: int, held: int, texts: Iterable[tuple[int, str]]
+        self,
+        session: str,
+        log: SessionLog,
+        generation: int,
+        held: Held,
+        texts: Iterable[tuple[int, str]],
+        place: Address | None = None,
     ) -> None:
         """Keeps a session that lost its client, see `Detached.keep`."""
-        self._kept.keep(session, log, generation, held, texts)
+        self._kept.keep(session, log, generation, held, texts, place)
         asyncio.get_running_loop().call_later(self.grace_s + 0.1, self._kept.expire)
+
+    def free(self, token: str) -> None:
+        """The client of a session of this gateway is back: its old connection is closed, and no longer counts
+        soon. Without effect for a token of any other session. Whoever shows it has shown its API key."""
+        with contextlib.suppress(ResumeRefused):
+            claim = ResumeTokens(self._secrets()).read(token)
+            if (own := self._own.get(claim.session)) is not None:
+                own.hand_over(claim.counter)
 
     async def take(self, token: str) -> Taken:
         """The session that a token is good for. Raises ResumeRefused when there is none, SessionLost while
-        nobody can tell: this gateway has just begun, or the fleet has."""
-        secrets, replicas = self._secrets(), await self._describe()
-        if not secrets or not replicas:
+        nobody can tell: this gateway has just begun, the fleet has, or the session is on its way to another
+        replica."""
+        secrets = self._secrets()
+        if not secrets:
             raise SessionLost("the service is starting; please connect again")
         claim = ResumeTokens(secrets).read(token)
-        for replica in _holders(replicas, claim.session):
-            with contextlib.suppress(ResumeRefused, LogRefused, OSError):
-                return await self._take_from(replica, claim, token)
-        kept = self._kept.take(claim.session, claim.counter, claim)
-        return Taken(
-            claim.session,
-            claim.counter,
-            kept.log,
-            kept.generation,
-            kept.texts,
-            confirm=lambda: self._kept.confirm(claim.session, claim),
-            give_back=lambda: None,
-        )
+        until = self._clock() + self._look_for_s
+        while True:
+            if (own := self._own.get(claim.session)) is not None:
+                own.hand_over(claim.counter)
+            replicas = await self._describe()
+            places = self._places(replicas, claim)
+            taken = await self._take_first(places, claim, token)
+            if taken is not None:
+                if (earlier := self._coming.get(claim.session)) is not None:
+                    earlier.lose()
+                self._coming[claim.session] = taken
+                return taken
+            if self._clock() >= until:
+                break
+            await self._sleep(LOOK_EVERY_S)
+        if places:
+            raise SessionLost("the conversation is being brought back; please connect again")
+        if not replicas:
+            raise SessionLost("the service is starting; please connect again")
+        raise ResumeRefused
 
-    async def _take_from(self, replica: ReplicaStatus, claim: ResumeClaim, token: str) -> Taken:
-        """Raises ResumeRefused, LogRefused, OSError."""
+    def _places(self, replicas: Sequence[ReplicaStatus], claim: ResumeClaim) -> list[_Place]:
+        """Who may have the session, whom to ask first first. Raises ResumeRefused for a token that was used.
+
+        First comes a session that somebody came back to with this very token and was not heard in yet; then
+        the slot that the token was given for. A later slot may be of a move that is not over yet, and not
+        know what its client has heard already.
+        """
+        found = [
+            _Place((replica.replica, *replica.media), status.generation, status.held)
+            for replica in replicas
+            for status in (*replica.sessions, *replica.detached)
+            if status.session == claim.session and replica.media[1]
+        ]
+        if (own := self._kept.place(claim.session)) is not None:
+            kept, address = own
+            found += [_Place(address, kept.generation, kept.held)]
+        if any(place.held.used(claim.counter) for place in found):
+            raise ResumeRefused
+        found = [place for place in found if place.takes(claim.counter)]
+        at = claim.counter
+        found.sort(key=lambda one: (one.held.back == at, one.generation == at, one.generation))
+        return found[::-1]
+
+    async def _take_first(self, places: Sequence[_Place], claim: ResumeClaim, token: str) -> Taken | None:
+        newest = max((place.generation for place in places), default=0)
+        for address in dict.fromkeys(place.address for place in places):
+            with contextlib.suppress(ResumeRefused, LogRefused, OSError, asyncio.TimeoutError):
+                return await self._take_from(address, newest, claim, token)
+        with contextlib.suppress(ResumeRefused):
+            kept = self._kept.take(claim.session, claim.counter, claim)
+            return self._taken(claim, kept.log, max(newest, kept.generation), kept.texts)
+        return None
+
+    def _taken(
+        self,
+        claim: ResumeClaim,
+        log: SessionLog,
+        generation: int,
+        texts: Sequence[tuple[int, str]],
+        link: Link | None = None,
+    ) -> Taken:
+        def confirm() -> None:
+            self._forget(taken)
+            self._kept.confirm(claim.session, claim)
+            if link is not None:
+                link.close()
+
+        def give_back() -> None:
+            self._forget(taken)
+            if link is not None:
+                _give_back(link)
+
+        taken = Taken(claim.session, claim.counter, log, generation, texts, confirm, give_back)
+        return taken
+
+    def _forget(self, taken: Taken) -> None:
+        if self._coming.get(taken.session) is taken:
+            del self._coming[taken.session]
+
+    async def _take_from(self, address: Address, newest: int, claim: ResumeClaim, token: str) -> Taken:
+        """Raises ResumeRefused, LogRefused, OSError, asyncio.TimeoutError."""
         request = _Request()
-        host, port = replica.media
-        connecting = self._connect(replica.replica, host, port, request.on_message, request.on_lost)
+        connecting = self._connect(*address, request.on_message, request.on_lost)
         link = await asyncio.wait_for(connecting, ASK_TIMEOUT_S)
         try:
             link.send(MessageKind.TAKE, token.encode())
@@ -102,22 +241,11 @@ class Resumes:
         except BaseException:
             _give_back(link)
             raise
-
-        def confirm() -> None:
-            self._kept.confirm(claim.session, claim)
-            link.close()
-
         with contextlib.suppress(ResumeRefused):  # its own copy goes with the replica's
             self._kept.take(claim.session, claim.counter, claim)
-        return Taken(
-            claim.session,
-            claim.counter,
-            log,
-            answer.generation,
-            answer.texts,
-            confirm=confirm,
-            give_back=lambda: _give_back(link),
-        )
+        taken = self._taken(claim, log, max(newest, answer.generation), answer.texts, link)
+        request.on_taken = taken.lose
+        return taken
 
 
 class _Request:
@@ -128,10 +256,14 @@ class _Request:
         self.result = asyncio.get_running_loop().create_future()
         self._answer: TakenSession | None = None
         self._log: LogReceiver | None = None
+        self.on_taken: Callable[[], None] = lambda: None  # somebody else has it now
 
     def on_message(self, link: Link, kind: MessageKind, payload: bytes) -> None:
         if kind is MessageKind.CLOSE:
-            self._fail(messages.unpack_error(payload))
+            error = messages.unpack_error(payload)
+            self._fail(error)
+            if isinstance(error, SessionTaken):
+                self.on_taken()
         elif kind is MessageKind.TAKEN and self._log is None:
             self._answer = messages.unpack_taken(payload)
             self._log = LogReceiver(self._answer.log_bytes)
@@ -149,17 +281,6 @@ class _Request:
         if not self.result.done():
             self.result.set_exception(error)
             self.result.exception()  # whoever asked may have gone
-
-
-def _holders(replicas: Sequence[ReplicaStatus], session: str) -> list[ReplicaStatus]:
-    """The replicas that know of a session, the one with its newest slot first."""
-    found = [
-        (status.generation, number)
-        for number, replica in enumerate(replicas)
-        for status in (*replica.sessions, *replica.detached)
-        if status.session == session and replica.media[1]
-    ]
-    return [replicas[number] for _, number in sorted(found, reverse=True)]
 
 
 def _give_back(link: Link) -> None:

@@ -35,5 +35,5 @@ class Services:
     resumes: Resumes | None = None  # None where no client can come back
     moves: Moves = field(default_factory=Moves)
     wait: Callable[[str, int], float | None] = lambda session, place: None  # of a session at its place
-    live: set[str] = field(default_factory=set)  # names of the sessions past their handshake
+    live: set[object] = field(default_factory=set)  # conversations past their handshake
     ending: set[asyncio.Future[None]] = field(default_factory=set)  # sessions and slots that are wound up

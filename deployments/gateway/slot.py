@@ -145,6 +145,14 @@ class Slot:
             self._lease.release()
 
     @property
+    def address(self) -> tuple[str, str, int] | None:
+        """Its replica, and host and port of that one's links; None before the lease."""
+        if self._lease is None:
+            return None
+        grant = self._lease.grant
+        return grant.replica, grant.host, grant.port
+
+    @property
     def _token(self) -> bytes:
         assert self._lease is not None, "join first"
         return self._lease.grant.token

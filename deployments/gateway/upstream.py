@@ -31,10 +31,10 @@ from deployments.gateway.stats import SessionStats
 from deployments.wire import messages
 from deployments.wire.messages import LeaseRequest, MessageKind, SlotReady
 from personaplex.config import Pcm, frames_in
-from personaplex.errors import LogRefused, NoCapacity, ProtocolError
+from personaplex.errors import LogRefused, NoCapacity, ProtocolError, SessionTaken
 from personaplex.persona import Persona
 from personaplex.record.format import Row
-from personaplex.session.events import AgentText, Event, LeaseGranted, Queued, Ready, SessionNotice
+from personaplex.session.events import AgentText, Event, Failed, LeaseGranted, Queued, Ready, SessionNotice
 from personaplex.sessionlog import SessionRecorder
 from personaplex.tokenlog import TokenLog
 
@@ -72,7 +72,10 @@ class Upstream:
         self._stale = 0  # replies before this number answer frames that waited for the slot
         self._window = 0  # the first frame that knows the beginning no more, until the client is told
         self.progress = Progress()
-        self._resumption = Resumption(session, services.resumes if resumable else None, services.metrics)
+        self._newest = 0  # generation of the slot that was asked for last
+        self._resumption = Resumption(
+            session, services.resumes if resumable else None, services.metrics, self
+        )
         self.handover = Handover(
             session, services, stats, self.progress, emit, self._make_slot, self._resumption.ticket
         )
@@ -93,15 +96,19 @@ class Upstream:
     async def go_on(self, taken: Taken, heard: int, read: int, claim: Claim) -> None:
         """`open` for a session whose client has come back, after it had heard `heard` frames of the agent
         and read the text of `read`.
-        Raises NoCapacity, OSError, LogRefused; then `taken` was given back."""
-        log = taken.log
-        self.progress.recorder = SessionRecorder.of(log, self._services.failovers.audio_s)
-        self._generations = itertools.count(taken.generation + 1)
-        self._details["resumed"] = self._resumption.go_on(taken, heard, read)
+        Raises NoCapacity, OSError, LogRefused, and SessionTaken when the client has come back by another
+        connection meanwhile; then `taken` was given back."""
+        log, recorder = taken.log, SessionRecorder.of(taken.log, self._services.failovers.audio_s)
         try:
-            slot = await self._get_slot(log.persona, claim)
-            packed = await asyncio.to_thread(log.pack)
-            slot.rebuild(packed, log.frames)
+            told = self._resumption.go_on(taken, heard, read, self._lose_client)
+            self.progress.recorder, self._details["resumed"] = recorder, told
+            self._generations = itertools.count(taken.generation + 1)
+            slot = await self._get_slot(recorder.persona, claim)
+            if log.frames:
+                packed = await asyncio.to_thread(log.pack)
+                slot.rebuild(packed, log.frames)
+            else:
+                slot.open(recorder.persona)
         except BaseException:
             taken.give_back()
             raise
@@ -133,9 +140,8 @@ class Upstream:
 
     def send_frame(self, frame: Pcm) -> None:
         """Sends one frame of the user; while no slot is ready the newest burst is kept for one."""
-        current = self.handover.current
-        if self.handover.live and current is not None:
-            self._resumption.shown(current.generation)
+        if self.handover.live:
+            self._resumption.shown()
         waiting = self.progress.add(frame)
         ready = [slot for slot in self.handover.slots if slot.ready and not slot.ended]
         dropped = self.progress.trim(UNANSWERED_LIMIT if ready else self._burst_frames)
@@ -155,18 +161,25 @@ class Upstream:
         self.handover.stop()
 
     def detach(self) -> None:
-        """As `close`, but the client may come back: the session's log is kept, here and by its replica."""
+        """As `close`, but the client may come back: the session's log is kept, here and by its replica.
+        Without effect on a session whose client has nothing to come back with yet."""
         self.stop()
         recorder, current = self.progress.recorder, self.handover.current
-        if recorder is None or not self.progress.frames or current is None:
+        if recorder is None or current is None:
             return
-        if self._resumption.keep(recorder, current.generation):
+        if self._resumption.keep(recorder, self._newest, current.address):
             current.detach()
+
+    def hand_over(self, counter: int) -> None:
+        """See `resumes.Own`."""
+        if self._resumption.held.takes(counter, self._newest):
+            self.detach()
+            self._lose_client()
 
     def close(self) -> None:
         """Closes the links, if there are any. Idempotent."""
         self.stop()
-        self._resumption.give_back()
+        self._resumption.end()
         for slot in self.handover.slots:
             slot.close()
 
@@ -190,8 +203,9 @@ class Upstream:
         return slot
 
     def _make_slot(self) -> Slot:
+        self._newest = next(self._generations)
         return Slot(
-            next(self._generations),
+            self._newest,
             self._services.connect,
             self._services.connect_timeout_s,
             self._burst_frames,
@@ -199,6 +213,9 @@ class Upstream:
             self.handover.ended,
             self._resumption.held,
         )
+
+    def _lose_client(self) -> None:
+        self._emit(Failed(SessionTaken()))
 
     def _queue(self, place: int) -> None:
         self._stats.queued = True
@@ -233,7 +250,7 @@ class Upstream:
         self.handover.ready(slot)
         if first:
             self._stats.phase("prefill", ready.prefill_s)
-            self._resumption.continued()
+            self._resumption.ready()
             self._emit(Ready({**self._details, **self._resumption.ticket(slot.generation)}))
             self._services.moves.add(self.handover)
         self._feed(slot, heard)

@@ -19,7 +19,7 @@ from deployments.wire.link import Link
 from deployments.wire.messages import MessageKind, TakenSession
 from deployments.wire.tokens import ResumeClaim, ResumeTokens
 from deployments.wire.transfer import pieces
-from personaplex.errors import LogRefused
+from personaplex.errors import LogRefused, SessionTaken
 
 KEPT_LEAST = 16  # sessions whose logs a replica keeps, whatever its slots: 2 MB each
 
@@ -35,8 +35,8 @@ class Comebacks:
         self._loop = asyncio.get_running_loop()
 
     def keep(self, session: str, running: RunningLog) -> None:
-        """Keeps what is left of a session, if it has said anything."""
-        if not len(running.recorder.tokens):
+        """Keeps what is left of a session, if its client may come back for it."""
+        if not running.wanted:
             return
         try:
             log = running.recorder.log()
@@ -54,6 +54,9 @@ class Comebacks:
         """Gives the session's log to who is at the other end of `link`, from now on its taker. Raises
         ResumeRefused when it is not here, or the token is not its own."""
         kept = self.kept.take(claim.session, claim.counter, link)
+        for other in [other for other, session in self._takers.items() if session == claim.session]:
+            del self._takers[other]
+            other.close(SessionTaken())  # it has the log, but its client is not there any more
         self._takers[link] = claim.session
         log = kept.log.pack()
         taken = TakenSession(kept.generation, len(log), kept.texts)

@@ -69,7 +69,12 @@ class Holders:
         now = time.monotonic()
         holders = [*self._unclaimed.values(), *self._coming, *self.open.values()]
         return tuple(
-            SessionStatus(holder.request.session, round(now - holder.began, 1), holder.generation)
+            SessionStatus(
+                holder.request.session,
+                round(now - holder.began, 1),
+                holder.generation,
+                holder.held if holder.running is None else holder.running.held,
+            )
             for holder in holders
         )
 

@@ -12,11 +12,10 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.wire.messages import ReplicaStatus
+from deployments.wire.messages import REPORT_EVERY_S, ReplicaStatus
 
 logger = logging.getLogger(__name__)
 
-REPORT_EVERY_S = 1.0
 SETTLE_S = 0.02  # changes that come together make one report
 LEAVE_TIMEOUT_S = 2.0  # for the fleet to hear that this replica ends
 

@@ -25,24 +25,24 @@ class RunningLog:
         with."""
         self.recorder = recorder
         self.generation = generation
+        self.ready = False  # its gateway was told so, and tells the client what to come back with
         self.texts: deque[tuple[int, str]] = deque(maxlen=TEXTS_KEPT)
-        self._held = held
+        self.held = held
         self._fed: deque[tuple[int, Pcm]] = deque(maxlen=FED_LIMIT)
 
     @property
-    def held(self) -> int:
-        """Generation of the token that the client is known to hold."""
-        return self._held.generation
+    def wanted(self) -> bool:
+        """Whether anybody may come back for it: nobody does for a session that never began."""
+        return self.ready or self.held.back >= 0 or len(self.recorder.tokens) > 0
 
     def takes(self, counter: int) -> bool:
-        """Whether this is the counter of a token that the client holds."""
-        return counter in (self.generation, self.held)
+        """Whether this is the counter of a token that the client may hold."""
+        return self.held.takes(counter, self.generation)
 
     def fed(self, timestamp: int, pcm: Pcm) -> None:
         """A frame of the user was handed to the engine."""
         self._fed.append((timestamp, pcm))
-        if self._held.used:  # it is heard over its new connection, so it has got what that one began with
-            self._held = Held(self.generation)
+        self.held = self.held.heard()
 
     def answered(self, timestamp: int, tokens: npt.NDArray[np.integer], text: str) -> None:
         """The engine answered the frame with this timestamp. Those before it were dropped on the way."""

@@ -268,6 +268,7 @@ class Sessions:
         ready = SlotReady(event.prefill_s, event.frame, event.voice_digest, event.window)
         if holder.running is not None:
             holder.running.recorder.voice_digest = event.voice_digest
+            holder.running.ready = True
         holder.link.send(MessageKind.READY, messages.pack_ready(ready))
         self._rebuilds.done(holder)
 

@@ -3,35 +3,38 @@
 A session is detached when its client or its gateway was lost. It takes no steps and holds no slot: what is
 left of it is its log. Whoever shows the right counter takes the log; it stays here until the session goes on
 elsewhere (`confirm`), so that a taker which is lost on the way costs nothing. Taken again, it belongs to the
-last taker. Pure but for its memory; used by one thread.
+last taker, whose slot gets a higher generation than the first one's. Pure but for its memory; used by one
+thread.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from deployments.wire.messages import SessionStatus
+from deployments.wire.messages import Held, SessionStatus
 from personaplex.errors import ResumeRefused
 from personaplex.sessionlog import SessionLog
 
 
 @dataclass
 class Kept:
-    """A detached session. `generation`: of the slot it had last. `held`: of the token that its client is
-    known to hold; that of the last slot is as good. `texts`: what the agent said of late, with its
-    frames."""
+    """A detached session. `generation`: of the slot it had last, counted up by each taker. `held`: what
+    its client may hold. `texts`: what the agent
+    said of late, with its frames. `place`: replica, host and port of the last slot, where a gateway keeps
+    it."""
 
     log: SessionLog
     generation: int
-    held: int
+    held: Held
     texts: tuple[tuple[int, str], ...]
     since: float
+    place: tuple[str, str, int] | None = None
     taker: object | None = None
 
     def takes(self, counter: int) -> bool:
-        return counter in (self.generation, self.held)
+        return self.held.takes(counter, self.generation)
 
 
 class Detached:
@@ -50,27 +53,41 @@ class Detached:
         """Name, seconds since it was detached, and generation of each."""
         now = self._clock()
         return tuple(
-            SessionStatus(session, round(now - kept.since, 1), kept.generation)
+            SessionStatus(session, round(now - kept.since, 1), kept.generation, kept.held)
             for session, kept in self._kept.items()
         )
 
+    def place(self, session: str) -> tuple[Kept, tuple[str, str, int]] | None:
+        """A session that is kept, and the place of its last slot, where both are known."""
+        self.expire()
+        kept = self._kept.get(session)
+        return None if kept is None or kept.place is None else (kept, kept.place)
+
     def keep(
-        self, session: str, log: SessionLog, generation: int, held: int, texts: Iterable[tuple[int, str]] = ()
+        self,
+        session: str,
+        log: SessionLog,
+        generation: int,
+        held: Held,
+        texts: Iterable[tuple[int, str]] = (),
+        place: tuple[str, str, int] | None = None,
     ) -> None:
         """From now on `session` is kept; see Kept."""
-        self._kept[session] = Kept(log, generation, held, tuple(texts), self._clock())
+        self._kept[session] = Kept(log, generation, held, tuple(texts), self._clock(), place)
         self._kept.move_to_end(session)
         while len(self._kept) > self._limit:
             self._kept.popitem(last=False)
 
     def take(self, session: str, counter: int, taker: object) -> Kept:
-        """The session, for `taker`. Raises ResumeRefused for one that is not here and for another counter."""
+        """The session as it stands, for `taker`. Raises ResumeRefused for one that is not here and for
+        another counter."""
         self.expire()
         kept = self._kept.get(session)
         if kept is None or not kept.takes(counter):
             raise ResumeRefused
-        kept.taker = taker
-        return kept
+        given = replace(kept)
+        kept.taker, kept.generation = taker, kept.generation + 1
+        return given
 
     def confirm(self, session: str, taker: object) -> None:
         """The session goes on at `taker`, unless somebody else took it since."""

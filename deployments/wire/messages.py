@@ -20,10 +20,9 @@ they stand with a ReplicaStatus. On the link (link.py) a message is a kind and a
                          CLOSE    JSON with the error that ended the session
 
 An opening comes first and only once: one-time token (16 bytes), version of all these messages uint16,
-generation uint32, which grows by one with each slot that the session is given, and what its client holds to
-come back with (`Held`: int32, bool). A version that the replica
-does not speak raises UnknownVersion, payloads of any other shape ProtocolError. Knows no Ray, no socket and
-no engine.
+generation uint32, which grows with each slot that the session is given, and what its client holds to come
+back with (`Held`: twice int32). A version that the replica does not speak raises UnknownVersion, payloads of
+any other shape ProtocolError. Knows no Ray, no socket and no engine.
 """
 
 from __future__ import annotations
@@ -46,10 +45,11 @@ from personaplex.config import FRAME_SIZE, STREAMS, Pcm, Sampling
 from personaplex.errors import PersonaplexError, ProtocolError, SessionLost, UnknownVersion, UnknownVoice
 from personaplex.persona import VOICES, Persona, own_digest, voice_name
 
-VERSION = 2  # of all these messages: a message that changes its shape gets a new one
+VERSION = 3  # of all these messages: a message that changes its shape gets a new one
 TOKEN_BYTES = 16
+REPORT_EVERY_S = 1.0  # between two reports of a replica to the fleet, which hears of changes at once
 
-_OPENING = struct.Struct(f"<{TOKEN_BYTES}sHIi?")
+_OPENING = struct.Struct(f"<{TOKEN_BYTES}sHIii")
 _SIZE = struct.Struct("<I")
 _TIMESTAMP = struct.Struct("<I")
 _REPLY = struct.Struct(f"<II{4 * STREAMS}s")
@@ -96,12 +96,43 @@ class Refusal:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Which resume tokens a session's client may hold. `generation`: of the slot that its connection began
+    with; the token of that slot is good, and those of later ones. Negative: it has none. `back`: of the token
+    with which it came back, as long as it was not heard since and may have got no newer one, else
+    negative."""
+
+    generation: int = -1
+    back: int = -1
+
+    def __bool__(self) -> bool:
+        return self.generation >= 0
+
+    def takes(self, counter: int, newest: int) -> bool:
+        """Whether the token of slot `counter` is good while the newest slot is this one."""
+        return bool(self) and (self.generation <= counter <= newest or 0 <= self.back == counter)
+
+    def used(self, counter: int) -> bool:
+        """Whether the token of slot `counter` is worth nothing any more."""
+        return bool(self) and counter < self.generation and counter != self.back
+
+    def heard(self) -> Held:
+        """The client is heard, so it has got the token that its connection began with."""
+        return Held(self.generation)
+
+
+NOTHING_HELD = Held()
+
+
+@dataclass(frozen=True)
 class SessionStatus:
-    """One session that holds a slot: its name, for how long, and which of the session's slots it is."""
+    """One session that holds a slot: its name, for how long, which of the session's slots it is, and what its
+    client may hold."""
 
     session: str
     seconds: float
     generation: int = 0
+    held: Held = NOTHING_HELD
 
 
 @dataclass(frozen=True)
@@ -180,22 +211,6 @@ def unpack_reply(payload: bytes) -> Reply:
 
 
 @dataclass(frozen=True)
-class Held:
-    """Which resume token a session's client holds: that of slot `generation`, or none (negative). `used`: it
-    came back with that one, and whether it got the next is known once it is heard; until then both are
-    good."""
-
-    generation: int = -1
-    used: bool = False
-
-    def __bool__(self) -> bool:
-        return self.generation >= 0
-
-
-NOTHING_HELD = Held()
-
-
-@dataclass(frozen=True)
 class Opening:
     """What OPEN and REBUILD begin with, and the `rest` of them."""
 
@@ -209,14 +224,14 @@ def unpack_opening(payload: bytes) -> Opening:
     """Raises ProtocolError for another shape, UnknownVersion for messages of another version."""
     if len(payload) < _OPENING.size:
         raise ProtocolError("an opening message of the wrong shape")
-    token, version, generation, held, used = _OPENING.unpack_from(payload)
+    token, version, generation, held, back = _OPENING.unpack_from(payload)
     if version != VERSION:
         raise UnknownVersion(f"the link speaks version {version}, this process {VERSION}")
-    return Opening(token, generation, Held(held, used), payload[_OPENING.size :])
+    return Opening(token, generation, Held(held, back), payload[_OPENING.size :])
 
 
 def pack_opening(token: bytes, generation: int = 0, held: Held = NOTHING_HELD) -> bytes:
-    return _OPENING.pack(token, VERSION, generation, held.generation, held.used)
+    return _OPENING.pack(token, VERSION, generation, held.generation, held.back)
 
 
 def pack_open(token: bytes, persona: Persona, generation: int = 0, held: Held = NOTHING_HELD) -> bytes:

@@ -13,7 +13,7 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from protocol_service import SILENCE, ProtocolService, utterance
@@ -30,7 +30,7 @@ UTTERANCES = (
 OPENAI = ("openai[realtime]==3.57.0", "numpy")
 AGENTS = ("openai-agents==0.24.0", "websockets>=13,<16", "numpy")
 LIVEKIT = ("livekit-agents==1.8.9", "livekit-plugins-openai==1.8.9", "numpy")
-PIPECAT = ("pipecat-ai[openai,websockets-base]==1.14.0", "numpy")
+PIPECAT = ("pipecat-ai[openai,websocket]==1.14.0", "uvicorn", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,8 +109,9 @@ def run(python: Path, framework: Framework, base: str, folder: Path, timeout_s: 
     return dict(json.loads(result.read_text()))
 
 
-def verdicts(environment: Callable[[str, tuple[str, ...]], Path], only: str = "") -> list[Verdict]:
-    chosen = [one for one in FRAMEWORKS if only in one.name]
+def verdicts(environment: Callable[[str, tuple[str, ...]], Path], names: Sequence[str]) -> list[Verdict]:
+    """Of the frameworks called so. `environment` makes the Python for a folder's name and its packages."""
+    chosen = [one for one in FRAMEWORKS if one.name in names]
     pythons = {one.name: environment(one.environment, one.packages) for one in chosen}
     found = []
     with tempfile.TemporaryDirectory() as name:
@@ -155,11 +156,11 @@ def table(found: list[Verdict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for one in found:
-        result = (
-            "passes"
-            if one.passed
-            else f"fails: {one.error or 'interrupted' if one.interrupted else one.messages}"
-        )
+        result = "passes" if one.passed else f"**fails**: {one.error or _why(one)}"
         cells = (one.client, one.version, one.what, one.frames, len(one.messages), one.attempts, result)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def _why(one: Verdict) -> str:
+    return "interrupted" if one.interrupted else f"messages {one.messages}"

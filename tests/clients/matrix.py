@@ -2,7 +2,8 @@
 
 Each gets an environment of its own under .cache/clients, made on first use; the service is
 `python -m personaplex.server` with the engine that says back what it hears. A client passes when it hears its
-own speech again. The result, with versions, is written into docs/clients.md.
+own speech again. Agent frameworks (frameworks.py) and the telephone (telephone.py) have verdicts of their
+own. The result, with versions, is written into docs/clients.md; with `--only NAME ...` it is printed alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ import numpy as np
 import websockets
 
 from benchmarks.live import service
-from clients import frameworks
+from clients import frameworks, telephone
 from clients.soundcard import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE, Pcm, likeness
 from personaplex.audio.transcoder import Transcoder
 
@@ -38,6 +40,8 @@ CACHE = ROOT / ".cache" / "clients"
 DOCUMENT = ROOT / "docs" / "clients.md"
 BEGIN, END = "<!-- written by make test-clients -->", "<!-- end -->"
 BEGIN_FRAMEWORKS = "<!-- frameworks, written by make test-clients -->"
+BEGIN_TELEPHONE = "<!-- telephone, written by make test-clients -->"
+DECODER, TELEPHONE = "opus-recorder", "telephone"  # names beside those of CLIENTS and FRAMEWORKS
 OPUS_RECORDER = "opus-recorder@8.0.5"
 
 SAID_S = 6.0
@@ -157,10 +161,10 @@ def page_decoder(url: str, speech: Path) -> Result:
     what = "the decoder worker that NVIDIA's page plays with, under node"
     worker = decoder_worker(fetch=True)
     if worker is None:
-        return Result("opus-recorder", "?", what, 0.0, 0.0, "no node or no npm")
+        return Result(DECODER, "?", what, 0.0, 0.0, "no node or no npm")
     version = json.loads((worker.parents[1] / "package.json").read_text())["version"]
     pages = asyncio.run(record(url, np.fromfile(speech, np.float32)))
-    return judged("opus-recorder", version, what, speech, decoded(worker, pages))
+    return judged(DECODER, version, what, speech, decoded(worker, pages))
 
 
 def table(results: list[Result]) -> str:
@@ -185,30 +189,86 @@ def publish(results: str, begin: str = BEGIN) -> None:
     DOCUMENT.write_text(f"{before}{begin}\n{results}\n{END}{rest.partition(END)[2]}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--decoder-only", action="store_true", help="only fetch opus-recorder, for make test")
-    if parser.parse_args().decoder_only:
-        decoder_worker(fetch=True)
-        return 0
-    for client in CLIENTS:
+def talks(names: list[str]) -> list[Result]:
+    """Conversations of the clients of /api/chat with one service, all at once."""
+    chosen = [one for one in CLIENTS if one.name in names]
+    for client in chosen:
         environment(client)
-    frames = Transcoder().receive((ROOT / "tests" / "data" / "mic.ogg").read_bytes())
     with tempfile.TemporaryDirectory() as folder, service("echo", {"slots": 8}) as base:
-        speech = Path(folder) / "speech.f32"
-        speech.write_bytes(np.concatenate(frames[: round(SAID_S / FRAME_SECONDS)]).tobytes())
+        speech = said(Path(folder))
         time.sleep(2.0)  # the proxy learns of the service
         url = f"{base.replace('http', 'ws')}/api/chat"
         with ThreadPoolExecutor() as pool:
-            calls = [pool.submit(call, client, url, speech) for client in CLIENTS]
-            calls.append(pool.submit(page_decoder, url, speech))
-            results = [one.result() for one in calls]
-    publish(table(results))
-    print(table(results))
-    found = frameworks.verdicts(lambda name, packages: environment(Client(name, "", (packages,))))
-    publish(frameworks.table(found), BEGIN_FRAMEWORKS)
-    print(frameworks.table(found))
-    return 0 if all(one.passed for one in (*results, *found)) else 1
+            calls = [pool.submit(call, client, url, speech) for client in chosen]
+            if DECODER in names:
+                calls.append(pool.submit(page_decoder, url, speech))
+            return [one.result() for one in calls]
+
+
+def telephone_calls(_: list[str]) -> list[telephone.Verdict]:
+    python = environment(Client("pipecat", "", (frameworks.PIPECAT,)))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = {"slots": 8, "protocols": "twilio,telnyx", **telephone.settings(folder)}
+        with service("echo", settings) as base:
+            time.sleep(2.0)
+            return telephone.verdicts(python, base.removeprefix("http://"), said(folder))
+
+
+def framework_sessions(names: list[str]) -> list[frameworks.Verdict]:
+    return frameworks.verdicts(lambda name, packages: environment(Client(name, "", (packages,))), names)
+
+
+def said(folder: Path) -> Path:
+    """A file of SAID_S of speech."""
+    frames = Transcoder().receive((ROOT / "tests" / "data" / "mic.ogg").read_bytes())
+    speech = folder / "speech.f32"
+    speech.write_bytes(np.concatenate(frames[: round(SAID_S / FRAME_SECONDS)]).tobytes())
+    return speech
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Of the document: the clients that `run` runs, whose verdicts `table` shows behind `begin`."""
+
+    begin: str
+    names: tuple[str, ...]
+    run: Callable[[list[str]], list[Any]]
+    table: Callable[[list[Any]], str]
+
+
+PARTS = (
+    Part(BEGIN, (*(one.name for one in CLIENTS), DECODER), talks, table),
+    Part(
+        BEGIN_FRAMEWORKS,
+        tuple(one.name for one in frameworks.FRAMEWORKS),
+        framework_sessions,
+        frameworks.table,
+    ),
+    Part(BEGIN_TELEPHONE, (TELEPHONE,), telephone_calls, telephone.table),
+)
+
+
+def main() -> int:
+    every = [name for part in PARTS for name in part.names]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--decoder-only", action="store_true", help="only fetch opus-recorder, for make test")
+    parser.add_argument("--only", nargs="+", choices=every, help="run these, and leave the document as it is")
+    options = parser.parse_args()
+    if options.decoder_only:
+        decoder_worker(fetch=True)
+        return 0
+    passed = True
+    for part in PARTS:
+        names = [name for name in part.names if name in (options.only or every)]
+        if not names:
+            continue
+        found = part.run(names)
+        passed &= all(one.passed for one in found)
+        print(part.table(found), end="\n\n", flush=True)
+        if not options.only:
+            publish(part.table(found), part.begin)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

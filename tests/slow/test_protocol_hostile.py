@@ -1,4 +1,5 @@
-"""Hostile clients of every protocol, over real sockets: bounded, typed, and nobody else's trouble."""
+"""Hostile clients of every protocol, over real sockets: bounded, typed, and nobody else's trouble. Those that
+do not read are in test_protocol_hostile_readers.py."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from typing import Any
 
 import pytest
 import websockets
+from clients import carrier, telephone
 from protocol_service import ProtocolService, ScriptedReplica
 
-PATHS = ("v1/live/sessions", "v1/realtime", "telnyx/media", "asterisk/media")
+PATHS = ("v1/live/sessions", "v1/realtime", "twilio/media", "telnyx/media", "asterisk/media")
 FORM = {"encoding": "PCMU", "sample_rate": 8_000, "channels": 1}
 OPENING = {
     "v1/live/sessions": '{"type": "session.start", "session": {"model": "m"}}',
@@ -24,14 +26,16 @@ OPENING = {
 SPOKEN = {
     "v1/live/sessions": lambda data: json.dumps({"type": "session.input_audio.append", "audio": data}),
     "v1/realtime": lambda data: json.dumps({"type": "input_audio_buffer.append", "audio": data}),
+    "twilio/media": lambda data: json.dumps({"event": "media", "media": {"chunk": "1", "payload": data}}),
     "telnyx/media": lambda data: json.dumps({"event": "media", "media": {"chunk": "1", "payload": data}}),
 }
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[ProtocolService]:
-    protocols = ("live", "realtime", "telnyx", "asterisk")
-    with ProtocolService(protocols=protocols, sessions_per_address=0) as running:
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProtocolService]:
+    protocols = ("live", "realtime", "twilio", "telnyx", "asterisk")
+    settings = telephone.settings(tmp_path_factory.mktemp("twilio"))
+    with ProtocolService(protocols=protocols, sessions_per_address=0, **settings) as running:
         yield running
 
 
@@ -62,9 +66,14 @@ async def attack(service: ProtocolService, path: str, *messages: str | bytes) ->
     """Sends everything at once and reads until the end or for a second; the close code, None where the
     session went on, and what came."""
     heard: list[Any] = []
-    async with websockets.connect(f"ws://{service.base}/{path}") as socket:
+    headers: dict[str, str] = {}
+    opening = OPENING.get(path, "")
+    if path.startswith("twilio"):
+        headers, parameters = await asyncio.to_thread(telephone.ring, service.base)
+        opening = carrier.Call(carrier.TWILIO).start(parameters)
+    async with websockets.connect(f"ws://{service.base}/{path}", additional_headers=headers) as socket:
         try:
-            for message in (OPENING[path], *messages):
+            for message in (opening, *messages):
                 await socket.send(message)
         except websockets.ConnectionClosed:
             pass
@@ -81,7 +90,7 @@ async def attack(service: ProtocolService, path: str, *messages: str | bytes) ->
 
 
 @pytest.mark.parametrize(
-    "path", ["telnyx/media", "asterisk/media"]
+    "path", ["twilio/media", "telnyx/media", "asterisk/media"]
 )  # OpenAI's answer, so are throttled before
 def test_a_flood_of_messages_is_ended(service: ProtocolService, path: str) -> None:
     code, heard = asyncio.run(attack(service, path, *["{}"] * 6_000))
@@ -128,19 +137,3 @@ def test_audio_faster_than_real_time_is_ended(service: ProtocolService, path: st
     code, heard = asyncio.run(attack(service, path, *said))
     assert code == 1002
     assert not path.startswith("v1") or codes(heard) == {"protocol_error"}
-
-
-def test_a_client_that_reads_nothing_is_not_waited_for(service: ProtocolService) -> None:
-    """Answers to it are bounded, and it holds nothing once it is gone."""
-
-    async def run() -> None:
-        async with websockets.connect(f"ws://{service.base}/v1/realtime", max_queue=1) as socket:
-            long = json.dumps(
-                {"type": "session.update", "session": {"type": "realtime", "instructions": "x" * 9_000}}
-            )
-            for _ in range(80):
-                await socket.send(long)
-            await asyncio.sleep(0.5)
-            socket.transport.abort()
-
-    asyncio.run(run())

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import json
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import requests
 import websockets
+from clients import carrier, telephone
+from clients.telephone import ACCOUNT, PUBLIC, ring, webhook
 from protocol_service import ProtocolService, ScriptedReplica
 from twilio.request_validator import RequestValidator
 from websockets.exceptions import InvalidStatus
@@ -39,8 +39,6 @@ from personaplex.session.events import (
     SendText,
 )
 
-ACCOUNT = "0123456789abcdef0123456789abcdef"
-PUBLIC = "https://talk.example.org"
 MU = PcmFormat("mulaw", 8_000)
 
 # Signatures
@@ -296,37 +294,57 @@ def test_what_no_asterisk_sends_ends_the_call(message: Any) -> None:
     assert any(isinstance(one, Failed) for one in meanings) or message == "[" * 5_000
 
 
+# The simulated carrier; Pipecat is its judge, in `make test-clients`
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"\x00",
+        "{",
+        '{"event": "media", "streamSid": "MZ2", "media": {"payload": "AAAA"}}',
+        '{"event": "media", "media": {"payload": "AAAA"}}',
+        '{"event": "media", "streamSid": "%s", "media": {"payload": ""}}',
+        '{"event": "media", "streamSid": "%s", "media": {"payload": "AA"}}',
+        '{"event": "media", "streamSid": "%s", "media": {"payload": "AAAA", "chunk": "1"}}',
+        '{"event": "mark", "streamSid": "%s"}',
+        '{"event": "clear", "streamSid": "%s", "media": {}}',
+        '{"event": "stop", "streamSid": "%s"}',
+    ],
+)
+def test_the_carrier_takes_nothing_but_what_twilio_does(message: str | bytes) -> None:
+    call = carrier.Call(carrier.TWILIO)
+    with pytest.raises(carrier.CarrierError):
+        call.take(message.replace("%s", call.stream) if isinstance(message, str) else message)
+    assert not call.line.heard
+
+
+def test_the_carrier_plays_in_its_own_time() -> None:
+    now = [10.0]
+    line = carrier.Line(lambda: now[0])
+    for piece in (b"a", b"b", b"c"):
+        line.play(piece * 800)
+    line.mark("end")
+    now[0] += 0.15
+    assert line.due_marks() == []
+    line.clear()
+    assert line.due_marks() == ["end"]
+    assert line.heard == b"a" * 800 + b"b" * 800
+    assert (line.cleared, round(line.buffered_s, 3)) == (1, 0.3)
+    line.play(b"d" * 80)
+    now[0] += 1.0
+    assert (line.due_marks(), line.heard[-80:]) == ([], b"d" * 80)
+
+
 # Whole calls
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ProtocolService]:
-    file: Path = tmp_path_factory.mktemp("twilio") / "token"
-    file.write_text(ACCOUNT + "\n")
-    file.chmod(0o600)
-    with ProtocolService(
-        protocols=("twilio", "telnyx", "asterisk"),
-        public_url=PUBLIC,
-        twilio_token_file=file,
-        api_keys="key",
-    ) as running:
+    settings = telephone.settings(tmp_path_factory.mktemp("twilio"))
+    protocols = ("twilio", "telnyx", "asterisk")
+    with ProtocolService(protocols=protocols, api_keys="key", **settings) as running:
         yield running
-
-
-def ring(service: ProtocolService, query: str = "", token: str = ACCOUNT, **form: str) -> requests.Response:
-    """Twilio calls the number's webhook."""
-    fields = {"CallSid": "CA1", "From": "+14155550100", **form}
-    signature = RequestValidator(token).compute_signature(f"{PUBLIC}/twilio/voice{query}", fields)
-    url = f"http://{service.base}/twilio/voice{query}"
-    return requests.post(url, data=fields, headers={"X-Twilio-Signature": signature}, timeout=10)
-
-
-def parameters_of(answer: requests.Response) -> dict[str, str]:
-    assert answer.status_code == 200, answer.text
-    assert answer.headers["content-type"].startswith("text/xml")
-    (stream,) = ElementTree.fromstring(answer.text).iter("Stream")
-    assert stream.attrib["url"] == "wss://talk.example.org/twilio/media"
-    return {one.attrib["name"]: one.attrib["value"] for one in stream}
 
 
 def stream(service: ProtocolService, token: str = ACCOUNT) -> Any:
@@ -337,47 +355,25 @@ def stream(service: ProtocolService, token: str = ACCOUNT) -> Any:
 
 async def call(
     service: ProtocolService, parameters: Mapping[str, str], said: bytes
-) -> tuple[bytes, int | None]:
-    """What the caller hears while it says `said` in real time, and the close code where it was closed."""
-    heard, code = b"", None
+) -> tuple[carrier.Line, int | None]:
+    """What the carrier plays while the caller says `said` in real time, and the close code."""
+    talk = carrier.Call(carrier.TWILIO)
     async with stream(service) as socket:
-        await socket.send('{"event": "connected", "protocol": "Call", "version": "1.0.0"}')
-        begin = start()
-        begin["start"]["customParameters"] = dict(parameters)
-        await socket.send(json.dumps(begin))
-
-        async def listen() -> None:
-            nonlocal heard, code
-            with contextlib.suppress(websockets.ConnectionClosed):
-                while True:
-                    event = json.loads(await socket.recv())
-                    if event["event"] == "media":
-                        heard += base64.b64decode(event["media"]["payload"])
-            code = socket.close_code
-
-        listening = asyncio.ensure_future(listen())
-        for number, at in enumerate(range(0, len(said), 160), start=1):
-            if listening.done():
-                break
-            with contextlib.suppress(websockets.ConnectionClosed):
-                await socket.send(json.dumps(media(number, said[at : at + 160])))
-            await asyncio.sleep(0.02)
-        await asyncio.sleep(0.3)
-        if not listening.done():
-            await socket.send('{"event": "stop", "streamSid": "MZ1", "stop": {}}')
-        await asyncio.wait_for(listening, 5)
-    return heard, code
+        await carrier.talk(socket, talk, carrier.pieces(said), parameters=parameters, digits="1#")
+        return talk.line, socket.close_code
 
 
 def test_a_simulated_carrier_holds_a_talk(service: ProtocolService) -> None:
     seconds = np.arange(8_000 * 2) / 8_000
     tone = (6_000 * np.sin(2 * np.pi * (300 + 200 * seconds) * seconds)).astype(np.int16)
-    parameters = parameters_of(ring(service, "?voice_prompt=NATM1&text_prompt=You%20sell%20bread."))
-    heard, code = asyncio.run(call(service, parameters, MU_LAW.encode(tone)))
+    _, parameters = ring(service.base, "?voice_prompt=NATM1&text_prompt=You%20sell%20bread.")
+    line, code = asyncio.run(call(service, parameters, MU_LAW.encode(tone)))
     assert code == 1000
+    assert line.cleared == 0
+    assert line.buffered_s < 0.5, "a busy machine; 80 ms on an idle one"
     assert ScriptedReplica.personas[-1].voice == "NATM1"
     assert ScriptedReplica.personas[-1].text_prompt == "You sell bread."
-    said = MU_LAW.decode(heard).astype(float)
+    said = MU_LAW.decode(line.heard).astype(float)
     late = 32  # samples: 2 ms each way
     count = min(len(said), len(tone)) - late - 640
     assert count > 8_000
@@ -388,14 +384,14 @@ def test_a_simulated_carrier_holds_a_talk(service: ProtocolService) -> None:
 def test_a_ticket_is_spent_once_and_a_forged_or_old_one_never(
     service: ProtocolService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parameters = parameters_of(ring(service))
+    _, parameters = ring(service.base)
     quiet = b"\xff" * 1_600
     assert asyncio.run(call(service, parameters, quiet))[1] == 1000
     began = len(ScriptedReplica.personas)
     forged = {**parameters, "token0": parameters["token0"][::-1]}
     for refused in (parameters, forged, {}):
         assert asyncio.run(call(service, refused, quiet * 4))[1] == 1008
-    fresh = parameters_of(ring(service))
+    _, fresh = ring(service.base)
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 61)
     assert asyncio.run(call(service, fresh, quiet * 4))[1] == 1008
@@ -403,9 +399,9 @@ def test_a_ticket_is_spent_once_and_a_forged_or_old_one_never(
 
 
 def test_a_request_without_twilios_signature_is_refused(service: ProtocolService) -> None:
-    assert ring(service, token="other").status_code == 401
+    assert webhook(service.base, account="other").status_code == 401
     assert requests.post(f"http://{service.base}/twilio/voice", timeout=10).status_code == 401
-    assert ring(service, "?voice_prompt=../x").status_code == 400
+    assert webhook(service.base, "?voice_prompt=../x").status_code == 400
 
     async def upgrade() -> int:
         with pytest.raises(InvalidStatus) as refused:
@@ -417,7 +413,7 @@ def test_a_request_without_twilios_signature_is_refused(service: ProtocolService
 
 def test_a_full_service_is_busy(service: ProtocolService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service.gateway._leases, "slots", 0)
-    assert '<Reject reason="busy"/>' in ring(service).text
+    assert '<Reject reason="busy"/>' in webhook(service.base).text
 
 
 @pytest.mark.parametrize(

@@ -15,16 +15,18 @@ from sessions import PERSONAS, speech
 from test_failover import PACE_S, Talker, alone, memory, run, until, used
 
 from deployments.gateway.handover import CONTINUED
-from deployments.gateway.resumes import Taken
+from deployments.gateway.resumes import Own, Taken
 from deployments.gateway.resumption import Resumption
 from deployments.gateway.services import Services
 from deployments.gateway.stats import SessionStats
 from deployments.gateway.upstream import Upstream
+from deployments.metrics import Metrics
 from deployments.wire.messages import LeaseRequest
 from deployments.wire.tokens import ResumeClaim
 from personaplex.errors import ResumeRefused, SessionLost, SessionTaken
 from personaplex.persona import Persona
 from personaplex.session.events import Ready
+from personaplex.sessionlog import SessionLog
 
 NAME = "5e" * 16
 SOUND = speech(3, 60)
@@ -336,9 +338,9 @@ def test_what_the_agent_said_and_nobody_heard_is_told() -> None:
 @pytest.mark.parametrize(("read", "told"), [(17, " 17 18"), (16, " 16 17 18")])
 def test_text_that_was_lost_without_its_page_is_told(read: int, told: str) -> None:
     """A frame's text follows its page; a connection may be cut between the two."""
-    taken = types.SimpleNamespace(
-        counter=1, log=types.SimpleNamespace(frames=20), texts=[(n, f" {n}") for n in range(19)]
-    )
-    resumption = Resumption("s", None, Counted())
-    details = resumption.go_on(cast(Taken, taken), heard=17, read=read)
+    texts = [(n, f" {n}") for n in range(19)]
+    log = cast(SessionLog, types.SimpleNamespace(frames=20))
+    taken = Taken("s", 1, log, 1, texts, confirm=lambda: None, give_back=lambda: None)
+    resumption = Resumption("s", None, cast(Metrics, Counted()), cast(Own, None))
+    details = resumption.go_on(taken, heard=17, read=read)
     assert details == {"frame": 20, "lost_frames": 3, "lost_text": told}

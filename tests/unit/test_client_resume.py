@@ -169,6 +169,29 @@ def test_what_the_agent_says_has_the_time_of_the_frame_it_came_with() -> None:
     assert starts == [80 * frame for frame in range(len(starts))]
 
 
+def test_a_loss_that_is_told_twice_counts_once() -> None:
+    """The connection over which it was told was lost too, before it brought a page."""
+    conversation = Conversation(paced_nothing)
+
+    def told(lost: int, frame: int, text: str) -> None:
+        conversation._resumed({"frame": frame, "lost_frames": lost, "lost_text": text})
+
+    told(3, 3, " a b c")
+    assert conversation._read == 3, "it has that text now, and asks for none of it again"
+    told(4, 4, " d")
+    assert conversation.report.frames_lost == 4
+    assert conversation.report.transcript == " a b c d"
+    conversation._next_page = 6  # pages came
+    told(2, 8, "")
+    assert conversation.report.frames_lost == 6
+    assert conversation._read == 8
+
+
+async def paced_nothing() -> AsyncIterator[Pcm]:
+    for frame in ():
+        yield frame
+
+
 def test_after_which_closes_a_session_may_go_on() -> None:
     assert {1001, 1006, 1011, 1012} == LOST_CODES
 

@@ -162,9 +162,8 @@ class LiveTranslator:
         if session.get("instructions") is not None:
             text = text_of(session["instructions"], "session.instructions")
             persona = dataclasses.replace(persona, text_prompt=text)
-        if roles:
-            parts = [persona.text_prompt, *roles] if session.get("instructions") else roles
-            persona = dataclasses.replace(persona, text_prompt="\n".join(parts))
+        role = openai_events.role_with(persona.text_prompt, roles)
+        persona = dataclasses.replace(persona, text_prompt=role)
         openai_events.check_role(persona.text_prompt, "session.instructions")
         voice = output.get("voice")
         if voice is not None:

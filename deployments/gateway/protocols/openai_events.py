@@ -11,7 +11,7 @@ import base64
 import binascii
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from personaplex.audio.pcm import PcmFormat
@@ -29,6 +29,7 @@ from personaplex.errors import (
     Unauthorized,
     UnknownVoice,
 )
+from personaplex.persona import Persona
 from personaplex.session.moshi import MESSAGE_LIMIT
 
 Event = dict[str, Any]
@@ -132,6 +133,13 @@ def name_of(value: Any, param: str) -> str:
     if len(text) > NAME_LIMIT:
         refuse("invalid_value", f"{param} has at most {NAME_LIMIT} characters", param)
     return text
+
+
+def role_with(asked: str, typed: Sequence[str]) -> str:
+    """The role text of a session that was asked for one, with what its client typed before the start: that
+    follows a role of the client's own, and takes the place of the default one."""
+    own = "" if any(typed) and asked == Persona().text_prompt else asked
+    return "\n".join(text for text in (own, *typed) if text)
 
 
 def check_role(text: str, param: str) -> None:

@@ -17,6 +17,7 @@ from deployments.gateway.protocols.openai_events import (
     number_of,
     object_of,
     refuse,
+    role_with,
     text_of,
 )
 from deployments.gateway.protocols.realtime_dialect import Dialect
@@ -67,10 +68,7 @@ class Configuration:
     @property
     def role(self) -> Persona:
         """The persona with what system messages add to it."""
-        text = (
-            "\n".join((self.persona.text_prompt, *self.system)) if self.system else self.persona.text_prompt
-        )
-        return dataclasses.replace(self.persona, text_prompt=text)
+        return dataclasses.replace(self.persona, text_prompt=role_with(self.persona.text_prompt, self.system))
 
     def updated(
         self, session: Mapping[str, Any], dialect: Dialect, voices: Mapping[str, str]

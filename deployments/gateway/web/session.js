@@ -39,6 +39,7 @@ export class Session {
   #live = false;
   #over = false;
   heard = 0; // frames of the agent that arrived, as the service numbers them
+  #read = 0; // frames of which all the text arrived, or was told after a loss: it follows their sound
 
   /**
    * Handlers: `state(name, detail)` with connecting, queued ({position, wait_s}), warming, live ({resumed}) or lost
@@ -119,6 +120,7 @@ export class Session {
     const url = new URL(this.#url);
     url.searchParams.set("resume", this.#token);
     url.searchParams.set("heard", this.heard);
+    url.searchParams.set("read", this.#read);
     this.#connect(url);
     this.#wait(); // for the upgrade: a try that gets no answer makes room for the next
   };
@@ -158,14 +160,25 @@ export class Session {
     try {
       switch (bytes[0]) {
         case Kind.HANDSHAKE: return this.#start();
-        case Kind.AUDIO: return this.#handlers.audio(payload);
-        case Kind.TEXT: return this.#handlers.text(new TextDecoder().decode(payload));
+        case Kind.AUDIO: return this.#hear(payload);
+        case Kind.TEXT: return this.#show(new TextDecoder().decode(payload));
         case Kind.METADATA: return this.#learn(JSON.parse(new TextDecoder().decode(payload)));
         case Kind.ERROR: this.#words = new TextDecoder().decode(payload);
       }
     } catch (error) {
       this.#finish(ending("failed", { words: error.message }));
     }
+  }
+
+  #hear(payload) {
+    const before = this.heard;
+    this.#handlers.audio(payload);
+    if (this.heard > before) this.#read = Math.max(this.#read, before);
+  }
+
+  #show(piece) {
+    this.#read = Math.max(this.#read, this.heard);
+    this.#handlers.text(piece);
   }
 
   #wait() {
@@ -194,6 +207,7 @@ export class Session {
     if (details.type === "session") {
       if (details.grace_s > 0) this.#graceS = details.grace_s;
       this.#handlers.details(details);
+      this.#read = Math.max(this.#read, details.resumed?.frame ?? 0);
     } else if (details.type === "reconnect") this.#comeOver();
     else if (details.type !== "queue") this.#handlers.metadata(details);
     if (this.#live || this.#deadline) return;

@@ -168,7 +168,7 @@ export class Talk {
 
   #learn(details) {
     const { resumed } = details;
-    if (resumed && resumed.frame !== this.details.resumed?.frame) {
+    if (resumed) {
       this.#resumed = resumed;
       if (resumed.lost_text) this.transcript.agentText(this.seconds, resumed.lost_text);
     }
