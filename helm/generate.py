@@ -35,6 +35,7 @@ DERIVED = (  # the chart's own, or a secret that does not belong in values
     "transcriber_resources",
     "api_keys",
     "api_keys_file",
+    "admin_keys_file",
     "twilio_token_file",
 )
 BEGIN, END = "<!-- values: begin -->\n", "<!-- values: end -->\n"

@@ -20,6 +20,10 @@ REFUSED = {
         "settings.replicas_max is derived: use replicaGroups.*.maxPods",
     ),
     "key in values": (("settings.api_keys={a}",), "settings.api_keys is derived: use apiKeys.existingSecret"),
+    "operators' keys by a file of one's own": (
+        ("settings.admin_keys_file=/keys",),
+        "settings.admin_keys_file is derived: use adminKeys.existingSecret",
+    ),
     "twilio without its token": (
         ("settings.protocols={twilio}", "settings.public_url=https://talk.example"),
         "twilio, which needs settings.public_url and, in twilio.existingSecret",

@@ -303,7 +303,7 @@ def test_operators_may_do_little() -> None:
     }
     assert not any("*" in rule["verbs"] + rule["resources"] + rule["apiGroups"] for rule in role["rules"])
     (secrets,) = (rule for rule in role["rules"] if rule["resources"] == ["secrets"])
-    assert set(secrets["resourceNames"]) == {"hf", "keys", "redis", "registry", "twilio"}
+    assert set(secrets["resourceNames"]) == {"hf", "keys", "operators", "redis", "registry", "twilio"}
 
 
 def test_notes_warn_about_what_cuts_sessions() -> None:

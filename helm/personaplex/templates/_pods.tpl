@@ -101,6 +101,7 @@ spec:
 {{- $timeouts := include "personaplex.timeouts" $root | fromJson -}}
 {{- $weights := and (eq $role "replica") (ne $root.Values.weights.source "none") -}}
 {{- $keys := and (eq $role "gateway") $root.Values.apiKeys.existingSecret -}}
+{{- $admin := and (eq $role "gateway") $root.Values.adminKeys.existingSecret -}}
 {{- $twilio := and (eq $role "gateway") $root.Values.twilio.existingSecret -}}
 {{- if and (has $role (list "replica" "transcriber")) $root.Values.serve.dedicatedNodes }}
 # KubeRay labels every worker as serving and leaves it to readiness which of them take sockets. Nothing ever sets
@@ -188,6 +189,9 @@ containers:
       {{- if $keys }}
       - {name: api-keys, mountPath: /etc/personaplex, readOnly: true}
       {{- end }}
+      {{- if $admin }}
+      - {name: admin-keys, mountPath: /etc/personaplex-admin, readOnly: true}
+      {{- end }}
       {{- if $twilio }}
       - {name: twilio, mountPath: /etc/personaplex-twilio, readOnly: true}
       {{- end }}
@@ -204,6 +208,12 @@ volumes:
     secret:
       secretName: {{ $root.Values.apiKeys.existingSecret }}
       items: [{key: {{ $root.Values.apiKeys.key }}, path: keys}]
+  {{- end }}
+  {{- if $admin }}
+  - name: admin-keys
+    secret:
+      secretName: {{ $root.Values.adminKeys.existingSecret }}
+      items: [{key: {{ $root.Values.adminKeys.key }}, path: keys}]
   {{- end }}
   {{- if $twilio }}
   - name: twilio

@@ -27,6 +27,9 @@ follow from the pod groups, so that Serve never asks for more than the autoscale
 {{- if .Values.apiKeys.existingSecret -}}
 {{- $_ := set $settings "api_keys_file" "/etc/personaplex/keys" -}}
 {{- end -}}
+{{- if .Values.adminKeys.existingSecret -}}
+{{- $_ := set $settings "admin_keys_file" "/etc/personaplex-admin/keys" -}}
+{{- end -}}
 {{- if .Values.twilio.existingSecret -}}
 {{- $_ := set $settings "twilio_token_file" "/etc/personaplex-twilio/token" -}}
 {{- end -}}

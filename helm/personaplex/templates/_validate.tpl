@@ -27,7 +27,7 @@ What a schema cannot say: rules between values. Each message names the value to 
   "transcribers_min" "transcriber.minPods" "transcribers_max" "transcriber.maxPods" "transcriber_resources" "serve.dedicatedNodes"
   "replica_resources" "serve.dedicatedNodes" "gateway_resources" "serve.dedicatedNodes"
   "api_keys" "apiKeys.existingSecret" "api_keys_file" "apiKeys.existingSecret"
-  "twilio_token_file" "twilio.existingSecret" -}}
+  "twilio_token_file" "twilio.existingSecret" "admin_keys_file" "adminKeys.existingSecret" -}}
 {{- range $key, $instead := $derived -}}
 {{- if hasKey $.Values.settings $key -}}{{- fail (printf "settings.%s is derived: use %s" $key $instead) -}}{{- end -}}
 {{- end -}}

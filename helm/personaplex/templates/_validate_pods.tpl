@@ -43,6 +43,7 @@ with the path of the value to change.
 {{- define "personaplex.validatePods" -}}
 {{- include "personaplex.validatePod" (dict "root" . "path" "head" "pod" .Values.head "cpus" 0.0 "volumes" list) -}}
 {{- $keys := empty .Values.apiKeys.existingSecret | not | ternary (list "api-keys") list -}}
+{{- $keys = empty .Values.adminKeys.existingSecret | ternary $keys (append $keys "admin-keys") -}}
 {{- $keys = empty .Values.twilio.existingSecret | ternary $keys (append $keys "twilio") -}}
 {{- $each := hasKey .Values.settings "gateway_num_cpus" | ternary .Values.settings.gateway_num_cpus 1 -}}
 {{- $asks := printf "%v gateways of settings.gateway_num_cpus %v" .Values.gateway.perPod $each -}}
@@ -198,6 +199,7 @@ ray.lifecycle: a hook would delay or replace Ray's own drain, in which sessions 
 {{- $mounted := list "/tmp" "/dev/shm" -}}
 {{- if has "weights" .volumes -}}{{- $mounted = append $mounted (trimSuffix "/" .root.Values.weights.mountPath) -}}{{- end -}}
 {{- if has "api-keys" .volumes -}}{{- $mounted = append $mounted "/etc/personaplex" -}}{{- end -}}
+{{- if has "admin-keys" .volumes -}}{{- $mounted = append $mounted "/etc/personaplex-admin" -}}{{- end -}}
 {{- if has "twilio" .volumes -}}{{- $mounted = append $mounted "/etc/personaplex-twilio" -}}{{- end -}}
 {{- $taken := list "download-weights" "wait-for-weights" "wait-gcs-ready" "autoscaler" -}}
 {{- range $list := list "containers" "initContainers" -}}
