@@ -29,7 +29,7 @@ from deployments.gateway.services import Services
 from deployments.gateway.stats import SessionStats
 from deployments.gateway.transcripts import Heard, Transcript
 from deployments.gateway.upstream import Upstream
-from personaplex.config import Pcm
+from personaplex.config import FRAME_SECONDS, Pcm
 from personaplex.errors import ClientError, PersonaplexError, RecordingFailed, SessionLost
 from personaplex.persona import Persona
 from personaplex.session.core import SessionCore, State
@@ -95,8 +95,8 @@ class Conversation:
         has. `transcribe`: what the user says is read, where the service does that, for the record and for the
         client if it asked for `status`."""
         self._socket, self._session, self._services = socket, session, services
+        before = 0 if comeback is None else comeback.taken.log.frames
         if protocol is None:
-            before = 0 if comeback is None else comeback.taken.log.frames
             protocol = MoshiTranslator(time.monotonic, services.limits.burst_s, frames_before=before)
         self._resumable, self._comeback = resumable, comeback
         self._cleanly = False  # whether the client said that it leaves
@@ -128,6 +128,7 @@ class Conversation:
             user_text=status or protocol.user_text,
             handshake_delay_s=protocol.handshake_delay_s if comeback is None else 0.0,
             begin_s=limits.idle_s if begin is not None else float("inf"),
+            talked_s=before * FRAME_SECONDS,
         )
         self._loop = asyncio.get_running_loop()
         if recording is not None:

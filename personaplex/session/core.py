@@ -222,11 +222,13 @@ class SessionCore:
         user_text: bool = False,
         handshake_delay_s: float = HANDSHAKE_DELAY_S,
         begin_s: float = float("inf"),
+        talked_s: float = 0.0,
     ) -> None:
         """`headers`: header pages of the agent's stream. `now`: when the connection was accepted. `status`:
         the peer wants to know how it stands before the handshake. `user_text`: it wants the transcript of its
         own speech. `handshake_delay_s`: 0 for one whose decoder runs already. `begin_s`: law 8; leave it out
-        where the session is known at the upgrade."""
+        where the session is known at the upgrade. `talked_s`: conversation before, of a peer that has come
+        back; it counts towards the session's limit."""
         self.state = OPENING
         self.error: PersonaplexError | None = None  # why our side ended it
         self.ignored = 0  # messages the protocol does not know
@@ -240,6 +242,7 @@ class SessionCore:
         self._begin_s, self._begin_due = begin_s, now + begin_s
         self._queued = False
         self._ready = False
+        self._talked_s = talked_s
         self._ends_at = float("inf")
         self._warn_at = float("inf")  # when the peer is told how long it has
         self._last_sent = now
@@ -346,7 +349,7 @@ class SessionCore:
         if self.state is not PRIMING or not self._ready or now < self._handshake_at:
             return []
         self.state = LIVE
-        self._ends_at = now + self._limits.session_s
+        self._ends_at = now + self._limits.session_s - self._talked_s
         if self._status and self._limits.session_s > WARNING_S:
             self._warn_at = self._ends_at - WARNING_S
         idle_s = self._limits.idle_s

@@ -325,6 +325,16 @@ def test_what_the_user_said_before_the_handshake_follows_it() -> None:
     assert told[-1] == SendUserText(HELLO)
 
 
+def test_what_was_talked_before_the_peer_came_back_counts_towards_the_limit() -> None:
+    limits = Limits(session_s=100.0, idle_s=1_000.0, first_audio_s=1_000.0)
+    core = SessionCore(HEADERS, limits, 0.0, status=True, handshake_delay_s=0.0, talked_s=90.0)
+    core.receive(LeaseGranted(), 1.0)
+    core.receive(Ready(), 1.0)
+    assert Metadata({"type": "ending", "in_s": 8}) in sent(core.receive(Tick(), 3.0))
+    assert core.state is LIVE
+    assert closes(core.receive(Tick(), 11.0)) == [Close(1000, "the session reached its time limit")]
+
+
 def test_text_stays_with_its_page() -> None:
     """In a burst of answers the words would run seconds ahead of the voice."""
     core = in_state(LIVE)
