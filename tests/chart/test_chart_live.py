@@ -15,6 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import pytest
 import yaml
 from kube import chart
 from kube.apiserver import ApiServer
+from kube.world import NAME, installed
 from ports import free_port
 
 from k8s import __main__ as tool
@@ -169,4 +171,37 @@ def test_smoke_and_sessions_work_through_tunnels(
             time.sleep(0.5)
         assert "one (active): 0 sessions" in out
         assert re.search(r"replica +replica +0 +4", out)
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_verify_passes_and_its_bundle_holds_no_secret(
+    live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The self check holds a real conversation, and real logs go into the bundle."""
+    token, bundle = "hf_L1ve0123456789abcdefghij", tmp_path / "support.zip"
+    monkeypatch.setenv("HF_TOKEN", token)
+    log = (live.files.parent / "log").read_text()
+    assert "replica" in log
+    with ApiServer() as server:
+        installed(server, "values-dev.yaml")
+        for pod in server.find("Pod"):
+            name = pod["metadata"]["name"]
+            server.backends[name, 8000] = ("127.0.0.1", live.port)
+            server.pages[name, sessions.METRICS_PORT] = live.metrics
+            server.logs[name, "ray"] = f"{log}\nthe hub was asked with {token}\n"
+        path = tmp_path / "kubeconfig"
+        path.write_text(server.kubeconfig())
+        monkeypatch.setenv("KUBECONFIG", str(path))
+        code = tool.main(["verify", NAME, "-n", "speech", "--bundle", str(bundle)])
+        printed = capsys.readouterr()
+        assert code == 0, printed
+        assert "a conversation through a tunnel to a gateway" in printed.out
+        assert "fail" not in printed.out
+        (kubeconfig,) = yaml.safe_load(path.read_text())["users"]
+    with zipfile.ZipFile(bundle) as archive:
+        files = {name: archive.read(name).decode() for name in archive.namelist()}
+    assert any("the hub was asked with" in text for text in files.values()), "no log is in it"
+    for secret in (token, *map(str, kubeconfig["user"].values())):
+        assert not [name for name, text in files.items() if secret in text]
     gc.collect()

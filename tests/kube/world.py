@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from k8s import sessions
 from k8s.cluster import Cluster
-from kube import kuberay
+from kube import chart, kuberay
 from kube.apiserver import ApiServer
 
 NAME = "talk-personaplex"
@@ -165,3 +166,48 @@ def ready(server: ApiServer, image: str = "quay.example/kuberay/operator:v1.7.0"
     server.put({**claim, "spec": {"accessModes": ["ReadWriteMany"]}, "status": {"phase": "Bound"}})
     server.put(node("gpu-1", 8))
     server.put(node("spot-1", 4, {"node-pool": "spot"}))
+
+
+def installed(server: ApiServer, values: str, options: Sequence[str] = ()) -> World:
+    """What `values` of the chart look like once KubeRay has carried them out."""
+    ready(server)
+    world, documents = World(server), copy.deepcopy(chart.render(values, tuple(options)))
+    for document in documents:
+        if document["kind"] in ("NetworkPolicy", "PodDisruptionBudget", "Role"):
+            server.put(document)
+    service = chart.only(documents, "RayService")
+    config = service["spec"]["rayClusterConfig"]
+    world.service(active="one", spec=service["spec"])
+    (kept,) = server.find("RayService")
+    server.put({**kept, "metadata": {**kept["metadata"], "labels": service["metadata"]["labels"]}})
+    owner = {"kind": "RayService", "name": NAME, "uid": OWNER}
+    ray_cluster = {"name": "one", "ownerReferences": [owner]}
+    server.put({"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": ray_cluster, "spec": config})
+    world.load["one"] = 0
+    _add_pods(world, "headgroup", config["headGroupSpec"]["template"], 1)
+    for group in config["workerGroupSpecs"]:
+        _add_pods(world, group["groupName"], group["template"], group["minReplicas"])
+    return world
+
+
+def _add_pods(world: World, group: str, template: Any, count: int) -> None:
+    role = template["metadata"]["labels"]["app.kubernetes.io/component"]
+    labels = {**template["metadata"]["labels"], "ray.io/cluster": "one", "ray.io/group": group}
+    labels |= {"ray.io/serve": "true"} if role != "head" else {}
+    for number in range(count):
+        name = f"one-{group}-{number}"
+        status = {"name": "ray", "ready": True, "restartCount": 0, "imageID": "sha256:" + "0a" * 32}
+        world.server.put(
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": name, "labels": labels},
+                "spec": {**template["spec"], "nodeName": f"node-{number}"},
+                "status": {
+                    "phase": "Running",
+                    "containerStatuses": [status],
+                    "conditions": [{"type": "Ready", "status": str(role == "gateway")}],
+                },
+            }
+        )
+        world.server.pages[name, sessions.METRICS_PORT] = lambda: world.page("one", role)

@@ -12,13 +12,12 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
-import test_k8s_verify
 from aiohttp import web
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kube.apiserver import ApiServer
 from kube.objects import Status
-from kube.world import NAME, World
+from kube.world import NAME, World, installed
 
 from k8s import __main__ as tool
 from k8s import conversation
@@ -33,7 +32,17 @@ RESUME = "Zm9vYmFyYmF6cXV4MTIzNDU2Nzg5MEFCQ0RFRg-_"
 PEM = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwgg\n-----END PRIVATE KEY-----"
 # Secrets that stand in no Secret the tool can read: known by their place or their shape alone.
 BY_PLACE = ("env-literal-42", "querykey77", "cookie-abc-1", "basic-dXNlcjpw", "wsproto-key-9", "cmdline-pw-5")
-KNOWN = (HF_TOKEN, API_KEY, SECOND_KEY, REDIS, REGISTRY, "Tw1lio-auth", "local-hf-token-3", "own-key-of-me")
+KNOWN = (
+    HF_TOKEN,
+    API_KEY,
+    SECOND_KEY,
+    REDIS,
+    REGISTRY,
+    "Tw1lio-auth",
+    "operator-0f-nights",
+    "local-hf-token-3",
+    "own-key-of-me",
+)
 ALL = (*KNOWN, *BY_PLACE, MEDIA, RESUME, "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwgg")
 
 
@@ -78,13 +87,14 @@ replica 3 ready after 41.5 s
 def world(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(conversation, "converse", lambda url, key=None: "spoken")
     monkeypatch.setenv("HF_TOKEN", "local-hf-token-3")
-    world = test_k8s_verify.installed(server)
+    world = installed(server, "ci/everything-values.yaml")
     registry = {"auths": {"registry.example": {"username": "bot", "password": REGISTRY}}}
     secrets = {
         "hf": {"token": HF_TOKEN},
         "keys": {"keys": f"# ours\n{API_KEY}  label=acme sessions=20\n{SECOND_KEY}\n"},
         "redis": {"password": REDIS, "user": "speech-redis"},
         "registry": {".dockerconfigjson": json.dumps(registry)},
+        "operators": {"keys": "operator-0f-nights\n"},
         "twilio": {"token": "Tw1lio-auth"},
     }
     for name, data in secrets.items():

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kube import chart
 from kube.apiserver import ApiServer
-from kube.world import NAME, OWNER, Clock, World, ready
+from kube.world import NAME, Clock, World, installed
 
 from k8s import __main__ as tool
 from k8s import conversation, errors, failover, policies, sessions, verify
@@ -24,51 +22,7 @@ VALUES = "ci/everything-values.yaml"
 def world(server: ApiServer, monkeypatch: pytest.MonkeyPatch) -> World:
     """What the chart's everything-values.yaml looks like once KubeRay has carried it out."""
     monkeypatch.setattr(conversation, "converse", lambda url, key=None: "spoken")
-    return installed(server)
-
-
-def installed(server: ApiServer) -> World:
-    ready(server)
-    world, documents = World(server), copy.deepcopy(chart.render(VALUES))
-    for document in documents:
-        if document["kind"] in ("NetworkPolicy", "PodDisruptionBudget", "Role"):
-            server.put(document)
-    service = chart.only(documents, "RayService")
-    config = service["spec"]["rayClusterConfig"]
-    world.service(active="one", spec=service["spec"])
-    (kept,) = server.find("RayService")
-    server.put({**kept, "metadata": {**kept["metadata"], "labels": service["metadata"]["labels"]}})
-    owner = {"kind": "RayService", "name": NAME, "uid": OWNER}
-    ray_cluster = {"name": "one", "ownerReferences": [owner]}
-    server.put({"apiVersion": "ray.io/v1", "kind": "RayCluster", "metadata": ray_cluster, "spec": config})
-    world.load["one"] = 0
-    add_pods(world, "headgroup", config["headGroupSpec"]["template"], 1)
-    for group in config["workerGroupSpecs"]:
-        add_pods(world, group["groupName"], group["template"], group["minReplicas"])
-    return world
-
-
-def add_pods(world: World, group: str, template: Any, count: int) -> None:
-    role = template["metadata"]["labels"]["app.kubernetes.io/component"]
-    labels = {**template["metadata"]["labels"], "ray.io/cluster": "one", "ray.io/group": group}
-    labels |= {"ray.io/serve": "true"} if role != "head" else {}
-    for number in range(count):
-        name = f"one-{group}-{number}"
-        status = {"name": "ray", "ready": True, "restartCount": 0, "imageID": "sha256:" + "0a" * 32}
-        world.server.put(
-            {
-                "apiVersion": "v1",
-                "kind": "Pod",
-                "metadata": {"name": name, "labels": labels},
-                "spec": {**template["spec"], "nodeName": f"node-{number}"},
-                "status": {
-                    "phase": "Running",
-                    "containerStatuses": [status],
-                    "conditions": [{"type": "Ready", "status": str(role == "gateway")}],
-                },
-            }
-        )
-        world.server.pages[name, sessions.METRICS_PORT] = lambda: world.page("one", role)
+    return installed(server, VALUES)
 
 
 def found(cluster: Cluster) -> dict[str, list[str]]:
