@@ -260,8 +260,16 @@ def test_figures_are_those_of_the_results() -> None:
 
 def test_figures_of_transcription_are_those_of_the_results() -> None:
     page = (ROOT / "docs" / "transcription.md").read_text()
-    table = {cells[0]: cells[1] for cells in rows(section(page, "Figures"))}
-    found = _results("words-pipeline")
+    for column, name in ((1, "words"), (2, "words-pipeline")):
+        table = {cells[0]: cells[column] for cells in rows(section(page, "Figures"))}
+        _check_transcription(table, _results(name))
+    unhurt = _results("unhurt")
+    assert not unhurt["broken"]
+    worst = max(unhurt["conditions"][kind]["gap_most_ms"]["most"] for kind in ("slow", "killed", "absent"))
+    assert f"longest gap of any call was {worst / 1_000:.2f} s" in " ".join(page.split())
+
+
+def _check_transcription(table: dict[str, str], found: dict[str, Any]) -> None:
     speech, silence = found["speech"], found["no_speech"]
     rates = (speech["word_error_rate"], speech["word_error_rate_of_clean_files"])
     assert (
@@ -273,12 +281,12 @@ def test_figures_of_transcription_are_those_of_the_results() -> None:
         assert table[f"{name} of words, off by"] == f"{speech[key]['p95']:.2f} s at p95"
         assert speech[key]["p95"] <= 0.2
     delay = speech["text_after_end_of_speech_s"]["p95"]
-    assert table["text after the end of speech, on a core that is free"] == f"{delay:.2f} s at p95"
+    assert table["text after the end of speech"] == f"{delay:.2f} s at p95"
+    assert delay <= 2.0
     assert (silence["minutes"], silence["words"]) == (10.0, 0)
-    share = found["cpu_seconds_of_the_gateways_ear_per_second"]
-    assert table["what listening adds in a gateway"] == f"{share:.1%} of a core per session".replace(
-        "%", " %"
-    )
+    share = found.get("cpu_seconds_of_the_gateways_ear_per_second")
+    shown = "" if share is None else f"{share:.1%} of a core per session".replace("%", " %")
+    assert table["what listening adds in a gateway"] == shown
 
 
 def _results(name: str) -> dict[str, Any]:
