@@ -1,14 +1,17 @@
 """How long a caller in the queue will wait, said only while that is known to be good.
 
 With S slots whose sessions last M seconds on average, a slot becomes free every M / S seconds, so place n
-waits about n M / S. M is the mean of the sessions that ended here within the last hour. Whether that holds
-now (a burst of arrivals, a scale-up, a few long calls) no formula knows: so every caller's estimate is
-compared with what it really waited, and nothing is said unless HONEST of the last JUDGED estimates were
-within a factor of FACTOR, or within SLACK_S. Pure: times are passed in, in seconds of one clock.
+waits about n M / S. M is the mean of the sessions that ended here within the last hour. A slot is also held
+before and after its conversation, which weighs where conversations are short: so the formula is corrected by
+the median of what the last JUDGED callers waited over what it gave. Whether that holds now (a burst of
+arrivals, a scale-up, a few long calls) no formula knows: so every caller's estimate is compared with what it
+really waited, and nothing is said unless HONEST of the last JUDGED estimates were within a factor of FACTOR,
+or within SLACK_S. Pure: times are passed in, in seconds of one clock.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 
 HOUR_S = 3_600.0
@@ -18,6 +21,7 @@ JUDGED, LEAST_JUDGED = 20, 5
 HONEST = 0.8
 FACTOR = 2.0
 SLACK_S = 2.0  # what a person does not notice
+CORRECTIONS = (1 / 3, 3.0)  # smallest and largest
 
 
 class Waits:
@@ -26,7 +30,9 @@ class Waits:
     def __init__(self) -> None:
         self._lengths: deque[tuple[float, float]] = deque(maxlen=LENGTHS)  # when it ended, how long it was
         self._good: deque[bool] = deque(maxlen=JUDGED)
-        self._estimates: dict[str, tuple[float, float]] = {}  # of those that wait: when made, seconds
+        self._ratios: deque[float] = deque(maxlen=JUDGED)  # seconds waited over what the formula gave
+        # Of those that wait: when it was made, the estimate, what the formula gave.
+        self._estimates: dict[str, tuple[float, float, float]] = {}
 
     def ended(self, seconds: float, now: float) -> None:
         """A session gave its slot back after `seconds`."""
@@ -38,26 +44,36 @@ class Waits:
             self._lengths.popleft()
         if len(self._lengths) < LEAST_LENGTHS or slots < 1:
             return None
-        return place * sum(length for _, length in self._lengths) / len(self._lengths) / slots
+        mean = sum(length for _, length in self._lengths) / len(self._lengths)
+        return place * mean / slots * self._correction
 
     def queued(self, session: str, place: int, slots: int, now: float) -> float | None:
         """A session is at `place`: what it may be told. Its first estimate is the one that is judged."""
         seconds = self.estimate(place, slots, now)
         if seconds is not None:
-            self._estimates.setdefault(session, (now, seconds))
+            self._estimates.setdefault(session, (now, seconds, seconds / self._correction))
         return seconds if self.honest else None
 
     def served(self, session: str, now: float) -> None:
         """A session that waited has its slot."""
         made = self._estimates.pop(session, None)
         if made is not None:
-            self._good.append(close(made[1], now - made[0]))
+            since, estimate, formula = made
+            self._good.append(close(estimate, now - since))
+            if formula > 0:
+                self._ratios.append((now - since) / formula)
 
     def left(self, session: str, now: float) -> None:
         """A session that waited is gone; an estimate that it has outlasted was wrong."""
         made = self._estimates.pop(session, None)
         if made is not None and now - made[0] > made[1] and not close(made[1], now - made[0]):
             self._good.append(False)
+
+    @property
+    def _correction(self) -> float:
+        if len(self._ratios) < LEAST_JUDGED:
+            return 1.0
+        return min(max(statistics.median(self._ratios), CORRECTIONS[0]), CORRECTIONS[1])
 
     @property
     def honest(self) -> bool:

@@ -15,10 +15,16 @@ Draw = Callable[[np.random.Generator], float]
 
 
 def simulate(
-    arrivals_a_minute: float, length: Draw, *, slots: int = 8, hours: float = 6.0, seed: int = 0
+    arrivals_a_minute: float,
+    length: Draw,
+    *,
+    slots: int = 8,
+    hours: float = 6.0,
+    seed: int = 0,
+    around_s: float = 0.0,
 ) -> tuple[list[tuple[float, float]], int]:
     """A service of `slots` with Poisson arrivals: what callers were told with what they waited, and how many
-    waited in all."""
+    waited in all. `around_s`: for which a slot is held before and after its conversation."""
     random, waits, now = np.random.default_rng(seed), Waits(), 0.0
     busy: list[tuple[float, float]] = []  # when it ends, its length
     queue: deque[tuple[str, float, float | None]] = deque()
@@ -42,7 +48,7 @@ def simulate(
             if said is not None:
                 told.append((said, now - since))
             lasted = length(random)
-            heapq.heappush(busy, (now + lasted, lasted))
+            heapq.heappush(busy, (now + lasted + around_s, lasted))
     return told, waited
 
 
@@ -60,6 +66,17 @@ def test_under_overload_most_callers_are_told_and_what_they_are_told_is_good(len
         assert waited > 500
         assert len(told) > 0.7 * waited
         assert np.mean([close(*one) for one in told]) >= HONEST
+
+
+def test_short_conversations_wait_for_what_is_around_them_too() -> None:
+    def short(random: np.random.Generator) -> float:
+        return float(random.uniform(4.0, 10.0))
+
+    told, waited = simulate(60.0, short, hours=1.0, around_s=5.0)
+    assert waited > 500
+    assert len(told) > 0.7 * waited
+    assert np.mean([close(*one) for one in told]) >= HONEST
+    assert 0.8 < np.median([said / waited for said, waited in told]) < 1.25
 
 
 def test_where_lengths_say_nothing_hardly_anybody_is_told() -> None:
