@@ -21,7 +21,14 @@ from typing import Protocol
 from deployments.wire import messages
 from deployments.wire.detached import Detached
 from deployments.wire.link import Link, OnLost, OnMessage
-from deployments.wire.messages import REPORT_EVERY_S, Held, MessageKind, ReplicaStatus, TakenSession
+from deployments.wire.messages import (
+    REPORT_EVERY_S,
+    Address,
+    Held,
+    MessageKind,
+    ReplicaStatus,
+    TakenSession,
+)
 from deployments.wire.tokens import ResumeClaim, ResumeTokens
 from deployments.wire.transfer import LogReceiver
 from personaplex.errors import (
@@ -39,8 +46,7 @@ LOOK_FOR_S = 2 * REPORT_EVERY_S  # a slot that is there is known by then
 LOOK_EVERY_S = 0.25
 KEPT_LIMIT = 64  # sessions whose logs a gateway keeps: 2 MB each
 
-ConnectTo = Callable[[str, str, int, OnMessage, OnLost], Awaitable[Link]]  # a replica's name, host and port
-Address = tuple[str, str, int]  # the same
+ConnectTo = Callable[[str, str, int, OnMessage, OnLost], Awaitable[Link]]  # the first three: an Address
 
 
 @dataclass(eq=False)

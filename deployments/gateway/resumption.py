@@ -12,13 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from deployments import metrics
-from deployments.gateway.resumes import Address, Own, Resumes, Taken
+from deployments.gateway.resumes import Own, Resumes, Taken
 from deployments.metrics import Metrics
-from deployments.wire.messages import NOTHING_HELD, Held
+from deployments.wire.detached import TEXTS_KEPT
+from deployments.wire.messages import NOTHING_HELD, Address, Held
 from personaplex.errors import LogRefused, SessionTaken
 from personaplex.sessionlog import SessionRecorder
-
-TEXTS_KEPT = 128  # pieces of text; more than a client can have missed
 
 
 class Resumption:

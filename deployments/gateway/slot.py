@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from deployments.gateway.leases import Claim, Lease
 from deployments.wire import messages, transfer
 from deployments.wire.link import Link, OnLost, OnMessage
-from deployments.wire.messages import NOTHING_HELD, Grant, Held, MessageKind
+from deployments.wire.messages import NOTHING_HELD, Address, Grant, Held, MessageKind
 from personaplex.config import Pcm
 from personaplex.errors import PersonaplexError, ProtocolError
 from personaplex.persona import Persona
@@ -145,8 +145,8 @@ class Slot:
             self._lease.release()
 
     @property
-    def address(self) -> tuple[str, str, int] | None:
-        """Its replica, and host and port of that one's links; None before the lease."""
+    def address(self) -> Address | None:
+        """Its replica's; None before the lease."""
         if self._lease is None:
             return None
         grant = self._lease.grant

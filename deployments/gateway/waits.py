@@ -40,18 +40,24 @@ class Waits:
 
     def estimate(self, place: int, slots: int, now: float) -> float | None:
         """Seconds until `place` has a slot, whether it may be said or not; None when too little is known."""
+        formula = self._formula(place, slots, now)
+        return None if formula is None else formula * self._correction
+
+    def _formula(self, place: int, slots: int, now: float) -> float | None:
         while self._lengths and now - self._lengths[0][0] > HOUR_S:
             self._lengths.popleft()
         if len(self._lengths) < LEAST_LENGTHS or slots < 1:
             return None
         mean = sum(length for _, length in self._lengths) / len(self._lengths)
-        return place * mean / slots * self._correction
+        return place * mean / slots
 
     def queued(self, session: str, place: int, slots: int, now: float) -> float | None:
         """A session is at `place`: what it may be told. Its first estimate is the one that is judged."""
-        seconds = self.estimate(place, slots, now)
-        if seconds is not None:
-            self._estimates.setdefault(session, (now, seconds, seconds / self._correction))
+        formula = self._formula(place, slots, now)
+        if formula is None:
+            return None
+        seconds = formula * self._correction
+        self._estimates.setdefault(session, (now, seconds, formula))
         return seconds if self.honest else None
 
     def served(self, session: str, now: float) -> None:

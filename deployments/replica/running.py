@@ -9,12 +9,12 @@ from collections import deque
 import numpy as np
 import numpy.typing as npt
 
+from deployments.wire.detached import TEXTS_KEPT
 from deployments.wire.messages import Held
 from personaplex.config import Pcm
 from personaplex.sessionlog import SessionRecorder
 
 FED_LIMIT = 1_024  # frames on their way through the engine
-TEXTS_KEPT = 128  # pieces of text; more than a client can have missed
 
 
 class RunningLog:

@@ -13,24 +13,25 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from deployments.wire.messages import Held, SessionStatus
+from deployments.wire.messages import Address, Held, SessionStatus
 from personaplex.errors import ResumeRefused
 from personaplex.sessionlog import SessionLog
+
+TEXTS_KEPT = 128  # pieces of text of a session; more than a client can have missed
 
 
 @dataclass
 class Kept:
-    """A detached session. `generation`: of the slot it had last, counted up by each taker. `held`: what
-    its client may hold. `texts`: what the agent
-    said of late, with its frames. `place`: replica, host and port of the last slot, where a gateway keeps
-    it."""
+    """A detached session. `generation`: of the slot it had last, counted up by each taker. `held`: what its
+    client may hold. `texts`: what the agent said of late, with its frames. `place`: of the last slot, where a
+    gateway keeps it."""
 
     log: SessionLog
     generation: int
     held: Held
     texts: tuple[tuple[int, str], ...]
     since: float
-    place: tuple[str, str, int] | None = None
+    place: Address | None = None
     taker: object | None = None
 
     def takes(self, counter: int) -> bool:
@@ -57,7 +58,7 @@ class Detached:
             for session, kept in self._kept.items()
         )
 
-    def place(self, session: str) -> tuple[Kept, tuple[str, str, int]] | None:
+    def place(self, session: str) -> tuple[Kept, Address] | None:
         """A session that is kept, and the place of its last slot, where both are known."""
         self.expire()
         kept = self._kept.get(session)
@@ -70,7 +71,7 @@ class Detached:
         generation: int,
         held: Held,
         texts: Iterable[tuple[int, str]] = (),
-        place: tuple[str, str, int] | None = None,
+        place: Address | None = None,
     ) -> None:
         """From now on `session` is kept; see Kept."""
         self._kept[session] = Kept(log, generation, held, tuple(texts), self._clock(), place)

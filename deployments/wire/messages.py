@@ -58,6 +58,8 @@ FRAME_BYTES = 4 * FRAME_SIZE
 # What JSON that is none, or about something else, leads to; UnicodeError and json's own are ValueErrors.
 _UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
+Address = tuple[str, str, int]  # a replica: its name, host and port of its links
+
 
 @dataclass(frozen=True)
 class LeaseRequest:

@@ -19,8 +19,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from pydantic import TypeAdapter
 
-from deployments.gateway.protocols.realtime import ITEM_LIMIT, RealtimeOptions, RealtimeTranslator
+from deployments.gateway.protocols.realtime import RealtimeOptions, RealtimeTranslator
 from deployments.gateway.protocols.realtime_dialect import Dialect, dialect_of, key_among
+from deployments.gateway.protocols.realtime_items import ITEM_LIMIT
 from deployments.gateway.protocols.realtime_responses import WAIT_FRAMES
 from deployments.gateway.protocols.translator import Begin, Read, Reply
 from personaplex.errors import SessionExpired, SessionIdle, SessionLost

@@ -137,7 +137,9 @@ def test_where_the_fleet_knows_nothing_and_the_replica_is_gone_the_gateways_log_
             first = await talked(lent, 5)
             first.lose_client()
             fleet.kill(fleet.replicas[0])
-            await (await go_on(lent, first, first.token, 5)).close()
+            second = await go_on(lent, first, first.token, 5)
+            assert second.error is None
+            await second.close()
 
     run(test)
 
@@ -372,6 +374,8 @@ def test_a_gateway_ends_its_session_at_the_word_of_who_may_and_of_nobody_else() 
             assert first.error is None
             lent.resumes.free(first.token)
             assert isinstance(first.error, SessionTaken)
-            await (await go_on(lent, first, first.token, 5)).close()
+            second = await go_on(lent, first, first.token, 5)
+            assert second.error is None
+            await second.close()
 
     run(test)

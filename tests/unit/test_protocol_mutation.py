@@ -24,8 +24,9 @@ from pydantic import TypeAdapter
 from deployments.gateway.protocols.asterisk import AsteriskTranslator
 from deployments.gateway.protocols.carriers import TELNYX, TWILIO, CarrierTranslator
 from deployments.gateway.protocols.live import LiveTranslator
-from deployments.gateway.protocols.realtime import TEXT_LIMIT, RealtimeOptions, RealtimeTranslator
+from deployments.gateway.protocols.realtime import RealtimeOptions, RealtimeTranslator
 from deployments.gateway.protocols.realtime_dialect import Dialect
+from deployments.gateway.protocols.realtime_items import TEXT_LIMIT
 from deployments.gateway.protocols.translator import Begin, Reply, Translator
 from personaplex.errors import PersonaplexError
 from personaplex.persona import Persona
@@ -311,11 +312,11 @@ def test_what_a_client_makes_us_keep_is_bounded(name: str) -> None:
         for number in range(40):
             item = {**ITEM, "id": f"i{number}", "content": [text]}
             reader.read(json.dumps({"type": "conversation.item.create", "item": item}))
-    items = reader.translator._items.values()  # type: ignore[attr-defined]
+    items = reader.translator._items._kept.values()  # type: ignore[attr-defined]
     kept = sum(len(part["text"]) for item in items for part in item["content"])
     assert 0 < kept <= TEXT_LIMIT
     reader.read(json.dumps({"type": "conversation.item.delete", "item_id": "i39"}))
-    assert reader.translator._text == kept - 120_000  # type: ignore[attr-defined]
+    assert reader.translator._items._text == kept - 120_000  # type: ignore[attr-defined]
 
 
 def error_of(name: str, message: dict[str, Any]) -> str | None:

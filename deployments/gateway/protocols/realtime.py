@@ -12,13 +12,13 @@ own: some clients refuse names they do not know.
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from deployments.gateway.protocols import openai_events
-from deployments.gateway.protocols.openai_events import Chunks, Event, Refused, object_of, refuse, text_of
+from deployments.gateway.protocols.openai_events import Chunks, Event, Refused, object_of, refuse
 from deployments.gateway.protocols.realtime_dialect import Dialect
+from deployments.gateway.protocols.realtime_items import Items, id_of
 from deployments.gateway.protocols.realtime_responses import Responses
 from deployments.gateway.protocols.realtime_session import Configuration
 from deployments.gateway.protocols.translator import Begin, Message, Read, Reply
@@ -39,9 +39,6 @@ from personaplex.session.events import (
     UserTextLost,
 )
 
-ITEM_LIMIT = 256  # items that can still be retrieved
-TEXT_LIMIT = 262_144  # characters of all of them
-ID_LIMIT = 128  # characters of an id that a client chose
 METADATA_LIMIT = 16  # pairs; longest key 64, longest value 512 characters
 _FRAME_MS = round(1_000 * FRAME_SECONDS)
 
@@ -87,10 +84,7 @@ class RealtimeTranslator:
         self._begun = False
         self._chunks = Chunks()
         self._events = 0
-        self._items: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._text = 0  # characters of all items
-        self._last_item: str | None = None
-        self._users = 0  # items of the user's speech
+        self._items = Items(session, dialect)
         self._user_item = ""  # of speech that was announced, "" for none
         self._heard_item = ""  # of speech that no transcript was told of
         self._onset_ms: int | None = None  # of speech that was not announced yet
@@ -101,8 +95,8 @@ class RealtimeTranslator:
             max(1, round(options.pause_s / FRAME_SECONDS)),
             self._emit,
             lambda: self._configuration.in_response(dialect),
-            self._keep,
-            self._append_item,
+            self._items.keep,
+            self._items.append,
         )
 
     def configure(self, session: Mapping[str, Any]) -> None:
@@ -201,11 +195,11 @@ class RealtimeTranslator:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
                 refuse("invalid_value", f"{name} is a whole number, at least 0", name)
             numbers[name] = value
-        item_id = _id(event.get("item_id"), "item_id")
+        item_id = id_of(event.get("item_id"), "item_id")
         yield from self._replies("conversation.item.truncated", item_id=item_id, **numbers)
 
     def _create_item(self, event: Event) -> Iterator[Read]:
-        item = self._read_item(object_of(event.get("item"), "item"))
+        item = self._items.typed(object_of(event.get("item"), "item"))
         if item["role"] == "system" and not self._begun:
             text = "\n".join(part["text"] for part in item["content"])
             system = (*self._configuration.system, text)
@@ -213,20 +207,18 @@ class RealtimeTranslator:
             openai_events.check_role(configuration.role.text_prompt, "item.content")
             self._configuration = configuration
             item["status"] = "completed"
-        previous = self._append_item(item["id"])
-        self._keep(item)
+        previous = self._items.append(item["id"])
+        self._items.keep(item)
         yield from self._replies("conversation.item.added", item=item, previous_item_id=previous)
         yield from self._replies("conversation.item.done", item=item, previous_item_id=previous)
 
     def _retrieve_item(self, event: Event) -> Iterator[Read]:
-        item = self._items.get(_id(event.get("item_id"), "item_id"))
-        if item is None:
-            refuse("item_not_found", "there is no such item", "item_id")
+        item = self._items.get(id_of(event.get("item_id"), "item_id"))
         yield from self._replies("conversation.item.retrieved", item=item)
 
     def _delete_item(self, event: Event) -> Iterator[Read]:
-        item_id = _id(event.get("item_id"), "item_id")
-        self._text -= _characters(self._items.pop(item_id, {}))
+        item_id = id_of(event.get("item_id"), "item_id")
+        self._items.remove(item_id)
         yield from self._replies("conversation.item.deleted", item_id=item_id)
 
     # The user's speech
@@ -255,20 +247,20 @@ class RealtimeTranslator:
         """Tells that the user speaks, if that is so, was not told and does no harm."""
         if self._onset_ms is None or (self._responses.open and self._options.barge_in == "model"):
             return
-        self._user_item = self._new_user_item()
+        self._user_item = self._items.spoken_id()
         onset, self._onset_ms = self._onset_ms, None
         place = {"item_id": self._user_item, "audio_start_ms": onset}
         yield from self._emit("input_audio_buffer.speech_started", **place)
 
     def _end_of_speech(self) -> Iterator[str]:
-        item_id = self._user_item or self._new_user_item()
+        item_id = self._user_item or self._items.spoken_id()
         self._user_item = ""
         self._heard_item = item_id
-        previous = self._append_item(item_id)
+        previous = self._items.append(item_id)
         content: list[dict[str, Any]] = [{"type": "input_audio", "transcript": None}]
         item: dict[str, Any] = {"id": item_id, "object": "realtime.item", "type": "message", "role": "user"}
         item.update(status="completed", content=content)
-        self._keep(item)
+        self._items.keep(item)
         yield from self._emit("input_audio_buffer.committed", item_id=item_id, previous_item_id=previous)
         yield from self._emit("conversation.item.added", item=item, previous_item_id=previous)
         yield from self._emit("conversation.item.done", item=item, previous_item_id=previous)
@@ -288,10 +280,6 @@ class RealtimeTranslator:
         segment = heard.segment
         usage = {"type": "duration", "seconds": round(segment.end - segment.start, 3)}
         yield from self._emit(name + "completed", **place, transcript=segment.text, usage=usage)
-
-    def _new_user_item(self) -> str:
-        self._users += 1
-        return f"item_{self._session[:20]}_u{self._users}"
 
     # The service's side
 
@@ -326,43 +314,6 @@ class RealtimeTranslator:
             yield from self._responses.close("failed", error=cause)
         yield from self._emit("error", error=told)
 
-    # Items
-
-    def _read_item(self, item: Mapping[str, Any]) -> dict[str, Any]:
-        if item.get("type", "message") != "message":
-            refuse("unsupported_item", "items are messages: the model calls no tools", "item.type")
-        role = item.get("role")
-        if role not in ("user", "assistant", "system"):
-            refuse("invalid_value", "roles are user, assistant and system", "item.role")
-        parts = item.get("content")
-        if not isinstance(parts, list) or not 1 <= len(parts) <= 16:
-            refuse("invalid_value", "a message has 1 to 16 parts of text", "item.content")
-        kind = self._dialect.content("output_text") if role == "assistant" else "input_text"
-        content = []
-        for part in parts:
-            given = object_of(part, "item.content")
-            if given.get("type", kind) not in ("input_text", "output_text", "text"):
-                refuse("unsupported_content", "the parts of a message are text", "item.content")
-            content.append({"type": kind, "text": text_of(given.get("text"), "item.content")})
-        item_id = item.get("id")
-        if item_id is None:
-            self._users += 1
-            item_id = f"item_{self._session[:20]}_t{self._users}"
-        elif _id(item_id, "item.id") in self._items:
-            refuse("item_exists", "there is an item of that id", "item.id")
-        told = {"id": item_id, "object": "realtime.item", "type": "message", "role": role}
-        return {**told, "status": "incomplete", "content": content}
-
-    def _append_item(self, item_id: str) -> str | None:
-        previous, self._last_item = self._last_item, item_id
-        return previous
-
-    def _keep(self, item: dict[str, Any]) -> None:
-        self._text += _characters(item) - _characters(self._items.pop(item["id"], {}))
-        self._items[item["id"]] = item
-        while len(self._items) > ITEM_LIMIT or self._text > TEXT_LIMIT:
-            self._text -= _characters(self._items.popitem(last=False)[1])
-
     # Events
 
     def _shown(self) -> dict[str, Any]:
@@ -394,18 +345,6 @@ _HANDLERS: Mapping[str, Callable[[RealtimeTranslator, Event], Iterator[Read]]] =
     "conversation.item.retrieve": RealtimeTranslator._retrieve_item,
     "conversation.item.delete": RealtimeTranslator._delete_item,
 }
-
-
-def _characters(item: Mapping[str, Any]) -> int:
-    """Of an item's text; 0 of no item."""
-    return sum(len(part.get("text") or part.get("transcript") or "") for part in item.get("content", ()))
-
-
-def _id(value: Any, param: str) -> str:
-    text = text_of(value, param)
-    if not 0 < len(text) <= ID_LIMIT:
-        refuse("invalid_value", f"{param} has 1 to {ID_LIMIT} characters", param)
-    return text
 
 
 def _metadata(value: Any) -> dict[str, str] | None:
