@@ -1,6 +1,6 @@
 """The whole suite, in two processes: `make test`.
 
-Tests of a running service measure its time, and wait more than they compute: they run at the ordinary
+Tests of a running service, and others in real time, wait more than they compute: they run at the ordinary
 priority. The rest, which computes more than it waits, runs beside them, niced, so that it takes only what
 they leave over of the processors. Its report follows theirs.
 
@@ -18,8 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMED = ("tests/service",)
-BESIDE = ("tests/tools", "tests/chart", "tests/gpu", "tests/unit", "tests/slow")
+REAL_TIME = tuple(
+    f"tests/unit/test_{name}.py" for name in ("client", "conversation_audio", "conversation_ends")
+)
+TIMED = ("tests/service", *REAL_TIME)
+BESIDE = (
+    *("tests/tools", "tests/chart", "tests/gpu", "tests/unit", "tests/slow"),
+    *(f"--ignore={file}" for file in REAL_TIME),
+)
 NICENESS = 19  # the least: bounds of the tests beside it are a frame or two
 
 

@@ -152,6 +152,7 @@ def ready(server: ApiServer, image: str = "quay.example/kuberay/operator:v1.7.0"
         "registry": [".dockerconfigjson"],
         "redis": ["password", "user"],
         "ray-token": ["auth_token"],
+        "operators": ["keys"],
         "twilio": ["token"],
     }.items():
         server.put(

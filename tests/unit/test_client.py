@@ -66,9 +66,7 @@ def test_a_recording_is_streamed_and_the_answer_kept(
     (heard,), rate = read_wav(wav)
     (said, _), _ = read_wav(speech)
     assert rate == 24_000
-    told = json.loads(report.read_text())
-    pause = told["rhythm"]["max_ms"] / 1_000  # of a busy machine, which the recording shows
-    assert 2.0 <= len(heard) / rate < 2.2 + pause, "the recording, its tail, and the last answer"
+    assert 2.0 <= len(heard) / rate < 2.3, "as long as the recording and its tail, and the last answer"
     # 0.4 s each, looked for within a second; a busy machine may tear one of the four
     found = [
         best_delay(heard[start : start + 33_600], said[::2][start : start + 9_600])
@@ -79,6 +77,7 @@ def test_a_recording_is_streamed_and_the_answer_kept(
     assert 0 <= delay < 0.5
     assert took > 1.1 + 1.9, "a browser's decoder is waited for, and frames leave in real time"
 
+    told = json.loads(report.read_text())
     assert told["frames_sent"] == 25
     assert 20 <= told["frames_heard"] <= 25
     assert 1.0 < told["handshake_s"] < 2.5

@@ -43,7 +43,10 @@ def test_both_parts_count_and_are_shown(
 
 def test_every_folder_of_tests_has_its_part() -> None:
     folders = {f"tests/{path.parent.name}" for path in (suite.ROOT / "tests").glob("*/test_*.py")}
-    assert folders == {*suite.TIMED, *suite.BESIDE, "tests/browser"}
+    ignored = {f"--ignore={file}" for file in suite.REAL_TIME}
+    assert folders == {*suite.TIMED, *suite.BESIDE, "tests/browser"} - {*suite.REAL_TIME, *ignored}
+    assert all((suite.ROOT / file).is_file() for file in suite.REAL_TIME)
+    assert ignored < {*suite.BESIDE}, "or they would run twice"
     assert not list((suite.ROOT / "tests").glob("test_*.py"))
 
 
