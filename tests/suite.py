@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL_TIME = tuple(
-    f"tests/unit/test_{name}.py" for name in ("client", "conversation_audio", "conversation_ends")
+REAL_TIME = tuple(  # bounds of parts of a second
+    f"tests/unit/test_{name}.py"
+    for name in ("client", "connections", "conversation_audio", "conversation_ends", "recorder")
 )
 TIMED = ("tests/service", *REAL_TIME)
 BESIDE = (

@@ -259,18 +259,24 @@ def test_of_those_who_wait_too_many_the_oldest_goes() -> None:
 
     async def scenario(port: int) -> None:
         began = time.monotonic()
-        crowd = [await asyncio.open_connection("127.0.0.1", port) for _ in range(Quick.pending_limit)]
-        await asyncio.sleep(0.05)
-        more = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
-        took, answer = await _closed_after(port, b"GET / HTTP/1.0\r\n\r\n")
-        assert answer.endswith(b"hello")
-        assert took < 0.2
-        for reader, _ in crowd[:5]:
-            assert await asyncio.wait_for(reader.read(), 1) == b""
-        assert time.monotonic() - began < TIMEOUT_S, "they went before their time"
-        assert not crowd[-1][0].at_eof()
-        for reader, writer in crowd + more:
-            await asyncio.wait_for(reader.read(), 2)
-            writer.close()
+        async with contextlib.AsyncExitStack() as closing:
+
+            async def connect() -> asyncio.StreamReader:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                closing.callback(writer.close)
+                return reader
+
+            crowd = [await connect() for _ in range(Quick.pending_limit)]
+            await asyncio.sleep(0.05)
+            more = [await connect() for _ in range(5)]
+            took, answer = await _closed_after(port, b"GET / HTTP/1.0\r\n\r\n")
+            assert answer.endswith(b"hello")
+            assert took < 0.2
+            for reader in crowd[:5]:
+                assert await asyncio.wait_for(reader.read(), 1) == b""
+            assert time.monotonic() - began < TIMEOUT_S, "they went before their time"
+            assert not crowd[-1].at_eof()
+            for reader in crowd + more:
+                await asyncio.wait_for(reader.read(), 2)
 
     _run(scenario)
