@@ -18,9 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL_TIME = tuple(  # bounds of parts of a second
-    f"tests/unit/test_{name}.py"
-    for name in ("client", "connections", "conversation_audio", "conversation_ends", "recorder")
+REAL_TIME = (  # bounds of parts of a second
+    "tests/tools/test_loadtest.py",
+    "tests/tools/test_loadtest_dialogue.py",
+    "tests/unit/test_client.py",
+    "tests/unit/test_client_resume.py",
+    "tests/unit/test_connections.py",
+    "tests/unit/test_conversation_audio.py",
+    "tests/unit/test_conversation_ends.py",
+    "tests/unit/test_loadtest_protocols.py",
+    "tests/unit/test_loop.py",
+    "tests/unit/test_recorder.py",
+    "tests/slow/test_protocol_telephone.py",
 )
 TIMED = ("tests/service", *REAL_TIME)
 BESIDE = (
