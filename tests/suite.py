@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL_TIME = (  # bounds of parts of a second
+REAL_TIME = (  # bounds of parts of a second, or replicas that are suspected after such
     "tests/tools/test_loadtest.py",
     "tests/tools/test_loadtest_dialogue.py",
     "tests/unit/test_client.py",
@@ -29,7 +29,11 @@ REAL_TIME = (  # bounds of parts of a second
     "tests/unit/test_loadtest_protocols.py",
     "tests/unit/test_loop.py",
     "tests/unit/test_recorder.py",
+    "tests/slow/test_failover.py",
+    "tests/slow/test_moves.py",
     "tests/slow/test_protocol_telephone.py",
+    "tests/slow/test_resume.py",
+    "tests/slow/test_resume_found.py",
 )
 TIMED = ("tests/service", *REAL_TIME)
 BESIDE = (
