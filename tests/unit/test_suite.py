@@ -24,21 +24,56 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("timed", "beside", "code"), [(0, 0, 0), (1, 0, 1), (0, 1, 1), (2, 5, 1)])
+@pytest.mark.parametrize(
+    ("timed", "beside", "again", "code"),
+    [
+        (0, 0, None, 0),
+        (1, 0, None, 1),
+        (0, 1, 1, 1),
+        (0, 1, 0, 0),
+        (1, 1, 0, 1),
+        (2, 5, None, 1),
+        (0, 2, None, 1),
+    ],
+)
 def test_both_parts_count_and_are_shown(
-    timed: int, beside: int, code: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    timed: int,
+    beside: int,
+    again: int | None,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    codes = {suite.TIMED: timed, suite.BESIDE: beside}
+    codes = {"timed": timed, "beside": beside, "again": again}
 
     def command(folders: Sequence[str], options: Sequence[str]) -> list[str]:
-        name = "timed" if folders is suite.TIMED else "beside"
-        return [sys.executable, "-c", SAY, name, str(codes[tuple(folders)])]
+        name = "timed" if folders is suite.TIMED else "again" if suite.AGAIN[0] in options else "beside"
+        return [sys.executable, "-c", SAY, name, str(codes[name])]
 
     monkeypatch.setattr(suite, "pytest", command)
     assert suite.main([]) == code
     niceness = os.nice(0)
     shown = capfd.readouterr().out.splitlines()
-    assert shown == [f"timed {niceness}", f"beside {min(19, niceness + suite.NICENESS)}"]
+    assert shown[:2] == [f"timed {niceness}", f"beside {min(19, niceness + suite.NICENESS)}"]
+    assert shown[3:] == ([] if again is None else [f"again {niceness}"])
+
+
+def test_what_is_judged_again_is_what_failed_and_no_more(tmp_path: Path) -> None:
+    (tmp_path / "test_two.py").write_text("def test_good(): pass\ndef test_bad(): assert 0\n")
+    command = [*suite.pytest(["."], [*suite.CACHE, "-c", os.devnull, "--rootdir=."])]
+    first = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    second = subprocess.run(
+        [*command, *suite.AGAIN], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert first.returncode == second.returncode == suite.FAILED
+    assert "1 failed, 1 passed" in first.stdout
+    assert "1 failed" in second.stdout
+    assert "passed" not in second.stdout
+    (tmp_path / "test_two.py").write_text("def test_good(): assert 0\ndef test_bad(): pass\n")
+    assert (
+        subprocess.run([*command, *suite.AGAIN], cwd=tmp_path, capture_output=True, check=False).returncode
+        == 0
+    )
 
 
 def test_every_folder_of_tests_has_its_part() -> None:
