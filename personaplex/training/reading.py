@@ -1,8 +1,8 @@
 """Sentences read aloud: where the language model learns how words are spoken.
 
-Talks have few words, and of names those that people have. Here the agent reads the corpus of its own speech,
-half of it names and words in a row, one sentence after the other: an eighth of the frames of a talk, and
-twenty times its names. The text is given and not learned from.
+Talks are mostly silence, and their new words are people's names alone. Here the agent reads the corpus of its
+own speech, half of it names and made-up words in a row, one sentence behind the other. The text is given and
+not learned from.
 """
 
 from __future__ import annotations
