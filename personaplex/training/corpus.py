@@ -8,6 +8,7 @@ personaplex.training.corpus callers|robots|agent FOLDER SHARDS [FIRST]`.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import sys
@@ -30,19 +31,23 @@ CALLER_SHARD, AGENT_SHARD = 400, 300  # sentences run through the network a shar
 OTHER_SHARD = {"robots": 1_000, "festival": 140, "joe": 140, "kokoro": 70}  # sentences
 INTENTS = (*grammar.INTENTS, grammar.UNKNOWN)
 OTHER = "other"  # speech for the phones' sake, in no dialogue
-_VOICINGS = 3
+_VOICINGS, _AGENT_VOICINGS = 3, 2  # voices a sentence is said in
 _ANY_WORDS = 0.5  # share of the agent's sentences that are names and words without an order
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One wave with what it says; `labels` are phones at LABEL_RATE (callers) or 8 codes a frame (agent)."""
+    """One wave with what it says; `labels` are phones at LABEL_RATE (callers) or 8 codes a frame (agent).
+
+    `starts` are the frames in which the agent's words begin, and the last one's end; callers have none.
+    """
 
     wave: NDArray[np.int16]
     labels: NDArray[np.uint8]
     text: str
     intent: str
     source: str = ""  # the kind of shard it lay in, where that matters
+    starts: NDArray[np.int16] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int16))
 
 
 def save(path: Path, utterances: list[Utterance]) -> None:
@@ -55,6 +60,8 @@ def save(path: Path, utterances: list[Utterance]) -> None:
         "label_lengths": np.array([len(u.labels) for u in utterances]),
         "texts": np.array([u.text for u in utterances]),
         "intents": np.array([u.intent for u in utterances]),
+        "starts": np.concatenate([u.starts for u in utterances]),
+        "start_lengths": np.array([len(u.starts) for u in utterances]),
     }
     np.savez(part, **arrays)
     os.replace(part, path)
@@ -64,8 +71,9 @@ def load(path: Path) -> list[Utterance]:
     with np.load(path) as file:
         waves = np.split(file["wave"], np.cumsum(file["lengths"])[:-1])
         labels = np.split(file["labels"], np.cumsum(file["label_lengths"])[:-1])
-        pairs = zip(waves, labels, file["texts"].tolist(), file["intents"].tolist(), strict=True)
-        return [Utterance(*row) for row in pairs]
+        starts = np.split(file["starts"], np.cumsum(file["start_lengths"])[:-1])
+        rows = zip(waves, labels, file["texts"].tolist(), file["intents"].tolist(), starts, strict=True)
+        return [Utterance(*row[:-1], starts=row[-1]) for row in rows]
 
 
 def caller_sentence(draw: random.Random) -> tuple[str, str]:
@@ -112,13 +120,19 @@ def others(by: str, seed: int) -> Iterator[Utterance]:
 
 
 def agent(speaker: Speaker, seed: int) -> Iterator[Utterance]:
-    """One shard of the agent's sentences, locked, each in one of its voices."""
+    """One shard of the agent's sentences, locked, each in some of its voices."""
     draw = random.Random(seed)
     for sentence in grammar.sentences(draw, AGENT_SHARD, unseen=False):
         text = _words(draw) if draw.random() < _ANY_WORDS else sentence
-        made = agent_says(speaker, text, draw.choice(NAMES))
-        if made is not None:
-            yield Utterance(as_int16(made[0]), made[1].astype(np.uint8).ravel(), text, OTHER)
+        spoken = speaker.say(text)
+        if spoken is None:
+            continue
+        laid = plan(spoken)
+        words, starts = said(spoken, laid, speaker.names), np.asarray(laid.starts, np.int16)
+        for voice in draw.sample(NAMES, _AGENT_VOICINGS):
+            made = codes(words, voice)
+            wave = as_int16(locked(spoken, VOICES[voice], laid.place, made[:, PERIODS]))
+            yield Utterance(wave, made.astype(np.uint8).ravel(), text, OTHER, starts=starts)
 
 
 def _words(draw: random.Random) -> str:

@@ -3,9 +3,9 @@ other.
 
 hibari's network predicts, for every 12.5 ms, a harmonic and a noise spectrum and the pitch; its durations
 say when each phone is spoken. `free` makes a caller of them: pitch, formants, intonation, tilt and breath
-of any voice. `locked` makes the agent's speech: in every 80 ms frame a whole number of periods that starts
-at the frame's first sample, and the same noise in all frames, so that frames are alike and few numbers
-describe one.
+of any voice. `locked` makes the agent's speech: in every 80 ms frame a whole number of periods, the same
+noise, and the phases of one vowel, so that a frame is a sum of fixed waves whose sizes are the spectrum's
+amplitudes. Between two of them lies speech too, which is what a decoder needs that guesses.
 
 Needs the `train` extra.
 """
@@ -34,6 +34,7 @@ HOP = 300  # samples between the network's spectra
 LOUDNESS = 0.08  # rms of a caller, and of the agent where it is loud
 _LOUD_SHARE = 0.03  # of the loudest frame's power: what is loud
 _LOCK_WINDOW, LOCK_HOP = 1200, 240  # 8 hops a frame: the windows lie alike in all frames
+_BANDWIDTH = 250.0  # Hz of the formants that give locked speech its phases
 LOWEST_PERIODS = 4
 # What hibari's own synthesis makes of an amplitude of one: of a harmonic, and of noise, whose 4 overlapping
 # windows are drawn apart from one another.
@@ -244,10 +245,13 @@ def periods_of(pitch: Array, frames: int) -> NDArray[np.int64]:
 
 @cache
 def _pulses(periods: int) -> Array:
-    """A frame of `periods` pulses of the amplitude the network's harmonics are measured by."""
+    """A frame of `periods` pulses of the amplitude the network's harmonics are measured by.
+
+    They lie half a period from the frame's ends, so that what they ring stays in the frame.
+    """
     frame = np.zeros(FRAME_SIZE, np.float32)
     spacing = FRAME_SIZE / periods
-    frame[np.round(np.arange(periods) * spacing).astype(int)] = spacing / 2
+    frame[np.floor((np.arange(periods) + 0.5) * spacing).astype(int)] = spacing / 2
     return frame
 
 
@@ -256,24 +260,32 @@ def _frame_noise() -> Array:
     return np.asarray(np.random.default_rng(1).standard_normal(FRAME_SIZE), np.float32)
 
 
+@cache
+def _phases() -> NDArray[np.complex64]:
+    """[601] of size one: the phases of an evenly open tube 17 cm long with wide formants, for every sound."""
+    frequency = 1j * np.linspace(0, SAMPLE_RATE / 2, BINS)
+    response = np.ones(BINS, complex)
+    for formant in np.arange(500, SAMPLE_RATE / 2, 1000):
+        pole = -_BANDWIDTH / 2 + 1j * formant
+        response /= (frequency - pole) * (frequency - pole.conjugate())
+    return np.asarray(response / np.abs(response), np.complex64)
+
+
 def _filtered(excitation: Array, envelope: Array, gain: float) -> Array:
-    """Excitation through minimum-phase filters [601, hops + 1], one a hop."""
-    log = np.minimum(envelope.T, 7.0)
-    cepstrum = np.fft.irfft(log, axis=1)
-    half = cepstrum.shape[1] // 2
-    cepstrum[:, 1:half] *= 2
-    cepstrum[:, half + 1 :] = 0
-    response = np.exp(np.fft.rfft(cepstrum, axis=1))
+    """Excitation through filters of these log amplitudes [601, hops + 1], one a hop, and of `_phases`."""
+    response = np.exp(np.minimum(envelope.T, np.float32(7.0))) * _phases()
     window = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_LOCK_WINDOW) / _LOCK_WINDOW)).astype(np.float32)
     margin = _LOCK_WINDOW // 2
     padded = np.pad(excitation, margin)
     blocks = np.lib.stride_tricks.sliding_window_view(padded, _LOCK_WINDOW)[::LOCK_HOP]
     count = min(len(blocks), len(response))
-    spectra = np.fft.rfft(blocks[:count] * window, axis=1) * response[:count] * gain
+    spectra = np.fft.rfft(blocks[:count] * window, axis=1) * response[:count] * np.float32(gain)
     rows = np.fft.irfft(spectra, _LOCK_WINDOW, axis=1) * window
-    total, weight = np.zeros(len(padded)), np.zeros(len(padded))
-    for index, row in enumerate(rows):
-        start = index * LOCK_HOP
-        total[start : start + _LOCK_WINDOW] += row
-        weight[start : start + _LOCK_WINDOW] += window * window
-    return np.asarray((total / np.maximum(weight, 0.1))[margin : margin + len(excitation)], np.float32)
+    steps = _LOCK_WINDOW // LOCK_HOP
+    total, weight = np.zeros((2, count + steps, LOCK_HOP), np.float32)
+    for step in range(steps):
+        part = slice(step * LOCK_HOP, (step + 1) * LOCK_HOP)
+        total[step : step + count] += rows[:, part]
+        weight[step : step + count] += np.square(window[part])
+    made = (total / np.maximum(weight, 0.1)).ravel()
+    return np.asarray(made[margin : margin + len(excitation)], np.float32)

@@ -2,7 +2,7 @@
 
 `python -m personaplex.training.talking FOLDER MINUTES` goes on from `FOLDER/talk.pt`, or begins from
 `FOLDER/copying.pt`. It needs the words (see bank.py), no sound: the caller is the ear's states. Documents
-without sound stay in the mix, or copying fades.
+without sound stay in the mix, or copying fades, and so does reading, or names that are new are mispronounced.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from personaplex.training.documents import Batch, Codes, Document, asked, heard,
 from personaplex.training.ear import LABELS, QUIET, SPEAKING
 from personaplex.training.export import CONFIG
 from personaplex.training.lm import Talker, precision, training_device
+from personaplex.training.reading import LEAD, Reader
 from personaplex.training.run import Run
 from personaplex.training.run import load as load_state
 from personaplex.training.vocabulary import Pieces, cached
 
 _BATCH = 4
 _TURNS = 3
-_MIX = (0.04, 0.2, 0.76)  # of repetition, dense, talk
+_READ = 8  # documents of reading a step
+_KINDS = (*copying.KINDS, "talk", "reading")
+_MIX = (0.04, 0.11, 0.45, 0.4)
 _INTERRUPTED = 0.15  # share of answers
 _STOPS = 4  # frames from an interruption's begin to silence
-_LEAD = 2  # frames by which a word's text leads its sound
 _SURE = 3  # frames for which the ear tells the question before the agent answers
 _KEPT = (8, 18)  # fewest and most frames for which it goes on telling
 _DOUBTS = (0.2, 0.08)  # share of questions whose first frame, and whose second too, tells another one
@@ -78,9 +80,9 @@ def _answer(
 ) -> None:
     """The agent answers; with `stop` the caller begins to speak and the agent falls silent."""
     sound = codes(joined([word.sound for word in said]), voice)
-    length, kept = _LEAD + len(sound) + 1, draw.randint(*_KEPT)
+    length, kept = LEAD + len(sound) + 1, draw.randint(*_KEPT)
     agent = silence(length)
-    agent[_LEAD : _LEAD + len(sound)] = sound
+    agent[LEAD : LEAD + len(sound)] = sound
     text, weight, slot = _text(said, length)
     user = np.concatenate([_understood(draw, intent, kept), heard(max(0, length - kept), QUIET)])[:length]
     audible = [1.0] * length
@@ -89,7 +91,7 @@ def _answer(
         length = min(length, begun + _STOPS + 2)
         user[begun:] = heard(1, SPEAKING)
         agent[begun + _STOPS :] = silence(1)
-        for index in range(begun + _STOPS - _LEAD, length):
+        for index in range(begun + _STOPS - LEAD, length):
             text[index], weight[index], slot[index] = TEXT_PAD, 1.0, 0
     document.add(
         text[:length], weight[:length], slot=slot[:length], agent=agent[:length], user=user[:length],
@@ -111,7 +113,7 @@ def _understood(draw: random.Random, intent: str, kept: int) -> Codes:
 
 
 def _text(said: list[Word], length: int) -> tuple[list[int], list[float], list[int]]:
-    """The text stream of an answer: each word's pieces from _LEAD frames before its sound."""
+    """The text stream of an answer: each word's pieces from LEAD frames before its sound."""
     text, weight, slot = [TEXT_PAD] * length, [_WAITING] * length, [0] * length
     start = 0
     for index, word in enumerate(said):
@@ -135,7 +137,7 @@ def loss(talker: Talker, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     logits = talker.text_logits(hidden)
     each = F.cross_entropy(logits.flatten(0, 1).float(), batch.text[:, 1:].flatten(), reduction="none")
     weight = batch.weight[:, 1:].flatten()
-    text = (each * weight).sum() / weight.sum()
+    text = (each * weight).sum() / weight.sum().clamp(min=1.0)
 
     audible = batch.audible[:, 1:]
     valid = (audible > 0) & (audio[:, 1:, :CODEBOOKS] >= 0).all(-1)
@@ -173,13 +175,19 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Talker:
     draw, held = random.Random(seed + run.step), random.Random(999)
     tests = [Batch.of([talk(held, words, unseen=True) for _ in range(_BATCH)]).to(device) for _ in range(5)]
     words.save()
+    reader = Reader(folder, words)
     while run.progress < 1:
-        kind = draw.choices((0, 1, 2), _MIX)[0]
-        if kind < 2:
-            batch = Batch.of(copying.documents(kind, draw, words.pieces)).to(device)
+        kind = draw.choices(_KINDS, _MIX)[0]
+        if kind in copying.KINDS:
+            batch = Batch.of(copying.documents(copying.KINDS.index(kind), draw, words.pieces)).to(device)
             with precision(device):
                 total, _ = copying.text_loss(talker, batch)
-            parts = {copying.KINDS[kind]: float(total.detach())}
+            parts = {kind: float(total.detach())}
+        elif kind == "reading":
+            batch = Batch.of([reader.document(draw) for _ in range(_READ)]).to(device)
+            with precision(device):
+                total, read = loss(talker, batch)
+            parts = {kind: read["phones"]}
         else:
             batch = Batch.of([talk(draw, words) for _ in range(_BATCH)]).to(device)
             with precision(device):

@@ -32,8 +32,11 @@ from personaplex.training import (
     grammar,
     hearing,
     optim,
+    reading,
     run,
     score,
+    speaking,
+    spectra,
     talking,
     unseen,
 )
@@ -41,6 +44,7 @@ from personaplex.training.articulation import SILENCE, Said
 from personaplex.training.documents import Batch
 from personaplex.training.ear import ASKED, LABELS, QUIET, SPEAKING, Ear, k_means, nearest
 from personaplex.training.lm import CODES, CONSTANT, Talker
+from personaplex.training.mouth import Mouth
 from personaplex.training.synth import BINS, Speaker, Spoken, Voice, free, locked, periods_of
 from personaplex.training.vocabulary import Pieces, train
 from personaplex.voices import Voice as EngineVoice
@@ -112,6 +116,71 @@ def test_locked_frames_of_a_steady_sound_are_alike() -> None:
     middle = wave.reshape(-1, FRAME_SIZE)[3:-3]
     for frame in middle[1:]:
         assert np.corrcoef(middle[0], frame)[0, 1] > 0.999
+
+
+def test_locked_speech_is_a_sum_of_fixed_waves() -> None:
+    """Amplitudes between those of two vowels give the wave between theirs: no guess cancels itself."""
+    one = vowel()
+    change = np.where(np.arange(BINS) < 60, 2.0, -2.0)[:, None].astype(np.float32)
+    other = dataclasses.replace(one, harmonic=one.harmonic + change)
+    middle = dataclasses.replace(one, harmonic=np.logaddexp(one.harmonic, other.harmonic) - np.log(2))
+    laid = articulation.plan(one)
+    periods = np.full(laid.frames, 11)
+    # The level of each wave is made the same, so that what must agree is the direction.
+    waves = [locked(s, Voice(pitch=0.9), laid.place, periods) for s in (one, other, middle)]
+    basis = np.stack(waves[:2], 1)
+    weights = np.linalg.lstsq(basis, waves[2], rcond=None)[0]
+    assert (weights > 0.05).all()
+    assert np.square(basis @ weights - waves[2]).sum() < 1e-5 * np.square(waves[2]).sum()
+    assert np.corrcoef(waves[0], waves[1])[0, 1] < 0.99
+
+
+def test_the_mouth_learns_sounds_from_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two phones, one 20 dB fainter than the other: the levels of all bands come near."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(speaking, "CONFIG", dataclasses.replace(export.CONFIG, mimi=SMALL))
+    time = torch.arange(FRAME_SIZE) / SAMPLE_RATE
+    tones = torch.stack([0.1 * torch.sin(6.2832 * 500 * time), 0.01 * torch.sin(6.2832 * 4000 * time)])
+    draw, rows = random.Random(0), []
+    for _ in range(20):
+        phones = torch.tensor([draw.randrange(2) for _ in range(30)])
+        pcm = (tones[phones] * 32_767).to(torch.int16)
+        rows.append(speaking.Frames(phones[:, None].repeat(1, CODEBOOKS), pcm))
+    fitted, mouth = speaking.fit(rows), Mouth(SMALL)
+    loss = spectra.Loss.of(torch.cat([row.wave.flatten() for row in rows]))
+    optimizer = optim.Optimizer(mouth, muon=0.01, adam=5e-3, plain=[mouth.books, mouth.taps])
+    before = speaking.quality(mouth, fitted, loss, rows[:3])
+    for _ in range(30):
+        made = [speaking.sequence(rows, draw) for _ in range(2)]
+        wanted = torch.stack([row.wave for row in made]).flatten(1)
+        apart, level = loss(speaking.said(mouth, fitted, torch.stack([row.codes for row in made])), wanted)
+        optimizer.step(apart + spectra.LEVEL_WEIGHT * level, 1.0)
+    after = speaking.quality(mouth, fitted, loss, rows[:3])
+    assert after[0] < 0.9 * before[0]
+    assert after[1] < 0.6 * before[1]
+    assert speaking.render(mouth, fitted, rows[0].codes).shape == (30 * FRAME_SIZE,)
+
+
+def test_what_is_faint_weighs_as_much_as_what_is_loud() -> None:
+    torch.manual_seed(0)
+    wanted = torch.randn(1, 24_000) * 0.05
+    loss = spectra.Loss.of(wanted[0])
+    same = [float(e) for e in loss(wanted, wanted)]
+    assert same == [0.0, 0.0]
+    apart, level = (float(e) for e in loss(torch.zeros_like(wanted), wanted))
+    assert apart > 0.95
+    assert level > 5.0
+    apart, level = (float(e) for e in loss(2 * wanted, wanted))
+    assert abs(level - np.log(4)) < 0.01
+    # The same relative error in a sound 20 dB fainter.
+    faint = [float(e) for e in loss(0.2 * wanted, 0.1 * wanted)]
+    assert abs(faint[0] - apart) < 0.02
+    assert abs(faint[1] - level) < 0.1
+    phases = torch.fft.rfft(wanted) * torch.polar(torch.ones(12_001), 6.3 * torch.rand(12_001))
+    scrambled = torch.fft.irfft(phases)
+    apart, level = (float(e) for e in loss(scrambled, wanted))
+    assert apart > 0.8
+    assert level < 2.0
 
 
 def test_locked_speech_has_the_spectrum_of_the_voice_it_is_made_of() -> None:
@@ -285,6 +354,40 @@ def test_answers_in_sound_say_their_text_ahead_of_it(pieces: Pieces) -> None:
         start += len(word.sound)
 
 
+def read_aloud(voice: int, starts: tuple[int, ...], text: str) -> corpus.Utterance:
+    """An utterance of the agent's whose phones are its frames' numbers."""
+    codes = np.repeat(np.arange(starts[-1] + 1, dtype=np.uint8)[:, None], 8, 1)
+    codes[:, articulation.VOICE] = voice
+    wave = np.zeros(len(codes) * FRAME_SIZE, np.int16)
+    return corpus.Utterance(wave, codes.ravel(), text, corpus.OTHER, starts=np.array(starts, np.int16))
+
+
+def test_what_is_read_aloud_is_written_ahead_of_its_sound(pieces: Pieces, tmp_path: Path) -> None:
+    text = "Ada Novak sings."
+    read = read_aloud(3, (1, 7, 14, 20), text)
+    hurried = read_aloud(3, (1, 2, 3, 4), "Ada Gonzalez sings.")
+    (tmp_path / "agent").mkdir()
+    corpus.save(tmp_path / "agent" / "agent-0000.npz", [read, hurried])
+    reader = reading.Reader(tmp_path, Spelled(pieces))
+    assert [len(made) for made in reader.sentences.values()] == [1]  # none whose pieces outrun the sound
+    batch = Batch.of([reader.document(random.Random(0))])
+    agent, written = batch.agent[0], batch.text[0].tolist()
+    assert (batch.weight == 0).all()
+    begins = (agent[:, 0] == 1).nonzero().flatten().tolist()
+    begins = [i for i in begins if i > 19]  # behind the voice prompt
+    assert len(begins) >= 4
+    for begin in begins:
+        assert agent[begin : begin + 19, 0].tolist() == list(range(1, 20))
+        assert (agent[begin - reading.LEAD : begin] == SILENCE).all()
+        for word, start in zip(text.split(), (0, 6, 13), strict=True):
+            ids, place = pieces.encode(word), begin - reading.LEAD + start
+            assert written[place : place + len(ids)] == ids
+        assert (batch.audible[0, begin : begin + 20] == 1).all()
+    loss, parts = talking.loss(Talker(SMALL_LM), batch)
+    assert torch.isfinite(loss)
+    assert parts["text"] == 0
+
+
 def test_an_answer_waits_for_a_question_and_ends_when_interrupted(
     pieces: Pieces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -438,7 +541,10 @@ def test_a_shard_comes_back_as_it_was_written(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     written = [
         corpus.Utterance(
-            rng.integers(-9, 9, n).astype(np.int16), rng.integers(0, 9, n // 5).astype(np.uint8), t, i
+            rng.integers(-9, 9, n).astype(np.int16),
+            rng.integers(0, 9, n // 5).astype(np.uint8),
+            *(t, i),
+            starts=np.arange(len(t), dtype=np.int16),
         )
         for n, t, i in ((50, "hello there", "hello"), (35, "", corpus.OTHER))
     ]
@@ -447,6 +553,7 @@ def test_a_shard_comes_back_as_it_was_written(tmp_path: Path) -> None:
         assert (read.text, read.intent) == (wrote.text, wrote.intent)
         assert np.array_equal(read.wave, wrote.wave)
         assert np.array_equal(read.labels, wrote.labels)
+        assert np.array_equal(read.starts, wrote.starts)
     assert [p.name for p in tmp_path.iterdir()] == ["callers-0000.npz"]
 
 
