@@ -10,7 +10,8 @@ with a key of its own all the time; its gap is the longest silence between two o
 - swaps: the keys file is swapped 50 times, as a mounted Secret is, and then loses a key that talks
 - flood: one key keeps 100 callers waiting over both gateways; callers of another key come one by one. Their
   longest wait, in turns of a slot, is what is judged; `overtaken_by` counts who was let in before them
-- queue: callers of many lengths; every wait that the service foretold, beside what it was
+- queue: callers of many lengths; everything they were told of their wait, beside how long it was from then
+  until the handshake; `first` is the first thing that each of them was told
 - memory: the most that any process of the service grew above idle, children included
 
 The exit status is 1 when something does not hold: `LIMITS`.
@@ -207,15 +208,22 @@ async def queue(place: Place, stream: Pages, options: argparse.Namespace) -> dic
 
     until = time.monotonic() + max(30.0, options.seconds)
     await asyncio.gather(*(caller(number, until) for number in range(QUEUE_CALLERS)))
-    said = [(wait, call.live - at) for call in calls for at, wait in call.foretold[:1]]
-    good = sum(close(wait, actual) for wait, actual in said)
+    said = [(wait, call.live - at) for call in calls for at, wait in call.foretold]
+    first = [(wait, call.live - at) for call in calls for at, wait in call.foretold[:1]]
     return {
         "calls": len(calls),
+        "callers_told": len(first),
         "foretold": len(said),
-        "within_a_factor_of_two": good / len(said) if said else None,
+        "within_a_factor_of_two": good_share(said),
+        "first_within_a_factor_of_two": good_share(first),
         "foretold_over_actual_median": statistics.median(w / max(a, 0.1) for w, a in said) if said else None,
         "waits_s": {"median": statistics.median(c.live - c.began for c in calls)} if calls else None,
     }
+
+
+def good_share(said: list[tuple[float, float]]) -> float | None:
+    """Of waits that were told, each with what it was; None of none."""
+    return sum(close(wait, actual) for wait, actual in said) / len(said) if said else None
 
 
 Part = Callable[[Place, Pages, argparse.Namespace], Coroutine[Any, Any, dict[str, Any]]]

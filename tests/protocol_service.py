@@ -127,13 +127,16 @@ class FakeLeases:
     """Slots that are free or not."""
 
     def __init__(self, slots: int) -> None:
-        self.slots, self.queued = slots, 0
+        self.slots, self.queued, self.changes = slots, 0, 0
 
     @property
     def queue_full(self) -> bool:
         return len(ScriptedReplica.held) >= self.slots
 
     def waiting(self) -> list[Any]:
+        return []
+
+    def held(self) -> list[Any]:
         return []
 
     async def claim(self, request: Any, *_: Any, **__: Any) -> Claim:

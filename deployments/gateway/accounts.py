@@ -147,11 +147,6 @@ class Accounts:
         held = self._held.get(session)
         return held is not None and held.talk is not None and held.talk.talked_s > 0
 
-    @property
-    def waiting_elsewhere(self) -> int:
-        """Callers in the queues of other gateways, as last heard."""
-        return sum(one.count for one in self._elsewhere.waiting.values())
-
     def check(self, key: Key | None) -> None:
         """Raises what `enter` would by what is known here, without asking anybody and counting anything."""
         if key is not None:

@@ -102,12 +102,12 @@ class Gateway:
             audio_s=settings.rebuild_audio_s,
             limit_s=settings.queue_timeout_s,
         )
-        waits = Waits()
+        waits = Waits(settings.session_limit_s, settings.queue_timeout_s)
         self._leases = self._make_leases(replicas, turns, failovers, waits)
         self._room = Room(
             self._fleet,
             self._leases,
-            self._accounts,
+            turns,
             waits,
             limit=settings.sessions_per_gateway,
             changed=self._publish,
@@ -128,7 +128,7 @@ class Gateway:
             self._access, self._accounts, self._voices, asking, query_limit=settings.query_limit_bytes
         )
         self._records = Records.of(settings, self._metrics)
-        self._services = self._make_services(failovers, transcribers)
+        self._services = self._make_services(failovers, transcribers, waits)
         watchers.watch_replicas(self._services.moves.running)
         self._admin_keys = Keys([], settings.admin_keys_file)
         self._desk = OrderDesk(fleet, birth(name), self._services.moves, failovers.suspects)
@@ -144,7 +144,7 @@ class Gateway:
                 self._fleet.wait_close(name, self._close),
                 self._accounts.run(self._leases.waiting),
                 self._keys.watch(self._keys_read),
-                self._room.count_slots(),
+                self._room.watch(),
                 self._admin_keys.watch(self._keys_read),
                 self._desk.watch(),
             )
@@ -196,6 +196,7 @@ class Gateway:
             turns=turns,
             who=self._accounts.holder_of,
             granted=lambda session: waits.served(session, time.monotonic()),
+            freed=lambda seconds: waits.ended(seconds, time.monotonic()),
             shared=lambda one: self._keys.table.holders > 1 and not self._accounts.talks(one),
             suspects=failovers.suspects,
         )
@@ -210,7 +211,9 @@ class Gateway:
             peer_is_proxy=behind_haproxy(),
         )
 
-    def _make_services(self, failovers: Failovers, transcribers: DeploymentHandle[Any] | None) -> Services:
+    def _make_services(
+        self, failovers: Failovers, transcribers: DeploymentHandle[Any] | None, waits: Waits
+    ) -> Services:
         return Services(
             leases=self._leases,
             metrics=self._metrics,
@@ -225,6 +228,7 @@ class Gateway:
             keep=TokenLogs(self._settings.token_log_dir).keep,
             changed=self._publish,
             wait=self._room.wait,
+            began=lambda session: waits.live(session, time.monotonic()),
             trace=tracing.connect() if self._settings.tracing else None,
             transcripts=None if transcribers is None else self._transcripts(transcribers),
             failovers=failovers,

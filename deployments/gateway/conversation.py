@@ -337,6 +337,7 @@ class Conversation:
                 self._services.live.add(self)
                 self._services.changed()
                 self._stats.live()
+                self._services.began(self._session)
         elif self.over:
             self._audio.stop()
             self._upstream.stop()

@@ -231,6 +231,7 @@ class SessionHost:
             return
         except BaseException:  # a fault of ours
             claim.give_up()
+            self._waits.left(session, time.monotonic())
             self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.FAILED, protocol="chat")
             raise
         conversation: Conversation | None = None
@@ -260,10 +261,7 @@ class SessionHost:
             self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.cause(error), protocol="chat")
         self._reconnects.ended(caller, error, time.monotonic())
         self._accounts.close(session, metrics.cause(error))
-        now = time.monotonic()
-        self._waits.left(session, now)
-        if conversation is not None and conversation.talked_s > 0:
-            self._waits.ended(conversation.talked_s, now)
+        self._waits.left(session, time.monotonic())
         if recording is not None and self._records is not None:
             recording.over()
             finishing = asyncio.ensure_future(self._finish_record(self._records, recording, conversation))
@@ -295,6 +293,7 @@ class SessionHost:
 
     def _left(self, session: str, protocol: str = "chat") -> None:
         """A client that went before its session began."""
+        self._waits.left(session, time.monotonic())
         self._metrics.add(metrics.SESSIONS_REFUSED, cause=metrics.LEFT, protocol=protocol)
         logger.info("session %s ended: its client left before it began", session)
 

@@ -11,55 +11,24 @@ that this gateway suspects are left out.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from deployments.gateway.lease import Attempt, Held, Lease
 from deployments.gateway.suspects import Suspects
 from deployments.gateway.turns import QueuedRequest, Turns
 from deployments.policy import GRACE_S
-from deployments.wire.messages import Grant, LeaseRequest
-from personaplex.errors import NoCapacity, PersonaplexError, SessionLost, TooManySessions
-
-logger = logging.getLogger(__name__)
+from deployments.wire.messages import LeaseRequest
+from personaplex.errors import NoCapacity, SessionLost, TooManySessions
 
 RETRY_S = 0.2  # between two tries after a replica refused or died
 QUEUE_RETRY_S = 10.0  # Retry-After for a key that has as many callers in the queue as it may
 
 Who = Callable[[str], tuple[str, int] | None]  # a session -> whom it counts for, and its priority
-
-
-class Lease:
-    """A granted slot. Ends when the replica says so; `release` gives back one that was never used."""
-
-    def __init__(self, grant: Grant, response: Any) -> None:
-        self.grant = grant
-        self._response = response
-        self._end = asyncio.ensure_future(self._watch())
-
-    async def wait_freed(self, timeout_s: float) -> bool:
-        """Waits until the slot is free; False when that took longer than `timeout_s`."""
-        done, _ = await asyncio.wait({self._end}, timeout=timeout_s)
-        return bool(done)
-
-    def release(self) -> None:
-        """Gives the slot back whatever its state. Idempotent."""
-        if not self._end.done():
-            cancel(self._response)
-            self._end.cancel()
-
-    async def _watch(self) -> None:
-        # A replica that dies ends the media link too, and that is where the session learns of it.
-        with contextlib.suppress(RayError, RayServeException, StopAsyncIteration):
-            while True:
-                await self._response.__anext__()
 
 
 @dataclass(eq=False)
@@ -120,7 +89,8 @@ class Leases:
     """The sessions of one gateway that wait for a slot, in the order of `turns`.
 
     `who` says whom a session counts for; `shared` whether it must leave places of the queue to others;
-    `granted` is called when it has its slot.
+    `granted` is called when it has its slot, `freed` when a slot was given back, with the seconds that it was
+    held. `changes` grows whenever places in the queue may have changed.
     """
 
     def __init__(
@@ -134,12 +104,15 @@ class Leases:
         who: Who = lambda session: None,
         shared: Callable[[str], bool] = lambda session: False,
         granted: Callable[[str], None] = lambda session: None,
+        freed: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.suspects = suspects or Suspects(time.monotonic)
         self._call = replicas.options(method_name="lease", stream=True)
         self._queue_limit, self._queue_timeout_s = queue_limit, queue_timeout_s
         self._turns, self._who, self._shared = turns or Turns(time.monotonic), who, shared
-        self._granted = granted
+        self._granted, self._freed = granted, freed
+        self._held: dict[Lease, Held] = {}
+        self.changes = 0
         self._waiting: list[Waiter] = []
         self._closed = asyncio.get_running_loop().create_future()
 
@@ -154,6 +127,10 @@ class Leases:
     def waiting(self) -> list[QueuedRequest]:
         """Those in the queue, in the order in which they will get their slots."""
         return self._turns.order(waiter.request for waiter in self._waiting if waiter.queued)
+
+    def held(self) -> list[Held]:
+        """The slots that this gateway's sessions hold."""
+        return list(self._held.values())
 
     async def claim(self, request: LeaseRequest) -> Claim:
         """Returns as soon as the session has a slot or a place in the queue.
@@ -184,12 +161,23 @@ class Leases:
         try:
             lease = await self._acquire(waiter.request, waiter)
             self._turns.granted(waiter.request)
+            self._hold(waiter.request.session, lease)
             self._granted(waiter.request.session)
             return lease
         finally:
             self._turns.gone(waiter.request)
             self._waiting.remove(waiter)
             self._announce()
+
+    def _hold(self, session: str, lease: Lease) -> None:
+        held = self._held[lease] = Held(session, lease.grant.replica, time.monotonic())
+
+        def end(well: bool) -> None:
+            del self._held[lease]
+            if well:
+                self._freed(time.monotonic() - held.since)
+
+        lease.on_end(end)
 
     def close(self) -> None:
         """Graceful shutdown: claims that wait, and later ones, raise SessionLost. Idempotent."""
@@ -203,7 +191,7 @@ class Leases:
             if self._closed.done():
                 raise SessionLost("the server is being stopped; please connect again")
             suspected = self.suspects.names()
-            attempt = _Attempt(self._call.remote(request.without(suspected)), self._closed)
+            attempt = Attempt(self._call.remote(request.without(suspected)), self._closed)
             try:
                 if not await attempt.wait(GRACE_S if not waiter.queued else 0):
                     self._queue(waiter)
@@ -239,50 +227,7 @@ class Leases:
         waiter.placed.set_result(None)
 
     def _announce(self) -> None:
+        self.changes += 1
         waiters = {id(waiter.request): waiter for waiter in self._waiting}
         for position, request in enumerate(self.waiting(), start=1):
             waiters[id(request)].announce(position)
-
-
-class _Attempt:
-    """One call for a lease, up to its first item."""
-
-    def __init__(self, response: Any, closed: asyncio.Future[None]) -> None:
-        self.response = response
-        self._first: asyncio.Future[Any] = asyncio.ensure_future(response.__anext__())
-        self._closed = closed
-
-    async def wait(self, timeout_s: float) -> bool:
-        """Whether the first item came in time. Raises SessionLost when `closed` came before it."""
-        await asyncio.wait(
-            {self._first, self._closed}, timeout=max(0.0, timeout_s), return_when=asyncio.FIRST_COMPLETED
-        )
-        if self._closed.done() and not self._first.done():
-            raise SessionLost("the server is being stopped; please connect again")
-        return self._first.done()
-
-    def result(self, *, warn: bool) -> Grant | None:
-        """The grant, or None when another try may do better; then one line of log if `warn`."""
-        try:
-            first = self._first.result()
-        except (RayError, RayServeException, StopAsyncIteration) as error:
-            if warn:
-                logger.warning("a lease could not be had, trying again: %s", type(error).__name__)
-            return None
-        return first if isinstance(first, Grant) else None
-
-    def cancel(self) -> None:
-        self._first.add_done_callback(_forget)  # Serve makes an error of its own of a cancelled call
-        self._first.cancel()
-        cancel(self.response)
-
-
-def _forget(done: asyncio.Future[Any]) -> None:
-    if not done.cancelled():
-        done.exception()
-
-
-def cancel(response: Any) -> None:
-    """Cancels a streaming call; one that failed before raises its old error here, and nobody needs it."""
-    with contextlib.suppress(RayError, RayServeException, asyncio.CancelledError, PersonaplexError):
-        response.cancel()

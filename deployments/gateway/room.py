@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from deployments.gateway.accounts import Accounts
 from deployments.gateway.leases import Leases
 from deployments.gateway.observer import Observer
-from deployments.gateway.waits import Waits
+from deployments.gateway.turns import Turns
+from deployments.gateway.waits import Expected, Waits
+from deployments.wire.messages import ReplicaStatus
 from personaplex.errors import NoCapacity
 
-SLOTS_EVERY_S = 5.0  # between two looks at how many slots there are
+LOOK_EVERY_S = 5.0  # between two looks at who holds the slots
+QUEUE_LOOK_EVERY_S = 0.5  # while callers wait
+PLAYED_S = 0.25  # for which a forecast of an unchanged queue holds
 
 
 class Room:
@@ -23,16 +26,21 @@ class Room:
         self,
         fleet: Observer,
         leases: Leases,
-        accounts: Accounts,
+        turns: Turns,
         waits: Waits,
         *,
         limit: int,
         changed: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`limit`: of the open sessions. `changed` is called when `open` has changed."""
-        self._fleet, self._leases, self._accounts, self._waits = fleet, leases, accounts, waits
-        self._limit, self._changed = limit, changed
-        self._slots = 0
+        self._fleet, self._leases, self._turns, self._waits = fleet, leases, turns, waits
+        self._limit, self._changed, self._clock = limit, changed, clock
+        self._seen: Sequence[ReplicaStatus] = ()
+        self._seen_at = float("-inf")
+        self._expected: list[Expected] = []  # of each place over all gateways
+        self._places: dict[str, int] = {}  # of this gateway's callers
+        self._played_at, self._played = float("-inf"), -1  # when, and the queue's changes by then
         self.open = 0
         self.empty = asyncio.Event()  # no session is open
         self.empty.set()
@@ -61,27 +69,62 @@ class Room:
         if self._leases.queue_full and not await self._any_free():
             raise NoCapacity("every slot is taken and the queue is full")
 
-    def wait(self, session: str, place: int) -> float | None:
-        """What a session at `place` of this gateway's queue may be told of its wait, in seconds."""
-        return self._waits.queued(session, self._place(place), self._slots, time.monotonic())
+    def wait(self, session: str) -> float | None:
+        """What a session in this gateway's queue may be told of its wait, in seconds."""
+        now = self._clock()
+        self._play(now)
+        place = self._places.get(session, 0)
+        if not 0 < place <= len(self._expected):
+            return None
+        return self._waits.told(session, self._expected[place - 1], now)
 
     async def expected_wait(self) -> float | None:
         """What a caller would wait who came now, as far as it may be said."""
         if await self._any_free():
             return 0.0
-        place = self._place(self._leases.queued + 1)
-        found = self._waits.estimate(place, self._slots, time.monotonic())
-        return round(found, 1) if found is not None and self._waits.honest else None
+        now = self._clock()
+        self._play(now)
+        found = self._waits.sayable(self._expected[-1]) if self._expected else None
+        return None if found is None else round(found, 1)
 
-    async def count_slots(self) -> None:
-        """Keeps the number of slots that callers in the queue wait for, for ever."""
+    async def watch(self) -> None:
+        """Keeps what is known of the sessions that callers in the queue wait for, for ever."""
         while True:
-            self._slots = sum(one.slots for one in await self._fleet.describe() if one.accepting)
-            await asyncio.sleep(SLOTS_EVERY_S)
+            self.see(await self._fleet.describe())
+            await asyncio.sleep(QUEUE_LOOK_EVERY_S if self._leases.queued else LOOK_EVERY_S)
+
+    def see(self, replicas: Sequence[ReplicaStatus]) -> None:
+        """All replicas as of now."""
+        self._seen, self._seen_at = replicas, self._clock()
 
     async def _any_free(self) -> bool:
-        return any(one.accepting and one.used < one.slots for one in await self._fleet.describe())
+        self.see(await self._fleet.describe())
+        return any(one.accepting and one.used < one.slots for one in self._seen)
 
-    def _place(self, place: int) -> int:
-        """A place in this gateway's queue, among those of all gateways: they take turns."""
-        return round(place * (1 + self._accounts.waiting_elsewhere / max(self._leases.queued, place)))
+    def _play(self, now: float) -> None:
+        """Plays the queue of all gateways, and of one caller more, forward from `now`; what was played a
+        moment ago holds until the queue changes."""
+        if self._played == self._leases.changes and now - self._played_at < PLAYED_S:
+            return
+        self._played_at, self._played = now, self._leases.changes
+        queued = self._leases.waiting()
+        self._places, last = self._turns.places(queued)
+        own, elsewhere = self._ages(now)
+        self._expected = self._waits.forecast(own, elsewhere, last + 1, now)
+
+    def _ages(self, now: float) -> tuple[list[float], list[float]]:
+        """Of the sessions that hold the slots callers wait for: this gateway's, which are known, and others',
+        as last seen. Of those the oldest have ended where they are more than the slots there are; a slot
+        that was seen free was taken since, or somebody waited in vain."""
+        usable = {one.replica: one for one in self._seen if one.accepting}
+        held = self._leases.held()
+        own = [now - one.since for one in held if one.replica in usable]
+        names = {one.session for one in held}
+        slots = sum(one.slots for one in usable.values())
+        others = sorted(
+            one.seconds + now - self._seen_at
+            for replica in usable.values()
+            for one in replica.sessions
+            if one.session not in names
+        )[: max(0, slots - len(own))]
+        return own, others + [0.0] * (slots - len(own) - len(others))

@@ -34,6 +34,7 @@ class Services:
     failovers: Failovers = field(default_factory=Failovers)
     resumes: Resumes | None = None  # None where no client can come back
     moves: Moves = field(default_factory=Moves)
-    wait: Callable[[str, int], float | None] = lambda session, place: None  # of a session at its place
+    wait: Callable[[str], float | None] = lambda session: None  # what one in the queue may be told
+    began: Callable[[str], None] = lambda session: None  # called with a session that can talk
     live: set[object] = field(default_factory=set)  # conversations past their handshake
     ending: set[asyncio.Future[None]] = field(default_factory=set)  # sessions and slots that are wound up

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from deployments.gateway.leases import Claim, Lease
+from deployments.gateway.lease import Lease
+from deployments.gateway.leases import Claim
 from deployments.wire import messages, transfer
 from deployments.wire.link import Link, OnLost, OnMessage
 from deployments.wire.messages import NOTHING_HELD, Address, Grant, Held, MessageKind

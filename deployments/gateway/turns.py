@@ -67,6 +67,23 @@ class Turns:
                 heapq.heappush(heap, ((-group[0].priority, turn, group[0].arrived), holder))
         return found
 
+    def places(self, queued: Sequence[QueuedRequest]) -> tuple[dict[str, int], int]:
+        """The place of each session `queued` here among the callers of all gateways, 1 being next, and the
+        last place. Of a holder's callers elsewhere only the first one's arrival is known: the others are
+        taken to have come evenly since then."""
+        now = self._clock()
+        age = now - self._heard
+        others = [
+            QueuedRequest(
+                "", "", frozenset(), holder, one.priority, now - (one.longest_s + age) * (1 - n / one.count)
+            )
+            for holder, one in (self._elsewhere.waiting.items() if age <= STALE_S else ())
+            for n in range(one.count)
+        ]
+        order = self.order([*queued, *others])
+        places = {one.session: place for place, one in enumerate(order, start=1) if one.session}
+        return places, len(order)
+
     def pick(self, waiting: Sequence[QueuedRequest]) -> QueuedRequest:
         """The one whose turn it is, of at least one."""
         for one in waiting:  # it is back, since the replica had no slot after all

@@ -220,7 +220,7 @@ class Upstream:
     def _queue(self, place: int) -> None:
         self._stats.queued = True
         self._services.changed()
-        self._emit(Queued(place, self._services.wait(self._session, place)))
+        self._emit(Queued(place, self._services.wait(self._session)))
 
     # What the replicas say
 

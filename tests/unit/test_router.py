@@ -12,7 +12,8 @@ import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import DeploymentUnavailableError
 
-from deployments.gateway.leases import GRACE_S, Lease, Leases
+from deployments.gateway.lease import Lease
+from deployments.gateway.leases import GRACE_S, Leases
 from deployments.gateway.router import LOOK_EVERY_S, SessionRouter
 from deployments.gateway.suspects import ShortestFirst
 from deployments.policy import Candidate, SessionScaling, rank, replicas_for
@@ -355,6 +356,26 @@ def test_a_slot_that_comes_while_its_client_leaves_is_given_back(turns: int) -> 
             waiting.result().release()
         await asyncio.sleep(0.01)
         assert call.cancelled
+
+    _run(test)
+
+
+def test_slots_are_held_until_they_end_and_those_that_ended_well_are_measured() -> None:
+    async def test() -> None:
+        calls, freed = [Call(GRANT) for _ in range(3)], list[float]()
+        leases = Leases(cast(Any, Replicas(*calls)), queue_limit=4, queue_timeout_s=2.0, freed=freed.append)
+        used, lost, unused = [await _acquire(leases, lambda _: None) for _ in calls]
+        assert [(one.session, one.replica) for one in leases.held()] == [(REQUEST.session, GRANT.replica)] * 3
+        await asyncio.sleep(0.05)
+        calls[0].put(StopAsyncIteration())
+        calls[1].put(ActorDiedError())
+        await used.wait_freed(1.0)
+        await lost.wait_freed(1.0)
+        unused.release()
+        await asyncio.sleep(0.01)
+        assert not leases.held()
+        (seconds,) = freed
+        assert 0.05 <= seconds < 1.0
 
     _run(test)
 

@@ -72,7 +72,7 @@ def _host(records: Any = None, describe: Any = None) -> Any:
         access=nothing,
         accounts=accounts,
         room=nothing,
-        waits=Waits(),
+        waits=Waits(1_800.0, 60.0),
         voices=nothing,
         records=records,
         query_limit=16_384,

@@ -176,6 +176,20 @@ def test_a_gateway_leaves_a_slot_to_anothers_caller_who_comes_first() -> None:
     assert not turns.yields(mine), "word that is old"
 
 
+def test_places_are_those_among_the_callers_of_all_gateways() -> None:
+    clock = Clock()
+    turns = Turns(clock)
+    mine = [caller(f"m{number}", "a", clock.now - 10 * number) for number in range(3)]  # the last came first
+    assert turns.places(mine) == ({"m2": 1, "m1": 2, "m0": 3}, 3)
+    turns.heard(Elsewhere(waiting={"a": Waiting(5, 2, 18.0)}))  # one came 18 s ago, one perhaps 9
+    assert turns.places(mine) == ({"m2": 1, "m1": 3, "m0": 5}, 5)
+    turns.heard(Elsewhere(waiting={"z": Waiting(9, 2, 1.0), "b": Waiting(5, 4, 0.5)}))
+    assert turns.places(mine) == ({"m2": 3, "m1": 5, "m0": 7}, 9), "the higher priority, then turn by turn"
+    assert turns.places([]) == ({}, 6)
+    clock.now += STALE_S + 1
+    assert turns.places(mine) == ({"m2": 1, "m1": 2, "m0": 3}, 3), "word that is old"
+
+
 def test_the_fleet_passes_on_who_waits_and_who_was_served() -> None:
     clock = Clock()
     turns, ledger = Turns(clock), Ledger(0.0)
