@@ -33,7 +33,7 @@ CODEC_DELAY_S = 0.0065  # of Opus
 MARKS, MARK_STEP = 16, 0.05
 MARK = slice(801, 1_161)  # the tone, samples of a frame: 1 kHz, whose peaks are samples at 8 kHz too
 HEARD_MARK = slice(335, 415)  # where it is heard at 8 kHz, after three filters of 2 ms
-SETTLE_S = 1.0  # where the server does not say that the slot is ready
+SETTLE_S = 3.0  # where the server does not say that the slot is ready; all callers come at once
 
 Opening = tuple[dict[str, str], list[bytes]]  # headers of the upgrade, and framed messages after it
 

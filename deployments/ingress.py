@@ -33,6 +33,7 @@ import uvicorn.config
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.protocol import State
 
 from deployments.connections import FitAnswers, PromptHttp
 from personaplex.allowance import Allowance
@@ -201,6 +202,13 @@ class WebSocket(WebSocketsSansIOProtocol):
         if self._again is not None:
             self._again.cancel()
         super().connection_lost(exc)
+
+    def shutdown(self) -> None:
+        if self.conn.state is State.CLOSING:  # uvicorn would raise, and leave all other connections open
+            self.stop_keepalive()
+            self.transport.close()
+        else:
+            super().shutdown()
 
     def pause_writing(self) -> None:
         super().pause_writing()

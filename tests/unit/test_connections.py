@@ -22,6 +22,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from deployments import ingress
 from deployments.connections import FitAnswers, PromptHttp
 
 TIMEOUT_S = 0.4
@@ -75,14 +76,12 @@ async def _echo(socket: WebSocket) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _server() -> AsyncIterator[int]:
+async def _server(ws: Any = "websockets-sansio") -> AsyncIterator[int]:
     app = Starlette(routes=[Route("/", _hello, methods=["GET", "POST"]), WebSocketRoute("/ws", _echo)])
     app.routes.extend([Route("/large", _large), WebSocketRoute("/pour", _pour)])
     app.routes.append(WebSocketRoute("/none", FitAnswers(_like_serve)))
     server = uvicorn.Server(
-        uvicorn.Config(
-            app, port=0, http=Quick, ws="websockets-sansio", log_config=None, timeout_keep_alive=60
-        )
+        uvicorn.Config(app, port=0, http=Quick, ws=ws, log_config=None, timeout_keep_alive=60)
     )
     running = asyncio.ensure_future(server.serve())
     while not server.started:  # noqa: ASYNC110 (uvicorn has no event for it)
@@ -219,6 +218,27 @@ def test_a_peer_that_reads_nothing_is_let_go(said: bytes) -> None:
             return time.monotonic() - began
 
     assert _run(scenario) > 0.5 * TIMEOUT_S - 0.2, "it had time to read"
+
+
+def test_a_server_that_ends_tells_everybody_also_beside_one_who_is_leaving() -> None:
+    async def run() -> int | None:
+        with contextlib.ExitStack() as peers:
+            async with _server(ingress.WebSocket) as port:
+                leaving = peers.enter_context(socket.socket())
+                leaving.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
+                leaving.connect(("127.0.0.1", port))
+                leaving.sendall(UPGRADE)
+                await asyncio.sleep(0.1)
+                leaving.sendall(frame(CLOSE, b"\x03\xe8"))  # and reads nothing, so that it stays
+                staying = [await websockets.connect(f"ws://127.0.0.1:{port}/ws") for _ in range(3)]
+                await asyncio.sleep(0.1)
+                (connections,) = OPEN
+                assert len(connections) == 4
+            await asyncio.gather(*(one.wait_closed() for one in staying))
+        (code,) = {one.close_code for one in staying}
+        return code
+
+    assert asyncio.run(run()) == 1012
 
 
 def test_a_peer_that_reads_slowly_gets_all() -> None:
