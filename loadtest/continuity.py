@@ -61,8 +61,8 @@ def figures(
 
 
 def _rollout(settings: Settings, peak: Peak, failures: Failures, startup_s: float) -> dict[str, float | None]:
-    """`rollout_gpus_missing`: with fewer GPUs than that in addition some sessions find no slot and keep their
-    replica until they end; then `rollout_s` is None."""
+    """`rollout_gpus_missing`: without so many more GPUs some sessions find no slot and keep their replica
+    until they end; then `rollout_s` is None."""
     at_once = max(int(ROLLING_SHARE * peak.replicas), 1)
     needed = at_once + math.ceil(peak.sessions / settings.slots)
     missing = max(0, needed - peak.replicas)
@@ -92,7 +92,7 @@ def _detached(settings: Settings, peak: Peak, cuts_per_hour: float) -> dict[str,
 
 
 def _lost_gateway(settings: Settings, peak: Peak, failures: Failures) -> dict[str, float | None]:
-    """`gateway_loss_forgotten`: sessions beyond what the replicas keep, if the gateway's are spread evenly."""
+    """`gateway_loss_forgotten`: sessions beyond the logs that replicas keep, if they are spread evenly."""
     if not settings.resume_grace_s:
         return {"gateway_loss_sessions": math.ceil(peak.sessions / peak.gateways)}
     sessions = math.ceil(peak.sessions / peak.gateways)
