@@ -163,7 +163,8 @@ class Backlog:
                 if self._ended:
                     return None
                 now = self._clock()
-                found = plan((session.queue for session in self._sessions.values()), now, self._gather_s)
+                queues = (session.queue for session in self._sessions.values())
+                found = plan(queues, now, self._gather_s, self._waiting["rebuild"] > 0)
                 chunk = self._next_chunk(now)
                 if self._opens or self._closes or chunk or found.step:
                     self._busy_since = now

@@ -8,6 +8,9 @@ Laws:
 3. A queue behind real time catches up by running faster than real time, but not for ever: it may run `limit`
    frames at once, as many as may wait, and over time CATCH_UP_RATE times real time. What a client sends
    beyond that is dropped from its inbox, oldest first, and costs the other sessions nothing.
+4. While a session waits for its rebuild nobody catches up: of the queues that have more than one frame each
+   runs once in a frame's time, and all of them in the same tick. A silence ends sooner by that than a delay
+   does, and afterwards all delays are caught up with in the same ticks.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from personaplex.config import CATCH_UP_RATE, FRAME_SECONDS
+
+_EPSILON = 1e-6  # periods: a tick that runs when its period begins is not to count for the one before
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,7 @@ class FrameQueue:
     live: bool = False  # its prompt is done
     frames: deque[PendingFrame] = field(default_factory=deque)
     due: float = 0.0  # when the queue's next frame is due at CATCH_UP_RATE
+    period: int = -1  # of FRAME_SECONDS, in which its last frame ran
 
     def put(self, frame: PendingFrame) -> bool:
         """Adds a frame; True when the oldest was dropped for it."""
@@ -49,13 +55,17 @@ class FrameQueue:
         self.frames.popleft()
         return True
 
-    def may_run_at(self) -> float:
-        """The earliest time law 3 lets the next frame run; it may lie in the past."""
-        return self.due - self.limit * FRAME_SECONDS
+    def may_run_at(self, rebuilding: bool = False) -> float:
+        """The earliest time laws 3 and 4 let the next frame run; it may lie in the past."""
+        allowed = self.due - self.limit * FRAME_SECONDS
+        if rebuilding and len(self.frames) > 1:
+            return max(allowed, (self.period + 1) * FRAME_SECONDS)
+        return allowed
 
     def take(self, now: float) -> PendingFrame:
         """Removes the oldest frame, for a tick at `now`."""
         self.due = max(self.due, now) + FRAME_SECONDS / CATCH_UP_RATE
+        self.period = int(now / FRAME_SECONDS + _EPSILON)
         return self.frames.popleft()
 
 
@@ -67,8 +77,8 @@ class TickPlan:
     again_at: float | None = None
 
 
-def plan(queues: Iterable[FrameQueue], now: float, gather_s: float) -> TickPlan:
-    """Applies the laws above to `queues` at `now`; changes nothing."""
+def plan(queues: Iterable[FrameQueue], now: float, gather_s: float, rebuilding: bool = False) -> TickPlan:
+    """Applies the laws above to `queues` at `now`; changes nothing. `rebuilding`: a session waits for that."""
     live = waiting = 0
     ready: list[FrameQueue] = []
     oldest = later = float("inf")
@@ -77,7 +87,7 @@ def plan(queues: Iterable[FrameQueue], now: float, gather_s: float) -> TickPlan:
         if not (queue.live and queue.frames):
             continue
         waiting += 1
-        allowed = queue.may_run_at()
+        allowed = queue.may_run_at(rebuilding)
         if allowed <= now:
             ready.append(queue)
             oldest = min(oldest, max(queue.frames[0].arrived, allowed))

@@ -96,6 +96,30 @@ def test_a_throttled_lane_does_not_hold_up_the_others() -> None:
     assert plan([greedy, other], 1.0 + GATHER_S, GATHER_S).step == (other,)
 
 
+def test_while_a_session_waits_for_its_rebuild_nobody_catches_up() -> None:
+    """Who is behind runs in real time, with all others who are; who is not notices nothing."""
+    behind = [_lane(0, [99.0] * 20), _lane(1, [99.5] * 20)]
+    now, ran = 100.03, []
+    while now < 101.0:
+        found = plan(behind, now, GATHER_S, rebuilding=True)
+        if found.step:
+            assert found.step == tuple(behind)
+            for lane in behind:
+                lane.take(now)
+                lane.put(PendingFrame(_frame(), now))
+            ran.append(now)
+        else:
+            assert found.again_at is not None
+            now = found.again_at
+    assert len(ran) == pytest.approx(1.0 / FRAME_SECONDS, abs=1)
+    on_time = _lane(2, [101.0])
+    assert plan([*behind, on_time], 101.0 + GATHER_S, GATHER_S, rebuilding=True).step == (on_time,)
+    for _ in range(20):
+        assert plan(behind, 101.0, GATHER_S).step == tuple(behind)
+        for lane in behind:
+            lane.take(101.0)
+
+
 # the thread
 
 
