@@ -78,7 +78,7 @@ class TickPlan:
 
 
 def plan(queues: Iterable[FrameQueue], now: float, gather_s: float, rebuilding: bool = False) -> TickPlan:
-    """Applies the laws above to `queues` at `now`; changes nothing. `rebuilding`: a session waits for that."""
+    """Applies the laws above to `queues` at `now`; changes nothing. `rebuilding`: a session waits for it."""
     live = waiting = 0
     ready: list[FrameQueue] = []
     oldest = later = float("inf")

@@ -66,7 +66,8 @@ class Capture extends AudioWorkletProcessor {
  *
  * A jitter buffer. The first piece waits for `target` samples, the reserve against pieces that come late. Each
  * underrun makes the target larger; while WINDOW_S pass with more than MARGIN_S always in reserve it shrinks by
- * SHRINK_S. What lies in store beyond the target, because two clocks differ or after a stall, is left out where it
+ * SHRINK_S. Where pieces go on later than they began, the reserve is smaller from then on: when LOW_PIECES in a row
+ * find less than half of the target, it is filled again by a silence where it is quiet. What lies in store beyond the target, because two clocks differ or after a stall, is left out where it
  * is quiet, and cut at LIMIT_S beyond it, since a conversation must not run late.
  *
  * Posts, for each 20 ms of output, `{frame, level, stored, target, underruns, dropped, marks}`: the context's frame,
@@ -83,6 +84,7 @@ class Playback extends AudioWorkletProcessor {
   static WINDOW_S = 10;
   static MARGIN_S = 0.04;
   static LIMIT_S = 0.25;
+  static LOW_PIECES = 2;
   static QUIET = 1e-6; // mean square, -60 dBFS
   static FADE = 96; // samples, 2 ms
 
@@ -93,6 +95,8 @@ class Playback extends AudioWorkletProcessor {
   #wait = this.#target; // samples until playing (again) once there is something
   #least = Infinity; // in store when a piece came, since #windowEnd was set
   #windowEnd = 0;
+  #reserve = 0; // in store when the last piece came
+  #low = 0; // pieces in a row that found less than half of the target in store
   #next = -1; // place in the stream that was played last, plus one; -1 after silence
   #last = 0; // sample played last, faded out in an underrun
   #underruns = 0;
@@ -112,6 +116,8 @@ class Playback extends AudioWorkletProcessor {
   }
 
   #adapt() {
+    this.#reserve = this.#stored;
+    this.#low = this.#reserve < this.#target / 2 ? this.#low + 1 : 0;
     this.#least = Math.min(this.#least, this.#stored);
     if (currentFrame < this.#windowEnd) return;
     if (this.#least !== Infinity && this.#least > Playback.MARGIN_S * RATE && this.#windowEnd) {
@@ -138,6 +144,7 @@ class Playback extends AudioWorkletProcessor {
   }
 
   process(_inputs, [[output]]) {
+    if (this.#low >= Playback.LOW_PIECES && this.#quiet()) this.#refill();
     if (this.#stored && this.#wait > 0) this.#wait -= output.length;
     else if (this.#wait <= 0) {
       const played = this.#read(output);
@@ -145,6 +152,18 @@ class Playback extends AudioWorkletProcessor {
     }
     this.#report(output);
     return true;
+  }
+
+  #quiet() {
+    return this.#wait <= 0 && this.#pieces.length > 0 && meanSquare(this.#pieces[0].samples) < Playback.QUIET;
+  }
+
+  /** As much silence as the reserve lacks. */
+  #refill() {
+    this.#wait = this.#target - this.#reserve;
+    this.#mark(currentFrame, -1);
+    this.#low = 0;
+    this.#least = Infinity;
   }
 
   #underrun(output, played) {
@@ -156,6 +175,7 @@ class Playback extends AudioWorkletProcessor {
     }
     this.#target = Math.min(this.#target + Playback.GROW_S * RATE, Playback.MOST_S * RATE);
     this.#wait = this.#target;
+    this.#low = 0;
     this.#windowEnd = currentFrame + Playback.WINDOW_S * RATE;
     this.#least = Infinity;
   }
