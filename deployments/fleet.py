@@ -13,9 +13,10 @@ import time
 
 from deployments.wire.handshake import SECRET_BYTES
 from deployments.wire.holdings import Elsewhere, Holdings, Judgement, Ledger, Limits
-from deployments.wire.messages import ReplicaStatus
+from deployments.wire.messages import Held, ReplicaStatus
 from deployments.wire.orders import GatewayBirth, MovedSession, MoveOrder, News, OrderResult, Orders
 from deployments.wire.voicestore import VoiceStore
+from deployments.wire.whereabouts import ResumeBook, Whereabouts
 
 FORGET_AFTER_S = 5.0  # without a report
 ORDER_TIMEOUT_S = 300.0  # for the gateways to carry out an operator's order
@@ -34,6 +35,7 @@ class Fleet:
         self._ledger = Ledger(time.monotonic())
         self._voices = VoiceStore()
         self._orders = Orders(time.monotonic)
+        self._resumes = ResumeBook()
 
     async def link_secret(self, known: bytes) -> bytes:
         """The application's secret. `known`: the one that the caller has, b"" at its start."""
@@ -89,6 +91,18 @@ class Fleet:
             return False
         self._spent[ticket] = now + valid_s
         return True
+
+    async def use_tokens(self, session: str, good_from: int, valid_s: float) -> None:
+        """A session's earlier tokens are used; see `whereabouts.ResumeBook.use`."""
+        self._resumes.use(session, good_from, valid_s, time.monotonic())
+
+    async def keep_session(self, session: str, held: Held, generation: int, valid_s: float) -> None:
+        """A gateway keeps a session whose client may come back."""
+        self._resumes.keep(session, held, generation, valid_s, time.monotonic())
+
+    async def look_up(self, session: str) -> Whereabouts:
+        """What gateways told of a session."""
+        return self._resumes.look_up(session, time.monotonic())
 
     async def move_sessions(self, order: MoveOrder) -> OrderResult:
         """Has every gateway carry out an operator's order; see `orders.Orders`."""

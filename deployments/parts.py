@@ -1,9 +1,11 @@
 """The part of the settings that each deployment gets: the values it reads, under their own names.
 
-Serve compares what a deployment was made with. A value that a replica does not read is not in its part, so
-changing it leaves the replicas' deployment as it is, and the other way round. Derived values (`gather_s`,
-`address_limit`) are in a part as what they came to. What depends on the process (keys in a file, HAProxy's
-environment) is left to the process: `gateway.keys`, `settings.proxies_in_front`.
+What a deployment was made with says what it depends on: a value that a replica does not read is not in its
+part, and the other way round. Serve makes no use of that: it has one code version for all of an application,
+so any change replaces every deployment (docs/resume.md).
+
+Derived values (`gather_s`, `address_limit`) are in a part as what they came to. What depends on the process
+(keys in a file, HAProxy's environment) is left to the process: `gateway.keys`, `settings.proxies_in_front`.
 """
 
 from __future__ import annotations

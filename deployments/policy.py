@@ -10,7 +10,8 @@ Placement, in this order:
 3. pack: the fullest first, so that others empty and can be taken away. spread: the emptiest first.
 
 Scaling: enough replicas that the sessions, those waiting included, fill at most `target_utilisation` of the
-slots, and that `spare_slots` of them are free. A replica that is removed keeps its sessions until they end.
+slots, and that `spare_slots` of them are free. A replica that is removed keeps the sessions that
+find no slot at others.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+KEPT_LEAST = 16  # sessions without a client whose logs a replica keeps, whatever its slots
 GRACE_S = 0.3  # without a slot for this long a session counts as queued
+
+
+def kept_sessions(slots: int) -> int:
+    """Logs that a replica with so many slots keeps of sessions without a client; about 2 MB each."""
+    return max(KEPT_LEAST, 2 * slots)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """How a change of the Serve config alone is carried out, and how long it may take.
 
-Serve replaces a share of a deployment's replicas at a time. Without `max_surge_percent` each stops first and
-lets its sessions end; with it a replacement starts first, which never ends without room for one more.
+Serve replaces a share of a deployment's replicas at a time. With `max_surge_percent` a replacement starts
+first, which never ends without room for one more. Without it each is told to stop first, and its replacement
+starts beside it where there is room, else in its place. Either way a replica that stops moves its sessions to
+free slots at others and waits for those that find none; a gateway holds its clients' sockets and waits for
+their sessions' own end.
 """
 
 from __future__ import annotations
@@ -29,21 +32,48 @@ class Way:
     stop_s: float
 
     @property
+    def at_once(self) -> int:
+        """Replicas that stop at a time, when there are the most."""
+        return max(int(BATCH * self.most), 1)
+
+    @property
     def longest_s(self) -> float:
-        """Until the last replica has stopped, when every one holds the longest session."""
-        at_once = max(int(BATCH * self.most), 1)
-        return math.ceil(self.most / at_once) * self.stop_s
+        """Until the last replica has stopped, when every one waits for the longest session."""
+        return math.ceil(self.most / self.at_once) * self.stop_s
 
     def describe(self) -> str:
+        return f"{self.deployment}: {self._order()}; {self._sessions()}"
+
+    def _order(self) -> str:
         if self.surge:
             more = math.ceil(self.surge * self.most / 100)
             return (
-                f"{self.deployment}: up to {more} more start before as many stop; without room for them "
-                "the old ones go on serving and the change waits"
+                f"up to {more} more start before as many stop, and without room for them the old ones go on "
+                "serving and the change waits"
             )
+        return f"up to {self.at_once} of {self.most} at a time stop, then their replacements start"
+
+    def _sessions(self) -> str:
+        wait = f"up to {self.stop_s:.0f} s each, {self.longest_s / 3_600:.1f} h in all"
+        if self.deployment == "gateway":
+            return (
+                "clients that can come back are asked over to the new ones, the others' sessions stay to "
+                f"their own end, {wait}"
+            )
+        if self.most == 1 and not self.surge:
+            return (
+                "its sessions move to its replacement where that has room to start beside it, else it waits "
+                f"for their own end, {wait}, and nobody new is served meanwhile"
+            )
+        if self.surge:
+            return (
+                "their sessions move to free slots at others; those that find none wait for one or for their "
+                f"own end, {wait}"
+            )
+        whose = "one replica" if self.at_once == 1 else f"{self.at_once} replicas"
         return (
-            f"{self.deployment}: each stops before its replacement starts and may wait {self.stop_s:.0f} s "
-            f"for its sessions; up to {self.most} of them, up to {self.longest_s / 3_600:.1f} h in all"
+            f"their sessions move to free slots at the others, which need room for those of {whose}; those "
+            f"that find none wait for one or for their own end, {wait}"
         )
 
 

@@ -48,7 +48,10 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
         ("gateways at the peak", str(plan.gateways)),
         *_transcribers(plan),
         ("goals", "met" if plan.met else "NOT met"),
-        *((name, shown(value)) for name, value in {**plan.forecast.figures(), **plan.costs}.items()),
+        *(
+            (name, shown(value))
+            for name, value in {**plan.forecast.figures(), **plan.costs, **plan.continuity}.items()
+        ),
     ]
 
 
@@ -132,6 +135,12 @@ def _parser() -> argparse.ArgumentParser:
         default=Failures.noticed_s,
         help="seconds from a replica's last answer until the first of its sessions can be rebuilt",
     )
+    add(
+        "--cuts-per-hour",
+        type=cli.not_negative,
+        default=0.0,
+        help="connections that a client loses in an hour of talk, and comes back",
+    )
     add("--startup", type=cli.not_negative, default=60.0, help="seconds until a new replica takes sessions")
     add("--push", type=cli.positive, default=10.0, help="seconds between Serve's reports of load")
     add("--gpu-hour", type=cli.not_negative, default=0.0, help="price of a GPU")
@@ -174,6 +183,7 @@ def run(options: argparse.Namespace) -> Plan:
             rebuild_s=options.rebuild[0],
             rebuild_per_s=options.rebuild[1],
         ),
+        cuts_per_hour=options.cuts_per_hour,
     )
 
 

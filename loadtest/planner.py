@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deployments.settings import Settings
+from loadtest import continuity
 from loadtest.arrivals import Arrival, Piece
+from loadtest.continuity import Peak
 from loadtest.failures import Failures
 from loadtest.forecast import Forecast, Timing
 from loadtest.simulation import Simulation
@@ -80,6 +82,7 @@ class Plan:
     gateways: int
     transcriber_cores: float  # at the peak; 0 with transcription=off
     costs: Mapping[str, float | None]
+    continuity: Mapping[str, float | None]  # see continuity.py
 
     @property
     def met(self) -> bool:
@@ -95,6 +98,7 @@ class Plan:
             "gateways": self.gateways,
             "transcriber_cores": self.transcriber_cores,
             "costs": dict(self.costs),
+            "continuity": dict(self.continuity),
             "forecast": self.forecast.figures(),
         }
 
@@ -134,8 +138,10 @@ def make(
     tick_limit_s: float,
     gpus: int | None = None,
     failures: Failures | None = None,
+    cuts_per_hour: float = 0.0,
 ) -> Plan:
-    """Searches the smallest fleet that meets `goals`. `values` are settings of the service.
+    """Searches the smallest fleet that meets `goals`. `values` are settings of the service. `cuts_per_hour`:
+    connections that a client loses in an hour of talk.
 
     Raises ConfigError for settings that make no sense and for a table none of whose steps is quick enough.
     """
@@ -163,7 +169,16 @@ def make(
     gateways = _gateways(settings, peak)
     cores = transcriber_cores(settings, peak)
     costs = _costs(forecast, settings, gateways, cores, prices)
-    return Plan(settings, steps, goals, forecast, gateways, cores, costs)
+    talk_s = continuity.talked_s(sessions, settings.session_limit_s)
+    held, replicas = max(1, *forecast.held), max(1, *forecast.replicas)
+    kept = continuity.figures(
+        settings,
+        Peak(held, replicas, gateways, talk_s),
+        failures or Failures(),
+        timing.startup_s,
+        cuts_per_hour,
+    )
+    return Plan(settings, steps, goals, forecast, gateways, cores, costs, kept)
 
 
 def _search(

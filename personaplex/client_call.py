@@ -36,7 +36,7 @@ from personaplex.client_resume import (
     worth_retrying,
 )
 from personaplex.config import FRAME_SECONDS, FRAME_SIZE, Pcm
-from personaplex.errors import PersonaplexError, SessionLost
+from personaplex.errors import NoCapacity, PersonaplexError, SessionLost
 from personaplex.session.events import Close, PeerClosed, Tick
 from personaplex.session.moshi import MESSAGE_LIMIT
 from personaplex.session.pacer import SLACK_S
@@ -105,6 +105,7 @@ class Conversation:
         self._live = asyncio.Event()
         self._answered = asyncio.Event()  # as many frames were heard as were sent
         self._ticket: Ticket | None = None
+        self._until: float | None = None  # we try to come back, after a loss; None while we are live
         self._next_page = 0  # of the agent's stream
         self._read = 0  # pages of which the text is complete, or was told after a loss: it follows its page
         self._lost = (0, 0)  # pages that were lost last, and which was the next before them
@@ -187,18 +188,22 @@ class Conversation:
     ) -> ClientConnection:
         """A new connection to the same session. Raises SessionLost when there is none to be had."""
         assert self._ticket is not None
-        at_once = self._line.leaving and time.monotonic() - self._line.began > SETTLED_S
-        why = "the service asks us over" if self._line.leaving else "the connection was lost"
-        self._inform(f"one moment: {why}")
+        now, leaving, full = time.monotonic(), self._line.leaving, isinstance(lost, NoCapacity)
+        at_once = now - self._line.began > SETTLED_S if leaving else not full
+        why = "no slot is free" if full else "the connection was lost"
+        self._inform(f"one moment: {'the service asks us over' if leaving else why}")
+        if self._until is None:
+            self._until = now + self._ticket.grace_s
+        elif now > self._until:  # let in, but not served
+            raise SessionLost(f"{lost}; the conversation could not be continued")
         address = resume_url(url, self._ticket, self._next_page, self._read)
-        until = time.monotonic() + self._ticket.grace_s
-        for pause in pauses(random.Random(), at_once=at_once or not self._line.leaving):
+        for pause in pauses(random.Random(), at_once=at_once):
             await asyncio.sleep(pause)
             try:
                 return await open_socket(address, TRY_TIMEOUT_S)
             except CONNECT_ERRORS as error:
                 refused = refusal(error)
-                if not worth_retrying(refused) or time.monotonic() > until:
+                if not worth_retrying(refused) or time.monotonic() > self._until:
                     words = f"{lost}; the conversation could not be continued: {refused}"
                     raise SessionLost(words) from error
         raise AssertionError("the pauses never end")
@@ -258,6 +263,7 @@ class Conversation:
                 case Live():
                     if self.report.handshake_s is None:
                         self.report.handshake_s = now - self._began
+                    self._until = None
                     self._live.set()
                 case Play(data):
                     self._hear(data, now)

@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 from personaplex.errors import NoCapacity, PersonaplexError, ProtocolError, SessionLost, TooManySessions
 
-LOST_CODES = frozenset({1001, 1006, 1011, 1012})  # closes after which a session may go on
+LOST_CODES = frozenset({1001, 1006, 1011, 1012, 1013})  # closes after which a session may go on
 LEAVE_CODE = 1012  # our own, when we come back at once
 SETTLED_S = 1.0  # a connection that asks us over sooner is left with a pause: two gateways may disagree
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 4.0

@@ -18,6 +18,7 @@
     │   └── TooManySessions  the caller's own limit (HTTP 429); `retry_after_s` says when to come back
     ├── NoCapacity           no slot is free (1013, HTTP 503); `retry_after_s` says when to come back
     ├── SessionLost          the session ended through no fault of the client (1012)
+    │   └── RepeatedlyLost   it lost replica after replica, and may be what ends them: it is not kept
     ├── SessionTaken         its client has come back over another connection (1012)
     ├── LogRefused           a session log that nothing can be rebuilt from: damaged, or of another model
     │   └── UnknownVersion   a log of a version that this process does not read
@@ -145,6 +146,10 @@ class SessionLost(PersonaplexError):
 
     close_code = 1012
     http_status = 503
+
+
+class RepeatedlyLost(SessionLost):
+    """The session lost one replica after another without having gone on: nobody goes on with it."""
 
 
 class SessionTaken(PersonaplexError):

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, cast
@@ -25,8 +26,9 @@ from deployments.replica.sessions import Sessions
 from deployments.settings import Settings
 from deployments.wire.handshake import GatewayHandshake, Keyring
 from deployments.wire.link import Link, OnLost, OnMessage, connect, listen
-from deployments.wire.messages import Grant, LeaseRequest, ReplicaStatus
+from deployments.wire.messages import Grant, Held, LeaseRequest, ReplicaStatus
 from deployments.wire.tokens import ResumeTokens
+from deployments.wire.whereabouts import ResumeBook, Whereabouts
 from personaplex.config import STREAMS, Pcm
 from personaplex.engine.echo import EchoEngine
 from personaplex.engine.events import Batch
@@ -179,6 +181,7 @@ class Fleet:
         self._names = itertools.count()
         self.replicas: list[LoopbackReplica] = []
         self.asked: list[LeaseRequest] = []
+        self.book = ResumeBook()
 
     async def add(self, make: Callable[[], Stepper] | None = None) -> LoopbackReplica:
         replica = LoopbackReplica(f"r{next(self._names)}", self._settings, make or self._make)
@@ -207,6 +210,15 @@ class Fleet:
             )
             for one in self.replicas
         ]
+
+    async def look_up(self, session: str) -> Whereabouts | None:
+        return self.book.look_up(session, time.monotonic())
+
+    def use_tokens(self, session: str, good_from: int, valid_s: float) -> None:
+        self.book.use(session, good_from, valid_s, time.monotonic())
+
+    def keep_session(self, session: str, held: Held, generation: int, valid_s: float) -> None:
+        self.book.keep(session, held, generation, valid_s, time.monotonic())
 
     def options(self, **_: Any) -> Fleet:
         return self
@@ -271,7 +283,7 @@ def services(
         resumes=Resumes(
             grace_s,
             lambda: KEYRING.secrets,
-            fleet.describe,
+            fleet,
             link,
             look_for_s=LOOK_FOR_S,
         ),

@@ -276,7 +276,7 @@ class Gateway:
         return Resumes(
             self._settings.resume_grace_s,
             lambda: self._link_keys.keyring.secrets,
-            self._fleet.describe,
+            self._fleet,
             self._links.reach,
         )
 

@@ -30,7 +30,14 @@ from deployments.gateway.stats import SessionStats
 from deployments.gateway.transcripts import Heard, Transcript
 from deployments.gateway.upstream import Upstream
 from personaplex.config import FRAME_SECONDS, Pcm
-from personaplex.errors import ClientError, PersonaplexError, RecordingFailed, SessionLost
+from personaplex.errors import (
+    ClientError,
+    NoCapacity,
+    PersonaplexError,
+    RecordingFailed,
+    RepeatedlyLost,
+    SessionLost,
+)
 from personaplex.persona import Persona
 from personaplex.session.core import SessionCore, State
 from personaplex.session.events import (
@@ -366,8 +373,7 @@ class Conversation:
             task.cancel()
         if self._timer is not None:
             self._timer.cancel()
-        error = self._core.error
-        if self._resumable and (isinstance(error, SessionLost) if error else not self._cleanly):
+        if self._resumable and _is_kept(self._core.error, self._cleanly):
             self._upstream.detach()
         self._upstream.close()
         if self._transcript is not None:
@@ -387,3 +393,12 @@ class Conversation:
                 await asyncio.wait_for(closing, CLOSE_TIMEOUT_S)
         # Last: whatever becomes of it, all else is done.
         await self._services.keep(self._session, self._upstream.log)
+
+
+def _is_kept(error: PersonaplexError | None, cleanly: bool) -> bool:
+    """Whether the client of a session that ended with `error`, or by the client's leaving, may come back to
+    it. One that found no slot after its replica was lost may find one later; one that may be what its
+    replicas died of is not tried again."""
+    if error is None:
+        return not cleanly
+    return isinstance(error, SessionLost | NoCapacity) and not isinstance(error, RepeatedlyLost)

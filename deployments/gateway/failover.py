@@ -24,7 +24,15 @@ from deployments.gateway.suspects import ShortestFirst, Suspects
 from deployments.wire.messages import LeaseRequest
 from deployments.wire.orders import ENDED
 from personaplex.config import REBUILD_AUDIO_S
-from personaplex.errors import ClientError, EngineFault, NoCapacity, PersonaplexError, SessionLost
+from personaplex.errors import (
+    ClientError,
+    EngineFault,
+    NoCapacity,
+    PersonaplexError,
+    RepeatedlyLost,
+    SessionLost,
+    TooManySessions,
+)
 from personaplex.sessionlog import SessionRecorder
 
 LOST_LIMIT = 3  # replicas in a row, before the session said anything
@@ -108,12 +116,13 @@ class Failover:
             except SessionLost:  # no slot is given any more
                 self.stopped = True
                 raise
-            except NoCapacity as full:
-                raise next(iter(self._refused.values()), full) from None
+            except (NoCapacity, TooManySessions) as full:  # the latter: the queue's last places are others'
+                found = NoCapacity(str(full), full.retry_after_s)
+                raise next(iter(self._refused.values()), found) from None
             if error is None:
                 return
             if self.losses > LOST_LIMIT:
-                raise SessionLost(LOST_WORDS)
+                raise RepeatedlyLost(LOST_WORDS)
             if time.monotonic() - began > self._shared.limit_s:
                 raise error
             await asyncio.sleep(RETRY_S)

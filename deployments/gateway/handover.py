@@ -26,6 +26,7 @@ from personaplex.errors import (
     LogRefused,
     NoCapacity,
     PersonaplexError,
+    RepeatedlyLost,
     SessionLost,
     SessionTaken,
     UnknownVersion,
@@ -199,7 +200,7 @@ class Handover:
         """The current slot is gone."""
         self._losses += 1
         if self._losses > LOST_LIMIT:
-            self._emit(Failed(error or SessionLost(LOST_WORDS)))
+            self._emit(Failed(RepeatedlyLost(str(error) if error else LOST_WORDS)))
         elif self._failover is None:
             self._begin(LOST)
         elif self._failover.candidate is not None and self._failover.candidate.ready:

@@ -12,7 +12,8 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.wire.messages import ReplicaStatus
+from deployments.wire.messages import Held, ReplicaStatus
+from deployments.wire.whereabouts import Whereabouts
 from personaplex.errors import SessionLost
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class Observer:
         self._asking = asyncio.Lock()
         self._known: list[ReplicaStatus] = []
         self._asked = float("-inf")
+        self._telling: set[asyncio.Future[None]] = set()
 
     async def wait_close(self, gateway: str, close: Callable[[], Awaitable[None]]) -> None:
         """Awaits `close()` once the service ends. To be run as a task for as long as the gateway lives."""
@@ -53,6 +55,29 @@ class Observer:
         except (RayError, RayServeException, asyncio.TimeoutError) as error:
             raise SessionLost("the service is starting; please call again") from error
 
+    async def look_up(self, session: str) -> Whereabouts | None:
+        """What gateways told of a session; None when the fleet does not answer."""
+        try:
+            known: Whereabouts = await asyncio.wait_for(
+                _answer(self._fleet.look_up.remote(session)), ASK_TIMEOUT_S
+            )
+            return known
+        except (RayError, RayServeException, asyncio.TimeoutError):
+            return None
+
+    def use_tokens(self, session: str, good_from: int, valid_s: float) -> None:
+        """A session's earlier tokens are used. Told in the background, for `valid_s` until it is heard."""
+        self._tell(lambda: self._fleet.use_tokens.remote(session, good_from, valid_s), valid_s)
+
+    def keep_session(self, session: str, held: Held, generation: int, valid_s: float) -> None:
+        """This gateway keeps a session for so long. Told in the background."""
+        self._tell(lambda: self._fleet.keep_session.remote(session, held, generation, valid_s), valid_s)
+
+    def _tell(self, call: Callable[[], Any], valid_s: float) -> None:
+        telling = asyncio.ensure_future(_tell_until(call, time.monotonic() + valid_s))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
+
     async def describe(self) -> list[ReplicaStatus]:
         """[] while no replica is there, and when the fleet does not answer."""
         async with self._asking:
@@ -65,6 +90,16 @@ class Observer:
                     self._known = []
                 self._asked = time.monotonic()
             return self._known
+
+
+async def _tell_until(call: Callable[[], Any], until: float) -> None:
+    while time.monotonic() < until:
+        try:
+            await asyncio.wait_for(_answer(call()), ASK_TIMEOUT_S)
+            return
+        except (RayError, RayServeException, asyncio.TimeoutError) as error:
+            logger.info("the fleet could not be told: %s", type(error).__name__)
+            await asyncio.sleep(RETRY_S)
 
 
 async def _answer(response: Any) -> Any:

@@ -7,6 +7,11 @@ by the gateway that lost its client.
 
 The fleet hears of a slot a moment after its client. So a token that nobody takes, and that was not used as
 far as is known, is tried for LOOK_FOR_S before it is refused.
+
+A session that went on elsewhere leaves copies behind, here or at a replica, and they would take the token
+that it went on with. So the gateway that hears the client tells the fleet at once that the token is used, and
+every gateway asks the fleet first (wire/whereabouts.py). A copy of our own, whose replica cannot be asked, is
+given only when the fleet has answered.
 """
 
 from __future__ import annotations
@@ -18,32 +23,19 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from deployments.wire import messages
+from deployments.gateway.taking import TakeRequest, give_back
 from deployments.wire.detached import Detached
 from deployments.wire.link import Link, OnLost, OnMessage
-from deployments.wire.messages import (
-    REPORT_EVERY_S,
-    Address,
-    Held,
-    MessageKind,
-    ReplicaStatus,
-    TakenSession,
-)
+from deployments.wire.messages import REPORT_EVERY_S, Address, Held, MessageKind, ReplicaStatus
 from deployments.wire.tokens import ResumeClaim, ResumeTokens
-from deployments.wire.transfer import LogReceiver
-from personaplex.errors import (
-    LogRefused,
-    PersonaplexError,
-    ProtocolError,
-    ResumeRefused,
-    SessionLost,
-    SessionTaken,
-)
+from deployments.wire.whereabouts import Whereabouts
+from personaplex.errors import LogRefused, ResumeRefused, SessionLost
 from personaplex.sessionlog import SessionLog
 
 ASK_TIMEOUT_S = 3.0  # for one replica to give a session
 LOOK_FOR_S = 2 * REPORT_EVERY_S  # a slot that is there is known by then
 LOOK_EVERY_S = 0.25
+LOOK_ELSEWHERE_S = 0.75  # for a session that another gateway keeps: the client had better try that one
 KEPT_LIMIT = 64  # sessions whose logs a gateway keeps: 2 MB each
 
 ConnectTo = Callable[[str, str, int, OnMessage, OnLost], Awaitable[Link]]  # the first three: an Address
@@ -79,6 +71,20 @@ class Own(Protocol):
         the session ends here and is kept."""
 
 
+class Fleet(Protocol):
+    """What the fleet knows, as `Observer` asks and tells it."""
+
+    async def describe(self) -> Sequence[ReplicaStatus]:
+        """[] when it does not answer."""
+
+    async def look_up(self, session: str) -> Whereabouts | None:
+        """None when it does not answer."""
+
+    def use_tokens(self, session: str, good_from: int, valid_s: float) -> None: ...
+
+    def keep_session(self, session: str, held: Held, generation: int, valid_s: float) -> None: ...
+
+
 @dataclass(frozen=True)
 class _Place:
     """A replica that holds or keeps a session, see `SessionStatus`."""
@@ -98,17 +104,17 @@ class Resumes:
         self,
         grace_s: float,
         secrets: Callable[[], Sequence[bytes]],
-        describe: Callable[[], Awaitable[Sequence[ReplicaStatus]]],
+        fleet: Fleet,
         connect: ConnectTo,
         *,
         look_for_s: float = LOOK_FOR_S,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
-        """`secrets`: the application's, newest first. `describe` asks the fleet. `connect` makes a link to a
-        replica's media port. `look_for_s`: how long a session is looked for."""
+        """`secrets`: the application's, newest first. `connect` makes a link to a replica's media
+        port. `look_for_s`: how long a session is looked for."""
         self.grace_s = grace_s
-        self._secrets, self._describe, self._connect = secrets, describe, connect
+        self._secrets, self._fleet, self._connect = secrets, fleet, connect
         self._look_for_s, self._clock, self._sleep = look_for_s, clock, sleep
         self._kept = Detached(grace_s, KEPT_LIMIT, clock)
         self._own: dict[str, Own] = {}
@@ -139,6 +145,12 @@ class Resumes:
         """Keeps a session that lost its client, see `Detached.keep`."""
         self._kept.keep(session, log, generation, held, texts, place)
         asyncio.get_running_loop().call_later(self.grace_s + 0.1, self._kept.expire)
+        self._fleet.keep_session(session, held, generation, self.grace_s)
+
+    def use(self, session: str, generation: int) -> None:
+        """The client of the session's slot `generation` is heard: it has this slot's token, and the earlier
+        ones are used."""
+        self._fleet.use_tokens(session, generation, self.grace_s + LOOK_FOR_S)
 
     def free(self, token: str) -> None:
         """The client of a session of this gateway is back: its old connection is closed, and no longer counts
@@ -156,24 +168,28 @@ class Resumes:
         if not secrets:
             raise SessionLost("the service is starting; please connect again")
         claim = ResumeTokens(secrets).read(token)
-        until = self._clock() + self._look_for_s
+        began = self._clock()
         while True:
             if (own := self._own.get(claim.session)) is not None:
                 own.hand_over(claim.counter)
-            replicas = await self._describe()
+            replicas, known = await asyncio.gather(self._fleet.describe(), self._fleet.look_up(claim.session))
+            if known is not None and known.used(claim.counter):
+                raise ResumeRefused
             places = self._places(replicas, claim)
-            taken = await self._take_first(places, claim, token)
+            taken = await self._take_first(places, claim, token, ours=known is not None)
             if taken is not None:
                 if (earlier := self._coming.get(claim.session)) is not None:
                     earlier.lose()
                 self._coming[claim.session] = taken
                 return taken
-            if self._clock() >= until:
+            elsewhere = known is not None and known.kept(claim.counter)
+            look_for_s = min(LOOK_ELSEWHERE_S, self._look_for_s) if elsewhere else self._look_for_s
+            if self._clock() >= began + look_for_s:
                 break
             await self._sleep(LOOK_EVERY_S)
-        if places:
+        if places or elsewhere:
             raise SessionLost("the conversation is being brought back; please connect again")
-        if not replicas:
+        if known is None or not replicas:
             raise SessionLost("the service is starting; please connect again")
         raise ResumeRefused
 
@@ -200,12 +216,17 @@ class Resumes:
         found.sort(key=lambda one: (one.held.back == at, one.generation == at, one.generation))
         return found[::-1]
 
-    async def _take_first(self, places: Sequence[_Place], claim: ResumeClaim, token: str) -> Taken | None:
+    async def _take_first(
+        self, places: Sequence[_Place], claim: ResumeClaim, token: str, *, ours: bool
+    ) -> Taken | None:
+        """`ours`: whether the log that is kept here will do."""
         newest = max((place.generation for place in places), default=0)
         for address in dict.fromkeys(place.address for place in places):
             with contextlib.suppress(ResumeRefused, LogRefused, OSError, asyncio.TimeoutError):
                 return await self._take_from(address, newest, claim, token)
         with contextlib.suppress(ResumeRefused):
+            if not ours:
+                return None
             kept = self._kept.take(claim.session, claim.counter, claim)
             return self._taken(claim, kept.log, max(newest, kept.generation), kept.texts)
         return None
@@ -224,12 +245,12 @@ class Resumes:
             if link is not None:
                 link.close()
 
-        def give_back() -> None:
+        def return_it() -> None:
             self._forget(taken)
             if link is not None:
-                _give_back(link)
+                give_back(link)
 
-        taken = Taken(claim.session, claim.counter, log, generation, texts, confirm, give_back)
+        taken = Taken(claim.session, claim.counter, log, generation, texts, confirm, return_it)
         return taken
 
     def _forget(self, taken: Taken) -> None:
@@ -238,57 +259,17 @@ class Resumes:
 
     async def _take_from(self, address: Address, newest: int, claim: ResumeClaim, token: str) -> Taken:
         """Raises ResumeRefused, LogRefused, OSError, asyncio.TimeoutError."""
-        request = _Request()
+        request = TakeRequest()
         connecting = self._connect(*address, request.on_message, request.on_lost)
         link = await asyncio.wait_for(connecting, ASK_TIMEOUT_S)
         try:
             link.send(MessageKind.TAKE, token.encode())
             answer, log = await asyncio.wait_for(request.result, ASK_TIMEOUT_S)
         except BaseException:
-            _give_back(link)
+            give_back(link)
             raise
         with contextlib.suppress(ResumeRefused):  # its own copy goes with the replica's
             self._kept.take(claim.session, claim.counter, claim)
         taken = self._taken(claim, log, max(newest, answer.generation), answer.texts, link)
         request.on_taken = taken.lose
         return taken
-
-
-class _Request:
-    """One replica's answer to TAKE."""
-
-    def __init__(self) -> None:
-        self.result: asyncio.Future[tuple[TakenSession, SessionLog]]
-        self.result = asyncio.get_running_loop().create_future()
-        self._answer: TakenSession | None = None
-        self._log: LogReceiver | None = None
-        self.on_taken: Callable[[], None] = lambda: None  # somebody else has it now
-
-    def on_message(self, link: Link, kind: MessageKind, payload: bytes) -> None:
-        if kind is MessageKind.CLOSE:
-            error = messages.unpack_error(payload)
-            self._fail(error)
-            if isinstance(error, SessionTaken):
-                self.on_taken()
-        elif kind is MessageKind.TAKEN and self._log is None:
-            self._answer = messages.unpack_taken(payload)
-            self._log = LogReceiver(self._answer.log_bytes)
-        elif kind is MessageKind.LOG and self._answer is not None and self._log is not None:
-            whole = self._log.add(payload)
-            if whole is not None and not self.result.done():
-                self.result.set_result((self._answer, SessionLog.unpack(whole)))
-        else:
-            raise ProtocolError("a message that does not belong here")
-
-    def on_lost(self, link: Link) -> None:
-        self._fail(ConnectionResetError("the replica hung up"))
-
-    def _fail(self, error: PersonaplexError | OSError) -> None:
-        if not self.result.done():
-            self.result.set_exception(error)
-            self.result.exception()  # whoever asked may have gone
-
-
-def _give_back(link: Link) -> None:
-    link.send(MessageKind.DETACH, b"")
-    link.close()

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from deployments.policy import kept_sessions
 from deployments.replica.running import RunningLog
 from deployments.wire import messages
 from deployments.wire.detached import Detached
@@ -21,15 +22,13 @@ from deployments.wire.tokens import ResumeClaim, ResumeTokens
 from deployments.wire.transfer import pieces
 from personaplex.errors import LogRefused, SessionTaken
 
-KEPT_LEAST = 16  # sessions whose logs a replica keeps, whatever its slots: 2 MB each
-
 
 class Comebacks:
     """Made on the replica's event loop."""
 
     def __init__(self, grace_s: float, slots: int, keyring: Keyring, changed: Callable[[], None]) -> None:
         """`grace_s`: 0 keeps nothing. `changed` is called when a session is kept or forgotten."""
-        self.kept = Detached(grace_s, max(KEPT_LEAST, 2 * slots), time.monotonic)
+        self.kept = Detached(grace_s, kept_sessions(slots), time.monotonic)
         self._grace_s, self._keyring, self._changed = grace_s, keyring, changed
         self._takers: dict[Link, str] = {}  # of which session
         self._loop = asyncio.get_running_loop()

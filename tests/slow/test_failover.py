@@ -25,7 +25,14 @@ from deployments.metrics import FAILOVER_SECONDS, FAILOVERS
 from deployments.replica import sessions as replica_sessions
 from deployments.wire.messages import LeaseRequest, MessageKind
 from personaplex.engine.interface import Stepper
-from personaplex.errors import EngineFault, LogRefused, NoCapacity, SessionLost, UnknownVersion
+from personaplex.errors import (
+    EngineFault,
+    LogRefused,
+    NoCapacity,
+    RepeatedlyLost,
+    SessionLost,
+    UnknownVersion,
+)
 from personaplex.persona import Persona
 from personaplex.session.events import Event, Failed, Ready, SessionNotice
 
@@ -541,7 +548,7 @@ def test_a_session_that_kills_every_replica_is_ended() -> None:
                     await asyncio.sleep(0.005)
 
             await asyncio.gather(poisoned(), talker.speak(10, 20))
-            assert isinstance(talker.error, SessionLost)
+            assert isinstance(talker.error, RepeatedlyLost), "nobody may come back to it"
             await talker.close()
 
     run(test)

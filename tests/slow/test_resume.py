@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from loopback import TOKENS, Counted, fleet_of, services
+from loopback import TOKENS, Counted, Fleet, fleet_of, services
 from numpy.typing import NDArray
 from sessions import PERSONAS, speech
 from test_failover import PACE_S, Talker, alone, memory, run, until, used
@@ -23,7 +23,7 @@ from deployments.gateway.upstream import Upstream
 from deployments.metrics import Metrics
 from deployments.wire.messages import LeaseRequest
 from deployments.wire.tokens import ResumeClaim
-from personaplex.errors import ResumeRefused, SessionLost, SessionTaken
+from personaplex.errors import NoCapacity, ResumeRefused, SessionLost, SessionTaken
 from personaplex.persona import Persona
 from personaplex.session.events import Ready
 from personaplex.sessionlog import SessionLog
@@ -292,8 +292,9 @@ def test_after_a_failover_both_tokens_are_good_and_the_newest_slot_is_asked() ->
 def test_while_nobody_can_tell_a_client_is_asked_to_come_again(missing: str) -> None:
     """A gateway that took a dead one's place, before it has heard from the fleet: 410 would be the end."""
 
-    async def nothing() -> list[Any]:
-        return []
+    class Empty(Fleet):
+        async def describe(self) -> list[Any]:
+            return []
 
     async def test() -> None:
         async with fleet_of(1, memory) as fleet:
@@ -306,7 +307,7 @@ def test_while_nobody_can_tell_a_client_is_asked_to_come_again(missing: str) -> 
             if missing == "secret":
                 young.resumes._secrets = tuple
             else:
-                young.resumes._describe = nothing
+                young.resumes._fleet = Empty(memory)
             with pytest.raises(SessionLost):
                 await young.resumes.take(first.token)
             second = Caller(lent)
@@ -344,3 +345,39 @@ def test_text_that_was_lost_without_its_page_is_told(read: int, told: str) -> No
     resumption = Resumption("s", None, cast(Metrics, Counted()), cast(Own, None))
     details = resumption.go_on(taken, heard=17, read=read)
     assert details == {"frame": 20, "lost_frames": 3, "lost_text": told}
+
+
+def test_a_session_that_finds_no_slot_after_its_replica_was_lost_is_there_for_its_client() -> None:
+    """Its gateway holds the only copy. Before a slot is free, a try that waits in vain costs nothing."""
+
+    async def test() -> None:
+        async with fleet_of(1, memory) as fleet:
+            lent, other = (services(fleet, Counted(), after_s=5.0, queue_timeout_s=0.6) for _ in range(2))
+            first = await talked(lent, 20)
+            fleet.kill(fleet.replicas[0])
+            await until(lambda: first.error)
+            assert isinstance(first.error, NoCapacity)
+            first.lose_client()  # as its conversation does after such an end
+            await first.upstream.release(1.0)
+            second = Caller(lent)
+            assert lent.resumes is not None
+            taken = await lent.resumes.take(first.token)
+            claim = await lent.leases.claim(LeaseRequest.of(NAME, second.persona))
+            with pytest.raises(NoCapacity):
+                await second.upstream.go_on(taken, 20, 20, claim)
+            second.lose_client()
+            await fleet.add()
+            assert other.resumes is not None
+            with pytest.raises(SessionLost):  # not 410: its own gateway may be tried next
+                await other.resumes.take(first.token)
+            third = Caller(lent)
+            await third.come_back(first.token, 20)
+            await third.speak(20, 30)
+            await third.answered(10)
+            assert_whole(first, third, 30)
+            with pytest.raises(ResumeRefused):
+                await Caller(lent).come_back(first.token, 20)
+            await third.close()
+            await used(fleet, 0)
+
+    run(test)

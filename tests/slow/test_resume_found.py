@@ -14,10 +14,11 @@ from test_failover import memory, run, until, used
 from test_resume import NAME, Caller, assert_whole, talked
 
 from deployments.gateway.handover import CONTINUED
-from deployments.gateway.resumes import LOOK_EVERY_S, LOOK_FOR_S, Resumes
+from deployments.gateway.resumes import LOOK_ELSEWHERE_S, LOOK_EVERY_S, LOOK_FOR_S, Resumes
 from deployments.gateway.services import Services
-from deployments.wire.messages import LeaseRequest, ReplicaStatus
+from deployments.wire.messages import Held, LeaseRequest, ReplicaStatus
 from deployments.wire.tokens import ResumeClaim
+from deployments.wire.whereabouts import Whereabouts
 from personaplex.engine.interface import Slot
 from personaplex.errors import ResumeRefused, SessionLost, SessionTaken
 from personaplex.persona import own_voice
@@ -27,7 +28,10 @@ VOICE = b"a voice"
 
 
 class LateFleet:
-    """What the fleet says of sessions, of which it has heard only after `looks` questions."""
+    """What the fleet says of sessions, of which it has heard only after `looks` questions. `away`: it does
+    not answer."""
+
+    away = False
 
     def __init__(self, fleet: Fleet, looks: float) -> None:
         self._fleet, self._looks = fleet, looks
@@ -39,6 +43,15 @@ class LateFleet:
         if self.asked > self._looks:
             return known
         return [dataclasses.replace(one, sessions=(), detached=()) for one in known]
+
+    async def look_up(self, session: str) -> Whereabouts | None:
+        return None if self.away else await self._fleet.look_up(session)
+
+    def use_tokens(self, session: str, good_from: int, valid_s: float) -> None:
+        self._fleet.use_tokens(session, good_from, valid_s)
+
+    def keep_session(self, session: str, held: Held, generation: int, valid_s: float) -> None:
+        self._fleet.keep_session(session, held, generation, valid_s)
 
 
 class Clock:
@@ -57,7 +70,7 @@ class Clock:
 def gateway(fleet: Fleet, looks: float = 0.0) -> tuple[Services, LateFleet, Clock]:
     """One that asks a late fleet, and its time."""
     late, clock = LateFleet(fleet, looks), Clock()
-    resumes = Resumes(30.0, lambda: KEYRING.secrets, late.describe, link, clock=clock, sleep=clock.sleep)
+    resumes = Resumes(30.0, lambda: KEYRING.secrets, late, link, clock=clock, sleep=clock.sleep)
     return dataclasses.replace(services(fleet, Counted(), after_s=5.0), resumes=resumes), late, clock
 
 
@@ -376,6 +389,83 @@ def test_a_gateway_ends_its_session_at_the_word_of_who_may_and_of_nobody_else() 
             assert isinstance(first.error, SessionTaken)
             second = await go_on(lent, first, first.token, 5)
             assert second.error is None
+            await second.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("over", [False, True], ids=["while it goes on", "after its end"])
+@pytest.mark.parametrize("copy", ["gateway", "replica"])
+def test_a_copy_that_was_left_behind_takes_no_used_token(copy: str, over: bool) -> None:
+    """Whatever the fleet has heard of the session, which goes on at another replica by another gateway."""
+
+    async def test() -> None:
+        async with fleet_of(2, memory) as fleet:
+            lent, _, _ = gateway(fleet, looks=float("inf") if copy == "gateway" else 0)
+            other, _, _ = gateway(fleet)
+            first = await talked(lent, 5)
+            token = first.token
+            first.lose_client()
+            kept = fleet.replicas[0].sessions.comebacks
+            await until(lambda: len(kept.kept))
+            if copy == "replica":  # it never hears that the session goes on elsewhere
+                kept.answer = lambda link, kind: None  # type: ignore[method-assign]
+            fleet.replicas[0].sessions.accepting = False
+            second = await go_on(other, first, token, 5)
+            await until(lambda: (copy == "replica") == bool(len(kept.kept)))
+            if over:
+                await second.close()
+                await used(fleet, 0, 0)
+            assert lent.resumes is not None
+            assert (len(lent.resumes._kept) == 1) is (copy == "gateway" or len(kept.kept) == 1)
+            for gate in (lent, other):
+                assert gate.resumes is not None
+                with pytest.raises(ResumeRefused, match=r"^expired$"):
+                    await gate.resumes.take(token)
+            if not over:
+                await second.speak(15, 20)
+                await second.answered(15)
+                assert_whole(first, second, 20)
+                await second.close()
+
+    run(test)
+
+
+def test_while_the_fleet_is_away_only_a_replica_gives_a_session() -> None:
+    """Whether our own copy is the newest, nobody can tell."""
+
+    async def test() -> None:
+        async with fleet_of(2, memory) as fleet:
+            lent, late, _ = gateway(fleet, looks=float("inf"))
+            first = await talked(lent, 5)
+            first.lose_client()
+            late.away = True
+            assert lent.resumes is not None
+            taken = await lent.resumes.take(first.token)
+            taken.give_back()
+            fleet.kill(fleet.replicas[0])
+            with pytest.raises(SessionLost):
+                await lent.resumes.take(first.token)
+            late.away = False
+            second = await go_on(lent, first, first.token, 5)
+            await second.close()
+
+    run(test)
+
+
+def test_a_session_that_another_gateway_keeps_is_not_looked_for_long() -> None:
+    async def test() -> None:
+        async with fleet_of(2, memory) as fleet:
+            lent, _, _ = gateway(fleet)
+            first = await talked(lent, 5)
+            first.lose_client()
+            fleet.kill(fleet.replicas[0])
+            other, _, clock = gateway(fleet)
+            assert other.resumes is not None
+            with pytest.raises(SessionLost):
+                await other.resumes.take(first.token)
+            assert clock.now == LOOK_ELSEWHERE_S
+            second = await go_on(lent, first, first.token, 5)
             await second.close()
 
     run(test)

@@ -19,7 +19,7 @@ from kube.world import NAME, Clock, World, ready
 
 from deployments import metrics
 from k8s import __main__ as tool
-from k8s import bundle, conversation, errors, moves, preflight, rollout, sessions, smoke, verify
+from k8s import bundle, conversation, errors, inplace, moves, preflight, rollout, sessions, smoke, verify
 from k8s.cluster import ATTEMPTS, Cluster
 from k8s.differences import differences
 from k8s.redaction import Redactor
@@ -219,11 +219,49 @@ def test_an_in_place_change_says_which_way_it_goes_and_is_given_its_time(
     assert clock.seconds > 2.5 * 3_600
     assert run.timeout_s == 3_600 + 6 * 1_955
     assert [line for line in said if line.startswith("in place, ")] == [
-        "in place, gateway: each stops before its replacement starts and may wait 1955 s for its sessions; "
-        "up to 12 of them, up to 3.3 h in all",
-        "in place, replica: up to 1 more start before as many stop; without room for them the old ones go on "
-        "serving and the change waits",
+        "in place, gateway: up to 2 of 12 at a time stop, then their replacements start; clients that can "
+        "come back are asked over to the new ones, the others' sessions stay to their own end, up to 1955 s "
+        "each, 3.3 h in all",
+        "in place, replica: up to 1 more start before as many stop, and without room for them the old ones "
+        "go on serving and the change waits; their sessions move to free slots at others; those that find "
+        "none wait for one or for their own end, up to 1955 s each, 2.2 h in all",
     ]
+
+
+_STOP = "at a time stop, then their replacements start"
+
+
+@pytest.mark.parametrize(
+    ("way", "words"),
+    [
+        (
+            inplace.Way("replica", 2, 0, 1_800.0),
+            f"replica: up to 1 of 2 {_STOP}; their sessions move to free slots at the others, which need "
+            "room for those of one replica; those that find none wait for one or for their own end, "
+            "up to 1800 s each, 1.0 h in all",
+        ),
+        (
+            inplace.Way("replica", 16, 0, 1_800.0),
+            f"replica: up to 3 of 16 {_STOP}; their sessions move to free slots at the others, which need "
+            "room for those of 3 replicas; those that find none wait for one or for their own end, "
+            "up to 1800 s each, 3.0 h in all",
+        ),
+        (
+            inplace.Way("replica", 1, 0, 1_800.0),
+            f"replica: up to 1 of 1 {_STOP}; its sessions move to its replacement where that has room to "
+            "start beside it, else it waits for their own end, up to 1800 s each, 0.5 h in all, and nobody "
+            "new is served meanwhile",
+        ),
+        (
+            inplace.Way("gateway", 4, 25, 1_800.0),
+            "gateway: up to 1 more start before as many stop, and without room for them the old ones go on "
+            "serving and the change waits; clients that can come back are asked over to the new ones, the "
+            "others' sessions stay to their own end, up to 1800 s each, 2.0 h in all",
+        ),
+    ],
+)
+def test_what_happens_to_sessions_is_said_of_each_way(way: inplace.Way, words: str) -> None:
+    assert way.describe() == words
 
 
 def test_one_session_starts_the_count_anew(world: World, clock: Clock, run: rollout.Rollout) -> None:

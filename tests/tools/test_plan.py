@@ -13,9 +13,10 @@ import pytest
 
 from deployments.policy import Candidate, rank
 from deployments.settings import Settings
-from loadtest import arrivals, plan
+from loadtest import arrivals, continuity, plan
 from loadtest.arrivals import Arrival
 from loadtest.autoscaler import Autoscaler, History
+from loadtest.continuity import Peak, log_bytes, talked_s
 from loadtest.failures import Failures, Measured, fit
 from loadtest.fleet import SimulatedFleet, SimulatedReplica
 from loadtest.forecast import Forecast, Timing
@@ -394,3 +395,76 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_command_fails_when_the_goals_cannot_be_met() -> None:
     asked = ["--arrivals", "300@2", "--lengths", "exponential:60", "--steps", str(EXAMPLE)]
     assert plan.main([*asked, "--set", "slots=4", "--gpus", "2"]) == 1
+
+
+def test_a_session_that_is_met_has_talked_for_half_its_length_and_long_ones_are_met_more_often() -> None:
+    assert talked_s(calls((0, 100), (1, 100)), 1_800.0) == 50.0
+    assert talked_s(calls((0, 100), (1, 300)), 1_800.0) == pytest.approx((100**2 + 300**2) / 2 / 400)
+    assert talked_s(calls((0, 9_000)), 1_800.0) == 900.0, "no session is longer than the limit"
+    drawn = np.random.default_rng(3)
+    lengths = drawn.exponential(60.0, 20_000)
+    met = drawn.choice(lengths, 20_000, p=lengths / lengths.sum()) * drawn.uniform(size=20_000)
+    known = talked_s(calls(*enumerate(lengths.tolist())), math.inf)
+    assert known == pytest.approx(met.mean(), rel=0.03), "as drawing sessions at random moments does"
+
+
+def test_a_log_has_the_last_of_the_users_sound_and_all_tokens() -> None:
+    chosen = settings(rebuild_audio_s=20.0)
+    assert log_bytes(chosen, 10.0) == 10 * 96_000 + 125 * 70
+    assert log_bytes(chosen, 100.0) == 20 * 96_000 + 1_250 * 70
+
+
+def test_a_rollout_needs_room_for_the_replicas_that_stop_at_a_time() -> None:
+    """Ten GPUs of 4 slots: two stop at a time, and what they held has to fit on the other eight."""
+    failures = Failures(rebuild_s=0.5, rebuild_per_s=0.01)
+
+    def needs(sessions: int, gpus: int = 10) -> dict[str, float | None]:
+        peak = Peak(sessions, gpus, 2, talk_s=100.0)
+        found = continuity.figures(settings(slots=4), peak, failures, startup_s=60.0, cuts_per_hour=0.0)
+        return {name: value for name, value in found.items() if name.startswith("rollout")}
+
+    rebuild = 0.5 + 0.01 * 100
+    assert needs(32) == {
+        "rollout_gpus_needed": 10,
+        "rollout_gpus_missing": 0,
+        "rollout_s": 5 * (60 + 1 * rebuild),  # 6.4 sessions come to eight replicas
+    }
+    assert needs(33) == {"rollout_gpus_needed": 11, "rollout_gpus_missing": 1, "rollout_s": None}
+    assert needs(1, gpus=1) == {"rollout_gpus_needed": 2, "rollout_gpus_missing": 1, "rollout_s": None}
+    assert needs(4, gpus=2)["rollout_s"] == 2 * (60 + 2 * rebuild)
+
+
+def test_lost_connections_take_memory_and_a_lost_gateway_takes_rebuilds() -> None:
+    failures = Failures(rebuild_s=0.5, rebuild_per_s=0.01)
+    peak = Peak(sessions=40, replicas=10, gateways=2, talk_s=100.0)
+
+    def found(cuts: float, peak: Peak = peak, **values: Any) -> dict[str, Any]:
+        return dict(continuity.figures(settings(**values), peak, failures, 60.0, cuts))
+
+    often = found(6.0, slots=4, resume_grace_s=30.0)
+    assert often["detached_most"] == pytest.approx(40 * 6 / 120)
+    size = often["detached_log_mb"]
+    assert size == pytest.approx(2.0075)
+    assert often["detached_gateway_mb"] == pytest.approx(size)
+    assert often["detached_replica_mb"] == pytest.approx(size / 5)
+    assert (often["gateway_loss_sessions"], often["gateway_loss_forgotten"]) == (20, 0)
+    assert often["gateway_loss_rebuilt_s"] == 2 * 1.5, "two at each replica"
+    assert found(0.0)["detached_most"] == 0.0
+    crowded = found(0.0, Peak(500, 10, 1, 100.0), slots=50)
+    assert crowded["gateway_loss_forgotten"] == 0, "twice its slots"
+    assert found(0.0, Peak(500, 10, 1, 100.0), slots=2)["gateway_loss_forgotten"] == 340
+    never = found(6.0, resume_grace_s=0.0)
+    assert never["detached_most"] == 0.0
+    assert "gateway_loss_rebuilt_s" not in never, "nobody can come back"
+
+
+def test_the_plan_tells_what_sessions_outlive(steps: StepTimes, tmp_path: Path) -> None:
+    command = ["--steps", str(EXAMPLE), "--arrivals", "300@0.3", "--lengths", "fixed:60", "--gpus", "3"]
+    made = plan.run(plan.parse([*command, "--set", "slots=8", "--cuts-per-hour", "12"]))
+    told = dict(plan.rows(made))
+    assert {"rollout_s", "rollout_gpus_missing", "detached_most", "gateway_loss_sessions"} <= set(told)
+    data = made.data()["continuity"]
+    held = made.forecast.figures()["peak_held"]
+    assert held is not None
+    assert data["detached_most"] == pytest.approx(held * 12 / 3_600 * 30)
+    assert data["gateway_loss_sessions"] == math.ceil(held / made.gateways)

@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 import re
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -24,6 +25,7 @@ from personaplex import client
 from personaplex.audio.wav import write_wav
 from personaplex.client_call import Conversation
 from personaplex.client_resume import (
+    FIRST_PAUSE_S,
     LEAVE_CODE,
     LONGEST_PAUSE_S,
     LOST_CODES,
@@ -193,15 +195,65 @@ async def paced_nothing() -> AsyncIterator[Pcm]:
 
 
 def test_after_which_closes_a_session_may_go_on() -> None:
-    assert {1001, 1006, 1011, 1012} == LOST_CODES
+    assert {1001, 1006, 1011, 1012, 1013} == LOST_CODES
 
 
-@pytest.mark.parametrize("code", [1000, 1013])
+@pytest.mark.parametrize("code", [1000, 1002, 1008])
 def test_other_ends_are_ends(code: int, speech: Path, tmp_path: Path) -> None:
     handler = Resumable(close_with(code))
     with EchoService(handler) as service:
         assert talk(service, speech, tmp_path)[0] == 1
     assert len(handler.queries) == 1
+
+
+class Full:
+    """A service that lost the replica of its first connection, and closes so many more with 1013 from its
+    queue."""
+
+    def __init__(self, more: int, grace_s: float) -> None:
+        self.more, self.grace_s = more, grace_s
+        self.opened: list[float] = []
+
+    async def __call__(self, socket: ServerConnection) -> None:
+        self.opened.append(time.monotonic())
+        with contextlib.suppress(ConnectionClosed):
+            if "resume" not in query_of(socket):
+                ticket = {"resume": "token", "grace_s": self.grace_s}
+                await echo(
+                    socket, after=lambda n: close_with(1013)(socket) if n == CUT_AFTER else None, **ticket
+                )
+            elif len(self.opened) <= 1 + self.more:
+                await socket.close(1013, "no slot became free in time")
+            else:
+                resumed = {"frame": CUT_AFTER, "lost_frames": 0, "lost_text": ""}
+                await echo(socket, frames_before=CUT_AFTER, handshake_delay_s=0.0, resumed=resumed)
+
+
+def test_after_a_close_for_want_of_a_slot_it_comes_back_with_pauses(
+    speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = Full(2, grace_s=10)
+    with EchoService(handler) as service:
+        code, report = talk(service, speech, tmp_path)
+    told = capsys.readouterr().err
+    assert code == 0, told
+    assert report["resumes"] == 1
+    assert len(handler.opened) == 4
+    waits = np.diff(handler.opened)[1:]
+    assert min(waits) >= FIRST_PAUSE_S / 2, "never at once"
+    assert told.count("one moment: no slot is free") == 3
+
+
+def test_after_the_grace_a_client_that_is_let_in_and_not_served_gives_up(
+    speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The grace counts from when the conversation was lost, not from each connection."""
+    handler = Full(1_000, grace_s=0.8)
+    with EchoService(handler) as service:
+        code, _ = talk(service, speech, tmp_path)
+    assert code == 1
+    assert 3 <= len(handler.opened) <= 12
+    assert "no slot became free in time; the conversation could not be continued" in capsys.readouterr().err
 
 
 def test_without_a_token_a_loss_is_an_end(speech: Path, tmp_path: Path) -> None:

@@ -28,8 +28,18 @@ from deployments.gateway.leases import Claim
 from deployments.gateway.protocols import moshi
 from deployments.gateway.protocols.carriers import TWILIO, CarrierTranslator
 from deployments.gateway.protocols.translator import Begin
+from deployments.gateway.upstream import Upstream
 from deployments.wire.messages import Grant
-from personaplex.errors import ClientError
+from personaplex.errors import (
+    ClientError,
+    EngineFault,
+    NoCapacity,
+    PersonaplexError,
+    RepeatedlyLost,
+    SessionExpired,
+    SessionLost,
+    SessionTaken,
+)
 from personaplex.persona import Persona
 from personaplex.session.core import IllegalEvent, Limits
 
@@ -334,3 +344,42 @@ def test_a_client_that_takes_its_close_late_is_told_the_reason(monkeypatch: pyte
         assert (caller.code, caller.complaint) == (1008, "the client does not read what it is sent")
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("error", "kept"),
+    [
+        (SessionLost("its replica is gone"), True),
+        (NoCapacity("no slot became free in time"), True),
+        (RepeatedlyLost("it kills its replicas"), False),
+        (SessionTaken(), False),
+        (SessionExpired("its time is over"), False),
+        (ClientError("it breaks the protocol"), False),
+        (EngineFault("the engine failed"), False),
+    ],
+)
+@pytest.mark.parametrize("resumable", [True, False])
+def test_after_which_ends_a_client_may_come_back(
+    error: PersonaplexError, kept: bool, resumable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detached: list[Upstream] = []
+    monkeypatch.setattr(Upstream, "detach", lambda upstream: detached.append(upstream))
+    monkeypatch.setattr(conversation_module, "CLOSE_TIMEOUT_S", 0.05)
+
+    async def run() -> None:
+        spy, caller = Spy(), Caller()
+
+        async def connect(*_: Any) -> Any:
+            return spy
+
+        services = services_of(connect)
+        conversation = Conversation(cast(WebSocket, caller), "s", services, resumable=resumable)
+        running = asyncio.ensure_future(conversation.run(Persona(), claim_of(spy)))
+        await asyncio.wait_for(spy.connected.wait(), 5)
+        conversation.end(error)
+        await asyncio.wait_for(running, 5)
+        assert caller.code == error.close_code
+        assert spy.released.is_set(), "no slot is kept"
+
+    asyncio.run(run())
+    assert len(detached) == (kept and resumable)

@@ -7,7 +7,7 @@
 const Kind = { HANDSHAKE: 0, AUDIO: 1, TEXT: 2, METADATA: 4, ERROR: 5 };
 const PATIENCE_MS = 10_000; // without a message, once live
 const BACK_SOON = 4000; // close code of ours
-const RESUMABLE = new Set([1001, 1006, 1011, 1012]); // close codes of a socket or a server that is gone
+const RESUMABLE = new Set([1001, 1006, 1011, 1012, 1013]); // close codes: a socket or a server is gone, or has no slot
 const FINAL = new Set([400, 401, 403, 410]); // refusals that no other try would change
 const BACKOFF_MS = { first: 250, most: 4_000 };
 const GRACE_S = 30; // where the service names none
@@ -92,12 +92,12 @@ export class Session {
   async #closed(accepted, code, words) {
     this.#live = false;
     clearTimeout(this.#patience);
-    if (this.#token && (accepted ? RESUMABLE.has(code) : this.#deadline)) return this.#resume(accepted);
+    if (this.#token && (accepted ? RESUMABLE.has(code) : this.#deadline)) return this.#resume(accepted, code, words);
     if (accepted) return this.#finish(ending(kindOfClose(code), { code, words }));
     this.#finish(await this.#whyRefused());
   }
 
-  async #resume(accepted) {
+  async #resume(accepted, code, words) {
     this.#deadline ??= performance.now() + 1e3 * this.#graceS;
     this.#handlers.state("lost", { deadline: this.#deadline });
     if (!accepted) {
@@ -107,7 +107,7 @@ export class Session {
       if (final) return this.#finish(refusal.status === 410 ? ending("lost") : refusal);
     }
     const rest = this.#deadline - performance.now();
-    if (rest <= 0) return this.#finish(ending("lost"));
+    if (rest <= 0) return this.#finish(code === 1013 ? ending("full", { code, words }) : ending("lost"));
     const delay = Math.min(BACKOFF_MS.first * 2 ** this.#tries++, BACKOFF_MS.most) * (0.75 + Math.random() / 2);
     this.#retry = setTimeout(() => this.#again(), Math.min(delay, rest));
     window.addEventListener("online", this.#again, { once: true });
