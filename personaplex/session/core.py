@@ -380,8 +380,8 @@ class SessionCore:
         released = self.pacer.release(now)
         if released is None:
             return []
-        page, texts = released
-        return [SendAudio(page), *map(SendText, texts)]
+        page, text = released
+        return [SendAudio(page), *([SendText(text)] if text else [])]
 
     def _end(self, error: PersonaplexError) -> list[Command]:
         self.state, self.error = CLOSING, error

@@ -89,20 +89,54 @@ def test_a_burst_that_meets_the_rest_of_the_one_before_leaves_whole(burst_s: flo
 
 
 def test_what_is_told_beside_a_page_leaves_behind_it_and_is_never_lost() -> None:
-    pacer, left = Pacer(burst_s=0.2), []
+    pacer, left = Pacer(burst_s=0.2), list[bytes | str]()
     assert pacer.add_text("at once") == ["at once"]
     for number in range(12):
         pacer.push(b"page %d" % number, 0.0)
-        left += pacer.add_text(f"text {number}")
-        if (released := pacer.release(0.0)) is not None:
-            left += [released[0], *released[1]]
+        left += pacer.add_text(f" {number}")
+        left += pacer.release(0.0) or ()
     while (due := pacer.deadline()) is not None:
-        released = pacer.release(due)
-        assert released is not None
-        left += [released[0], *released[1]]
-    assert [one for one in left if isinstance(one, str)] == [f"text {number}" for number in range(12)]
+        left += pacer.release(due) or ()
+    assert "".join(one for one in left if isinstance(one, str)).split() == [str(n) for n in range(12)]
     assert pacer.dropped > 2
-    assert left[-2:] == [b"page 11", "text 11"]
+    assert left[-2:] == [b"page 11", " 11"]
+
+
+def _read_of(messages: list[int | str]) -> int:
+    """Frames of which a client knows to have read all the text, as ours counts them."""
+    following = read = 0
+    for message in messages:
+        if isinstance(message, str):
+            read = following
+        else:
+            read, following = max(read, min(following, message)), message + 1
+    return read
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_wherever_a_connection_breaks_its_client_knows_which_text_it_has(seed: int) -> None:
+    """Stalls and bursts, in which pages are left out in pauses and dropped."""
+    dice, pacer, texts, now = random.Random(seed), Pacer(burst_s=0.3), list[str](), 0.0
+    left: list[int | str] = []
+    for number in range(500):
+        now += dice.choice([0.0] * 8 + [1.0]) if number % 100 < 30 else FRAME
+        while (due := pacer.deadline()) is not None and due <= now:
+            _leave(pacer, due, left)
+        pacer.push(b"%d" % number, now, quiet=number % 50 > 30)
+        texts.append(f" {number}" if dice.random() < 0.5 else "")
+        left += pacer.add_text(texts[-1]) if texts[-1] else []
+        _leave(pacer, now, left)
+    assert pacer.trimmed > 3
+    assert pacer.dropped > 2
+    for end in range(len(left) + 1):
+        heard = "".join(one for one in left[:end] if isinstance(one, str))
+        assert heard == "".join(texts[: _read_of(left[:end])])
+
+
+def _leave(pacer: Pacer, now: float, left: list[int | str]) -> None:
+    if (released := pacer.release(now)) is not None:
+        page, text = released
+        left += [int(page), text] if text else [int(page)]
 
 
 @pytest.mark.parametrize("engine", [2, 5, 50])
