@@ -209,6 +209,7 @@ def test_a_lost_connection_is_resumed(page: Views, service: WebService) -> None:
     chat = service.chats[-1]
     assert chat["resume"] == "token-0"
     assert int(chat["heard"]) > 30
+    assert int(chat["heard"]) - int(chat["read"]) in (0, 1), "the text of the last page may not have come"
     assert chat["text_prompt"].startswith("You are a wise")
     page.wait("document.querySelector('.turn.agent')?.textContent.includes('lost words')")
     count = frames[-1]
@@ -279,6 +280,7 @@ def test_a_talk_is_asked_over_to_another_server(page: Views, service: WebService
     assert "resume" not in first
     assert (second["resume"], second["text_prompt"]) == ("first", first["text_prompt"])
     assert int(second["heard"]) > 15
+    assert int(second["heard"]) - int(second["read"]) in (0, 1)
     assert left == [4000], "neither 1000 nor 1001, which would end the session"
     assert [words for words in page.run("states") if words.startswith("One moment")] == []
     page.end()
@@ -302,6 +304,72 @@ def test_two_servers_that_send_it_to_and_fro(page: Views, service: WebService) -
     tries = (len(service.chats) - before) / (time.monotonic() - began)
     assert 1 < tries < 8, "with pauses, a second"
     page.end()
+
+
+def test_a_talk_that_finds_no_slot_comes_back(page: Views, service: WebService) -> None:
+    """Its replica was lost and no other had room; then it waits in a queue in vain, then a connection that
+    told it what was lost brings no page. What it was told it has read."""
+    words, count = "no slot became free in time", 0
+
+    async def scarce(socket: Any) -> None:
+        nonlocal count
+        number, count = count, count + 1
+        lost = {"frame": 40, "lost_frames": 3, "lost_text": " lost words"}
+        details = {
+            **DETAILS,
+            "resume": f"token-{number}",
+            "grace_s": 30,
+            **({"resumed": lost} if number else {}),
+        }
+        if number == 1:
+            await socket.send(encode(Metadata({"type": "queue", "position": 1})))
+            await socket.close(1013, words)
+        elif number == 2:
+            await socket.send(b"\x00")
+            await socket.send(encode(Metadata({"type": "session", **details})))
+            await socket.close(1013, words)
+        else:
+            receive, frames = socket.recv, 0
+
+            async def recv() -> bytes | str:
+                nonlocal frames
+                frames += 1
+                if number == 0 and frames == 25:
+                    await socket.close(1013, words)
+                return await receive()
+
+            socket.recv = recv
+            await Staged(details=details)(socket)
+
+    service.chat, before = scarce, len(service.chats)
+    page.start()
+    page.wait("state.textContent === 'One moment, the connection is being restored'", 20.0)
+    while len(service.chats) < before + 4:
+        page.run("0")
+    page.live()
+    tries = service.chats[before + 1 :]
+    assert [one["resume"] for one in tries] == ["token-0", "token-0", "token-2"]
+    heard = [int(one["heard"]) for one in tries]
+    assert heard == heard[:1] * 3
+    assert [int(one["read"]) for one in tries[:2]] in ([heard[0]] * 2, [heard[0] - 1] * 2)
+    assert tries[2]["read"] == "40"
+    page.end()
+
+
+def test_when_no_slot_becomes_free_within_the_grace_that_is_said(page: Views, service: WebService) -> None:
+    async def scarce(socket: Any) -> None:
+        if "resume" not in socket.query:
+            await socket.send(b"\x00")
+            details = {**DETAILS, "resume": "token", "grace_s": 0.7}
+            await socket.send(encode(Metadata({"type": "session", **details})))
+            await asyncio.sleep(0.5)
+        await socket.close(1013, "no slot became free in time")
+
+    service.chat, before = scarce, len(service.chats)
+    page.click("#connect")
+    page.ended()
+    assert page.text("#notice-end p") == "No slot is free: no slot became free in time"
+    assert 2 <= len(service.chats) - before <= 6
 
 
 def test_a_used_token_ends_it(page: Views, service: WebService) -> None:
