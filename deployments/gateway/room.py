@@ -15,7 +15,7 @@ from deployments.wire.messages import ReplicaStatus
 from personaplex.errors import NoCapacity
 
 LOOK_EVERY_S = 5.0  # between two looks at who holds the slots
-QUEUE_LOOK_EVERY_S = 0.5  # while callers wait
+QUEUE_LOOK_EVERY_S = 2.0  # while callers wait
 PLAYED_S = 0.25  # for which a forecast of an unchanged queue holds
 
 
