@@ -133,34 +133,3 @@ def test_settings_and_code_change_under_sessions(service: Service, monkeypatch: 
     redeploying: list[asyncio.Future[None]] = []
     asyncio.run(run())
     service.wait_idle()
-
-
-def test_where_every_cpu_is_taken_a_change_waits_for_the_last_talk(service: Service, cluster: str) -> None:
-    """A replacement has no room beside what it replaces, and there is nowhere to move the session to."""
-    full = {"replicas_min": 1, "replicas_max": 1, "replica_num_cpus": 1.8, "gateway_num_cpus": 1.8}  # of 4
-
-    async def run(crowded: Service, before: set[str]) -> asyncio.Future[None]:
-        async with connect(crowded) as client:
-            await client.headers()
-            await client.until(lambda heard: heard.live, 30)
-            redeploying = asyncio.ensure_future(asyncio.to_thread(redeploy, crowded, **full, gather_ms=1.0))
-            await client.speak(speech(9.6))
-            frames = len(client.decoded())
-            await client.until(lambda heard: heard.last_frame >= frames - 1, 30)
-            assert client.heard.code is None
-            assert not moves(client)
-            assert {one.replica for one in await asyncio.to_thread(crowded.replicas)} == before
-        return redeploying
-
-    async def whole(crowded: Service) -> None:
-        before = {one.replica for one in await asyncio.to_thread(crowded.replicas)}
-        redeploying = await run(crowded, before)
-        await asyncio.to_thread(
-            crowded.wait,
-            lambda found: len(found) == 1 and not before & {one.replica for one in found},
-            LIMIT_S,
-        )
-        await redeploying
-
-    with running(cluster, **{**SETTINGS, **full}) as crowded:
-        asyncio.run(whole(crowded))
