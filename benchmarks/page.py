@@ -7,13 +7,17 @@ record has both sides on the clock of its audio device, so a chirp's delay is re
 saves: everything between microphone and loudspeaker but the devices. Beside it, in the same run, a probe of
 `benchmarks.mouth_to_ear` measures the service with pages of the same length and a player without a buffer.
 Then one talk of `--minutes`: memory after each minute, and the underruns.
+
+Where PulseAudio is installed the browser plays through that, else at the pace of a timer (`loudspeaker`).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ import psutil
 import soundfile
 import soxr
 from chromium import Chromium
+from loudspeaker import can_sound, loudspeaker
 from views import Views
 
 from benchmarks.live import service
@@ -89,12 +94,13 @@ def talk(browser: Chromium, base: str, seconds: float) -> tuple[Pcm, dict[str, A
     return soxr.resample(pcm, rate, SAMPLE_RATE), {**summary, "buffer_p50_ms": float(np.median(buffers))}
 
 
-def mouth_to_ear(base: str, seconds: float) -> dict[str, Any]:
+def mouth_to_ear(base: str, seconds: float, sound: Mapping[str, str]) -> dict[str, Any]:
     recording, kinds, starts = chirps(seconds, 7)
     with tempfile.TemporaryDirectory() as folder:
         wav = Path(folder) / "chirps.wav"
         soundfile.write(wav, soxr.resample(recording, SAMPLE_RATE, RATE), RATE, subtype="PCM_16")
-        with Chromium(flags=(f"--use-file-for-fake-audio-capture={wav}%noloop", "--lang=en")) as browser:
+        flags = (f"--use-file-for-fake-audio-capture={wav}%noloop", "--lang=en")
+        with Chromium(loudspeaker=sound, flags=flags) as browser:
             pcm, timing = talk(browser, base, seconds - 2.0)
     agent, user = pcm.T
     found = delays(agent, user, kinds, len(starts))
@@ -115,13 +121,13 @@ def mouth_to_ear(base: str, seconds: float) -> dict[str, Any]:
     return figures
 
 
-def long_talk(base: str, minutes: float) -> dict[str, Any]:
+def long_talk(base: str, minutes: float, sound: Mapping[str, str]) -> dict[str, Any]:
     """Memory of one talk after each minute, or each half of a short one: of scripts (after a collection) and
     of the page's process."""
     times, heaps, processes = [], [], []
     total_s = 60 * minutes
     step_s = min(60.0, total_s / 2)
-    with Chromium(flags=("--lang=en",)) as browser:
+    with Chromium(loudspeaker=sound, flags=("--lang=en",)) as browser:
         page = Views(browser, f"{base}/")
         page.fresh()
         page.start()
@@ -151,13 +157,17 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="of the long talk; 0 for none")
     parser.add_argument("--output", type=Path, help="write the result here as JSON")
     options = parser.parse_args()
-    with service("echo", {"slots": 8, "replica_num_cpus": 0.1, "gateway_num_cpus": 0.1}) as base:
+    with contextlib.ExitStack() as held:
+        sound = held.enter_context(loudspeaker()) if can_sound() else {}
+        settings = {"slots": 8, "replica_num_cpus": 0.1, "gateway_num_cpus": 0.1}
+        base = held.enter_context(service("echo", settings))
         time.sleep(3.0)  # HAProxy learns of the service
         result = {
             "benchmark": "page",
             "machine": machine("ray", "websockets"),
-            "mouth_to_ear": mouth_to_ear(base, options.seconds),
-            **({"long_talk": long_talk(base, options.minutes)} if options.minutes else {}),
+            "loudspeaker": "PulseAudio" if sound else "timer",
+            "mouth_to_ear": mouth_to_ear(base, options.seconds, sound),
+            **({"long_talk": long_talk(base, options.minutes, sound)} if options.minutes else {}),
         }
     publish(result, options.output)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,9 +20,10 @@ from websockets.sync.client import ClientConnection, connect
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = """
 --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
---disable-component-update --disable-sync --use-fake-device-for-media-stream --mute-audio
+--disable-component-update --disable-sync --use-fake-device-for-media-stream
 --autoplay-policy=user-gesture-required --remote-debugging-port=0
 """
+MUTE = "--mute-audio"  # its clock of sound is a timer then
 START_TIMEOUT_S = 20.0
 REPLY_TIMEOUT_S = 15.0
 
@@ -35,9 +38,16 @@ class PageError(AssertionError):
 
 
 class Chromium:
-    """One browser with one tab. `microphone` False lets the page be refused it."""
+    """One browser with one tab. `microphone` False lets the page be refused it. `loudspeaker`: the variables
+    by which it is found, see loudspeaker.py."""
 
-    def __init__(self, *, microphone: bool = True, flags: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        microphone: bool = True,
+        loudspeaker: Mapping[str, str] | None = None,
+        flags: tuple[str, ...] = (),
+    ) -> None:
         program = found()
         if program is None:
             raise FileNotFoundError(f"the browser tests need a Chromium: one of {', '.join(NAMES)}")
@@ -47,7 +57,9 @@ class Chromium:
         self.requests: list[str] = []  # addresses that were asked for, WebSockets included
         self.downloads = Path(self._folder.name) / "downloads"
         self._ids = 0
+        ask += [] if loudspeaker else [MUTE]
         self._command = [program, *FLAGS.split(), *ask, *flags, f"--user-data-dir={self._folder.name}"]
+        self._environment = {**os.environ, **(loudspeaker or {})}
         self._process: subprocess.Popen[bytes] | None = None
         self._address = ("", "")  # of the browser: host, path
         self._connections = contextlib.ExitStack()
@@ -55,7 +67,9 @@ class Chromium:
 
     def __enter__(self) -> Chromium:
         silent = subprocess.DEVNULL
-        self._process = subprocess.Popen([*self._command, "about:blank"], stdout=silent, stderr=silent)
+        self._process = subprocess.Popen(
+            [*self._command, "about:blank"], stdout=silent, stderr=silent, env=self._environment
+        )
         try:
             self._attach(self._find_tab())
         except BaseException:

@@ -1,7 +1,6 @@
 """A headless Firefox with its own fake microphone, by WebDriver BiDi: as much as the page's tests need.
 
-Its clock of sound is a loudspeaker's. On a machine without one PulseAudio plays into nothing for it, where
-that is installed; `can_sound` says whether it is.
+Its clock of sound is a loudspeaker's: on a machine without one it plays into nothing, where that can be had.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from loudspeaker import can_sound, loudspeaker
 from ports import free_port
 from websockets.sync.client import ClientConnection, connect
 
@@ -35,18 +35,6 @@ PREFERENCES = {
 }
 
 
-SOUND_SERVER = "pulseaudio"
-SOUND_MODULES = (
-    *("-L", "module-native-protocol-unix auth-anonymous=1 socket={folder}/sound"),
-    *("-L", "module-null-sink rate=48000"),
-)
-
-
-def can_sound() -> bool:
-    """Whether sound can be played without a device."""
-    return shutil.which(SOUND_SERVER) is not None
-
-
 def found() -> str | None:
     """The program, where there is one."""
     return next(filter(None, map(shutil.which, NAMES)), None)
@@ -58,8 +46,7 @@ class Firefox:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="firefox-", ignore_cleanup_errors=True)
         self._process: subprocess.Popen[bytes] | None = None
-        self._sound: subprocess.Popen[bytes] | None = None
-        self._connections = contextlib.ExitStack()
+        self._connections, self._sound = contextlib.ExitStack(), contextlib.ExitStack()
         self._socket: ClientConnection | None = None
         self._ids = 0
         self._tab = ""
@@ -76,10 +63,8 @@ class Firefox:
         command = [program, "--headless", "--no-remote", "--remote-debugging-port", str(port)]
         command += ["--profile", self._folder.name, "about:blank"]
         silent = subprocess.DEVNULL
-        environment = self._play_into_nothing() if can_sound() else {}
-        self._process = subprocess.Popen(
-            command, stdout=silent, stderr=silent, env={**os.environ, **environment}
-        )
+        sound = self._sound.enter_context(loudspeaker()) if can_sound() else {}
+        self._process = subprocess.Popen(command, stdout=silent, stderr=silent, env={**os.environ, **sound})
         try:
             self._socket = self._connect(f"ws://127.0.0.1:{port}/session")
             self.call("session.new", capabilities={})
@@ -94,27 +79,11 @@ class Firefox:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._connections.close()
-        for process in (self._process, self._sound):
-            if process is not None:
-                process.terminate()
-                process.wait(20)
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(20)
+        self._sound.close()
         self._folder.cleanup()
-
-    def _play_into_nothing(self) -> dict[str, str]:
-        """Starts a sound server of this browser's own; gives the variables by which it is found."""
-        folder = self._folder.name
-        modules = [part.format(folder=folder) for part in SOUND_MODULES]
-        command = [SOUND_SERVER, "-n", "--daemonize=no", "--exit-idle-time=-1", "--use-pid-file=no", *modules]
-        silent, own = subprocess.DEVNULL, {"XDG_RUNTIME_DIR": folder, "PULSE_STATE_PATH": folder}
-        self._sound = subprocess.Popen(
-            command, stdout=silent, stderr=silent, env={**os.environ, **own, "HOME": folder}
-        )
-        end = time.monotonic() + START_TIMEOUT_S
-        while not (Path(folder) / "sound").exists():
-            assert self._sound.poll() is None, f"{SOUND_SERVER} ended"
-            assert time.monotonic() < end, f"{SOUND_SERVER} did not start"
-            time.sleep(0.05)
-        return {"PULSE_SERVER": f"unix:{folder}/sound"}
 
     def open(self, url: str) -> None:
         self.call("browsingContext.navigate", context=self._tab, url=url, wait="complete")

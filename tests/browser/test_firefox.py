@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from firefox import Firefox, can_sound, found
+from firefox import Firefox, found
+from loudspeaker import can_sound
 from staged import Staged
 from views import READY
 from web_service import INFO, WebService
