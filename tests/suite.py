@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL_TIME = (  # bounds of seconds and less, or replicas that are suspected after such
@@ -55,39 +56,48 @@ FAILED = 1  # pytest's status where tests ran and some failed; it has others whe
 AGAIN = ("--last-failed", "--last-failed-no-failures=none")
 
 
+def start(
+    folders: Sequence[str], options: Sequence[str], report: IO[bytes] | None = None
+) -> subprocess.Popen[bytes]:
+    """pytest over `folders`, to be ended by SIGINT; with a `report` niced, and writing there."""
+
+    def prepare() -> None:  # no thread runs yet
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as it is here
+        os.nice(0 if report is None else NICENESS)
+
+    errors = None if report is None else subprocess.STDOUT
+    source = None if report is None else subprocess.DEVNULL
+    return subprocess.Popen(
+        pytest(folders, options), cwd=ROOT, stdin=source, stdout=report, stderr=errors, preexec_fn=prepare
+    )
+
+
 def pytest(folders: Sequence[str], options: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "pytest", *options, *folders]
 
 
 def main(options: Sequence[str]) -> int:
     parts: list[subprocess.Popen[bytes]] = []
+    ended = False
 
     def end(*_: object) -> None:
+        nonlocal ended
+        ended = True
         for part in parts:
             part.send_signal(signal.SIGINT)  # pytest then takes down what it has started
 
     signal.signal(signal.SIGTERM, end)
     with tempfile.TemporaryFile() as report:
-        parts.append(subprocess.Popen(pytest(TIMED, options), cwd=ROOT))
-        parts.append(
-            subprocess.Popen(
-                pytest(BESIDE, [*options, *CACHE]),
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=report,
-                stderr=subprocess.STDOUT,
-                preexec_fn=lambda: os.nice(NICENESS),  # no thread runs yet
-            )
-        )
+        parts += [start(TIMED, options), start(BESIDE, [*options, *CACHE], report)]
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal tells both parts itself
         timed, beside = (part.wait() for part in parts)
         report.seek(0)
         sys.stdout.buffer.write(report.read())
         sys.stdout.flush()
-    if beside == FAILED:
+    if beside == FAILED and not ended:
         sys.stdout.write("What failed beside the others, by itself:\n")
         sys.stdout.flush()
-        parts[:] = [subprocess.Popen(pytest(BESIDE, [*options, *CACHE, *AGAIN]), cwd=ROOT)]
+        parts[:] = [start(BESIDE, [*options, *CACHE, *AGAIN])]
         beside = parts[0].wait()
     return int(any((timed, beside)))
 

@@ -85,30 +85,45 @@ def test_every_folder_of_tests_has_its_part() -> None:
     assert not list((suite.ROOT / "tests").glob("test_*.py"))
 
 
-def test_a_suite_that_is_ended_ends_its_parts_as_ctrl_c_does(tmp_path: Path) -> None:
-    part = (
-        "import pathlib, sys, time\n"
-        "try:\n"
-        "    pathlib.Path(sys.argv[1], 'began').touch()\n"
-        "    time.sleep(60)\n"
-        "except KeyboardInterrupt:\n"
-        "    pathlib.Path(sys.argv[1], 'ended').touch()\n"
-    )
-    folders = [tmp_path / "0", tmp_path / "1"]
+PART = """
+import pathlib, sys, time
+folder, stays, code = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+try:
+    (folder / "began").touch()
+    time.sleep(60 * stays)
+except KeyboardInterrupt:
+    (folder / "ended").touch()
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("stays", "codes", "wanted"),
+    [((1, 1), (2, 2), (0, 1)), ((1, 0), (2, 1), (0,)), ((0, 0, 1), (0, 1, 2), (2,))],
+    ids=["both parts", "one is over and has failed", "what is judged again"],
+)
+def test_a_suite_that_is_ended_ends_its_parts_as_ctrl_c_does(
+    stays: Sequence[int], codes: Sequence[int], wanted: Sequence[int], tmp_path: Path
+) -> None:
+    """`stays`: whether each part runs on until it is ended, `wanted`: which do; and it begins no other."""
+    folders = [tmp_path / str(number) for number in range(3)]
     for folder in folders:
         folder.mkdir()
+    rows = [[str(one), str(stay), str(code)] for one, stay, code in zip(folders, stays, codes, strict=False)]
     program = (
         f"import sys, suite\n"
-        f"folders = iter({[str(folder) for folder in folders]})\n"
-        f"suite.pytest = lambda *_: [sys.executable, '-c', {part!r}, next(folders)]\n"
+        f"rows = iter({rows})\n"
+        f"suite.pytest = lambda *_: [sys.executable, '-c', {PART!r}, *next(rows)]\n"
         f"sys.exit(suite.main([]))\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(suite.ROOT / "tests")}
     with subprocess.Popen([sys.executable, "-c", program], env=environment) as process:
         deadline = time.monotonic() + 30
-        while not all((folder / "began").exists() for folder in folders):
+        while not all((folder / "began").exists() for folder in folders[: len(rows)]):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         process.wait(30)
-    assert all((folder / "ended").exists() for folder in folders)
+    assert process.returncode == 1
+    assert [number for number, one in enumerate(folders) if (one / "ended").exists()] == list(wanted)
+    assert sum((folder / "began").exists() for folder in folders) == len(rows)
