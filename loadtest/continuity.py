@@ -21,7 +21,7 @@ from loadtest.arrivals import Arrival
 from loadtest.failures import Failures
 from personaplex.config import FRAME_RATE, SAMPLE_RATE
 
-ROLLING_SHARE = 0.2  # Serve's rolling_update_percentage
+ROLLING_SHARE = 0.2  # Serve's rolling_update_percentage, as in k8s.inplace
 SAMPLE_BYTES = 4  # of the user's sound
 TOKEN_BYTES = 70  # of a log, for each frame
 

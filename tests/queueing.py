@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from deployments.gateway.lease import Held
+from deployments.gateway.lease import HeldSlot
 from deployments.gateway.room import QUEUE_LOOK_EVERY_S, Room
 from deployments.gateway.turns import YIELD_S, QueuedRequest, Turns
 from deployments.gateway.waits import Waits, close
@@ -102,8 +102,8 @@ class Desk:
     def requests(self) -> list[QueuedRequest]:
         return [caller.request for caller in self.callers.values()]
 
-    def held(self) -> list[Held]:
-        return [Held(name, "replica", since) for name, since in self.slots.items()]
+    def held(self) -> list[HeldSlot]:
+        return [HeldSlot(name, "replica", since) for name, since in self.slots.items()]
 
 
 def simulate(load: Load, seed: int) -> Outcome:

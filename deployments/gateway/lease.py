@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldSlot:
     """A slot of this gateway's; `since` by the monotonic clock."""
 
     session: str

@@ -18,7 +18,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from deployments.gateway.lease import Attempt, Held, Lease
+from deployments.gateway.lease import Attempt, HeldSlot, Lease
 from deployments.gateway.suspects import Suspects
 from deployments.gateway.turns import QueuedRequest, Turns
 from deployments.policy import GRACE_S
@@ -111,7 +111,7 @@ class Leases:
         self._queue_limit, self._queue_timeout_s = queue_limit, queue_timeout_s
         self._turns, self._who, self._shared = turns or Turns(time.monotonic), who, shared
         self._granted, self._freed = granted, freed
-        self._held: dict[Lease, Held] = {}
+        self._held: dict[Lease, HeldSlot] = {}
         self.changes = 0
         self._waiting: list[Waiter] = []
         self._closed = asyncio.get_running_loop().create_future()
@@ -128,7 +128,7 @@ class Leases:
         """Those in the queue, in the order in which they will get their slots."""
         return self._turns.order(waiter.request for waiter in self._waiting if waiter.queued)
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[HeldSlot]:
         """The slots that this gateway's sessions hold."""
         return list(self._held.values())
 
@@ -170,7 +170,7 @@ class Leases:
             self._announce()
 
     def _hold(self, session: str, lease: Lease) -> None:
-        held = self._held[lease] = Held(session, lease.grant.replica, time.monotonic())
+        held = self._held[lease] = HeldSlot(session, lease.grant.replica, time.monotonic())
 
         def end(well: bool) -> None:
             del self._held[lease]

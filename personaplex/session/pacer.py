@@ -25,7 +25,7 @@ and what makes one page late makes all that follow late. Laws:
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from personaplex.config import BURST_S, FRAME_SECONDS
 
@@ -40,7 +40,7 @@ _EPSILON_S = 1e-6  # arrivals are sums of frames
 @dataclass
 class _QueuedPage:
     page: bytes
-    texts: list[str] = field(default_factory=list)  # that leave right after it
+    texts: list[str]  # that leave right after it
 
 
 class Pacer:

@@ -13,6 +13,7 @@ import pytest
 
 from deployments.policy import Candidate, rank
 from deployments.settings import Settings
+from k8s import inplace
 from loadtest import arrivals, continuity, plan
 from loadtest.arrivals import Arrival
 from loadtest.autoscaler import Autoscaler, History
@@ -468,3 +469,8 @@ def test_the_plan_tells_what_sessions_outlive(steps: StepTimes, tmp_path: Path) 
     assert held is not None
     assert data["detached_most"] == pytest.approx(held * 12 / 3_600 * 30)
     assert data["gateway_loss_sessions"] == math.ceil(held / made.gateways)
+
+
+def test_planner_and_operators_tool_know_the_same_of_serve() -> None:
+    """The tool runs where the service is not installed, so neither imports the other."""
+    assert continuity.ROLLING_SHARE == inplace.BATCH

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.gateway.lease import Held
+from deployments.gateway.lease import HeldSlot
 from deployments.gateway.room import PLAYED_S, Room
 from deployments.gateway.turns import QueuedRequest, Turns
 from deployments.gateway.waits import Expected
@@ -40,7 +40,7 @@ class Forecasts:
 
 
 class Service:
-    def __init__(self, *held: Held) -> None:
+    def __init__(self, *held: HeldSlot) -> None:
         self.clock, self.waits, self.replicas = Clock(), Forecasts(), list[ReplicaStatus]()
         self.queue: list[QueuedRequest] = []
         self.leases = SimpleNamespace(held=lambda: list(held), waiting=lambda: self.queue, changes=0)
@@ -67,7 +67,7 @@ def replica(name: str, slots: int, *, accepting: bool = True, **ages: float) -> 
 
 
 def test_own_sessions_are_known_and_others_are_as_last_seen() -> None:
-    service = Service(Held("a", "r", 90.0), Held("new", "r", 99.5), Held("old", "drained", 1.0))
+    service = Service(HeldSlot("a", "r", 90.0), HeldSlot("new", "r", 99.5), HeldSlot("old", "drained", 1.0))
     service.room.see(
         [replica("r", 4, a=9.0, b=20.0, c=3.0), replica("drained", 4, accepting=False, old=98.0, d=5.0)]
     )
@@ -78,7 +78,7 @@ def test_own_sessions_are_known_and_others_are_as_last_seen() -> None:
 
 
 def test_who_was_seen_where_now_another_holds_the_slot_has_ended() -> None:
-    service = Service(Held("a", "r", 90.0), Held("new", "r", 99.9))
+    service = Service(HeldSlot("a", "r", 90.0), HeldSlot("new", "r", 99.9))
     service.room.see([replica("r", 3, a=10.0, b=20.0, c=3.0)])
     service.queued("s")
     assert service.room.wait("s") == 1.0
@@ -118,7 +118,7 @@ def test_who_comes_now_is_last(free: int, expected: float) -> None:
 
 
 def test_without_word_of_the_replicas_nothing_is_known() -> None:
-    service = Service(Held("a", "r", 90.0))
+    service = Service(HeldSlot("a", "r", 90.0))
     service.queued("s")
     service.room.wait("s")
     assert service.waits.asked == [([], [], 2)]

@@ -67,8 +67,9 @@ class Capture extends AudioWorkletProcessor {
  * A jitter buffer. The first piece waits for `target` samples, the reserve against pieces that come late. Each
  * underrun makes the target larger; while WINDOW_S pass with more than MARGIN_S always in reserve it shrinks by
  * SHRINK_S. Where pieces go on later than they began, the reserve is smaller from then on: when LOW_PIECES in a row
- * find less than half of the target, it is filled again by a silence where it is quiet. What lies in store beyond the target, because two clocks differ or after a stall, is left out where it
- * is quiet, and cut at LIMIT_S beyond it, since a conversation must not run late.
+ * find less than half of the target, it is filled again by a silence where it is quiet. What lies in store beyond the
+ * target, because two clocks differ or after a stall, is left out where it is quiet, and cut at LIMIT_S beyond it,
+ * since a conversation must not run late.
  *
  * Posts, for each 20 ms of output, `{frame, level, stored, target, underruns, dropped, marks}`: the context's frame,
  * mean square, samples, and `marks` `[frame, at]` where the output goes on at another place of the stream than the
