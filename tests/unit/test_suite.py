@@ -99,17 +99,19 @@ sys.exit(code)
 
 @pytest.mark.parametrize(
     ("stays", "codes", "wanted"),
-    [((1, 1), (2, 2), (0, 1)), ((1, 0), (2, 1), (0,)), ((0, 0, 1), (0, 1, 2), (2,))],
+    [((1, 1, 1), (2, 2, 2), (0, 1)), ((1, 0, 1), (2, 1, 2), (0,)), ((0, 0, 1), (0, 1, 2), (2,))],
     ids=["both parts", "one is over and has failed", "what is judged again"],
 )
 def test_a_suite_that_is_ended_ends_its_parts_as_ctrl_c_does(
     stays: Sequence[int], codes: Sequence[int], wanted: Sequence[int], tmp_path: Path
 ) -> None:
-    """`stays`: whether each part runs on until it is ended, `wanted`: which do; and it begins no other."""
+    """`stays`: whether each part runs on until it is ended, the third being what is judged again; `wanted`:
+    which of those that have begun by then are. No other begins."""
     folders = [tmp_path / str(number) for number in range(3)]
     for folder in folders:
         folder.mkdir()
-    rows = [[str(one), str(stay), str(code)] for one, stay, code in zip(folders, stays, codes, strict=False)]
+    rows = [[str(one), str(stay), str(code)] for one, stay, code in zip(folders, stays, codes, strict=True)]
+    begun = folders[: max(2, max(wanted) + 1)]
     program = (
         f"import sys, suite\n"
         f"rows = iter({rows})\n"
@@ -119,11 +121,11 @@ def test_a_suite_that_is_ended_ends_its_parts_as_ctrl_c_does(
     environment = {**os.environ, "PYTHONPATH": str(suite.ROOT / "tests")}
     with subprocess.Popen([sys.executable, "-c", program], env=environment) as process:
         deadline = time.monotonic() + 30
-        while not all((folder / "began").exists() for folder in folders[: len(rows)]):
+        while not all((folder / "began").exists() for folder in begun):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         process.wait(30)
     assert process.returncode == 1
     assert [number for number, one in enumerate(folders) if (one / "ended").exists()] == list(wanted)
-    assert sum((folder / "began").exists() for folder in folders) == len(rows)
+    assert [folder for folder in folders if (folder / "began").exists()] == begun
