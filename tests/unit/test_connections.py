@@ -220,20 +220,35 @@ def test_a_peer_that_reads_nothing_is_let_go(said: bytes) -> None:
     assert _run(scenario) > 0.5 * TIMEOUT_S - 0.2, "it had time to read"
 
 
-def test_a_server_that_ends_tells_everybody_also_beside_one_who_is_leaving() -> None:
+@pytest.mark.parametrize(
+    ("opening", "said", "half_closed"),
+    [
+        (UPGRADE, frame(CLOSE, b"\x03\xe8"), False),
+        (UPGRADE, frame(CLOSE, b"\x03\xe8"), True),
+        (UPGRADE, b"no frame at all", False),
+        (UPGRADE, b"", True),
+        (UPGRADE[:-2], b"", False),
+    ],
+    ids=["a close", "a close and an end", "garbage", "an end", "half an upgrade"],
+)
+def test_a_server_that_ends_tells_everybody_also_beside_one_who_is_leaving(
+    opening: bytes, said: bytes, half_closed: bool
+) -> None:
     async def run() -> int | None:
         with contextlib.ExitStack() as peers:
             async with _server(ingress.WebSocket) as port:
                 leaving = peers.enter_context(socket.socket())
                 leaving.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
                 leaving.connect(("127.0.0.1", port))
-                leaving.sendall(UPGRADE)
+                leaving.sendall(opening)
                 await asyncio.sleep(0.1)
-                leaving.sendall(frame(CLOSE, b"\x03\xe8"))  # and reads nothing, so that it stays
+                leaving.sendall(said)  # and reads nothing, so that it stays
+                if half_closed:
+                    leaving.shutdown(socket.SHUT_WR)
                 staying = [await websockets.connect(f"ws://127.0.0.1:{port}/ws") for _ in range(3)]
                 await asyncio.sleep(0.1)
                 (connections,) = OPEN
-                assert len(connections) == 4
+                assert 3 <= len(connections) <= 4
             await asyncio.gather(*(one.wait_closed() for one in staying))
         (code,) = {one.close_code for one in staying}
         return code
