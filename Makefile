@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip # an old one takes twice as long to choose versions
 	$(BIN)/pip install --quiet -e '.[all]'
 	$(BIN)/pip install --quiet --no-deps 'moshi==0.2.13' # its client, for the tests
-	$(BIN)/python -c 'import personaplex.kernels.numba_cpu' # compiles the CPU's kernels, once for this machine
+	$(BIN)/python -c 'import personaplex.kernels.numba_codec' # compiles the CPU's kernels, once for this machine
 	@touch $@
 
 # The one thing outside .venv: the Opus codec, a system library.

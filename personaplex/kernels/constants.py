@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 RMS_EPS = 1e-8
+LAYER_NORM_EPS = 1e-5
 
 INT8_MAX = 127  # int8 codes lie in -127..127
 SMALLEST_SCALE = 2.0**-14  # of quantized vectors: the smallest normal float16

@@ -35,6 +35,9 @@ class KVRing(Protocol):
     def contents(self) -> tuple[Tensor, ...]:
         """k and v, then k_scale and v_scale of an int8 ring."""
 
+    def rows(self, start: int, stop: int) -> KVRing:
+        """The same memory, slots start..stop-1 only."""
+
 
 @dataclass(frozen=True)
 class Window:

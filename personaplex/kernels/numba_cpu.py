@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,7 +23,7 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from personaplex.kernels.constants import GOLDEN, LARGE_MATRIX, RMS_EPS, UNIFORM_BITS
+from personaplex.kernels.constants import GOLDEN, LARGE_MATRIX, LAYER_NORM_EPS, RMS_EPS, UNIFORM_BITS
 
 Array = NDArray[np.float32]
 
@@ -30,7 +31,7 @@ _GOLDEN = np.uint64(GOLDEN)
 _OPTIONS = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True, "error_model": "numpy"}
 
 
-def _kernel(signature: str | None = None) -> Callable[[Callable[..., Any]], Any]:
+def kernel(signature: str | None = None) -> Callable[[Callable[..., Any]], Any]:
     """Compiles when this module is imported, or loads what an earlier import cached on disk."""
 
     def compiled(function: Callable[..., Any]) -> Any:
@@ -86,6 +87,26 @@ def step_layer(
     _step_layer(x, *weights, keys, values, layer, written, active, cos, sin)
 
 
+def codec_layer(
+    x: Array,
+    weights: tuple[Array, ...],
+    keys: Array,
+    values: Array,
+    layer: int,
+    written: NDArray[np.int64],
+    active: NDArray[np.bool_],
+    cos: Array,
+    sin: Array,
+) -> None:
+    """The two positions of a frame through one layer of the codec; replaces x [N, 2, dim].
+
+    `weights`: gain and bias of norm1 [dim], in_proj [3 dim, dim], out_proj [dim, dim], scale 1 [dim]; gain
+    and bias of norm2, linear1 [hidden, dim], linear2 [dim, hidden], scale 2. The ring is as in `step_layer`
+    and gains two positions; cos, sin [N, 2, head_dim / 2].
+    """
+    _codec_layer(x, *weights, keys, values, layer, written, active, cos, sin)
+
+
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     """x [N, dim] contiguous, gain [dim] -> x * gain / rms(x)."""
     out = torch.empty_like(x)
@@ -103,10 +124,10 @@ def sample(logits: Tensor, temperature: Tensor, topk: Tensor, keys: Tensor) -> T
     return tokens
 
 
-_1, _2, _5 = (f"float32[{'' if d == 1 else ','.join(':' * (d - 1)) + ','}::1]" for d in (1, 2, 5))
+_1, _2, _3, _5 = (f"float32[{'' if d == 1 else ','.join(':' * (d - 1)) + ','}::1]" for d in (1, 2, 3, 5))
 
 
-@_kernel(f"void({_2}, {_2}, {_2}, int64, int64)")
+@kernel(f"void({_2}, {_2}, {_2}, int64, int64)")
 def _matmul(x, weight, out, start, stop):
     # Two rows by eight outputs in registers. The last of an odd number of rows is paired with itself: the
     # arithmetic of a row must not depend on how many rows there are.
@@ -147,7 +168,7 @@ def _matmul(x, weight, out, start, stop):
             out[n, o] = a
 
 
-@_kernel(f"void({_2}, {_1}, {_2})")
+@kernel(f"void({_2}, {_1}, {_2})")
 def _rms_norm(x, gain, out):
     rows, dim = x.shape
     for n in range(rows):
@@ -159,7 +180,7 @@ def _rms_norm(x, gain, out):
             out[n, i] = x[n, i] * (gain[i] * scale)
 
 
-@_kernel()
+@kernel()
 def _rope(head, cos, sin):
     """Rotates the interleaved pairs of one head."""
     for i in range(len(cos)):
@@ -168,9 +189,10 @@ def _rope(head, cos, sin):
         head[2 * i + 1] = a * sin[i] + b * cos[i]
 
 
-@_kernel()
-def _attend(query, k, v, filled, hidden, scores, out):
-    """query, out [head_dim], k, v [C, head_dim]: attends to the first `filled` columns except `hidden`."""
+@kernel()
+def _attend(query, k, v, filled, hidden, newer, scores, out):
+    """query, out [head_dim], k, v [C, head_dim]: attends to the first `filled` columns, not to `hidden` and
+    `newer`."""
     size = len(query)
     scale = np.float32(size**-0.5)
     largest = np.float32(-np.inf)
@@ -178,7 +200,7 @@ def _attend(query, k, v, filled, hidden, scores, out):
         score = np.float32(0)
         for i in range(size):
             score += query[i] * k[c, i]
-        scores[c] = score * scale if c != hidden else np.float32(-np.inf)
+        scores[c] = score * scale if c != hidden and c != newer else np.float32(-np.inf)
         largest = max(largest, scores[c])
     total = np.float32(0)
     for c in range(filled):
@@ -191,7 +213,7 @@ def _attend(query, k, v, filled, hidden, scores, out):
         out[i] /= total
 
 
-@_kernel(
+@kernel(
     f"void({_2}, {_1}, {_2}, {_2}, {_1}, {_2}, {_2}, {_5}, {_5}, int64, int64[::1], boolean[::1], {_2}, {_2})"
 )
 def _step_layer(
@@ -221,7 +243,7 @@ def _step_layer(
             keys[n, layer, h, column] = k
             values[n, layer, h, column] = v
             _attend(
-                q, keys[n, layer, h], values[n, layer, h], min(after, capacity), unseen, scores,
+                q, keys[n, layer, h], values[n, layer, h], min(after, capacity), unseen, -1, scores,
                 read[n, one],
             )  # fmt: skip
     _matmul(read, out_proj, normed, 0, dim)
@@ -241,7 +263,75 @@ def _step_layer(
             x[n, i] += normed[n, i]
 
 
-@_kernel("uint64(uint64)")
+@kernel()
+def _layer_norm(x, gain, bias, out):
+    """x, out [T, dim]."""
+    rows, dim = x.shape
+    for t in range(rows):
+        mean, squares = np.float32(0), np.float32(0)
+        for i in range(dim):
+            mean += x[t, i]
+        mean /= dim
+        for i in range(dim):
+            squares += (x[t, i] - mean) * (x[t, i] - mean)
+        scale = np.float32(1 / np.sqrt(squares / dim + LAYER_NORM_EPS))
+        for i in range(dim):
+            out[t, i] = (x[t, i] - mean) * scale * gain[i] + bias[i]
+
+
+@kernel(
+    f"void({_3}, {_1}, {_1}, {_2}, {_2}, {_1}, {_1}, {_1}, {_2}, {_2}, {_1}, "
+    f"{_5}, {_5}, int64, int64[::1], boolean[::1], {_3}, {_3})"
+)
+def _codec_layer(
+    x, gain1, bias1, in_proj, out_proj, scale1, gain2, bias2, linear1, linear2, scale2,
+    keys, values, layer, written, active, cos, sin,
+):  # fmt: skip
+    rows, steps, dim = x.shape
+    heads, capacity, size = keys.shape[2:]
+    hidden = linear1.shape[0]
+    normed, scores = np.empty((steps, dim), np.float32), np.empty(capacity, np.float32)
+    qkv, read = np.empty((steps, 3 * dim), np.float32), np.empty((steps, dim), np.float32)
+    inner = np.empty((steps, hidden), np.float32)
+    for n in range(rows):
+        if not active[n]:
+            continue
+        _layer_norm(x[n], gain1, bias1, normed)
+        _matmul(normed, in_proj, qkv, 0, 3 * dim)
+        after = written[n] + steps
+        unseen = after % capacity if after >= capacity else -1  # see kvring.py
+        read[:] = 0
+        for h in range(heads):
+            one = slice(h * size, (h + 1) * size)
+            for t in range(steps):
+                k, v = qkv[t, dim : 2 * dim][one], qkv[t, 2 * dim :][one]
+                _rope(k, cos[n, t], sin[n, t])
+                keys[n, layer, h, (written[n] + t) % capacity] = k
+                values[n, layer, h, (written[n] + t) % capacity] = v
+            for t in range(steps):
+                q = qkv[t, :dim][one]
+                _rope(q, cos[n, t], sin[n, t])
+                _attend(
+                    q, keys[n, layer, h], values[n, layer, h], min(after, capacity), unseen,
+                    (written[n] + 1) % capacity if t == 0 else -1, scores, read[t, one],
+                )  # fmt: skip
+        _matmul(read, out_proj, normed, 0, dim)
+        for t in range(steps):
+            for i in range(dim):
+                x[n, t, i] += scale1[i] * normed[t, i]
+        _layer_norm(x[n], gain2, bias2, normed)
+        _matmul(normed, linear1, inner, 0, hidden)
+        for t in range(steps):
+            for i in range(hidden):
+                a = inner[t, i]
+                inner[t, i] = np.float32(0.5) * a * (1 + math.erf(a * np.float32(math.sqrt(0.5))))
+        _matmul(inner, linear2, normed, 0, dim)
+        for t in range(steps):
+            for i in range(dim):
+                x[n, t, i] += scale2[i] * normed[t, i]
+
+
+@kernel("uint64(uint64)")
 def _mix(x):
     """The splitmix64 finalizer."""
     x += _GOLDEN
@@ -250,7 +340,7 @@ def _mix(x):
     return x ^ (x >> np.uint64(31))
 
 
-@_kernel()
+@kernel()
 def _kth_largest(row, k):
     """The k-th largest of float32 [V], by bisection over the integers that sort as floats do."""
     ordered = row.view(np.int32).copy()
@@ -272,7 +362,7 @@ def _kth_largest(row, k):
     return row[0]  # not reached
 
 
-@_kernel(f"void({_2}, {_1}, int64[::1], uint64[::1], int64[::1])")
+@kernel(f"void({_2}, {_1}, int64[::1], uint64[::1], int64[::1])")
 def _sample(logits, temperature, topk, keys, tokens):
     rows, size = logits.shape
     for n in range(rows):

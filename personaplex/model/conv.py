@@ -13,14 +13,6 @@ from torch import Tensor, nn
 from personaplex.kernels import ops
 
 
-def commit(target: Tensor, new: Tensor, active: Tensor | None) -> None:
-    """target = new for the active slots; active [N] bool, None for all."""
-    if active is None:
-        target.copy_(new)
-    else:
-        torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, target, out=target)
-
-
 class _Conv(nn.Module):
     """One level of names around a convolution, as in the checkpoint."""
 
@@ -49,13 +41,13 @@ class Conv(nn.Module):
         self.inputs, self.stride, self.overlap = inputs, stride, kernel - stride
         self.conv = _Conv(nn.Conv1d(inputs, outputs, kernel, stride, bias=bias))
 
-    def forward(self, x: Tensor, state: Tensor | None, active: Tensor | None) -> Tensor:
-        """x [N, in, T] -> [N, out, T / stride]; state [N, in, K - S] is read and updated."""
-        if state is not None:
-            x = torch.cat([state, x], dim=-1)
-            commit(state, x[..., -self.overlap :], active)
+    def prepare(self) -> None:
         inner = self.conv.conv
-        return ops.conv1d(x, inner.weight, inner.bias, self.stride)
+        self.weights = ops.ConvWeights(inner.weight, inner.bias, self.stride)
+
+    def forward(self, x: Tensor, state: Tensor | None, active: Tensor | None, elu: bool = False) -> Tensor:
+        """x [N, in, T] -> [N, out, T / stride]; see `ops.stream_conv`."""
+        return ops.stream_conv(x, state, self.weights, active, elu)
 
 
 class ConvTranspose(nn.Module):
@@ -69,22 +61,17 @@ class ConvTranspose(nn.Module):
         self.convtr = _ConvTranspose(nn.ConvTranspose1d(inputs, outputs, 2 * stride, stride))
 
     def prepare(self) -> None:
-        """A transposed convolution with K = 2 S is one matmul whose halves overlap by one step."""
         inner = self.convtr.convtr
         weight = inner.weight.detach()  # [in, out, 2 S]
         self.register_buffer("matrix", weight.reshape(weight.shape[0], -1).t(), persistent=False)
         assert inner.bias is not None
         self.bias = nn.Parameter(inner.bias.detach(), requires_grad=False)
+        self.weights = ops.TransposedWeights(self.matrix, self.bias, self.stride)
         del self.convtr
 
-    def forward(self, x: Tensor, state: Tensor, active: Tensor | None) -> Tensor:
-        """x [N, in, T] -> [N, out, T * stride]; state [N, out, stride] is read and updated."""
-        n, _, steps = x.shape
-        halves = ops.linear(x.transpose(1, 2), self.matrix).view(n, steps, self.outputs, 2, self.stride)
-        now, later = halves.permute(3, 0, 2, 1, 4)  # each [N, out, T, stride]
-        carried = torch.cat([state[:, :, None], later[:, :, :-1]], dim=2)
-        commit(state, later[:, :, -1], active)
-        return (now + carried).reshape(n, self.outputs, steps * self.stride) + self.bias[:, None]
+    def forward(self, x: Tensor, state: Tensor, active: Tensor | None, elu: bool = False) -> Tensor:
+        """x [N, in, T] -> [N, out, T * stride]; see `ops.stream_conv_transposed`."""
+        return ops.stream_conv_transposed(x, state, self.weights, active, elu)
 
 
 class Downsample(nn.Module):
@@ -94,12 +81,13 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = Conv(dim, dim, kernel=4, stride=2, bias=False)
 
+    def prepare(self) -> None:
+        self.conv.prepare()
+
     def forward(self, x: Tensor, state: Tensor, first: Tensor, active: Tensor | None) -> Tensor:
         """x [N, dim, 2 T] -> [N, dim, T]; state [N, dim, 2]; first [N] bool: its stream starts here."""
-        padded = torch.where(first[:, None, None], x[..., :1], state)
-        joined = torch.cat([padded, x], dim=-1)
-        commit(state, joined[..., -2:], active)
-        return ops.conv1d(joined, self.conv.conv.conv.weight, None, 2)
+        ops.commit(state, x[..., :1].expand_as(state), first if active is None else first & active)
+        return self.conv(x, state, active)
 
 
 class Upsample(nn.Module):
@@ -115,5 +103,5 @@ class Upsample(nn.Module):
         weight = self.convtr.convtr.convtr.weight[:, 0, None]  # [dim, 1, 4]
         before = torch.cat([state, x[..., :-1]], -1) if x.shape[-1] > 1 else state
         out = weight[..., :2] * x[..., None] + weight[..., 2:] * before[..., None]
-        commit(state, x[..., -1:], active)
+        ops.commit(state, x[..., -1:], active)
         return out.flatten(2)

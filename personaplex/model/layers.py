@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from personaplex.kernels import ops
 
-LAYER_NORM_EPS = 1e-5
-
 M = TypeVar("M", bound=nn.Module)
 
 

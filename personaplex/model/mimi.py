@@ -2,9 +2,8 @@
 
 `encode` and `decode` take one frame per slot and are independent of each other; each reads and updates its
 half of a `MimiState`. `encode_block` and `decode_block` take many frames of one slot in one call and leave
-the state that as many steps leave (rounding aside); either way may follow the other at any frame. On a CPU
-active slots run one by one (convolutions gain nothing from a batch there, and a session's codes cannot
-depend on its neighbours); on CUDA all slots run as one batch of fixed shape.
+the state that as many steps leave (rounding aside); either way may follow the other at any frame. All slots
+run as one batch, on CUDA of fixed shape; on a CPU a session's codes do not depend on its neighbours.
 """
 
 from __future__ import annotations
@@ -12,16 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from personaplex.config import CODEBOOKS, FRAME_SIZE, MimiConfig, TransformerConfig
+from personaplex.config import MimiConfig, TransformerConfig
 from personaplex.kernels import ops
-from personaplex.kernels.kvring import Rope, Window
+from personaplex.kernels.constants import LAYER_NORM_EPS
+from personaplex.kernels.kvring import Rope
 from personaplex.model import ring as rings
 from personaplex.model import seanet
 from personaplex.model.conv import Downsample, Upsample
-from personaplex.model.layers import LAYER_NORM_EPS, Linear, Stack
+from personaplex.model.layers import Linear, Stack
 from personaplex.model.ring import Ring
 from personaplex.model.rvq import SplitQuantizer
 from personaplex.model.self_attention import SelfAttention, rope
@@ -85,17 +84,26 @@ class MimiLayer(nn.Module):
 
     def prepare(self) -> None:
         self.self_attn.prepare()
+        inputs, outputs = self.self_attn.inputs[0], self.self_attn.outputs[0]
+        assert isinstance(inputs, Tensor)  # the codec is not quantized
+        assert isinstance(outputs, Tensor)
+        self.weights = ops.CodecLayerWeights(
+            norm1=(self.norm1.weight, self.norm1.bias),
+            in_proj=inputs,
+            out_proj=outputs,
+            scale1=self.layer_scale_1.scale,
+            norm2=(self.norm2.weight, self.norm2.bias),
+            linear1=self.linear1.weight,
+            linear2=self.linear2.weight,
+            scale2=self.layer_scale_2.scale,
+        )
 
-    def forward(self, x: Tensor, angles: Rope, ring: Ring, layer: int, window: Window) -> Tensor:
-        return self._finish(x, ops.attend(ring, layer, self.self_attn.project(self.norm1(x)), angles, window))
+    def forward(self, x: Tensor, angles: Rope, ring: Ring, layer: int, active: Tensor) -> Tensor:
+        return ops.step_codec_layer(x, self.weights, ring, layer, angles, active)
 
     def prefill(self, x: Tensor, angles: Rope, ring: Ring, layer: int, run: rings.Chunk) -> Tensor:
         q, k, v = self.self_attn.project_heads(self.norm1(x), angles)
-        return self._finish(x, rings.attend_chunk(ring, layer, run, q, k, v))
-
-    def _finish(self, x: Tensor, heads: Tensor) -> Tensor:
-        x = torch.addcmul(x, self.layer_scale_1.scale, self.self_attn.merge(heads))
-        return torch.addcmul(x, self.layer_scale_2.scale, self.linear2(F.gelu(self.linear1(self.norm2(x)))))
+        return ops.finish_codec_layer(x, rings.attend_chunk(ring, layer, run, q, k, v), self.weights)
 
 
 class _Layers(nn.Module):
@@ -116,11 +124,10 @@ class MimiTransformer(nn.Module):
 
     def forward(self, x: Tensor, ring: Ring, active: Tensor) -> Tensor:
         """x [N, dim, 2] -> [N, dim, 2]; the ring advances by two positions for active slots."""
-        window = ops.window(ring, STEPS, active)
         angles = rope(self.config, ring.offset[:, None] + torch.arange(STEPS, device=x.device))
         x = x.transpose(1, 2)
         for index, layer in enumerate(self.transformer.layers):
-            x = layer(x, angles, ring, index, window)
+            x = layer(x, angles, ring, index, active)
         ring.offset += STEPS * active
         return x.transpose(1, 2)
 
@@ -161,6 +168,7 @@ class Mimi(nn.Module):
         self.decoder.prepare()
         self.encoder_transformer.prepare()
         self.decoder_transformer.prepare()
+        self.downsample.prepare()
         self.quantizer.prepare()
         self.requires_grad_(False)
 
@@ -181,23 +189,6 @@ class Mimi(nn.Module):
 
 def encode(mimi: Mimi, state: CodecState, pcm: Tensor, active: Tensor) -> Tensor:
     """pcm [N, 1920] float32, active [N] bool -> codes [N, 8] int64 (undefined for inactive slots)."""
-
-    def work(start: int, stop: int) -> Tensor:
-        return _encode(mimi, state.rows(start, stop), pcm[start:stop], active[start:stop])
-
-    return ops.over_slots(work, active, CODEBOOKS, torch.int64)
-
-
-def decode(mimi: Mimi, state: CodecState, codes: Tensor, active: Tensor) -> Tensor:
-    """codes [N, 8] int64, active [N] bool -> pcm [N, 1920] float32, zeros for inactive slots."""
-
-    def work(start: int, stop: int) -> Tensor:
-        return _decode(mimi, state.rows(start, stop), codes[start:stop], active[start:stop])
-
-    return ops.over_slots(work, active, FRAME_SIZE, torch.float32) * active[:, None]
-
-
-def _encode(mimi: Mimi, state: CodecState, pcm: Tensor, active: Tensor) -> Tensor:
     first = state.ring.offset == 0
     x = mimi.encoder(pcm[:, None], state.conv_state, active)
     x = mimi.encoder_transformer(x, state.ring, active)
@@ -205,10 +196,11 @@ def _encode(mimi: Mimi, state: CodecState, pcm: Tensor, active: Tensor) -> Tenso
     return mimi.quantizer.encode(latent[..., 0])
 
 
-def _decode(mimi: Mimi, state: CodecState, codes: Tensor, active: Tensor) -> Tensor:
+def decode(mimi: Mimi, state: CodecState, codes: Tensor, active: Tensor) -> Tensor:
+    """codes [N, 8] int64, active [N] bool -> pcm [N, 1920] float32, zeros for inactive slots."""
     x = mimi.upsample(mimi.quantizer.decode(codes)[..., None], state.resample, active)
     x = mimi.decoder_transformer(x, state.ring, active)
-    return mimi.decoder(x, state.conv_state, active)[:, 0]
+    return mimi.decoder(x, state.conv_state, active)[:, 0] * active[:, None]
 
 
 def encode_block(

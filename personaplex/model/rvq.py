@@ -63,19 +63,14 @@ class Quantizer(nn.Module):
         self.register_buffer(
             "half_norms", self.vectors.double().square().sum(-1).float() / 2, persistent=False
         )
+        self.codebooks = ops.Codebooks(self.vectors, self.half_norms)
         self.matrix_in = self.input_proj.weight.detach()[:, :, 0].contiguous()
         self.matrix_out = self.output_proj.weight.detach()[:, :, 0].contiguous()
         del self.vq, self.input_proj, self.output_proj
 
     def encode(self, latent: Tensor) -> Tensor:
         """latent [N, dim] -> codes [N, used]; nearest vector, lowest index on a tie."""
-        residual = ops.linear(latent, self.matrix_in)
-        codes = []
-        for level, vectors in enumerate(self.vectors):
-            code = (self.half_norms[level] - ops.linear(residual, vectors)).argmin(-1)
-            residual = residual - F.embedding(code, vectors)
-            codes.append(code)
-        return torch.stack(codes, dim=-1)
+        return ops.nearest(ops.linear(latent, self.matrix_in), self.codebooks)
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes [N, levels] -> [N, dim]; as many levels as there are codes."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import MimiConfig
@@ -21,9 +21,13 @@ class Residual(nn.Module):
             {"1": Conv(dim, hidden, config.residual_kernel), "3": Conv(hidden, dim, kernel=1)}
         )
 
+    def prepare(self) -> None:
+        for conv in self.block.values():
+            cast("Conv", conv).prepare()
+
     def forward(self, x: Tensor, state: Tensor, active: Tensor | None) -> Tensor:
-        inner = self.block["1"](F.elu(x), state, active)
-        return x + self.block["3"](F.elu(inner), None, active)
+        inner = self.block["1"](x, state, active, elu=True)
+        return x + self.block["3"](inner, None, active, elu=True)
 
 
 class Seanet(nn.Module):
@@ -38,8 +42,7 @@ class Seanet(nn.Module):
 
     def prepare(self) -> None:
         for layer in self.model.values():
-            if isinstance(layer, ConvTranspose):
-                layer.prepare()
+            cast("Conv | ConvTranspose | Residual", layer).prepare()
 
     def state_shapes(self) -> Iterator[tuple[int, int]]:
         """(channels, columns) of each layer's state."""
@@ -68,9 +71,10 @@ class Seanet(nn.Module):
     def forward(self, x: Tensor, conv_state: list[Tensor], active: Tensor | None) -> Tensor:
         """x [N, channels, T] through all layers, with an ELU before every plain layer but the first."""
         for index, (layer, state) in enumerate(zip(self.model.values(), conv_state, strict=True)):
-            if index and not isinstance(layer, Residual):
-                x = F.elu(x)
-            x = layer(x, state, active)
+            if isinstance(layer, Residual):
+                x = layer(x, state, active)
+            else:
+                x = layer(x, state, active, elu=index > 0)
         return x
 
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import TransformerConfig
+from personaplex.kernels.constants import LAYER_NORM_EPS
 from personaplex.kernels.kvring import Rope
 from personaplex.kernels.torch_reference import apply_rope
-from personaplex.model.layers import LAYER_NORM_EPS
 from personaplex.model.self_attention import rope
 
 

@@ -90,6 +90,6 @@ def test_it_runs_where_compiled_code_cannot_be_kept(monkeypatch: pytest.MonkeyPa
         return lambda function: (function, options)
 
     monkeypatch.setattr(numba_cpu, "njit", njit)
-    function, options = numba_cpu._kernel("void()")(len)
+    function, options = numba_cpu.kernel("void()")(len)
     assert function is len
     assert options["nogil"]

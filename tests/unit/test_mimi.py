@@ -22,9 +22,15 @@ CONVOLVED = 2e-5  # limit after convolutions alone
 PCM = 1e-5
 
 
-def stream(
-    mimi: Mimi, wav: torch.Tensor, dec_codes: torch.Tensor, one_by_one: bool
-) -> dict[str, torch.Tensor]:
+@pytest.fixture(params=["numba", "torch"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Steps by Numba's kernels, or by torch, slot by slot, as where there is no Numba."""
+    if request.param == "torch":
+        monkeypatch.setattr(ops, "uses_numba", lambda _: False)
+    return bool(request.param == "numba")
+
+
+def stream(mimi: Mimi, wav: torch.Tensor, dec_codes: torch.Tensor) -> dict[str, torch.Tensor]:
     """Runs both directions frame by frame with a hook after each stage; stages concatenated over time."""
     stages: dict[str, list[torch.Tensor]] = {}
 
@@ -39,18 +45,18 @@ def stream(
         mimi.decoder_transformer.register_forward_hook(keep("dec_tr")),
     ]
     slots, frames = wav.shape[0], wav.shape[1] // FRAME_SIZE
-    encode = codec.encode if one_by_one else codec._encode
-    decode = codec.decode if one_by_one else codec._decode
     state, active = mimi.allocate(slots, CPU), torch.ones(slots, dtype=torch.bool)
     codes, pcm, dequant = [], [], []
     with torch.inference_mode():
         for f in range(frames):
-            codes.append(encode(mimi, state.encoder, wav[:, f * FRAME_SIZE : (f + 1) * FRAME_SIZE], active))
+            codes.append(
+                codec.encode(mimi, state.encoder, wav[:, f * FRAME_SIZE : (f + 1) * FRAME_SIZE], active)
+            )
             dequant.append(mimi.quantizer.decode(dec_codes[..., f]))
-            pcm.append(decode(mimi, state.decoder, dec_codes[..., f], active))
+            pcm.append(codec.decode(mimi, state.decoder, dec_codes[..., f], active))
     for hook in hooks:
         hook.remove()
-    out = {name: torch.cat(parts, -1) for name, parts in stages.items()} if not one_by_one else {}
+    out = {name: torch.cat(parts, -1) for name, parts in stages.items()}
     return out | {
         "codes": torch.stack(codes, -1),
         "dequant": torch.stack(dequant, -1),
@@ -63,19 +69,18 @@ def vectors() -> dict[str, np.ndarray]:
     return arrays("mimi_stream")
 
 
-@pytest.mark.parametrize("one_by_one", [True, False])
-def test_streaming_stages(vectors: dict[str, np.ndarray], one_by_one: bool) -> None:
+@pytest.mark.usefixtures("compiled")
+def test_streaming_stages(vectors: dict[str, np.ndarray]) -> None:
     """Past the ring's wrap (20 steps of 25 Hz), where streaming differs from offline."""
     wav = torch.from_numpy(vectors["wav_int16"][:, 0].astype(np.float32) / 32768)
-    out = stream(build_mimi(), wav, torch.from_numpy(vectors["dec_codes"]), one_by_one)
+    out = stream(build_mimi(), wav, torch.from_numpy(vectors["dec_codes"]))
     assert (out["codes"].numpy() == vectors["codes"]).all()
     assert difference(out["pcm"], vectors["pcm"][:, 0]) < PCM
     assert difference(out["dequant"], vectors["dequant"]) < CONVOLVED
-    if not one_by_one:
-        for name, limit in [("enc_conv", CONVOLVED), ("up", CONVOLVED), ("enc_tr", TRANSFORMED)]:
-            assert difference(out[name], vectors[name]) < limit, name
-        for name in ("latent", "dec_tr"):
-            assert difference(out[name], vectors[name]) < TRANSFORMED, name
+    for name, limit in [("enc_conv", CONVOLVED), ("up", CONVOLVED), ("enc_tr", TRANSFORMED)]:
+        assert difference(out[name], vectors[name]) < limit, name
+    for name in ("latent", "dec_tr"):
+        assert difference(out[name], vectors[name]) < TRANSFORMED, name
 
 
 def test_every_layer_of_the_first_frames(vectors: dict[str, np.ndarray]) -> None:
@@ -130,24 +135,59 @@ def test_quantizer_with_more_codebooks() -> None:
         assert (codes.numpy() == z["codes_nq32"][:, :15, f]).all()
 
 
+@pytest.mark.usefixtures("compiled")
 def test_a_paused_slot_keeps_its_place(vectors: dict[str, np.ndarray]) -> None:
-    """Inactive slots change nothing, in the batched path as in the one-by-one path."""
+    """Inactive slots change nothing."""
     mimi = build_mimi()
     wav = torch.from_numpy(vectors["wav_int16"][:, 0, : 12 * FRAME_SIZE].astype(np.float32) / 32768)
-    for encode in (codec.encode, codec._encode):
-        state, taken, codes = mimi.allocate(2, CPU), [0, 0], {0: [], 1: []}
-        rng = np.random.default_rng(5)
-        with torch.inference_mode():
-            while min(taken) < 12:
-                active = torch.from_numpy(rng.random(2) < 0.6) & (torch.tensor(taken) < 12)
-                at = [min(t, 11) * FRAME_SIZE for t in taken]
-                pcm = torch.stack([wav[s, at[s] : at[s] + FRAME_SIZE] for s in range(2)])
-                out = encode(mimi, state.encoder, pcm, active)
-                for s in active.nonzero()[:, 0].tolist():
-                    codes[s].append(out[s])
+    state, taken, codes = mimi.allocate(2, CPU), [0, 0], {0: [], 1: []}
+    rng = np.random.default_rng(5)
+    with torch.inference_mode():
+        while min(taken) < 12:
+            active = torch.from_numpy(rng.random(2) < 0.6) & (torch.tensor(taken) < 12)
+            at = [min(t, 11) * FRAME_SIZE for t in taken]
+            pcm = torch.stack([wav[s, at[s] : at[s] + FRAME_SIZE] for s in range(2)])
+            out = codec.encode(mimi, state.encoder, pcm, active)
+            for s in active.nonzero()[:, 0].tolist():
+                codes[s].append(out[s])
+                taken[s] += 1
+    for s in range(2):
+        assert (torch.stack(codes[s], -1).numpy() == vectors["codes"][s, :, :12]).all()
+
+
+@pytest.mark.usefixtures("compiled")
+def test_no_slot_depends_on_another() -> None:
+    """To the last bit, whichever others are there, and though they have gone wrong; past the ring's wrap."""
+    mimi, slots, frames = build_mimi(), 5, 24
+    rng = np.random.default_rng(6)
+    wav = torch.from_numpy(rng.normal(0, 0.2, (slots, frames, FRAME_SIZE)).astype(np.float32))
+    codes = torch.from_numpy(rng.integers(0, CONFIG.mimi.bins, (slots, frames, CODEBOOKS)))
+    heard: dict[tuple[str, int, int], list[torch.Tensor]] = {}
+    with torch.inference_mode():
+        for run in ("alone", "together"):
+            state, taken = mimi.allocate(slots, CPU), [0] * slots
+            if run == "together":
+                for kept in (*state.encoder.conv_state, *state.decoder.conv_state):
+                    kept[0].fill_(torch.nan)
+            while min(taken[1:]) < frames:
+                if run == "alone":
+                    takes_part = torch.arange(slots) == next(s for s in range(1, slots) if taken[s] < frames)
+                else:
+                    takes_part = torch.from_numpy(rng.random(slots) < 0.7)
+                at = torch.tensor(taken).clamp(max=frames - 1)
+                every = torch.arange(slots)
+                takes_part &= torch.tensor(taken) < frames
+                user = codec.encode(mimi, state.encoder, wav[every, at], takes_part)
+                sound = codec.decode(mimi, state.decoder, codes[every, at], takes_part)
+                assert not sound[~takes_part].any()
+                for s in takes_part.nonzero()[:, 0].tolist():
+                    for kind, out in (("codes", user), ("sound", sound)):
+                        heard.setdefault((kind, s, taken[s]), []).append(out[s].clone())
                     taken[s] += 1
-        for s in range(2):
-            assert (torch.stack(codes[s], -1).numpy() == vectors["codes"][s, :, :12]).all()
+    for (kind, slot, frame), outs in heard.items():
+        if slot:
+            alone, together = outs
+            assert torch.equal(alone, together), (kind, slot, frame)
 
 
 def test_full_size() -> None:
@@ -169,7 +209,7 @@ def test_full_size() -> None:
         wav = torch.from_numpy(z["wav_int16"][:, 0].astype(np.float32) / 32768)
         codes = torch.from_numpy(z["codes"].astype(np.int64))
         assert codes.shape[1] == CODEBOOKS
-        out = stream(mimi, wav, codes, one_by_one=False)
+        out = stream(mimi, wav, codes)
         assert torch.equal(out["codes"], codes)
         assert difference(out["pcm"][:, ::4], z["pcm"][:, 0]) < PCM
         for name, every, limit in [
