@@ -85,7 +85,7 @@ class Service:
 
     def replicas(self) -> list[ReplicaStatus]:
         """What the replicas last said of themselves."""
-        return list(self.handle("fleet").describe.remote().result(timeout_s=10))
+        return list(self.handle("fleet").describe.remote().result(timeout_s=60))
 
     def used(self) -> list[int]:
         """Slots in use, by replica."""
@@ -147,6 +147,13 @@ class Heard:
         return bool(self.of(Handshake))
 
     @property
+    def summary(self) -> str:
+        """For a test that failed."""
+        told = [message.data.get("type") for message in self.of(Metadata)]
+        last = f"{time.monotonic() - self.messages[-1][0]:.1f} s ago" if self.messages else "never"
+        return f"frame {self.last_frame}, told {told}, code {self.code} {self.reason!r}, last message {last}"
+
+    @property
     def text(self) -> str:
         return "".join(message.text for message in self.of(Text))
 
@@ -190,12 +197,16 @@ class Client:
 
     async def until(self, condition: Callable[[Heard], Any], timeout_s: float = 15.0) -> Heard:
         """Waits for `condition(heard)`; fails when the connection ends or time runs out before."""
-        async with self._changed:
-            await asyncio.wait_for(
-                self._changed.wait_for(lambda: condition(self.heard) or self._reader.done() or self.ended),
-                timeout_s,
-            )
-        assert condition(self.heard), self.heard
+
+        async def happens() -> None:
+            async with self._changed:
+                await self._changed.wait_for(
+                    lambda: condition(self.heard) or self._reader.done() or self.ended
+                )
+
+        with contextlib.suppress(TimeoutError, asyncio.TimeoutError):
+            await asyncio.wait_for(happens(), timeout_s)
+        assert condition(self.heard), f"after {timeout_s} s: {self.heard.summary}, of {len(self.sent)} sent"
         return self.heard
 
     @property
