@@ -54,7 +54,7 @@ async def talk_until(client: Client, done: asyncio.Event) -> None:
     while not done.is_set():
         await client.speak(speech(1.6))
     frames = len(client.decoded())
-    await client.until(lambda heard: heard.last_frame >= frames - 1, 30)
+    await client.until(lambda heard: heard.last_frame >= frames - 1, LIMIT_S)
 
 
 @contextlib.asynccontextmanager
@@ -67,7 +67,7 @@ async def talking(service: Service) -> AsyncIterator[list[Client]]:
     async def one() -> None:
         async with connect(service) as client:
             await client.headers()
-            await client.until(lambda heard: heard.live, 30)
+            await client.until(lambda heard: heard.live, LIMIT_S)
             clients.append(client)
             if len(clients) == SESSIONS:
                 live.set()
@@ -76,7 +76,7 @@ async def talking(service: Service) -> AsyncIterator[list[Client]]:
 
     tasks = [asyncio.ensure_future(one()) for _ in range(SESSIONS)]
     try:
-        await asyncio.wait_for(live.wait(), 60)
+        await asyncio.wait_for(live.wait(), LIMIT_S)
         yield clients
     finally:
         done.set()
