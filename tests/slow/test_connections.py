@@ -142,7 +142,7 @@ async def _closed_after(port: int, *pieces: bytes, every_s: float = 0.0) -> tupl
 def test_a_peer_that_does_not_finish_is_let_go(pieces: tuple[bytes, ...], status: bytes) -> None:
     """However many bytes it sends meanwhile; an answer it had before is not taken back."""
     took, answer = _run(lambda port: _closed_after(port, *pieces, every_s=0.05))
-    assert TIMEOUT_S <= took < TIMEOUT_S + 1.0
+    assert TIMEOUT_S - 0.1 < took < TIMEOUT_S + 1.0, "the server's clock began when it took the connection"
     assert answer[9:12] == status
 
 
