@@ -8,9 +8,9 @@ from golden import CONFIG, arrays, difference
 from torch import nn
 
 from personaplex.config import gated_hidden
+from personaplex.kernels.constants import LAYER_NORM_EPS
 from personaplex.kernels.ops import add_embedding, linear, rms_norm
 from personaplex.kernels.torch_reference import apply_rope
-from personaplex.kernels.constants import LAYER_NORM_EPS
 from personaplex.model.layers import Embedding
 from personaplex.model.self_attention import rope
 
