@@ -138,7 +138,7 @@ class Fields(BaseModel):
         16, ge=1, description="Sessions one replica rebuilds at once; of more the shortest come first."
     )
     rebuild_share: float = Field(
-        0.5, gt=0, le=1, description="Share of its time a replica spends on rebuilds beside live sessions."
+        0.9, gt=0, le=1, description="Share of its time a replica spends on rebuilds beside live sessions."
     )
     resume_grace_s: float = Field(
         30.0,

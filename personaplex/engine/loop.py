@@ -53,7 +53,7 @@ class EngineLoop:
         *,
         gather_s: float,
         inbox_limit: int,
-        rebuild_share: float = 0.5,
+        rebuild_share: float = 0.9,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`gather_s`: see `schedule.plan`. `inbox_limit`: frames a session may send at once; of more

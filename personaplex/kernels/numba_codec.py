@@ -16,6 +16,7 @@ from torch import Tensor
 
 from personaplex.kernels.numba_cpu import Array, kernel
 
+_TILE = 480  # columns
 _MANY_COLUMNS = 32  # of output, from which they and not the channels are summed side by side
 
 
@@ -103,12 +104,12 @@ def _line(x, state, elu, line):
 
 
 @kernel()
-def _tap(line, at, stride, columns, tap):
+def _tap(line, at, stride, tap):
     """Every stride-th number of `line` from `at` on."""
     if stride == 1:
-        tap[:] = line[at : at + columns]
+        tap[:] = line[at : at + len(tap)]
     else:
-        for t in range(columns):
+        for t in range(len(tap)):
             tap[t] = line[at + t * stride]
 
 
@@ -132,22 +133,27 @@ _1, _2, _3 = "float32[::1]", "float32[:,::1]", "float32[:,:,::1]"
 
 @kernel(f"void({_3}, {_3}, {_2}, {_1}, int64, boolean[::1], boolean, {_3})")
 def _conv_columns(x, state, weight, bias, stride, active, elu, out):
-    """weight [out, in K]: all columns of one output channel at once."""
+    """weight [out, in K]: many columns of one output channel at once, few enough for the cache."""
     slots, inputs, length = x.shape
     outputs, columns = out.shape[1:]
     size = weight.shape[1] // inputs
-    line, taps = np.empty(size - stride + length, np.float32), np.empty((inputs * size, columns), np.float32)
+    lines = np.empty((inputs, size - stride + length), np.float32)
+    taps = np.empty((inputs * size, min(columns, _TILE)), np.float32)
     for n in range(slots):
         if not active[n]:
             out[n] = 0
             continue
         for i in range(inputs):
-            _line(x[n, i], state[n, i], elu, line)
-            for k in range(size):
-                _tap(line, k, stride, columns, taps[i * size + k])
-        for o in range(outputs):
-            out[n, o] = bias[o]
-            _accumulate(weight[o], taps, out[n, o])
+            _line(x[n, i], state[n, i], elu, lines[i])
+        for first in range(0, columns, _TILE):
+            width = min(_TILE, columns - first)
+            for i in range(inputs):
+                for k in range(size):
+                    _tap(lines[i], first * stride + k, stride, taps[i * size + k][:width])
+            for o in range(outputs):
+                total = out[n, o, first : first + width]
+                total[:] = bias[o]
+                _accumulate(weight[o], taps, total)
 
 
 @kernel(f"void({_3}, {_3}, {_2}, {_1}, int64, boolean[::1], boolean, {_3})")

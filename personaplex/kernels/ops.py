@@ -35,7 +35,7 @@ Array = NDArray[np.float32]
 
 _FEW_ROWS = 128  # up to which int8 weights are read faster by the kernel than dequantized for cuBLAS
 _FEW_COLUMNS = 16  # of a convolution's output; see `conv1d`
-_LARGE_CONV = 1 << 20  # products of a convolution from which torch, slot by slot, is faster than Numba
+_LARGE_CONV, _LARGE_WEIGHT = 1 << 20, 1 << 12  # see `_is_small`
 
 
 @functools.cache
@@ -158,10 +158,14 @@ def stream_conv(
     an ELU to x, before it is kept as well. active [N] bool: only these slots' states change, and only their
     rows of the result are defined; None for a block of one slot. On a CPU no slot depends on another.
     """
+    if (
+        not uses_triton(x)
+        and uses_numba(x)
+        and _is_small(weights.weight, x.shape[-1] // weights.stride, active)
+    ):
+        return numba_codec.conv(x, state, *weights.arrays, weights.stride, _everyone(x, active), elu)
     if active is None or uses_triton(x):
         return _stream_conv(x, state, weights, active, elu)
-    if uses_numba(x) and weights.weight.numel() * x.shape[-1] < _LARGE_CONV * weights.stride:
-        return numba_codec.conv(x, state, *weights.arrays, weights.stride, active, elu)
     out = x.new_zeros(len(x), len(weights.weight), x.shape[-1] // weights.stride)
     for row in _rows(active):
         out[row] = _stream_conv(x[row], None if state is None else state[row], weights, None, elu)
@@ -179,6 +183,18 @@ def _stream_conv(
     return conv1d(x, weights.weight, weights.bias, weights.stride)
 
 
+def _is_small(weight: Tensor, columns: int, active: Tensor | None) -> bool:
+    """Whether Numba is faster than torch: for a step by its products, for a block of any length by the
+    channels."""
+    if active is None:
+        return weight.numel() < _LARGE_WEIGHT
+    return weight.numel() * columns < _LARGE_CONV
+
+
+def _everyone(x: Tensor, active: Tensor | None) -> Tensor:
+    return torch.ones(len(x), dtype=torch.bool) if active is None else active
+
+
 def stream_conv_transposed(
     x: Tensor, state: Tensor, weights: TransposedWeights, active: Tensor | None, elu: bool = False
 ) -> Tensor:
@@ -186,10 +202,10 @@ def stream_conv_transposed(
 
     state [N, out, stride] is the right half of the last column's output, without bias.
     """
+    if not uses_triton(x) and uses_numba(x) and _is_small(weights.matrix, x.shape[-1], active):
+        return numba_codec.conv_transposed(x, state, *weights.arrays, _everyone(x, active), elu)
     if active is None or uses_triton(x):
         return _stream_conv_transposed(x, state, weights, active, elu)
-    if uses_numba(x) and weights.matrix.numel() * x.shape[-1] < _LARGE_CONV:
-        return numba_codec.conv_transposed(x, state, *weights.arrays, active, elu)
     out = x.new_zeros(len(x), len(weights.bias), x.shape[-1] * weights.stride)
     for row in _rows(active):
         out[row] = _stream_conv_transposed(x[row], state[row], weights, None, elu)
