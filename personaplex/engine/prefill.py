@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from personaplex.config import CODEBOOKS, FRAME_SIZE, EngineConfig
+from personaplex.engine.rebuild import DECODED
 from personaplex.engine.script import Script
 from personaplex.engine.state import EngineState
 from personaplex.model import Model, mimi
@@ -86,7 +87,8 @@ class Prefill:
                 x = torch.zeros(1, positions, lm.config.temporal.dim, device=lm.device, dtype=lm.dtype)
                 for start in (0, 1):  # without a past, and with one
                     lm.transformer.prefill(x.clone(), self._state.lm.ring, 0, start)
-            codes = torch.zeros(config.rebuild_chunk, CODEBOOKS, dtype=torch.int64, device=lm.device)
+            decoded = DECODED * config.rebuild_chunk
+            codes = torch.zeros(decoded, CODEBOOKS, dtype=torch.int64, device=lm.device)
             sound = torch.zeros(config.rebuild_chunk * FRAME_SIZE, device=lm.device)
             mimi.decode_block(codec, self._state.mimi.decoder, 0, 0, codes, pcm_wanted=False)
             mimi.encode_block(codec, self._state.mimi.encoder, 0, 0, sound, codes_wanted=False)

@@ -29,6 +29,8 @@ from personaplex.model.mimi import MimiState
 from personaplex.sessionlog import SessionLog
 from personaplex.voices import Voice
 
+DECODED = 4  # frames of codes that cost no more than one of sound: few columns of their sound are computed
+
 
 @dataclass
 class CodecRebuild:
@@ -58,9 +60,9 @@ class CodecRebuild:
         return len(self.codes) - self.decoded + len(self.sound) - self.encoded
 
     def run_chunk(self, model: Model, state: MimiState, slot: int, frames: int) -> None:
-        """At most `frames` more of one direction."""
+        """At most `frames` more of the sound, or DECODED times as many of the codes."""
         if self.decoded < len(self.codes):
-            codes = self.codes[self.decoded : self.decoded + frames].to(model.device)
+            codes = self.codes[self.decoded : self.decoded + DECODED * frames].to(model.device)
             mimi.decode_block(model.mimi, state.decoder, slot, self.decoded, codes, pcm_wanted=False)
             self.decoded += len(codes)
         else:

@@ -35,7 +35,7 @@ Array = NDArray[np.float32]
 
 _FEW_ROWS = 128  # up to which int8 weights are read faster by the kernel than dequantized for cuBLAS
 _FEW_COLUMNS = 16  # of a convolution's output; see `conv1d`
-_LARGE_CONV, _LARGE_WEIGHT = 1 << 20, 1 << 12  # see `_is_small`
+_LARGE_STEP, _LARGE_BLOCK = 1 << 20, 1 << 23  # products of a convolution; see `_is_small`
 
 
 @functools.cache
@@ -184,11 +184,8 @@ def _stream_conv(
 
 
 def _is_small(weight: Tensor, columns: int, active: Tensor | None) -> bool:
-    """Whether Numba is faster than torch: for a step by its products, for a block of any length by the
-    channels."""
-    if active is None:
-        return weight.numel() < _LARGE_WEIGHT
-    return weight.numel() * columns < _LARGE_CONV
+    """Whether Numba is faster than torch."""
+    return weight.numel() * columns < (_LARGE_BLOCK if active is None else _LARGE_STEP)
 
 
 def _everyone(x: Tensor, active: Tensor | None) -> Tensor:
