@@ -249,21 +249,28 @@ def measure_mimi(rounds: int) -> dict[str, Any]:
 
 
 def measure_tiny(rounds: int, frames: int = 25) -> dict[str, Any]:
-    """`tiny` as a whole, codec included: CPU time for a second of conversation."""
+    """`tiny` as a whole, codec included: CPU time for a second of one conversation, and of eight."""
     checkpoint = resolve("tiny")
     library = VoiceLibrary(checkpoint.config.lm)
     model = load_model(checkpoint, "cpu", torch.float32)
-    engine = Engine(model, library, Tokenizer(checkpoint.tokenizer), EngineConfig())
-    slot = engine.open(Persona())
+    tokenizer = Tokenizer(checkpoint.tokenizer)
     frame = (0.05 * np.random.default_rng(0).standard_normal(FRAME_SIZE)).astype(np.float32)
 
-    def run() -> None:
-        for _ in range(frames):
-            engine.feed(slot, frame)
-            engine.step()
+    def task(sessions: int) -> Callable[[], None]:
+        engine = Engine(model, library, tokenizer, EngineConfig(slots=sessions))
+        slots = [engine.open(Persona()) for _ in range(sessions)]
 
-    result = alternate(rounds, frames=run)["frames"]
-    return {"real_time_factor": round(result["best_ms"] / (1e3 * frames * FRAME_SECONDS), 3)}
+        def run() -> None:
+            for _ in range(frames):
+                for slot in slots:
+                    engine.feed(slot, frame)
+                engine.step()
+
+        return run
+
+    result, seconds = alternate(rounds, one=task(1), eight=task(SESSIONS)), frames * FRAME_SECONDS
+    one, eight = (round(result[key]["best_ms"] / (1e3 * seconds), 3) for key in ("one", "eight"))
+    return {"real_time_factor": one, "real_time_factor_of_eight": eight}
 
 
 def work_of_step(positions: int, ms: float) -> dict[str, float]:
