@@ -37,4 +37,7 @@ fi
 if [ "$part" != dependencies ]; then
   $install --no-deps .
   python3 -m pip --python "$prefix/bin/python" --disable-pip-version-check check
+  if [ "$target" != gateway ]; then
+    "$prefix/bin/python" -c 'import personaplex.kernels.numba_codec' # for this CPU; another model compiles as it starts
+  fi
 fi
