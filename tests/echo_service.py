@@ -74,8 +74,8 @@ async def echo(
                         await tell(AudioHeard())
                     for frame in frames:
                         if core.state is LIVE:
-                            await tell(AgentAudio(transcoder.send(frame)))
                             await tell(AgentText(" é"))
+                            await tell(AgentAudio(transcoder.send(frame)))
                             if (event := after(transcoder.counters.frames_out)) is not None:
                                 await tell(event)
                 case Close(code, reason):

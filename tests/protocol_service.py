@@ -109,9 +109,10 @@ class ScriptedReplica:
             self._emit(self.fail)
             return
         pcm, text = type(self).agent(number, frame)
-        self._on_frame(number, pcm, False)
-        if text and not self._stopped:
+        if text:
             self._emit(AgentText(text))
+        if not self._stopped:
+            self._on_frame(number, pcm, False)
 
     def stop(self) -> None:
         self._stopped = True

@@ -278,14 +278,14 @@ class Upstream:
         self.handover.heard()
         latency_s = seconds_since(reply.timestamp)
         self._record(reply, latency_s)
+        if reply.text:
+            self._resumption.said(reply.frame, reply.text)
+            self._emit(AgentText(reply.text))
         self._on_frame(reply.frame, reply.pcm, reply.frame < self._stale)
         if self._on_heard is not None and frame is not None:
             self._on_heard(reply.frame, frame.pcm)
         if reply.frame % metrics.SAMPLED == 0:
             self._metrics.observe(metrics.FRAME_SECONDS, latency_s)
-        if reply.text:
-            self._resumption.said(reply.frame, reply.text)
-            self._emit(AgentText(reply.text))
         if 0 < self._window <= reply.frame:
             self._window = 0
             self._emit(SessionNotice(WINDOW, {"frame": reply.frame}))

@@ -314,7 +314,8 @@ class SessionCore:
                 self.pacer.push(page, now, quiet)
                 return self._release(now)
             case AgentText(text):
-                return [*map(SendText, self.pacer.add_text(text))] if text else []
+                self.pacer.add_text(text)
+                return []
             case UserText() | UserTextLost():
                 return self._tell_user_text(SendUserText(event)) if self._user_text else []
             case AudioHeard():

@@ -85,7 +85,8 @@ class AgentAudio:
 
 @dataclass(frozen=True)
 class AgentText:
-    """Agent text, whole characters only; "" is allowed and sends nothing."""
+    """What the agent writes in the frame whose AgentAudio comes next, or would if it were not left out: whole
+    characters only; "" is allowed and sends nothing."""
 
     text: str
 

@@ -17,9 +17,9 @@ and what makes one page late makes all that follow late. Laws:
 4. Who speaks in bursts needs the delay of a burst, and only its first page tells what is beyond that. So no
    period of law 3 ends before it is twice as long as the longest gap in it and in the one before, counted up
    to a burst: it holds the beginning of one, if the engine runs at twice real time or faster.
-5. Text leaves right after its page, or at once when that has left. That of a page which was left out follows
-   the next one that is not, in one message with the text of that: whoever has heard a page and no text yet
-   knows that nothing from its last page on has been read.
+5. Text comes before its page, and leaves right after it. That of a page which is left out, here or before it
+   came here, follows the next one that is not, in one message with the text of that: whoever has heard a page
+   and no text yet knows that nothing from its last page on has been read.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ class Pacer:
         self._longest_s = burst_s + min(burst_s, ROOM_S) + FRAME_SECONDS + _EPSILON_S  # that waits
         self._pages: deque[_QueuedPage] = deque()
         self._texts: list[str] = []  # of pages that were dropped; leave with the next
-        self._following: list[str] = []  # of pages that were trimmed; belong to the next that is pushed
-        self._left_out = False  # whether the page pushed last was
+        self._following: list[str] = []  # of the page that is pushed next, and of those left out before it
         self._due = float("-inf")  # when the next page may leave
         self._after_quiet = False  # what was the last page pushed
         self._began = float("-inf")  # the period of law 3
@@ -75,8 +74,7 @@ class Pacer:
             self._began = self._last = now
         self._gap = max(self._gap, min(now - self._last, self._burst_s))
         self._last = now
-        self._left_out = self._has_lasted(STANDING_S, now) and self._give_back(quiet, now)
-        if self._left_out:
+        if self._has_lasted(STANDING_S, now) and self._give_back(quiet, now):
             self.trimmed += 1
             return
         self._after_quiet = quiet
@@ -86,15 +84,9 @@ class Pacer:
             self._texts += self._pages.popleft().texts
             self.dropped += 1
 
-    def add_text(self, text: str) -> list[str]:
-        """Queues the text of the page pushed last; returns what to send now: `text` if that page has left."""
-        if self._left_out:
-            self._following.append(text)
-            return []
-        if not self._pages:
-            return [text]
-        self._pages[-1].texts.append(text)
-        return []
+    def add_text(self, text: str) -> None:
+        """The text of the page that is pushed next."""
+        self._following.append(text)
 
     def deadline(self) -> float | None:
         """When `release` will have a page; None while nothing waits."""

@@ -32,7 +32,7 @@ from personaplex.config import FRAME_SIZE
 from personaplex.errors import PersonaplexError, SessionLost
 from personaplex.persona import Persona
 from personaplex.session.core import HANDSHAKE_DELAY_S, Limits
-from personaplex.session.events import AgentText, Event, Failed
+from personaplex.session.events import Event, Failed, SendText
 from personaplex.session.moshi import Audio, encode
 
 
@@ -162,10 +162,12 @@ def test_what_a_client_may_leave_unread_grows_with_its_bursts(burst_s: float, li
         spy.hear(spy, MessageKind.READY, pack_ready(SlotReady(0.1)))
         await asyncio.sleep(HANDSHAKE_DELAY_S + 0.1)  # the handshake is on its way, headers and details wait
         for _ in range(limit - 3):
-            conversation._on(AgentText("a"))
+            conversation._do(SendText("a"))
+            conversation._check_unsent()
         assert conversation.error is None
         for _ in range(3):
-            conversation._on(AgentText("a"))
+            conversation._do(SendText("a"))
+            conversation._check_unsent()
         handler.cancel()
         await asyncio.gather(handler, return_exceptions=True)
         return conversation.error
