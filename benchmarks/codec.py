@@ -59,7 +59,8 @@ def ours_send(frames: Pcm) -> None:
 
 
 def sphn_receive(pages: list[bytes]) -> None:
-    reader, waiting = sphn.OpusStreamReader(SAMPLE_RATE), np.zeros(0, np.float32)
+    reader = sphn.OpusStreamReader(SAMPLE_RATE)
+    waiting: Pcm = np.zeros(0, np.float32)
     for page in pages:
         waiting = np.concatenate((waiting, reader.append_bytes(page)))
         while len(waiting) >= FRAME_SIZE:

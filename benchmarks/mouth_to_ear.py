@@ -150,7 +150,8 @@ class Probe:
     def _played(self) -> Pcm:
         """What the loudspeaker plays, float32 [samples], from the moment of our own sample 0 on."""
         demuxer, decoder = OggDemuxer(), OpusDecoder()
-        skip, pieces, end = 0, [np.zeros(0, np.float32)], 0
+        skip, end = 0, 0
+        pieces: list[Pcm] = [np.zeros(0, np.float32)]
         for moment, page in self._heard:
             parts = []
             for item in demuxer.feed(page):

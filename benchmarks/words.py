@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import websockets
+from numpy.typing import NDArray
 
 from benchmarks.live import service
 from benchmarks.machine import machine, publish
@@ -108,7 +109,7 @@ def quiet(seconds: float) -> list[Pcm]:
     time_s = np.arange(count) / SAMPLE_RATE
     hiss = dice.standard_normal(count)
     hum = sum(np.sin(2 * np.pi * 50 * k * time_s) / k for k in (1, 2, 3, 5))
-    clicks = np.zeros(count)
+    clicks: NDArray[np.floating[Any]] = np.zeros(count)
     clicks[dice.integers(0, count, round(4 * seconds))] = dice.uniform(0.2, 0.9)
     clicks = np.convolve(clicks, np.exp(-np.arange(600) / 60) * dice.standard_normal(600), "same")
     brown = np.cumsum(dice.standard_normal(count))

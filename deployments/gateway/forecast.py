@@ -61,7 +61,8 @@ class Survival:
         last = self.ended[-1]
         tail = np.maximum(ages, self.oldest) / ((1.0 - share) / (1.0 - last) if last < 1 else 1.0 - uniform)
         found = np.where(index < len(self.times), self.times[np.minimum(index, len(self.times) - 1)], tail)
-        return np.minimum(found, np.maximum(self.limit_s, ages))
+        lengths: Floats = np.minimum(found, np.maximum(self.limit_s, ages))
+        return lengths
 
 
 def play(survival: Survival, ages: Sequence[float], places: int, random: np.random.Generator) -> Floats:
