@@ -78,11 +78,11 @@ class Capture extends AudioWorkletProcessor {
 class Playback extends AudioWorkletProcessor {
   static PAGE_S = 0.08; // what comes at once
   static START_S = 0.09;
-  static LEAST_S = 0.06;
+  static LEAST_S = 0.09; // smaller ones are tried out at the price of an underrun every few minutes
   static MOST_S = 0.4;
   static GROW_S = 0.04;
   static SHRINK_S = 0.005;
-  static WINDOW_S = 10;
+  static WINDOW_S = 30;
   static MARGIN_S = 0.04;
   static LIMIT_S = 0.25;
   static LOW_PIECES = 2;
