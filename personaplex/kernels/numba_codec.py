@@ -1,4 +1,5 @@
-"""The codec's convolutions and quantizer, a step at a time on a CPU in float32, compiled by Numba.
+"""The codec's convolutions and quantizer on a CPU in float32, compiled by Numba: steps of all slots, and blocks
+of one.
 
 A call costs a few microseconds, where torch takes a hundred for the copies and calls of one small layer. As
 in `numba_cpu`, every slot of a batch runs through the same instructions, so results are bit-identical
@@ -35,7 +36,7 @@ def conv(
     """
     by_output, by_input = weight
     slots, inputs, length = x.shape
-    out = torch.empty(slots, len(bias), length // stride)
+    out = x.new_empty(slots, len(bias), length // stride)
     kept = x.new_empty(slots, inputs, 0) if state is None else state
     many = out.shape[2] >= _MANY_COLUMNS
     run, matrix = (_conv_columns, by_output) if many else (_conv_channels, by_input)
@@ -52,7 +53,7 @@ def conv_transposed(
     """
     by_output, by_input = weight
     slots, _, columns = x.shape
-    out = torch.empty(slots, len(bias), columns * state.shape[2])
+    out = x.new_empty(slots, len(bias), columns * state.shape[2])
     many = columns >= _MANY_COLUMNS
     run, matrix = (_transposed_columns, by_output) if many else (_transposed_channels, by_input)
     run(x.contiguous().numpy(), state.numpy(), matrix, bias, active.numpy(), elu, out.numpy())
