@@ -1,5 +1,5 @@
-"""The codec's convolutions and quantizer on a CPU in float32, compiled by Numba: steps of all slots, and blocks
-of one.
+"""The codec's convolutions and quantizer on a CPU in float32, compiled by Numba: steps of all slots, and
+blocks of one.
 
 A call costs a few microseconds, where torch takes a hundred for the copies and calls of one small layer. As
 in `numba_cpu`, every slot of a batch runs through the same instructions, so results are bit-identical
