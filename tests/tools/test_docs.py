@@ -247,7 +247,8 @@ def test_figures_are_those_of_the_results() -> None:
     stolen = f"the least CPU steal, {full['stolen_share']:.1%}".replace("%", " %")
     assert stolen in " ".join(README.split())
     assert engine["prompt"]["frames"] == 197
-    assert round(1 / engine["tiny"]["real_time_factor"]) == 9, "a ninth of a core"
+    assert round(1 / engine["tiny"]["real_time_factor"]) == 15, "a fifteenth of a core"
+    assert README.count("a fifteenth of a core") == 2
     for start, values in found.items():
         (figure,) = (figure for what, figure in table.items() if what.startswith(start))
         shown = re.findall(r"\d+(?:\.\d+)?", figure)
