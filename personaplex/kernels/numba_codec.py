@@ -93,14 +93,20 @@ def _elu(x, out):
 
 
 @kernel()
+def _take(x, elu, out):
+    """x, out [columns]: what comes in, behind an ELU if there is one."""
+    if elu:
+        _elu(x, out)
+    else:
+        out[:] = x
+
+
+@kernel()
 def _line(x, state, elu, line):
     """x [T] behind what was kept, state [kept], as line [kept + T]; and keeps the last columns of that."""
     kept = len(state)
     line[:kept] = state
-    if elu:
-        _elu(x, line[kept:])
-    else:
-        line[kept:] = x
+    _take(x, elu, line[kept:])
     state[:] = line[len(line) - kept :]
 
 
@@ -192,10 +198,7 @@ def _transposed_columns(x, state, weight, bias, active, elu, out):
             out[n] = 0
             continue
         for i in range(inputs):
-            if elu:
-                _elu(x[n, i], lines[i])
-            else:
-                lines[i] = x[n, i]
+            _take(x[n, i], elu, lines[i])
         for o in range(outputs):
             sums[:] = 0
             for j in range(2 * stride):
@@ -220,10 +223,7 @@ def _transposed_channels(x, state, weight, bias, active, elu, out):
             out[n] = 0
             continue
         for i in range(inputs):
-            if elu:
-                _elu(x[n, i], lines[i])
-            else:
-                lines[i] = x[n, i]
+            _take(x[n, i], elu, lines[i])
         for t in range(columns):
             for i in range(inputs):
                 factors[i] = lines[i, t]

@@ -3,7 +3,7 @@
 Triton runs on CUDA at fixed shapes, without a host sync. Numba runs single steps on a CPU in float32; its
 results are bit-identical whatever the batch size. torch runs everything else: sequences, bfloat16 on a CPU,
 and whatever a machine without Triton or Numba is asked for. A missing backend costs speed and changes results
-by rounding only. Callers never ask which backend there is.
+by rounding only. Callers never ask which backend there is. What only the codec does is in `codec_ops`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,19 @@ from torch import Tensor
 
 from personaplex.kernels import kvring
 from personaplex.kernels import torch_reference as reference
-from personaplex.kernels.constants import LARGE_MATRIX, LAYER_NORM_EPS, RMS_EPS
+from personaplex.kernels.constants import LARGE_MATRIX, RMS_EPS
 from personaplex.kernels.int8 import Int8Matrix
 from personaplex.kernels.kvring import KVRing, Rope, Window
 
 try:  # compiles its kernels, or loads them from disk, now and not in the first frame
-    from personaplex.kernels import numba_codec, numba_cpu
+    from personaplex.kernels import numba_cpu
 except ImportError:  # not installed, or refused beside a NumPy it does not know
-    numba_codec = numba_cpu = None  # type: ignore[assignment]
+    numba_cpu = None  # type: ignore[assignment]
 
 Matrix = Tensor | Int8Matrix  # [out, in]
 Array = NDArray[np.float32]
 
 _FEW_ROWS = 128  # up to which int8 weights are read faster by the kernel than dequantized for cuBLAS
-_FEW_COLUMNS = 16  # of a convolution's output; see `conv1d`
-_LARGE_STEP, _LARGE_BLOCK = 1 << 20, 1 << 23  # products of a convolution; see `_is_small`
 
 
 @functools.cache
@@ -101,169 +99,6 @@ def _int8_matmul(x: Tensor, weight: Int8Matrix, residual: Tensor | None = None) 
 def _fetched(weight: Tensor, x: Tensor) -> Tensor:
     """The weight on x's device: an offloaded one is copied there for this matmul only."""
     return weight if weight.device == x.device else weight.to(x.device, non_blocking=True)
-
-
-def conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """x [N, in, T], weight [out, in, K] -> [N, out, (T - K) / stride + 1].
-
-    On a GPU a convolution with few output columns is a matmul with a large matrix (33 MB for the widest):
-    convolution libraries split the work by outputs and would leave most of the chip idle, matmul libraries
-    also split the sum.
-    """
-    columns = (x.shape[-1] - weight.shape[-1]) // stride + 1
-    if not uses_triton(x) or columns > _FEW_COLUMNS:
-        return F.conv1d(x, weight, bias, stride)
-    windows = x.unfold(-1, weight.shape[-1], stride).transpose(1, 2).flatten(2)  # [N, T', in K]
-    return F.linear(windows, weight.flatten(1), bias).transpose(1, 2)
-
-
-@dataclass(eq=False)
-class ConvWeights:
-    """A streaming convolution: kernel K >= stride, so that K - stride columns are kept between calls."""
-
-    weight: Tensor  # [out, in, K]
-    bias: Tensor | None  # [out]
-    stride: int
-
-    @functools.cached_property
-    def arrays(self) -> tuple[tuple[Array, Array], Array]:
-        """The weights for the Numba kernel: as [out, in K] and [in K, out], and the bias."""
-        weight = self.weight.detach().flatten(1)
-        bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias.detach()
-        return (weight.numpy(), weight.t().contiguous().numpy()), bias.numpy()
-
-
-@dataclass(eq=False)
-class TransposedWeights:
-    """A streaming transposed convolution of kernel 2 x stride."""
-
-    matrix: Tensor  # [out * 2 * stride, in]
-    bias: Tensor  # [out]
-    stride: int
-
-    @functools.cached_property
-    def arrays(self) -> tuple[tuple[Array, Array], Array]:
-        """The weights for the Numba kernel: as [out 2 stride, in] and [in, out 2 stride], and the bias."""
-        weight = self.matrix.detach()
-        both = weight.contiguous().numpy(), weight.t().contiguous().numpy()
-        return both, self.bias.detach().numpy()
-
-
-def stream_conv(
-    x: Tensor, state: Tensor | None, weights: ConvWeights, active: Tensor | None, elu: bool = False
-) -> Tensor:
-    """Causal convolution of the next columns: x [N, in, T] -> [N, out, T / stride], T a multiple of stride.
-
-    state [N, in, K - stride], the columns before x, is read and updated; None for K = stride. `elu` applies
-    an ELU to x, before it is kept as well. active [N] bool: only these slots' states change, and only their
-    rows of the result are defined; None for a block of one slot. On a CPU no slot depends on another.
-    """
-    if (
-        not uses_triton(x)
-        and uses_numba(x)
-        and _is_small(weights.weight, x.shape[-1] // weights.stride, active)
-    ):
-        return numba_codec.conv(x, state, *weights.arrays, weights.stride, _everyone(x, active), elu)
-    if active is None or uses_triton(x):
-        return _stream_conv(x, state, weights, active, elu)
-    out = x.new_zeros(len(x), len(weights.weight), x.shape[-1] // weights.stride)
-    for row in _rows(active):
-        out[row] = _stream_conv(x[row], None if state is None else state[row], weights, None, elu)
-    return out
-
-
-def _stream_conv(
-    x: Tensor, state: Tensor | None, weights: ConvWeights, active: Tensor | None, elu: bool
-) -> Tensor:
-    if elu:
-        x = F.elu(x)
-    if state is not None:
-        x = torch.cat([state, x], dim=-1)
-        commit(state, x[..., -state.shape[-1] :], active)
-    return conv1d(x, weights.weight, weights.bias, weights.stride)
-
-
-def _is_small(weight: Tensor, columns: int, active: Tensor | None) -> bool:
-    """Whether Numba is faster than torch."""
-    return weight.numel() * columns < (_LARGE_BLOCK if active is None else _LARGE_STEP)
-
-
-def _everyone(x: Tensor, active: Tensor | None) -> Tensor:
-    return torch.ones(len(x), dtype=torch.bool) if active is None else active
-
-
-def stream_conv_transposed(
-    x: Tensor, state: Tensor, weights: TransposedWeights, active: Tensor | None, elu: bool = False
-) -> Tensor:
-    """Causal transposed convolution: x [N, in, T] -> [N, out, T * stride]; see `stream_conv`.
-
-    state [N, out, stride] is the right half of the last column's output, without bias.
-    """
-    if not uses_triton(x) and uses_numba(x) and _is_small(weights.matrix, x.shape[-1], active):
-        return numba_codec.conv_transposed(x, state, *weights.arrays, _everyone(x, active), elu)
-    if active is None or uses_triton(x):
-        return _stream_conv_transposed(x, state, weights, active, elu)
-    out = x.new_zeros(len(x), len(weights.bias), x.shape[-1] * weights.stride)
-    for row in _rows(active):
-        out[row] = _stream_conv_transposed(x[row], state[row], weights, None, elu)
-    return out
-
-
-def _stream_conv_transposed(
-    x: Tensor, state: Tensor, weights: TransposedWeights, active: Tensor | None, elu: bool
-) -> Tensor:
-    """With K = 2 S it is one matmul whose halves overlap by one step."""
-    if elu:
-        x = F.elu(x)
-    n, _, steps = x.shape
-    outputs, stride = len(weights.bias), weights.stride
-    halves = linear(x.transpose(1, 2), weights.matrix).view(n, steps, outputs, 2, stride)
-    now, later = halves.permute(3, 0, 2, 1, 4)  # each [N, out, T, stride]
-    carried = torch.cat([state[:, :, None], later[:, :, :-1]], dim=2)
-    commit(state, later[:, :, -1], active)
-    return (now + carried).reshape(n, outputs, steps * stride) + weights.bias[:, None]
-
-
-@dataclass(eq=False)
-class Codebooks:
-    """The levels of a residual quantizer."""
-
-    vectors: Tensor  # [levels, bins, dim]
-    half_norms: Tensor  # [levels, bins], |v|^2 / 2
-
-    @functools.cached_property
-    def arrays(self) -> tuple[tuple[Array, Array], Array]:
-        """For the Numba kernel: vectors as [levels, bins, dim] and [levels, dim, bins], and half_norms."""
-        vectors = self.vectors.detach()
-        both = vectors.contiguous().numpy(), vectors.transpose(1, 2).contiguous().numpy()
-        return both, self.half_norms.detach().numpy()
-
-
-def nearest(residual: Tensor, codebooks: Codebooks) -> Tensor:
-    """residual [N, dim] -> codes [N, levels] int64: level by level the nearest vector, which is then taken
-    off; of equal distances the lowest code.
-    """
-    if not uses_triton(residual) and uses_numba(residual):
-        return numba_codec.nearest(residual, *codebooks.arrays)
-    codes = []
-    for vectors, half_norms in zip(codebooks.vectors, codebooks.half_norms, strict=True):
-        code = (half_norms - linear(residual, vectors)).argmin(-1)
-        residual = residual - F.embedding(code, vectors)
-        codes.append(code)
-    return torch.stack(codes, dim=-1)
-
-
-def commit(target: Tensor, new: Tensor, active: Tensor | None) -> None:
-    """target = new for the active slots; active [N] bool, None for all."""
-    if active is None:
-        target.copy_(new)
-    else:
-        torch.where(active.view(-1, *[1] * (new.dim() - 1)), new, target, out=target)
-
-
-def _rows(active: Tensor) -> list[slice]:
-    """The active slots, one by one."""
-    return [slice(row, row + 1) for row in active.nonzero()[:, 0].tolist()]
 
 
 def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
@@ -446,65 +281,3 @@ def finish_layer(x: Tensor, heads: Tensor, weights: LayerWeights) -> Tensor:
     x = linear_add(x, heads.transpose(1, 2).reshape(x.shape), weights.out_proj)
     inner = silu_multiply(linear(rms_norm(x, weights.norm2), weights.linear_in))
     return linear_add(x, inner, weights.linear_out)
-
-
-@dataclass(eq=False)
-class CodecLayerWeights:
-    """x + scale1 * attention(norm1 x), then x + scale2 * linear2(gelu(linear1(norm2 x)))."""
-
-    norm1: tuple[Tensor, Tensor]  # gain and bias [dim] of a LayerNorm
-    in_proj: Tensor  # [3 dim, dim]
-    out_proj: Tensor  # [dim, dim]
-    scale1: Tensor  # [dim]
-    norm2: tuple[Tensor, Tensor]
-    linear1: Tensor  # [hidden, dim]
-    linear2: Tensor  # [dim, hidden]
-    scale2: Tensor  # [dim]
-
-    @functools.cached_property
-    def arrays(self) -> tuple[Array, ...]:
-        """The weights for the fused Numba kernel."""
-        first = (*self.norm1, self.in_proj, self.out_proj, self.scale1)
-        parts = (*first, *self.norm2, self.linear1, self.linear2, self.scale2)
-        return tuple(part.detach().contiguous().numpy() for part in parts)
-
-
-def step_codec_layer(
-    x: Tensor, weights: CodecLayerWeights, ring: KVRing, layer: int, rope: Rope, active: Tensor
-) -> Tensor:
-    """The two positions of a frame through a layer of the codec: x [N, 2, dim] -> the same.
-
-    The offsets of `ring` stay; rows of inactive slots are undefined. On a CPU no slot depends on another.
-    """
-    if uses_triton(x):
-        return _step_codec_layer(x, weights, ring, layer, rope, active)
-    if uses_numba(x):
-        out = x.clone(memory_format=torch.contiguous_format)
-        cos, sin = (part.flatten(2).numpy() for part in rope)
-        contents = ring.k.numpy(), ring.v.numpy(), layer, ring.offset.numpy()
-        numba_cpu.codec_layer(out.numpy(), weights.arrays, *contents, active.numpy(), cos, sin)
-        return out
-    out = torch.zeros_like(x)
-    for row in _rows(active):
-        angles = rope[0][row], rope[1][row]
-        out[row] = _step_codec_layer(
-            x[row], weights, ring.rows(row.start, row.stop), layer, angles, active[row]
-        )
-    return out
-
-
-def _step_codec_layer(
-    x: Tensor, weights: CodecLayerWeights, ring: KVRing, layer: int, rope: Rope, active: Tensor
-) -> Tensor:
-    heads, head_dim = ring.k.shape[2], ring.k.shape[4]
-    normed = F.layer_norm(x, x.shape[-1:], *weights.norm1, LAYER_NORM_EPS)
-    qkv = linear(normed, weights.in_proj).unflatten(-1, (3, heads, head_dim))
-    read = attend(ring, layer, qkv, rope, window(ring, x.shape[1], active))
-    return finish_codec_layer(x, read, weights)
-
-
-def finish_codec_layer(x: Tensor, heads: Tensor, weights: CodecLayerWeights) -> Tensor:
-    """A layer after its attention: x [N, T, dim], heads [N, H, T, head_dim] -> as x."""
-    x = torch.addcmul(x, weights.scale1, linear(heads.transpose(1, 2).flatten(2), weights.out_proj))
-    inner = F.gelu(linear(F.layer_norm(x, x.shape[-1:], *weights.norm2, LAYER_NORM_EPS), weights.linear1))
-    return torch.addcmul(x, weights.scale2, linear(inner, weights.linear2))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from personaplex.kernels import ops
+from personaplex.kernels import codec_ops
 
 
 class _Conv(nn.Module):
@@ -43,11 +43,11 @@ class Conv(nn.Module):
 
     def prepare(self) -> None:
         inner = self.conv.conv
-        self.weights = ops.ConvWeights(inner.weight, inner.bias, self.stride)
+        self.weights = codec_ops.ConvWeights(inner.weight, inner.bias, self.stride)
 
     def forward(self, x: Tensor, state: Tensor | None, active: Tensor | None, elu: bool = False) -> Tensor:
-        """x [N, in, T] -> [N, out, T / stride]; see `ops.stream_conv`."""
-        return ops.stream_conv(x, state, self.weights, active, elu)
+        """x [N, in, T] -> [N, out, T / stride]; see `codec_ops.stream_conv`."""
+        return codec_ops.stream_conv(x, state, self.weights, active, elu)
 
 
 class ConvTranspose(nn.Module):
@@ -66,12 +66,12 @@ class ConvTranspose(nn.Module):
         self.register_buffer("matrix", weight.reshape(weight.shape[0], -1).t(), persistent=False)
         assert inner.bias is not None
         self.bias = nn.Parameter(inner.bias.detach(), requires_grad=False)
-        self.weights = ops.TransposedWeights(self.matrix, self.bias, self.stride)
+        self.weights = codec_ops.TransposedWeights(self.matrix, self.bias, self.stride)
         del self.convtr
 
     def forward(self, x: Tensor, state: Tensor, active: Tensor | None, elu: bool = False) -> Tensor:
-        """x [N, in, T] -> [N, out, T * stride]; see `ops.stream_conv_transposed`."""
-        return ops.stream_conv_transposed(x, state, self.weights, active, elu)
+        """x [N, in, T] -> [N, out, T * stride]; see `codec_ops.stream_conv_transposed`."""
+        return codec_ops.stream_conv_transposed(x, state, self.weights, active, elu)
 
 
 class Downsample(nn.Module):
@@ -86,7 +86,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor, first: Tensor, active: Tensor | None) -> Tensor:
         """x [N, dim, 2 T] -> [N, dim, T]; state [N, dim, 2]; first [N] bool: its stream starts here."""
-        ops.commit(state, x[..., :1].expand_as(state), first if active is None else first & active)
+        codec_ops.commit(state, x[..., :1].expand_as(state), first if active is None else first & active)
         return self.conv(x, state, active)
 
 
@@ -103,5 +103,5 @@ class Upsample(nn.Module):
         weight = self.convtr.convtr.convtr.weight[:, 0, None]  # [dim, 1, 4]
         before = torch.cat([state, x[..., :-1]], -1) if x.shape[-1] > 1 else state
         out = weight[..., :2] * x[..., None] + weight[..., 2:] * before[..., None]
-        ops.commit(state, x[..., -1:], active)
+        codec_ops.commit(state, x[..., -1:], active)
         return out.flatten(2)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from personaplex.config import MimiConfig, TransformerConfig
-from personaplex.kernels import ops
+from personaplex.kernels import codec_ops
 from personaplex.kernels.constants import LAYER_NORM_EPS
 from personaplex.kernels.kvring import Rope
 from personaplex.model import ring as rings
@@ -87,7 +87,7 @@ class MimiLayer(nn.Module):
         inputs, outputs = self.self_attn.inputs[0], self.self_attn.outputs[0]
         assert isinstance(inputs, Tensor)  # the codec is not quantized
         assert isinstance(outputs, Tensor)
-        self.weights = ops.CodecLayerWeights(
+        self.weights = codec_ops.CodecLayerWeights(
             norm1=(self.norm1.weight, self.norm1.bias),
             in_proj=inputs,
             out_proj=outputs,
@@ -99,11 +99,11 @@ class MimiLayer(nn.Module):
         )
 
     def forward(self, x: Tensor, angles: Rope, ring: Ring, layer: int, active: Tensor) -> Tensor:
-        return ops.step_codec_layer(x, self.weights, ring, layer, angles, active)
+        return codec_ops.step_codec_layer(x, self.weights, ring, layer, angles, active)
 
     def prefill(self, x: Tensor, angles: Rope, ring: Ring, layer: int, run: rings.Chunk) -> Tensor:
         q, k, v = self.self_attn.project_heads(self.norm1(x), angles)
-        return ops.finish_codec_layer(x, rings.attend_chunk(ring, layer, run, q, k, v), self.weights)
+        return codec_ops.finish_codec_layer(x, rings.attend_chunk(ring, layer, run, q, k, v), self.weights)
 
 
 class _Layers(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from personaplex.config import CODEBOOKS, MimiConfig
-from personaplex.kernels import ops
+from personaplex.kernels import codec_ops, ops
 from personaplex.model.layers import Stack
 
 USAGE_FLOOR = 1e-5
@@ -63,14 +63,14 @@ class Quantizer(nn.Module):
         self.register_buffer(
             "half_norms", self.vectors.double().square().sum(-1).float() / 2, persistent=False
         )
-        self.codebooks = ops.Codebooks(self.vectors, self.half_norms)
+        self.codebooks = codec_ops.Codebooks(self.vectors, self.half_norms)
         self.matrix_in = self.input_proj.weight.detach()[:, :, 0].contiguous()
         self.matrix_out = self.output_proj.weight.detach()[:, :, 0].contiguous()
         del self.vq, self.input_proj, self.output_proj
 
     def encode(self, latent: Tensor) -> Tensor:
         """latent [N, dim] -> codes [N, used]; nearest vector, lowest index on a tie."""
-        return ops.nearest(ops.linear(latent, self.matrix_in), self.codebooks)
+        return codec_ops.nearest(ops.linear(latent, self.matrix_in), self.codebooks)
 
     def decode(self, codes: Tensor) -> Tensor:
         """codes [N, levels] -> [N, dim]; as many levels as there are codes."""

@@ -172,14 +172,6 @@ def test_a_step_does_not_wait_for_what_the_user_says() -> None:
     assert before.valid.all()
 
 
-@pytest.fixture(params=["numba", "torch"])
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Steps by Numba's kernels, or by torch, as where there is no Numba."""
-    if request.param == "torch":
-        monkeypatch.setattr(ops, "uses_numba", lambda _: False)
-    return bool(request.param == "numba")
-
-
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("name", ["voicewav", "batch"])
 def test_eight_depth_steps_are_enough_when_the_user_is_heard(name: str) -> None:

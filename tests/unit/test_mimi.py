@@ -12,7 +12,7 @@ from golden import CONFIG, CPU, GOLDEN, arrays, build_mimi, difference
 from safetensors.torch import load_file
 
 from personaplex.config import CODEBOOKS, FRAME_SIZE, PRESET_7B
-from personaplex.kernels import ops
+from personaplex.kernels import codec_ops, ops
 from personaplex.model import mimi as codec
 from personaplex.model.mimi import Mimi
 from personaplex.model.rvq import SplitQuantizer
@@ -20,14 +20,6 @@ from personaplex.model.rvq import SplitQuantizer
 TRANSFORMED = 3e-5  # limit after a transformer
 CONVOLVED = 2e-5  # limit after convolutions alone
 PCM = 1e-5
-
-
-@pytest.fixture(params=["numba", "torch"])
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Steps by Numba's kernels, or by torch, slot by slot, as where there is no Numba."""
-    if request.param == "torch":
-        monkeypatch.setattr(ops, "uses_numba", lambda _: False)
-    return bool(request.param == "numba")
 
 
 def stream(mimi: Mimi, wav: torch.Tensor, dec_codes: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -236,6 +228,6 @@ def test_convolutions_as_a_device_does_them(
     offset = torch.randn(7, generator=random) if bias else None
     expected = torch.nn.functional.conv1d(x, weight, offset, stride)
     monkeypatch.setattr(ops, "uses_triton", lambda _: True)
-    ours = ops.conv1d(x, weight, offset, stride)
+    ours = codec_ops.conv1d(x, weight, offset, stride)
     assert ours.shape == expected.shape == (3, 7, columns)
     assert (ours - expected).abs().max() < 1e-5
