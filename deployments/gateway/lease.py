@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import RayServeException, RequestCancelledError
 
 from deployments.wire.messages import Grant
 from personaplex.errors import PersonaplexError, SessionLost
@@ -33,14 +33,22 @@ class Lease:
     def __init__(self, grant: Grant, response: Any) -> None:
         self.grant = grant
         self._response = response
+        self._released = False
         self._end = asyncio.ensure_future(self._watch())
 
     def on_end(self, call: Callable[[bool], None]) -> None:
-        """Calls `call` once the slot is held no more; with True where the replica said so, False where it was
-        given back unused or the replica is lost."""
+        """Calls `call` once the slot is held no more; with True where its session is over, False where the
+        slot was given back unused or the replica is lost.
+
+        A session is over when the replica says so, or when Serve ends the call together with the request that
+        it belongs to, which is what happens when a WebSocket closes.
+        """
 
         def done(end: asyncio.Future[bool]) -> None:
-            call(not end.cancelled() and end.exception() is None and end.result())
+            if end.cancelled():
+                call(not self._released)
+            else:
+                call(end.exception() is None and end.result())
 
         self._end.add_done_callback(done)
 
@@ -52,6 +60,7 @@ class Lease:
     def release(self) -> None:
         """Gives the slot back whatever its state. Idempotent."""
         if not self._end.done():
+            self._released = True
             cancel(self._response)
             self._end.cancel()
 
@@ -61,6 +70,8 @@ class Lease:
             while True:
                 await self._response.__anext__()
         except StopAsyncIteration:
+            return True
+        except RequestCancelledError:  # another of Serve's ways to end it with its request
             return True
         except (RayError, RayServeException):
             return False

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 from ray.exceptions import ActorDiedError
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from deployments.gateway.lease import Lease
 from deployments.gateway.leases import GRACE_S, Leases
@@ -360,22 +360,37 @@ def test_a_slot_that_comes_while_its_client_leaves_is_given_back(turns: int) -> 
     _run(test)
 
 
-def test_slots_are_held_until_they_end_and_those_that_ended_well_are_measured() -> None:
+@pytest.mark.parametrize(
+    ("end", "over"),
+    [
+        (StopAsyncIteration(), True),  # the replica says that the slot is free
+        (asyncio.CancelledError(), True),  # Serve ends the call together with the WebSocket's request
+        (RequestCancelledError(), True),
+        (ActorDiedError(), False),
+        (BackPressureError(1, 1), False),
+        (None, False),  # given back
+    ],
+)
+def test_slots_are_held_until_they_end_and_those_whose_session_is_over_are_measured(
+    end: BaseException | None, over: bool
+) -> None:
     async def test() -> None:
-        calls, freed = [Call(GRANT) for _ in range(3)], list[float]()
-        leases = Leases(cast(Any, Replicas(*calls)), queue_limit=4, queue_timeout_s=2.0, freed=freed.append)
-        used, lost, unused = [await _acquire(leases, lambda _: None) for _ in calls]
-        assert [(one.session, one.replica) for one in leases.held()] == [(REQUEST.session, GRANT.replica)] * 3
+        call, freed = Call(GRANT), list[float]()
+        leases = Leases(cast(Any, Replicas(call)), queue_limit=4, queue_timeout_s=2.0, freed=freed.append)
+        lease = await _acquire(leases, lambda _: None)
+        assert [(one.session, one.replica) for one in leases.held()] == [(REQUEST.session, GRANT.replica)]
         await asyncio.sleep(0.05)
-        calls[0].put(StopAsyncIteration())
-        calls[1].put(ActorDiedError())
-        await used.wait_freed(1.0)
-        await lost.wait_freed(1.0)
-        unused.release()
+        if end is None:
+            lease.release()
+        else:
+            call.put(end)
+        assert await lease.wait_freed(1.0)
+        lease.release()  # as every session does behind it: without effect by then
         await asyncio.sleep(0.01)
         assert not leases.held()
-        (seconds,) = freed
-        assert 0.05 <= seconds < 1.0
+        assert call.cancelled == (end is None)
+        assert len(freed) == over
+        assert all(0.05 <= seconds < 1.0 for seconds in freed)
 
     _run(test)
 
