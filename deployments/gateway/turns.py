@@ -1,8 +1,8 @@
 """Whose turn it is among the sessions that wait for a slot: a pure table; arrival times are passed in.
 
 1. A higher priority before a lower one.
-2. Within a priority holders take turns: the one that got a slot longest ago, or none yet, is next. So a
-   holder with a hundred callers delays another's by one slot's turn.
+2. Within a priority who has waited longest is next. A holder's callers wait one after the other: the second
+   since the first one got its slot. So a holder with a hundred callers delays another's by one slot's turn.
 3. Of one holder, who came first.
 
 A queue's places are shared by the same thought: a holder may have at most as many callers waiting as there
@@ -52,13 +52,18 @@ class Turns:
         self.ask: Callable[[], Awaitable[None]] | None = None  # the fleet, which ends in `heard`
 
     def order(self, waiting: Iterable[QueuedRequest]) -> list[QueuedRequest]:
-        """In the order in which they will get their slots, if nobody else comes."""
+        """In the order in which they will get their slots, if nobody else comes: those first that are on
+        their way to one."""
         groups: dict[str, deque[QueuedRequest]] = {}
+        found: list[QueuedRequest] = []
         for one in sorted(waiting, key=lambda one: (-one.priority, one.arrived)):
-            groups.setdefault(one.holder, deque()).append(one)
+            if one.session in self._flying:
+                found.append(one)
+            else:
+                groups.setdefault(one.holder, deque()).append(one)
         heap = [(self._rank(group[0]), holder) for holder, group in groups.items()]
         heapq.heapify(heap)
-        found, turn = [], self._clock()
+        turn = self._clock()
         while heap:
             _, holder = heapq.heappop(heap)
             group, turn = groups[holder], turn + 1.0
@@ -69,8 +74,8 @@ class Turns:
 
     def places(self, queued: Sequence[QueuedRequest]) -> tuple[dict[str, int], int]:
         """The place of each session `queued` here among the callers of all gateways, 1 being next, and the
-        last place. Of a holder's callers elsewhere only the first one's arrival is known: the others are
-        taken to have come evenly since then."""
+        last place; none for one that is on its way to a slot. Of a holder's callers elsewhere only the first
+        one's arrival is known: the others are taken to have come evenly since then."""
         now = self._clock()
         age = now - self._heard
         others = [
@@ -80,7 +85,7 @@ class Turns:
             for holder, one in (self._elsewhere.waiting.items() if age <= STALE_S else ())
             for n in range(one.count)
         ]
-        order = self.order([*queued, *others])
+        order = self.order([*self._still(queued), *others])
         places = {one.session: place for place, one in enumerate(order, start=1) if one.session}
         return places, len(order)
 
@@ -122,15 +127,15 @@ class Turns:
         age = self._clock() - self._heard
         if age > STALE_S or not self._elsewhere.waiting or not waiting:
             return False
-        mine = min(map(self._rank, waiting))
+        mine, now = min(map(self._rank, waiting)), self._clock()
         return any(
-            (-one.priority, self._last(holder), self._clock() - one.longest_s - age) < mine
+            self._turn(holder, one.priority, now - one.longest_s - age) < mine
             for holder, one in self._elsewhere.waiting.items()
         )
 
     def waiting(self, queued: Iterable[QueuedRequest]) -> dict[str, Waiting]:
-        """For the fleet: the callers in this gateway's queue."""
-        now, queued = self._clock(), list(queued)
+        """For the fleet: the callers in this gateway's queue that are not on their way to a slot."""
+        now, queued = self._clock(), self._still(queued)
         counts = Counter(one.holder for one in queued)
         return {
             holder: Waiting(
@@ -149,8 +154,15 @@ class Turns:
         flying = dict.fromkeys(self._flying.values(), 0.0)
         return {holder: now - at for holder, at in self._served.items()} | flying
 
+    def _still(self, queued: Iterable[QueuedRequest]) -> list[QueuedRequest]:
+        return [one for one in queued if one.session not in self._flying]
+
     def _rank(self, request: QueuedRequest) -> tuple[float, float, float]:
-        return -request.priority, self._last(request.holder), request.arrived
+        return self._turn(request.holder, request.priority, request.arrived)
+
+    def _turn(self, holder: str, priority: int, arrived: float) -> tuple[float, float, float]:
+        """What callers are ordered by."""
+        return -priority, max(self._last(holder), arrived), arrived
 
     def _last(self, holder: str) -> float:
         """When a holder last got a slot, here or elsewhere."""

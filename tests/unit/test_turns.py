@@ -99,6 +99,34 @@ def test_keys_take_turns_and_each_keys_callers_are_in_their_order() -> None:
     assert [serve(turns, clock, waiting).session for _ in range(9)] == expected
 
 
+def test_who_waits_longest_goes_first_whoever_had_a_slot_when() -> None:
+    """A holder whose last slot was long ago does not pass another that has waited longer for this one."""
+    clock = Clock()
+    turns = Turns(clock)
+    old, new = caller("old", "o", clock.now), caller("new", "n", clock.now)
+    turns.granted(old)
+    clock.now += 2.0
+    turns.granted(new)
+    waiting = [caller("new again", "n", clock.now + 1.0), caller("old again", "o", clock.now + 5.0)]
+    waiting += [caller("nobody knows", "x", clock.now + 6.0)]
+    clock.now += 8.0
+    expected = [one.session for one in turns.order(waiting)]
+    assert expected == ["new again", "old again", "nobody knows"]
+    assert [serve(turns, clock, waiting).session for _ in range(3)] == expected
+
+
+def test_who_is_on_the_way_to_a_slot_stands_in_nobodys_way() -> None:
+    clock = Clock()
+    turns = Turns(clock)
+    waiting = [caller(name, name, clock.now + n) for n, name in enumerate("abc")]
+    turns.sent(waiting[0])
+    assert [one.session for one in turns.order(waiting)] == ["a", "b", "c"], "not behind those that wait"
+    assert turns.places(waiting) == ({"b": 1, "c": 2}, 2)
+    assert set(turns.waiting(waiting)) == {"b", "c"}
+    assert turns.pick(waiting).session == "a", "it was refused"
+    assert turns.places(waiting) == ({"a": 1, "b": 2, "c": 3}, 3)
+
+
 def test_a_higher_priority_goes_first() -> None:
     turns = Turns(Clock())
     waiting = [caller("low", "l", 0.0, 1), caller("high", "h", 9.0, 9), caller("mid", "m", 5.0)]
