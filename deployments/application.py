@@ -19,7 +19,7 @@ from ray.serve.deployment import Application
 
 from deployments import ingress
 from deployments.fleet import Fleet
-from deployments.gateway.app import Gateway
+from deployments.gateway.app import ServedGateway
 from deployments.parts import GatewaySettings, ReplicaSettings, TranscriberSettings
 from deployments.policy import SessionScaling
 from deployments.replica.replica import Replica
@@ -103,7 +103,7 @@ def _replica(settings: Settings) -> serve.Deployment:
             "num_gpus": replica_gpus(settings),
             "resources": settings.replica_resources,
         },
-        graceful_shutdown_timeout_s=settings.drain_timeout_s,
+        graceful_shutdown_timeout_s=settings.replica_drain_timeout_s,
         logging_config=QUIET_LOGS,
         health_check_period_s=2.0,
         health_check_timeout_s=max(10.0, settings.stall_limit_s),
@@ -130,7 +130,7 @@ def _gateway(settings: Settings) -> serve.Deployment:
         graceful_shutdown_timeout_s=settings.drain_timeout_s,
         logging_config=QUIET_LOGS,
         health_check_period_s=2.0,  # until a dead one is replaced its clients wait to come back
-    )(serve.ingress()(Gateway))
+    )(serve.ingress()(ServedGateway))
 
 
 def _fleet() -> serve.Deployment:

@@ -147,6 +147,14 @@ class Fields(BaseModel):
         description="How long a session is kept whose client or gateway was lost, for the client to come "
         "back to; it holds no slot meanwhile. 0 keeps none.",
     )
+    drain_limit_s: float | None = Field(
+        None,
+        ge=0,
+        description="How long a replica that goes waits for sessions that find no room elsewhere. Then it is "
+        "stopped, and they go on where there is room next, within queue_timeout_s, or end. A gateway that "
+        "goes is stopped queue_timeout_s later: who cannot come back loses the session. Unset is as long "
+        "as sessions last.",
+    )
     burst_s: float = Field(
         BURST_S,
         ge=0.16,

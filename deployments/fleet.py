@@ -71,6 +71,7 @@ class Fleet:
     async def report(self, status: ReplicaStatus) -> bool:
         """Stores a replica's status; returns True when it must close its sessions."""
         self._known[status.replica] = (status, time.monotonic())
+        self._orders.reported()
         return self._closing
 
     async def leave(self, replica: str) -> None:
@@ -111,6 +112,10 @@ class Fleet:
     async def next_orders(self, gateway: GatewayBirth) -> News:
         """An operator's orders for a gateway; none after a few seconds, and then it asks again."""
         return await self._orders.next(gateway)
+
+    async def in_the_way(self, gateway: GatewayBirth) -> bool:
+        """Whether a gateway that begins has the CPU which a replica needs; see `orders.Orders`."""
+        return await self._orders.in_the_way(gateway)
 
     async def answer_order(self, gateway: str, number: int, moved: list[MovedSession]) -> None:
         """What came of a gateway's sessions."""

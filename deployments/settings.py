@@ -29,6 +29,7 @@ from personaplex.persona import voice_name
 
 ENV_PREFIX = "PERSONAPLEX_"
 AUTO = "auto"
+CLOSE_MARGIN_S = 5.0  # for the close of the last session of a drain
 LEAST_PER_ADDRESS = 2  # sessions: a caller, and the one it is about to replace
 
 HAPROXY_SWITCH = "RAY_SERVE_ENABLE_HA_PROXY"  # Serve's own
@@ -148,9 +149,20 @@ class Settings(BaseSettings, Fields):
 
     @property
     def drain_timeout_s(self) -> float:
-        """How long a replica or gateway that is being removed waits for its sessions: the longest session,
-        its wait for a slot and a margin for its close."""
-        return self.session_limit_s + self.queue_timeout_s + 5.0
+        """How long a gateway that is being removed waits for its sessions: the longest session, its wait for
+        a slot and a margin for its close; or until sessions that were at a replica which goes too have found
+        another one, or none."""
+        longest = self.session_limit_s + self.queue_timeout_s + CLOSE_MARGIN_S
+        if self.drain_limit_s is None:
+            return longest
+        return min(longest, self.drain_limit_s + self.queue_timeout_s + CLOSE_MARGIN_S)
+
+    @property
+    def replica_drain_timeout_s(self) -> float:
+        """The same for a replica."""
+        if self.drain_limit_s is None:
+            return self.drain_timeout_s
+        return min(self.drain_timeout_s, self.drain_limit_s)
 
     @property
     def engine_config(self) -> EngineConfig:

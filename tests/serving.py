@@ -265,6 +265,22 @@ async def connect(
             await client._reader
 
 
+async def come_back(service: Service, token: str, heard: int, timeout_s: float = 20.0) -> Any:
+    """As our clients do: tries until it is let in."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        context = connect(service, resume=token, heard=heard)
+        try:
+            return context, await context.__aenter__()
+        except websockets.InvalidStatus as error:
+            if error.response.status_code not in (429, 503) or time.monotonic() > deadline:
+                raise
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        await asyncio.sleep(0.1)
+
+
 def speech(seconds: float, start: float = 0.0) -> NDArray[np.float32]:
     """float32 [samples] of recorded speech at 24 kHz, whole frames; at most about 11 s of it."""
     frames = Transcoder().receive(SPEECH.read_bytes())

@@ -54,7 +54,7 @@ from deployments.gateway.links import ReplicaLinks
 from deployments.gateway.listening import Listening
 from deployments.gateway.observer import Observer
 from deployments.gateway.openai import OpenAIEndpoints
-from deployments.gateway.orders import OrderDesk, birth
+from deployments.gateway.orders import OrderDesk, birth, make_way
 from deployments.gateway.ownvoices import OwnVoices
 from deployments.gateway.records import Records
 from deployments.gateway.resumes import Resumes
@@ -80,7 +80,7 @@ PAGE = Path(__file__).parent / "web"
 
 
 class Gateway:
-    """Made by Serve, one per process, with handles to the replicas and to the fleet."""
+    """One per process, with handles to the replicas and to the fleet."""
 
     def __init__(
         self,
@@ -325,3 +325,17 @@ def warn_of_proxies_without_limits() -> None:
             "Serve's proxies take compressed messages of 16 MiB from anybody: set %s=%s for Ray",
             *(ingress.VARIABLE, ingress.CALLBACK),
         )
+
+
+class ServedGateway(Gateway):
+    """A gateway as Serve makes it: only where there is room for replicas too."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        settings: GatewaySettings,
+        replicas: DeploymentHandle[Any],
+        fleet: DeploymentHandle[Any],
+        transcribers: DeploymentHandle[Any] | None = None,
+    ) -> None:
+        await make_way(fleet)
+        super().__init__(settings, replicas, fleet, transcribers)

@@ -104,8 +104,12 @@ class Handover:
         return MOVED if failover.continued else failover.outcome
 
     def ask_over(self) -> bool:
-        """Asks the client to come back by another gateway; False for one that cannot, or was asked before."""
+        """Asks the client to come back by another gateway; False for one that cannot, or was asked before, or
+        whose session is at no replica now: only this gateway has its log."""
         if self._asked_over or not self.replica or not self._ticket(0):
+            return False
+        assert self.current is not None
+        if self.current.ended:
             return False
         self._asked_over = True
         self._emit(SessionNotice(RECONNECT))

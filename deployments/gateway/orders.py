@@ -1,12 +1,14 @@
 """A gateway's part in an operator's orders to move sessions: it asks the fleet for them and obeys.
 
 With the answers comes whether gateways of another version have taken over, as in a rollout. This one gets no
-new calls then; its clients that can come back are asked over, each once and not all at the same time.
+new calls then; its clients that can come back are asked over, each once and not all at the same time. One
+that has the CPU which a replica needs does not begin.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import Any
@@ -18,7 +20,7 @@ from ray.serve.exceptions import RayServeException
 from deployments.gateway.moves import Moves
 from deployments.gateway.suspects import Suspects
 from deployments.wire.orders import GatewayBirth, MoveOrder, News, OrderResult
-from personaplex.errors import SessionLost
+from personaplex.errors import NoCapacity, SessionLost
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +67,14 @@ class OrderDesk:
             await _answer(self._fleet.answer_order.remote(self._gateway.name, number, moved))
         except (RayError, RayServeException) as error:  # whoever asked is told that we gave no answer
             logger.warning("what came of an order could not be told: %s", type(error).__name__)
+
+
+async def make_way(fleet: Any) -> None:
+    """Raises NoCapacity where a replica needs this gateway's CPU more: Serve tries again behind the
+    replica."""
+    with contextlib.suppress(RayError, RayServeException):  # the fleet is away
+        if await _answer(fleet.in_the_way.remote(birth(""))):
+            raise NoCapacity("no CPU is left for a replica, without which a gateway is of no use")
 
 
 def birth(name: str) -> GatewayBirth:

@@ -7,6 +7,10 @@ outlives the fleet's process: an order that it took with it is given again.
 
 The answer to a question also says whether the gateway is outdated: one of another version has begun later and
 asks too, so that clients which can come back do well to come over to it.
+
+A new gateway asks whether it stands in a replica's way. Where all CPUs are taken, the one that a stopped
+replica left may have gone to it, while the replica's successor waits for the old gateway to end, and the old
+gateway's sessions for that successor.
 """
 
 from __future__ import annotations
@@ -20,6 +24,9 @@ from dataclasses import dataclass, field
 ASK_S = 4.0  # the longest a gateway's question waits for an order
 LAPSE_S = 3 * ASK_S  # without a question: the gateway has died
 SETTLE_S = 3.0  # from a gateway's first question until the proxies know it
+KNOWN_S = 2.0  # from a fleet's begin until all gateways have asked
+ALONE_S = 6.0  # without a report of any replica: there is none
+_WATCH_EVERY_S = 0.1  # whether one reports
 _LOOK_EVERY_S = 0.5  # whether a gateway died that is waited for
 
 MOVED, BUSY, ENDED = "moved", "busy", "ended"  # outcomes beside those of a failover
@@ -101,6 +108,30 @@ class Orders:
         self._inboxes: dict[str, _Inbox] = {}
         self._running: dict[int, _Running] = {}
         self._numbers = itertools.count()
+        self._gave_way: set[str] = set()  # versions
+        self._reports = 0
+
+    def reported(self) -> None:
+        """A replica has, as each does every second."""
+        self._reports += 1
+
+    async def in_the_way(self, birth: GatewayBirth) -> bool:
+        """Whether a gateway had better give its CPU to a replica. True once for a version: perhaps none can
+        start. Waits for a replica's report, at most ALONE_S."""
+        began, reports = self._clock(), self._reports
+        while self._reports == reports and birth.version not in self._gave_way:
+            older = any(
+                other.birth.version != birth.version and other.birth.began < birth.began
+                for other in self._living().values()
+            )
+            waited = self._clock() - began
+            if older and waited >= ALONE_S:
+                self._gave_way.add(birth.version)
+                return True
+            if not older and waited >= KNOWN_S:
+                return False
+            await asyncio.sleep(_WATCH_EVERY_S)
+        return False
 
     async def next(self, birth: GatewayBirth, wait_s: float = ASK_S) -> News:
         """The orders for a gateway that it has not got yet; waits for one, at most `wait_s`."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import requests
-from serving import Client, Service, connect, running, speech, token_log
+from serving import Client, Service, come_back, connect, running, speech, token_log
 from websockets.exceptions import InvalidStatus
 
 from personaplex.config import EngineConfig
@@ -48,22 +48,6 @@ def details(client: Client) -> dict[str, Any]:
 def cut(client: Client) -> None:
     """The network is gone: no close, nothing."""
     client.socket.transport.abort()
-
-
-async def come_back(service: Service, token: str, heard: int, timeout_s: float = 20.0) -> Any:
-    """As our clients do: tries until it is let in."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        context = connect(service, resume=token, heard=heard)
-        try:
-            return context, await context.__aenter__()
-        except InvalidStatus as error:
-            if error.response.status_code not in (429, 503) or time.monotonic() > deadline:
-                raise
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-        await asyncio.sleep(0.1)
 
 
 async def finish(service: Service, first: Client, token: str, start: int) -> tuple[Client, dict[str, Any]]:

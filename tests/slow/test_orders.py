@@ -29,6 +29,8 @@ from deployments.metrics import MOVES
 from deployments.wire import orders
 from deployments.wire.messages import ReplicaStatus
 from deployments.wire.orders import (
+    ALONE_S,
+    KNOWN_S,
     LAPSE_S,
     SETTLE_S,
     GatewayBirth,
@@ -350,6 +352,43 @@ def test_a_gateway_is_outdated_once_one_of_another_version_has_settled() -> None
         assert not (await kept.next(new, 0)).outdated
         now[0] += LAPSE_S + 1
         assert not (await kept.next(old, 0)).outdated, "the new one has died"
+
+    asyncio.run(test())
+
+
+def test_a_new_gateway_stands_in_a_replicas_way_once_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    reports: list[float] = []  # when
+
+    async def test() -> None:
+        kept = Orders(lambda: now[0])
+
+        async def sleep(seconds: float) -> None:
+            now[0] += seconds
+            while reports and reports[0] <= now[0]:
+                reports.pop(0)
+                kept.reported()
+
+        monkeypatch.setattr(orders.asyncio, "sleep", sleep)
+
+        async def asked(version: str, began: float) -> tuple[bool, float]:
+            before = now[0]
+            return await kept.in_the_way(GatewayBirth("new", version, began)), now[0] - before
+
+        assert await asked("1", 10.0) == (False, pytest.approx(KNOWN_S, abs=0.2)), "nobody else is there"
+        await kept.next(GatewayBirth("old", "1", 10.0), 0)
+        assert await asked("1", 20.0) == (False, pytest.approx(KNOWN_S, abs=0.2)), "of the same version"
+        reports.append(now[0] + 1.0)
+        assert await asked("2", 30.0) == (False, pytest.approx(1.0, abs=0.2)), "there is a replica"
+        assert await asked("2", 40.0) == (True, pytest.approx(ALONE_S, abs=0.2))
+        assert await asked("2", 50.0) == (False, 0.0), "once"
+        await kept.next(GatewayBirth("old", "1", 10.0), 0)
+        assert await asked("0", 5.0) == (False, pytest.approx(KNOWN_S, abs=0.2)), "it is older itself"
+        assert await asked("3", 60.0) == (True, pytest.approx(ALONE_S, abs=0.2))
+        now[0] += LAPSE_S
+        assert await asked("4", 70.0) == (False, pytest.approx(KNOWN_S, abs=0.2)), "the old one is gone"
 
     asyncio.run(test())
 

@@ -116,6 +116,7 @@ REPLICA: dict[str, Any] = {
 BOTH: dict[str, Any] = {
     "session_limit_s": 7.0,
     "queue_timeout_s": 7.0,  # how long a process that is removed waits
+    "drain_limit_s": 7.0,
     "stall_limit_s": 70.0,
     "burst_s": 7.0,
     "rebuild_audio_s": 7.0,
