@@ -337,5 +337,6 @@ class ServedGateway(Gateway):
         fleet: DeploymentHandle[Any],
         transcribers: DeploymentHandle[Any] | None = None,
     ) -> None:
+        logs.configure(settings.log_level, settings.log_format)
         await make_way(fleet)
         super().__init__(settings, replicas, fleet, transcribers)

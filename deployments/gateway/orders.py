@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from typing import Any
 
@@ -20,7 +21,7 @@ from ray.serve.exceptions import RayServeException
 from deployments.gateway.moves import Moves
 from deployments.gateway.suspects import Suspects
 from deployments.wire.orders import GatewayBirth, MoveOrder, News, OrderResult
-from personaplex.errors import NoCapacity, SessionLost
+from personaplex.errors import SessionLost
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +71,13 @@ class OrderDesk:
 
 
 async def make_way(fleet: Any) -> None:
-    """Raises NoCapacity where a replica needs this gateway's CPU more: Serve tries again behind the
-    replica."""
+    """Ends the process where a replica needs its CPU more; Serve tries again. An error raised would not do:
+    Serve then asks for another gateway's CPU before it frees this one's."""
     with contextlib.suppress(RayError, RayServeException):  # the fleet is away
         if await _answer(fleet.in_the_way.remote(birth(""))):
-            raise NoCapacity("no CPU is left for a replica, without which a gateway is of no use")
+            logger.warning("no CPU is left for a replica: this gateway ends, and begins again behind it")
+            logging.shutdown()
+            os._exit(1)
 
 
 def birth(name: str) -> GatewayBirth:
