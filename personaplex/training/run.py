@@ -65,7 +65,8 @@ class Run:
     def report(self, measured: dict[str, float] | None = None) -> None:
         """Prints the means since the last report and what was measured, and writes the checkpoint."""
         means = {name: float(np.mean(values)) for name, values in self._values.items()}
-        row = {"minutes": self.now, "step": float(self.step), **means, **(measured or {})}
+        row = {"minutes": self.now, "step": self.step, **means, **(measured or {})}
+        row = {name: float(value) for name, value in row.items()}  # a NumPy float cannot be loaded again
         self.history.append(row)
         shown = ", ".join(
             f"{name} {value:.3g}" for name, value in row.items() if name not in ("minutes", "step")

@@ -472,7 +472,7 @@ def test_a_run_that_broke_off_counts_what_was_spent(tmp_path: Path) -> None:
     first.record({"loss": 3.0})
     first.record({"loss": 1.0})
     first.extra["stage"] = 2
-    first.report({"share": 0.5})
+    first.report({"share": np.float64(0.5)})
     again = run.Run(tmp_path / "r.pt", 5.0, {"module": torch.nn.Linear(2, 2)}, stage=0)
     assert (again.step, again.extra["stage"]) == (2, 2)
     assert again.now >= first.history[0]["minutes"] > 0
