@@ -4,7 +4,7 @@ Serve replaces a share of a deployment's replicas at a time. With `max_surge_per
 first, which never ends without room for one more. Without it each is told to stop first, and its replacement
 starts beside it where there is room, else in its place. Either way a replica that stops moves its sessions to
 free slots at others and waits for those that find none; a gateway holds its clients' sockets and waits for
-their sessions' own end.
+their sessions' own end. With the setting `drain_limit_s` neither waits for longer than that.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ import yaml
 from k8s import errors
 
 BATCH = 0.2  # Serve's rolling_update_percentage
+QUEUE_TIMEOUT_S, CLOSE_MARGIN_S = 60.0, 5.0  # the service's, see `Settings.drain_timeout_s`
 _MOST = {"gateway": "gateways_max", "replica": "replicas_max"}  # deployment -> setting
 
 
 @dataclass(frozen=True)
 class Way:
-    """One deployment: the most replicas it has, its surge in percent, the seconds one may take to stop."""
+    """One deployment: the most replicas it has, its surge in percent, the seconds one may take to stop, and
+    whether it is `drain_limit_s` that says so."""
 
     deployment: str
     most: int
     surge: int
     stop_s: float
+    limited: bool = False
 
     @property
     def at_once(self) -> int:
@@ -55,25 +58,24 @@ class Way:
 
     def _sessions(self) -> str:
         wait = f"up to {self.stop_s:.0f} s each, {self.longest_s / 3_600:.1f} h in all"
+        end = "drain_limit_s" if self.limited else "their own end"
         if self.deployment == "gateway":
-            return (
-                "clients that can come back are asked over to the new ones, the others' sessions stay to "
-                f"their own end, {wait}"
-            )
+            stay = "are lost then" if self.limited else "stay to their own end"
+            return f"clients that can come back are asked over to the new ones, the others' sessions {stay}, {wait}"
         if self.most == 1 and not self.surge:
             return (
                 "its sessions move to its replacement where that has room to start beside it, else it waits "
-                f"for their own end, {wait}, and nobody new is served meanwhile"
+                f"for {end}, {wait}, and nobody new is served meanwhile"
             )
         if self.surge:
             return (
-                "their sessions move to free slots at others; those that find none wait for one or for their "
-                f"own end, {wait}"
+                "their sessions move to free slots at others; those that find none wait for one or for "
+                f"{end}, {wait}"
             )
         whose = "one replica" if self.at_once == 1 else f"{self.at_once} replicas"
         return (
             f"their sessions move to free slots at the others, which need room for those of {whose}; those "
-            f"that find none wait for one or for their own end, {wait}"
+            f"that find none wait for one or for {end}, {wait}"
         )
 
 
@@ -109,4 +111,20 @@ def _ways(spec: Any) -> Iterator[Way]:
     ]
     stop_s = max((pod.get("terminationGracePeriodSeconds", 30) for pod in pods), default=30)
     for deployment, setting in _MOST.items():
-        yield Way(deployment, int(settings.get(setting, 1)), int(surges.get(deployment) or 0), float(stop_s))
+        limit_s = _limit_s(deployment, settings)
+        yield Way(
+            deployment,
+            int(settings.get(setting, 1)),
+            int(surges.get(deployment) or 0),
+            min(float(stop_s), limit_s),
+            limited=limit_s < stop_s,
+        )
+
+
+def _limit_s(deployment: str, settings: Any) -> float:
+    """What `drain_limit_s` makes of the time one may take to stop (`Settings.drain_timeout_s`)."""
+    limit_s = settings.get("drain_limit_s")
+    if limit_s is None:
+        return math.inf
+    gateways_s = float(settings.get("queue_timeout_s", QUEUE_TIMEOUT_S)) + CLOSE_MARGIN_S
+    return float(limit_s) + (gateways_s if deployment == "gateway" else 0.0)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from aiohttp import web
 from kube import chart
 from kube.apiserver import ApiServer
@@ -18,6 +19,7 @@ from kube.objects import Status
 from kube.world import NAME, Clock, World, ready
 
 from deployments import metrics
+from deployments.settings import Settings
 from k8s import __main__ as tool
 from k8s import bundle, conversation, errors, inplace, moves, preflight, rollout, sessions, smoke, verify
 from k8s.cluster import ATTEMPTS, Cluster
@@ -258,10 +260,38 @@ _STOP = "at a time stop, then their replacements start"
             "serving and the change waits; clients that can come back are asked over to the new ones, the "
             "others' sessions stay to their own end, up to 1800 s each, 2.0 h in all",
         ),
+        (
+            inplace.Way("replica", 1, 0, 30.0, limited=True),
+            f"replica: up to 1 of 1 {_STOP}; its sessions move to its replacement where that has room to "
+            "start beside it, else it waits for drain_limit_s, up to 30 s each, 0.0 h in all, and nobody "
+            "new is served meanwhile",
+        ),
+        (
+            inplace.Way("gateway", 4, 0, 95.0, limited=True),
+            f"gateway: up to 1 of 4 {_STOP}; clients that can come back are asked over to the new ones, the "
+            "others' sessions are lost then, up to 95 s each, 0.1 h in all",
+        ),
     ],
 )
 def test_what_happens_to_sessions_is_said_of_each_way(way: inplace.Way, words: str) -> None:
     assert way.describe() == words
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"drain_limit_s": 30.0}, {"drain_limit_s": 0.5, "queue_timeout_s": 7.0}, {"drain_limit_s": 9_000.0}],
+)
+def test_how_long_each_may_take_to_stop_is_as_the_service_has_it(changed: dict[str, float]) -> None:
+    """As long as the pod has, which the chart makes longer than the longest session."""
+    settings, grace_s = Settings(**changed), 1_955.0
+    pods = [{"template": {"spec": {"terminationGracePeriodSeconds": grace_s}}}]
+    config = yaml.safe_dump({"applications": [{"args": changed}]})
+    found = inplace.ways({"spec": {"serveConfigV2": config, "rayClusterConfig": {"workerGroupSpecs": pods}}})
+    wanted = {"gateway": settings.drain_timeout_s, "replica": settings.replica_drain_timeout_s}
+    limited = changed.get("drain_limit_s", 9_000.0) < grace_s
+    for way in found:
+        assert way.limited == limited
+        assert way.stop_s == (wanted[way.deployment] if limited else grace_s)
 
 
 def test_one_session_starts_the_count_anew(world: World, clock: Clock, run: rollout.Rollout) -> None:
