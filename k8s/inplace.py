@@ -60,8 +60,9 @@ class Way:
         wait = f"up to {self.stop_s:.0f} s each, {self.longest_s / 3_600:.1f} h in all"
         end = "drain_limit_s" if self.limited else "their own end"
         if self.deployment == "gateway":
-            stay = "are lost then" if self.limited else "stay to their own end"
-            return f"clients that can come back are asked over to the new ones, the others' sessions {stay}, {wait}"
+            others = "are lost then" if self.limited else f"stay to {end}"
+            asked = "clients that can come back are asked over to the new ones"
+            return f"{asked}, the others' sessions {others}, {wait}"
         if self.most == 1 and not self.surge:
             return (
                 "its sessions move to its replacement where that has room to start beside it, else it waits "
