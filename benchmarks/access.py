@@ -260,7 +260,7 @@ def broken(parts: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def earlier(output: Path | None) -> dict[str, dict[str, Any]]:
-    """The parts of an earlier run, which those that are run now replace; each says on which machine it was."""
+    """The parts of an earlier run, of which those that are run now take the place."""
     if output is None or not output.exists():
         return {}
     parts: dict[str, dict[str, Any]] = json.loads(output.read_text())["parts"]

@@ -37,6 +37,7 @@ from personaplex.config import FRAME_SECONDS, FRAME_SIZE
 from personaplex.session.moshi import Audio, Error, Handshake, Message, Metadata, Text, decode
 
 SMALL = {"replica_num_cpus": 0.1, "gateway_num_cpus": 0.1, "session_limit_s": 30.0, "queue_timeout_s": 10.0}
+PLACES = {"place": 2}  # a resource that is taken where a replica and a gateway ask for one each
 PATIENCE_S = 60.0  # for what is waited for, where the time is not what is tested: the machine may be busy
 SPEECH = Path(__file__).parent / "data" / "mic.ogg"
 CLUSTER_ENVIRONMENT = {
@@ -57,7 +58,13 @@ def ray_cluster() -> Iterator[str]:
         warnings.simplefilter("ignore")  # Ray's own, of which there are many
         for name, value in CLUSTER_ENVIRONMENT.items():
             patch.setenv(name, value)
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+        ray.init(
+            num_cpus=4,
+            resources=PLACES,
+            include_dashboard=False,
+            log_to_driver=False,
+            configure_logging=False,
+        )
         serve.start(http_options={"host": "127.0.0.1", "port": port}, logging_config={"log_level": "WARNING"})
         yield f"127.0.0.1:{port}"
         serve.shutdown()

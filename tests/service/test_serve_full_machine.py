@@ -1,4 +1,4 @@
-"""Where Ray has given away all CPUs a changed setting takes effect, and a conversation goes on."""
+"""Where Ray has given away all there is a changed setting takes effect, and a conversation goes on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
-import ray
 from ray import serve
-from serving import Client, Service, come_back, connect, running, speech
+from serving import SMALL, Client, Service, come_back, connect, running, speech
 from websockets.exceptions import ConnectionClosed
 
 from deployments import application
@@ -20,8 +19,8 @@ from personaplex.session.moshi import Metadata
 SETTINGS = {
     "model": "echo",
     "slots": 2,
-    "replica_num_cpus": 1.0,
-    "gateway_num_cpus": 1.0,
+    "replica_resources": {"place": 1.0},  # there are two, whatever CPUs other tests leave over
+    "gateway_resources": {"place": 1.0},
     "queue_timeout_s": 30.0,
     "drain_limit_s": 2.0,
     "burst_s": 20.0,
@@ -29,27 +28,11 @@ SETTINGS = {
 LIMIT_S = 90.0
 
 
-@ray.remote
-class Other:
-    """Somebody else's, which holds its CPUs."""
-
-    def there(self) -> bool:
-        return True
-
-
 @pytest.fixture
 def service(cluster: str) -> Iterator[Service]:
-    """One replica and one gateway with a CPU each; all other CPUs are taken."""
+    """One replica and one gateway, beside which no other can start."""
     with running(cluster, **SETTINGS, session_limit_s=600.0) as service:
-        others = []
-        while free := ray.available_resources().get("CPU", 0.0):
-            others.append(Other.options(num_cpus=min(1.0, free)).remote())  # type: ignore[attr-defined]
-            ray.get(others[-1].there.remote())
-        try:
-            yield service
-        finally:
-            for other in others:
-                ray.kill(other)
+        yield service
 
 
 def told(client: Client, kind: str) -> list[dict[str, object]]:
@@ -74,7 +57,7 @@ def test_a_changed_setting_takes_effect_where_nothing_can_start_beside_what_it_r
     def redeploy() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            built = application.build(Settings(**SETTINGS, session_limit_s=500.0))
+            built = application.build(Settings(**{**SMALL, **SETTINGS, "session_limit_s": 500.0}))
             serve.run(built, name=service.name, route_prefix=f"/{service.name}", blocking=False)
 
     async def run() -> None:
