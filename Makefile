@@ -6,7 +6,7 @@ MODEL ?= auto
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install serve test test-unit test-slow test-service test-tools test-chart test-browser test-clients
+.PHONY: install serve test test-unit test-slow test-service test-tools test-chart test-browser test-clients test-talk
 .PHONY: load observe check bench format clean
 
 install: $(STAMP)
@@ -59,6 +59,10 @@ test-tools: install
 
 test-chart: install promtool
 	$(BIN)/python -m pytest tests/chart
+
+# What the embedded talking model does with recorded callers, offline and over a socket; Whisper judges what it says.
+test-talk: install
+	$(BIN)/python -m pytest tests/talk
 
 # Clients that others wrote, each in an environment of its own, against a service here; writes docs/clients.md.
 CLIENTS = PYTHONPATH=.:tests $(BIN)/python -m clients.matrix

@@ -27,7 +27,7 @@ class Fields(BaseModel):
     # Model
     model: str = Field(
         "auto",
-        description="auto (7b when CUDA and weights are there, else talk in packages that bring it, else "
+        description="auto (7b when CUDA and weights are there, else talk if its scores are good enough, else "
         "tiny), 7b, talk, tiny, echo (no model: returns "
         "the caller's audio), simulated (echo with the timing of step_times), or a directory that holds a "
         "checkpoint.",

@@ -46,8 +46,8 @@ class ModelSpec:
 
     `name`: 7b (`repo` at `revision` on the Hugging Face hub), talk (small, in packages that bring it), tiny
     (built in, untrained), a directory, or auto: 7b where CUDA and its weights are available, else talk where
-    it is, else tiny. The paths replace single files. `offload`
-    keeps what does not fit the GPU in host memory.
+    its scores reach `hub.FLOOR`, else tiny. The paths replace single files. `offload` keeps what does not
+    fit the GPU in host memory.
     """
 
     name: str = "auto"
@@ -229,7 +229,7 @@ def _checkpoint(spec: ModelSpec, device: torch.device) -> Checkpoint:
             return _from_hub(spec, "7b")
         except CheckpointError as error:
             reason = str(error)
-    if hub.talk_is_here():
+    if hub.talk_is_good():
         logger.warning("serving the talk model, a toy that knows a few dozen sentences: %s", reason)
         return _from_hub(spec, "talk")
     logger.warning("serving the tiny model, which makes noise and not speech: %s", reason)

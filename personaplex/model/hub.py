@@ -41,6 +41,9 @@ _CONFIG_LIMIT = 2**20  # bytes
 _DATA = Path(__file__).parent.parent / "data"
 _TINY_TOKENIZER = _DATA / "tiny-tokenizer.model"
 _TALK = _DATA / "talk"
+SCORES_FILE = "scores.json"  # of `talk`, by `make score-talk`
+# Shares below which a talking model makes people think that it is broken.
+FLOOR = {"name_written": 0.8, "name_heard": 0.6, "intent": 0.7, "intent_noisy": 0.5, "silent": 0.95}
 _HTTP_ERROR: type[BaseException] = HfHubHTTPError.__bases__[
     0
 ]  # of whichever HTTP library the hub client uses
@@ -94,6 +97,14 @@ def resolve(
 def talk_is_here() -> bool:
     """Whether this package was built with the `talk` model."""
     return (_TALK / "model.packed").is_file()
+
+
+def talk_is_good() -> bool:
+    """Whether the `talk` model is here and its scores reach FLOOR."""
+    if not talk_is_here():
+        return False
+    scores = json.loads((_TALK / SCORES_FILE).read_text(encoding="utf-8"))
+    return all(scores[name] >= least for name, least in FLOOR.items())
 
 
 def _resolve(spec: str, hf_repo: str, revision: str | None, given: dict[str, Path | None]) -> Checkpoint:

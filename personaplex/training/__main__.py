@@ -18,9 +18,9 @@ from personaplex.training import bank, copying, corpus, hearing, speaking, talki
 from personaplex.training.assemble import assemble
 from personaplex.training.run import curves
 
-CALLER_SHARDS, AGENT_SHARDS = 16, 24
+CALLER_SHARDS, AGENT_SHARDS = 16, 60
 OTHER_SHARDS = {"robots": 8, "joe": 3, "festival": 2, "kokoro": 2}
-EAR, MOUTH, COPYING, TALKING = 60, 40, 15, 60  # minutes
+EAR, MOUTH, COPYING, TALKING = 40, 70, 6, 80  # minutes
 
 
 def stages(folder: Path) -> list[tuple[str, Callable[[], object]]]:

@@ -32,7 +32,8 @@ OTHER_SHARD = {"robots": 1_000, "festival": 140, "joe": 140, "kokoro": 70}  # se
 INTENTS = (*grammar.INTENTS, grammar.UNKNOWN)
 OTHER = "other"  # speech for the phones' sake, in no dialogue
 _VOICINGS, _AGENT_VOICINGS = 3, 2  # voices a sentence is said in
-_ANY_WORDS = 0.5  # share of the agent's sentences that are names and words without an order
+_ANY_WORDS = 0.75  # share of the agent's sentences that are names and words without an order
+_ANY = (0.3, 0.35, 0.35)  # of those: people's and made-up names, the dictionary's proper names, its words
 
 
 @dataclass(frozen=True)
@@ -136,12 +137,14 @@ def agent(speaker: Speaker, seed: int) -> Iterator[Utterance]:
 
 
 def _words(draw: random.Random) -> str:
-    """Names and words in a row: more kinds of sounds next to one another than answers have."""
-    made = [
-        grammar.name(draw, unseen=False) if draw.random() < 0.6 else draw.choice(grammar.lexicon())
-        for _ in range(draw.randint(3, 6))
-    ]
-    return " ".join(made) + "."
+    """Names and words in a row: more kinds of sounds next to one another than answers have, and spellings of
+    them that answers about new names will have."""
+    return " ".join(_any_word(draw) for _ in range(draw.randint(3, 6))) + "."
+
+
+def _any_word(draw: random.Random) -> str:
+    kind = draw.choices(range(len(_ANY)), _ANY)[0]
+    return draw.choice(grammar.dictionary()[kind - 1]) if kind else grammar.name(draw, unseen=False)
 
 
 def agent_says(speaker: Speaker, text: str, voice: str) -> tuple[Array, NDArray[np.int64]] | None:

@@ -7,6 +7,7 @@ and the 95 % interval (Wilson). Whisper tiny.en is the judge of speech.
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import re
 import sys
@@ -20,7 +21,7 @@ import torch
 
 from personaplex.config import FRAME_SIZE, EngineConfig, Sampling
 from personaplex.engine.engine import Engine
-from personaplex.model.hub import resolve
+from personaplex.model.hub import SCORES_FILE, resolve
 from personaplex.model.weights import load_model
 from personaplex.text import Tokenizer
 from personaplex.training import behaviour, copying, grammar
@@ -178,13 +179,17 @@ def talk(folder: Path, per_intent: int = 4) -> None:
     made, rng = callers(per_intent, seed=1), np.random.default_rng(5)
     agents = behaviour.worlds(len(made))
     noisy = [dataclasses.replace(c, wave=through_line(c.wave, _NOISE, rng)) for c in made]
+    rounds: list[dict[str, float]] = []
     for name, chosen, sampling in (
         ("greedy", made, Sampling().greedy()),
         ("sampled", made, Sampling()),
         ("sampled, Opus, 20 dB", noisy, Sampling()),
     ):
         engine = Engine(model, library, tokenizer, EngineConfig(slots=4))
-        _tell(name, behaviour.talks(engine, chosen, agents, sampling), voices)
+        rounds.append(_tell(name, behaviour.talks(engine, chosen, agents, sampling), voices))
+    scores = {name: min(one[name] for one in rounds[:2]) for name in rounds[0]}
+    scores["intent_noisy"] = rounds[2]["intent"]
+    (model_folder / SCORES_FILE).write_text(json.dumps(scores, indent=1) + "\n")
     pauses = [dataclasses.replace(c, wave=paused(c.wave, 0.5)) for c in made]
     still = [t.silent_before for t in behaviour.talks(engine, pauses, agents, Sampling())]
     print(f"talk: no start in a pause inside the question {share(still)}")
@@ -208,24 +213,30 @@ def _pitches(folder: Path) -> dict[str, float | None]:
     }
 
 
-def _tell(name: str, talks: list[behaviour.Talk], voices: dict[str, float | None]) -> None:
-    """Prints the shares of one round of talks."""
+def _tell(name: str, talks: list[behaviour.Talk], voices: dict[str, float | None]) -> dict[str, float]:
+    """Prints the shares of one round of talks; returns those that `hub.FLOOR` names."""
     right = [t for t in talks if t.answered == t.caller.intent]
     print(f"talk, {name}: intent {share([t in right for t in talks])}")
-    print(f"  silent while the caller speaks {share([t.silent_before for t in talks])}")
     prompt = [t.delay is not None and 0.2 <= t.delay <= 1.2 for t in talks]
     print(f"  answers 0.2 to 1.2 s after the end {share(prompt)}")
-    heard = {id(t): transcript(t.pcm[t.end :].flatten()) for t in right}
+    heard = {id(t): " ".join(words(transcript(t.pcm[t.end :].flatten()))) for t in right}  # no digits
+    silent = [t.silent_before for t in talks]
+    print(f"  silent while the caller speaks {share(silent)}")
+    found = {"intent": len(right) / len(talks), "silent": sum(silent) / len(talks)}
     for field in ("name", "firm", "price", "first_day"):
         asked = [t for t in right if field in behaviour.values_of(t)]
-        print(f"  {field} in its own text {share([t.wrote(field) for t in asked])}")
+        written = [t.wrote(field) for t in asked]
+        print(f"  {field} in its own text {share(written)}")
         by_ear = [behaviour.sounds_like(behaviour.value(t.known, field), heard[id(t)]) for t in asked]
         print(f"  {field} by ear {share(by_ear)}")
+        found |= {f"{field}_written": sum(written) / max(1, len(asked))}
+        found |= {f"{field}_heard": sum(by_ear) / max(1, len(asked))}
     pairs = [(behaviour.pitch(t.pcm[t.end :].flatten()), voices[t.voice]) for t in right]
     print(f"  pitch within 15 % of the voice's {share([_alike(*pair) for pair in pairs])}")
     wrong = sum(word_errors(words(t.text), words(heard[id(t)])) for t in right)
     total = sum(len(words(t.text)) for t in right)
     print(f"  what it says against its text: WER {wrong / max(1, total):.2f}, {total} words", flush=True)
+    return found
 
 
 def _alike(pitch: float | None, wanted: float | None) -> bool:

@@ -317,3 +317,21 @@ def test_talk_is_a_name_where_the_package_brings_it(tmp_path: Path, monkeypatch:
     checkpoint = resolve("talk")
     assert checkpoint.name == "talk"
     assert checkpoint.lm == tmp_path / "talk" / "model.packed"
+
+
+@pytest.mark.parametrize("short", [None, *hub.FLOOR])
+def test_talk_is_taken_by_itself_where_its_scores_reach_the_floor(
+    short: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "_TALK", tmp_path)
+    assert not hub.talk_is_good(), "it is not here"
+    (tmp_path / "model.packed").touch()
+    scores = {name: least - 0.01 * (name == short) for name, least in hub.FLOOR.items()}
+    (tmp_path / hub.SCORES_FILE).write_text(json.dumps({**scores, "price_heard": 0.1}))
+    assert hub.talk_is_good() is (short is None)
+
+
+def test_scores_are_those_of_the_model_that_is_shipped() -> None:
+    """Its figures stand in docs/talk.md; auto goes by them."""
+    folder = Path(hub.__file__).parent.parent / "data" / "talk"
+    assert set(json.loads((folder / hub.SCORES_FILE).read_text())) >= set(hub.FLOOR)
