@@ -331,12 +331,9 @@ class ServedGateway(Gateway):
     """A gateway as Serve makes it: only where there is room for replicas too."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self,
-        settings: GatewaySettings,
-        replicas: DeploymentHandle[Any],
-        fleet: DeploymentHandle[Any],
-        transcribers: DeploymentHandle[Any] | None = None,
+        self, settings: GatewaySettings, *handles: DeploymentHandle[Any]
     ) -> None:
-        logs.configure(settings.log_level, settings.log_format)
-        await make_way(fleet)
-        super().__init__(settings, replicas, fleet, transcribers)
+        """`handles` as Gateway takes them: to the replicas, to the fleet, and perhaps to transcribers."""
+        logs.configure(settings.log_level, settings.log_format)  # for `make_way`, which may say why it ends
+        await make_way(handles[1])
+        super().__init__(settings, *handles)

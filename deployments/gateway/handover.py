@@ -106,10 +106,8 @@ class Handover:
     def ask_over(self) -> bool:
         """Asks the client to come back by another gateway; False for one that cannot, or was asked before, or
         whose session is at no replica now: only this gateway has its log."""
-        if self._asked_over or not self.replica or not self._ticket(0):
-            return False
-        assert self.current is not None
-        if self.current.ended:
+        somewhere = bool(self.replica) and self.current is not None and not self.current.ended
+        if self._asked_over or not somewhere or not self._ticket(0):
             return False
         self._asked_over = True
         self._emit(SessionNotice(RECONNECT))

@@ -69,9 +69,7 @@ class Lease:
         try:
             while True:
                 await self._response.__anext__()
-        except StopAsyncIteration:
-            return True
-        except RequestCancelledError:  # another of Serve's ways to end it with its request
+        except (StopAsyncIteration, RequestCancelledError):  # the latter: Serve, with the request
             return True
         except (RayError, RayServeException):
             return False

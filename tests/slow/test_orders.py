@@ -393,6 +393,25 @@ def test_a_new_gateway_stands_in_a_replicas_way_once_where_there_is_none(
     asyncio.run(test())
 
 
+def test_a_client_is_not_asked_over_while_its_session_is_at_no_replica() -> None:
+    """Only its gateway has the log then."""
+
+    async def test() -> None:
+        async with fleet_of(1, memory) as fleet:
+            lent = services(fleet, Counted(), after_s=5.0)
+            caller = Caller(lent)
+            await caller.open()
+            await caller.speak(0, 5)
+            await caller.answered(5)
+            fleet.kill(fleet.replicas[0])
+            await until(lambda: caller.told(INTERRUPTED))
+            await lent.moves.ask_over()
+            assert not caller.told(RECONNECT)
+            await caller.close()
+
+    run(test)
+
+
 def test_an_outdated_gateway_asks_each_client_over_that_can_come_back() -> None:
     async def test() -> None:
         async with fleet_of(1, memory) as fleet:

@@ -183,6 +183,15 @@ def test_what_is_faint_weighs_as_much_as_what_is_loud() -> None:
     assert level < 2.0
 
 
+def test_the_dictionary_to_read_from_holds_nothing_that_is_held_back() -> None:
+    """Needs the `train` extra, whose voice brings it."""
+    pytest.importorskip("hibari")
+    names, words = grammar.dictionary()
+    assert len(names) > 5_000
+    assert len(words) > 40_000
+    assert not any(grammar.held_back(word) for word in (*names, *words))
+
+
 def test_locked_speech_has_the_spectrum_of_the_voice_it_is_made_of() -> None:
     """Needs the `train` extra: the noise of fricatives was once 26 dB too weak beside the harmonics."""
     pytest.importorskip("hibari")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from talk.record import read
 from personaplex.config import EngineConfig, Sampling
 from personaplex.engine.engine import Engine
 from personaplex.loading import ModelSpec, load_parts, resolve
+from personaplex.persona import Persona
 from personaplex.training import behaviour
 from personaplex.training.behaviour import Talk, World
 from personaplex.training.score import transcript
@@ -119,12 +121,10 @@ def test_int8_weights_talk_too(calls: list[tuple[Caller, World]]) -> None:
 
 def test_it_runs_faster_than_real_time() -> None:
     """Half of it on one core, in processor time; the median of steps, whatever runs beside."""
-    import time
-
     torch.set_num_threads(1)
     served = engine()
     (caller, world) = read()[0]
-    slot = served.open(behaviour.Persona(world.voice, world.role, Sampling()))
+    slot = served.open(Persona(world.voice, world.role, Sampling()))
     spent = []
     for _ in range(40):
         served.feed(slot, np.resize(caller.wave, 1_920))
