@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from personaplex.persona import DEFAULT_VOICE, PROMPTS, VOICES, Persona
+from personaplex.persona import DEFAULT_VOICE, PROMPTS, TALK_PROMPTS, VOICES, Persona, Prompt
 
 _FAMILIES = {
     "NATF": "Natural, female",
@@ -25,10 +25,17 @@ def voice_list(names: Iterable[str]) -> dict[str, Any]:
     return {"voices": [_describe(name) for name in ordered], "default": DEFAULT_VOICE}
 
 
-def prompt_list() -> dict[str, Any]:
-    """`{"prompts": [{"id", "label", "text", "voices"}], "default"}`; the default is for an empty query."""
+def prompt_list(model: str | None = None) -> dict[str, Any]:
+    """`{"prompts": [{"id", "label", "text", "voices"}], "default"}`, which `model` knows best first.
+
+    The default is for an empty query, but for `talk` one of the few roles that it can play.
+    """
+    prompts: dict[str, Prompt] = dict(PROMPTS)
     default = next(prompt.id for prompt in PROMPTS.values() if prompt.text == Persona().text_prompt)
-    return {"prompts": [dataclasses.asdict(prompt) for prompt in PROMPTS.values()], "default": default}
+    if model == "talk":
+        prompts = {**TALK_PROMPTS, **PROMPTS}
+        default = next(iter(TALK_PROMPTS))
+    return {"prompts": [dataclasses.asdict(prompt) for prompt in prompts.values()], "default": default}
 
 
 def _describe(name: str) -> dict[str, str]:

@@ -70,7 +70,8 @@ class StatusRoutes:
         return JSONResponse(voice_list({voice for replica in replicas for voice in replica.voices}))
 
     async def prompts(self, request: Request) -> Response:
-        return JSONResponse(prompt_list())
+        replicas = await self._fleet.describe()
+        return JSONResponse(prompt_list(replicas[0].model if replicas else None))
 
     async def health(self, request: Request) -> Response:
         up = any(replica.accepting for replica in await self._fleet.describe())

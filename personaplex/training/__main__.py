@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
-from personaplex.training import bank, copying, corpus, hearing, speaking, talking
+from personaplex.training import bank, copying, corpus, hearing, reading, speaking, talking
 from personaplex.training.assemble import assemble
 from personaplex.training.run import curves
 
-CALLER_SHARDS, AGENT_SHARDS = 16, 60
-OTHER_SHARDS = {"robots": 8, "joe": 3, "festival": 2, "kokoro": 2}
-EAR, MOUTH, COPYING, TALKING = 40, 70, 6, 80  # minutes
+CALLER_SHARDS, AGENT_SHARDS = 16, 78
+OTHER_SHARDS = {"robots": 8, "joe": 7, "festival": 6, "kokoro": 5}
+SENTENCES_READ = 45_000
+EAR, MOUTH, COPYING, TALKING = 52, 92, 6, 145  # minutes
 
 
 def stages(folder: Path) -> list[tuple[str, Callable[[], object]]]:
@@ -36,6 +37,7 @@ def stages(folder: Path) -> list[tuple[str, Callable[[], object]]]:
         ("mouth", lambda: speaking.train(folder, MOUTH)),
         ("ear", lambda: hearing.train(folder, EAR)),
         ("words", lambda: bank.fill(folder)),
+        ("reading", lambda: reading.make(folder, SENTENCES_READ)),
         ("copying", lambda: copying.train(folder, COPYING)),
         ("talking", lambda: talking.train(folder, TALKING)),
         ("model", lambda: assemble(folder, folder / "model")),

@@ -74,6 +74,18 @@ class Said:
     def part(self, start: int, end: int) -> Said:
         return Said(self.phones[start:end], self.loudness[start:end], self.pitch[start:end])
 
+    def rows(self) -> NDArray[np.int16]:
+        """[F, 6], as files hold it; `of_rows` is its inverse but for the pitch, which is whole Hz there."""
+        return np.column_stack([self.phones, self.loudness, np.round(self.pitch)]).astype(np.int16)
+
+    @classmethod
+    def of_rows(cls, rows: NDArray[np.int16]) -> Said:
+        return cls(
+            rows[:, :QUARTERS].astype(np.int64),
+            rows[:, QUARTERS].astype(np.int64),
+            rows[:, QUARTERS + 1].astype(np.float32),
+        )
+
 
 def joined(parts: Sequence[Said]) -> Said:
     return Said(

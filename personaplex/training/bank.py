@@ -10,6 +10,7 @@ import random
 import string
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -45,23 +46,23 @@ class Words:
     def __init__(self, folder: Path, pieces: Pieces) -> None:
         self.pieces = pieces
         self._path = folder / "words.npz"
-        self._speaker: Speaker | None = None
         self._held: dict[str, Said] = {}
         if self._path.exists():
             with np.load(self._path) as file:
-                for key in file.files:
-                    rows = file[key]
-                    self._held[key] = Said(
-                        rows[:, :4].astype(np.int64),
-                        rows[:, 4].astype(np.int64),
-                        rows[:, 5].astype(np.float32),
-                    )
+                self._held = {key: Said.of_rows(file[key]) for key in file.files}
+
+    @cached_property
+    def speaker(self) -> Speaker:
+        """The natural voice, loaded when a word is missing."""
+        return Speaker()
 
     def answer(self, intent: str, known: grammar.Facts) -> list[Word]:
         """The words of an answer."""
         made: list[Word] = []
+        told = dict.fromkeys(grammar.fields(grammar.template(intent, known)))
+        sentence = grammar.answer(intent, grammar.Facts(**{field: getattr(EXAMPLE, field) for field in told}))
         example = 0  # of this template part in the sentence about the example's facts
-        for part in grammar.ANSWERS[intent].split():
+        for part in grammar.template(intent, known).split():
             if "{" in part:
                 slot, opened, closed = slot_of(part), part.index("{"), part.index("}")
                 value = (part[:opened] + value_of(known, slot) + part[closed + 1 :]).split()
@@ -69,7 +70,7 @@ class Words:
                 example += len(value_of(EXAMPLE, slot).split())
             else:
                 ids = self.pieces.encode(part)
-                sound = self._sound(grammar.answer(intent, EXAMPLE), example, len(ids))
+                sound = self._sound(sentence, example, len(ids))
                 made.append(Word(ids, 0, sound))
                 example += 1
         return made
@@ -85,12 +86,7 @@ class Words:
         return [codes(one, voice)[:SAMPLE_FRAMES] for one in made]
 
     def save(self) -> None:
-        rows = {
-            key: np.concatenate([w.phones, w.loudness[:, None], np.round(w.pitch[:, None])], 1).astype(
-                np.int16
-            )
-            for key, w in self._held.items()
-        }
+        rows = {key: word.rows() for key, word in self._held.items()}
         np.savez_compressed(self._path, **rows)  # type: ignore[arg-type]
 
     def _sound(self, text: str, index: int, least: int) -> Said:
@@ -100,22 +96,20 @@ class Words:
         return self._held[key]
 
     def _say(self, text: str, index: int, least: int) -> Said:
-        if self._speaker is None:
-            self._speaker = Speaker()
-        spoken = self._speaker.say(text)
+        spoken = self.speaker.say(text)
         if spoken is None:
             raise ValueError(f"the words of {text!r} cannot be told apart")
         floor = [1] * len(spoken.words)
         floor[index] = least
         laid = plan(spoken, floor)
-        return said(spoken, laid, self._speaker.names).part(laid.starts[index], laid.starts[index + 1])
+        return said(spoken, laid, self.speaker.names).part(laid.starts[index], laid.starts[index + 1])
 
 
-def fill(folder: Path, worlds: int = 3_000, seed: int = 0) -> None:
+def fill(folder: Path, worlds: int = 8_000, seed: int = 0) -> None:
     """Speaks every name trained on and the words of so many worlds."""
     words, draw = Words(folder, Pieces(cached(folder))), random.Random(seed)
     for _ in range(worlds):
-        known = grammar.facts(draw, unseen=False)
+        known, _role = grammar.world(draw)
         for intent in grammar.ANSWERS:
             words.answer(intent, known)
     words.samples(NAMES[0])

@@ -74,10 +74,11 @@ def value(known: grammar.Facts, field: str) -> str:
 
 def intent_of(text: str) -> str | None:
     """The intent whose answer, with any values, `text` begins with."""
-    for intent, template in grammar.ANSWERS.items():
-        pattern = re.sub(r"\\{\w+\\}", ".+?", re.escape(template))
-        if re.match(pattern, text.strip(), re.IGNORECASE):
-            return intent
+    for intent in grammar.ANSWERS:
+        for form in grammar.forms(intent):
+            pattern = re.sub(r"\\{\w+\\}", ".+?", re.escape(form))
+            if form != grammar.UNTOLD and re.match(pattern, text.strip(), re.IGNORECASE):
+                return intent
     return None
 
 

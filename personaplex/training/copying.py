@@ -17,7 +17,7 @@ from torch import Tensor
 from personaplex.training import optim
 from personaplex.training.documents import SLOTS, Batch, Document, dense, repetition
 from personaplex.training.export import CONFIG
-from personaplex.training.lm import Talker, precision, training_device
+from personaplex.training.lm import Talker, training_device
 from personaplex.training.run import Part, Run
 from personaplex.training.vocabulary import Pieces, cached
 
@@ -87,7 +87,7 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Talker:
         stage, reached = run.extra["stage"], run.extra["reached"]
         kind = draw.choices((0, 1), _MIX[stage])[0]
         batch = Batch.of(documents(kind, draw, pieces)).to(device)
-        with precision(device):
+        with optim.precision(device):
             loss, each = text_loss(talker, batch)
         optimizer.step(loss, optim.schedule(run.progress, warm=0.005, decay_from=0.35))
         talker.keep_constant()

@@ -33,7 +33,8 @@ INTENTS = (*grammar.INTENTS, grammar.UNKNOWN)
 OTHER = "other"  # speech for the phones' sake, in no dialogue
 _VOICINGS, _AGENT_VOICINGS = 3, 2  # voices a sentence is said in
 _ANY_WORDS = 0.75  # share of the agent's sentences that are names and words without an order
-_ANY = (0.3, 0.35, 0.35)  # of those: people's and made-up names, the dictionary's proper names, its words
+_ANY = (0.25, 0.25, 0.5)  # of those: people's and made-up names, the dictionary's proper names, its words
+_CAPITALS = 0.6  # share of words spelled with a capital, as names are, whose pieces are others
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def agent(speaker: Speaker, seed: int) -> Iterator[Utterance]:
     """One shard of the agent's sentences, locked, each in some of its voices."""
     draw = random.Random(seed)
     for sentence in grammar.sentences(draw, AGENT_SHARD, unseen=False):
-        text = _words(draw) if draw.random() < _ANY_WORDS else sentence
+        text = words_in_a_row(draw) if draw.random() < _ANY_WORDS else sentence
         spoken = speaker.say(text)
         if spoken is None:
             continue
@@ -136,15 +137,16 @@ def agent(speaker: Speaker, seed: int) -> Iterator[Utterance]:
             yield Utterance(wave, made.astype(np.uint8).ravel(), text, OTHER, starts=starts)
 
 
-def _words(draw: random.Random) -> str:
-    """Names and words in a row: more kinds of sounds next to one another than answers have, and spellings of
-    them that answers about new names will have."""
+def words_in_a_row(draw: random.Random) -> str:
+    """Names and words without an order: more kinds of sounds next to one another than answers have, and
+    spellings of them that answers about new names will have."""
     return " ".join(_any_word(draw) for _ in range(draw.randint(3, 6))) + "."
 
 
 def _any_word(draw: random.Random) -> str:
     kind = draw.choices(range(len(_ANY)), _ANY)[0]
-    return draw.choice(grammar.dictionary()[kind - 1]) if kind else grammar.name(draw, unseen=False)
+    word = draw.choice(grammar.dictionary()[kind - 1]) if kind else grammar.name(draw, unseen=False)
+    return word.capitalize() if draw.random() < _CAPITALS else word
 
 
 def agent_says(speaker: Speaker, text: str, voice: str) -> tuple[Array, NDArray[np.int64]] | None:

@@ -110,7 +110,7 @@ def value_of(known: grammar.Facts, slot: int) -> str:
 def answer_pieces(pieces: Pieces, intent: str, known: grammar.Facts) -> list[tuple[str, list[int], int]]:
     """(word, its pieces, slot) of an answer, word by word."""
     words = []
-    for part in grammar.ANSWERS[intent].split():
+    for part in grammar.template(intent, known).split():
         slot = slot_of(part)
         if not slot:
             words.append((part, pieces.encode(part), 0))
@@ -123,14 +123,13 @@ def answer_pieces(pieces: Pieces, intent: str, known: grammar.Facts) -> list[tup
 
 def prompt(
     document: Document,
-    draw: random.Random,
     pieces: Pieces,
-    known: grammar.Facts,
+    role_text: str,
     sound: bool,
     voice: Codes | None = None,
 ) -> None:
     """The system prompt's phases behind the start tokens: voice, silence, role text, silence."""
-    role = pieces.prompt(grammar.role_text(draw, known))
+    role = pieces.prompt(role_text)
     if sound:
         start = np.full((1, CODEBOOKS), START, np.int64)
         document.add([pieces.size], 0.0, agent=start, user=start)
@@ -147,9 +146,9 @@ def prompt(
 
 def dense(draw: random.Random, pieces: Pieces, unseen: bool = False, turns: int = 10) -> Document:
     """A role text and answers, each behind the hint of its question and before EOS."""
-    known = grammar.facts(draw, unseen)
+    known, role_text = grammar.world(draw, unseen)
     document = Document()
-    prompt(document, draw, pieces, known, sound=False)
+    prompt(document, pieces, role_text, sound=False)
     for _ in range(turns):
         intent = _intent(draw)
         document.add([TEXT_PAD], 0.0, user=asked(1, intent))

@@ -6,15 +6,19 @@ their text: one part in ten is held back, and training never sees it.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import itertools
 import json
 import random
+import string
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+
+from personaplex.persona import PROMPTS
 
 
 def _bars(text: str) -> tuple[str, ...]:
@@ -28,6 +32,9 @@ def _words(text: str) -> tuple[str, ...]:
 UNKNOWN = "unknown"  # anything that is no question of ours
 
 _HELD_BACK_NAMES, _HELD_BACK_WORDINGS, _HELD_BACK_PRICES = 3, 7, 3
+
+_DICTIONARY = 0.4  # share of the names trained on that are the dictionary's
+_PUBLISHED_SHARE, _ASIDE_SHARE = 0.05, 0.2  # below the first dice a published role text, then one of little
 
 _POLITE = "can you tell me|please tell me|tell me|i would like to know"
 
@@ -134,6 +141,14 @@ ANSWERS = {
     "bye": "Goodbye, and have a nice day.",
     UNKNOWN: "Sorry, could you say that again?",
 }
+UNTOLD = "Sorry, I do not know that."
+# What is said where the role text tells too little for that: the first for which it tells enough.
+SHORTER = {
+    "hello": ("Hello, this is {name} speaking.", "Hello, nice to talk to you."),
+    "name": ("My name is {name}.", UNTOLD),
+    "price": (UNTOLD,),
+    "open": (UNTOLD,),
+}
 
 
 @cache
@@ -147,15 +162,15 @@ def intent_of_question(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class Facts:
-    """What one role text tells the agent."""
+    """What one role text tells the agent; what it does not tell is empty."""
 
-    name: str
-    firm: str
-    kind: str
-    item: str
-    price: int  # dollars
-    first_day: str
-    last_day: str
+    name: str = ""
+    firm: str = ""
+    kind: str = ""
+    item: str = ""
+    price: int = 0  # dollars
+    first_day: str = ""
+    last_day: str = ""
 
 
 def held_back(text: str, remainder: int = _HELD_BACK_NAMES) -> bool:
@@ -197,9 +212,12 @@ def dictionary() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def name(draw: random.Random, unseen: bool, real: float = 0.5) -> str:
-    """One name, a person's with probability `real`, else made of random syllables."""
+    """One name, a person's with probability `real`, else made of random syllables; of those trained on, some
+    are proper names of any kind."""
     while True:
         word = draw.choice(_people()) if draw.random() < real else _syllables(draw)
+        if not unseen and draw.random() < _DICTIONARY:
+            word = draw.choice(dictionary()[0])
         if held_back(word) == unseen:
             return word
 
@@ -242,7 +260,8 @@ def facts(draw: random.Random, unseen: bool) -> Facts:
     company, kind = firm(draw, unseen)
     first_day, last_day = draw.sample(DAYS, 2)
     while True:
-        price = draw.choice((draw.randint(2, 20), draw.randint(2, 99)))
+        prices = [draw.randint(2, 20), draw.randint(2, 99)] + [draw.randint(100, 999)] * (not unseen)
+        price = draw.choice(prices)
         if (price % 7 == _HELD_BACK_PRICES) == unseen:
             break
     person = name(draw, unseen, real=1.0)
@@ -271,6 +290,54 @@ def role_text(draw: random.Random, known: Facts) -> str:
     return f"{opening} Information: {' '.join(details)}"
 
 
+# Who the agents of the role texts are that come with PersonaPlex; nobody where a text gives no name.
+_PUBLISHED = {
+    "bank": Facts("Alexis Kim", "First Neuron Bank"),
+    "astronaut": Facts("Alex"),
+    "service-waste": Facts("Ayelen Lucero", "CitySan Services"),
+    "service-restaurant": Facts("Owen Foster", "Jerusalem Shakshuka"),
+    "service-drone": Facts("Tomaz Novak", "AeroRentals Pro"),
+    "service-repair": Facts("Farhod Toshmatov", "SwiftPlex Appliances"),
+    "service-italian": Facts("Marco", "Roma Italiano"),
+    "casual-food": Facts("David Green"),
+}
+
+
+def world(draw: random.Random, unseen: bool = False) -> tuple[Facts, str]:
+    """Who an agent is, and its role text. Of those trained on, some are published texts, and some tell little
+    among much else; those held back tell all."""
+    known, dice = facts(draw, unseen), 1.0 if unseen else draw.random()
+    if dice < _PUBLISHED_SHARE:
+        prompt = draw.choice(list(PROMPTS.values()))
+        return _PUBLISHED.get(prompt.id, Facts()), prompt.text
+    if dice < _ASIDE_SHARE:
+        return _aside(draw, known)
+    return known, role_text(draw, known)
+
+
+def _aside(draw: random.Random, known: Facts) -> tuple[Facts, str]:
+    """A role text that tells at most a name and a firm."""
+    pleasant = "You enjoy having a good conversation."
+    named, employed = Facts(known.name), Facts(known.name, known.firm)
+    told, opening = draw.choice(
+        (
+            (employed, f"You work for {known.firm} which is a {known.kind} and your name is {known.name}."),
+            (employed, f"You are {known.name} and you work at {known.firm}, a {known.kind}."),
+            (named, f"{pleasant} Your name is {known.name}."),
+            (named, f"{pleasant} You are {known.name}."),
+            (Facts(), pleasant),
+            (Facts(), f"You are a {known.kind} and you talk to customers."),
+        )
+    )
+    besides = (
+        f"Verify customer name {name(draw, unseen=False, real=1.0)}.",
+        f"Current schedule: every {draw.choice(DAYS)}.",
+        f"The {known.item} is available for ${known.price}.",
+        *(f"{' '.join(draw.sample(lexicon(), draw.randint(3, 9)))}.".capitalize() for _ in range(3)),
+    )
+    return told, " ".join([opening, *draw.sample(besides, draw.randint(0, 4))])
+
+
 def question(draw: random.Random, intent: str, unseen: bool) -> str:
     """A caller's sentence of one intent."""
     if intent == UNKNOWN:
@@ -278,10 +345,25 @@ def question(draw: random.Random, intent: str, unseen: bool) -> str:
     return draw.choice(wordings(intent, unseen)).format(item=draw.choice(ITEMS))
 
 
+def forms(intent: str) -> tuple[str, ...]:
+    """The answers to a question of that intent, those that tell most first."""
+    return (ANSWERS[intent], *SHORTER.get(intent, ()))
+
+
+def template(intent: str, known: Facts) -> str:
+    """The answer to a question of that intent, its values still to be put in."""
+    return next(form for form in forms(intent) if all(getattr(known, field) for field in fields(form)))
+
+
+def fields(form: str) -> list[str]:
+    """The facts that stand in an answer's template."""
+    return [field for _, field, _, _ in string.Formatter().parse(form) if field]
+
+
 def answer(intent: str, known: Facts) -> str:
     """What the agent says to a question of that intent."""
-    values = {field: getattr(known, field) for field in ("name", "firm", "item", "first_day", "last_day")}
-    return ANSWERS[intent].format(price=spoken_number(known.price), **values)
+    values = dataclasses.asdict(known) | {"price": spoken_number(known.price)}
+    return template(intent, known).format(**values)
 
 
 def sentences(draw: random.Random, count: int, unseen: bool) -> Iterable[str]:

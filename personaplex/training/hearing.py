@@ -1,8 +1,9 @@
 """Training of the ear: `python -m personaplex.training.hearing FOLDER MINUTES` goes on from its checkpoint.
 
 FOLDER holds `callers/` (see corpus.py); the checkpoint is `FOLDER/ear.pt`. A row of a batch is two callers
-one after the other. Losses: the state of each frame, the phones at 25 Hz before and behind the transformer
-where they are known, and the intent as it can be guessed from the question's end on.
+one after the other. Losses: the state of each frame, that a question is over whatever it was, the phones at
+25 Hz before and behind the transformer where they are known, and the intent as it can be guessed from the
+question's end on.
 """
 
 from __future__ import annotations
@@ -190,14 +191,16 @@ def losses(ear: Ear, data: Batch) -> tuple[Tensor, dict[str, float]]:
     guess = F.cross_entropy(
         ear.guess_head(heard.middle).flatten(0, 1), data.guess.flatten(), ignore_index=UNLABELLED
     )
+    states = heard.states.float()
     each = F.cross_entropy(
-        heard.states.flatten(0, 1), data.state.flatten(), ignore_index=UNLABELLED, reduction="none"
+        states.flatten(0, 1), data.state.flatten(), ignore_index=UNLABELLED, reduction="none"
     ).view(data.state.shape)
     asked, turn = data.state >= ASKED, (data.state >= 0) & (data.state < ASKED)
     intent, taking = each[asked].mean(), each[turn].mean()
-    hit = heard.states.argmax(-1) == data.state
-    loss = 0.2 * early + 0.3 * late + 0.3 * guess + intent + 0.5 * taking
-    parts = {"early": early, "late": late, "guess": guess, "intent": intent, "turn": taking}
+    over = (states.logsumexp(-1) - states[..., ASKED:].logsumexp(-1))[asked].mean()
+    hit = states.argmax(-1) == data.state
+    loss = 0.2 * early + 0.3 * late + 0.3 * guess + intent + 0.5 * taking + over
+    parts = {"early": early, "late": late, "guess": guess, "intent": intent, "turn": taking, "over": over}
     shares = {"right": hit[asked].float().mean(), "turns right": hit[turn].float().mean()}
     return loss, {name: float(value.detach()) for name, value in (parts | shares).items()}
 
@@ -267,7 +270,8 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Ear:
     while run.progress < 1:
         strength = min(_STRONGEST, 0.25 + 3 * run.progress)
         data = batch(shelf.rows(draw, ROWS), noises, shelf.utterances, rng, strength)
-        loss, parts = losses(ear, data)
+        with optim.precision(data.wave.device):
+            loss, parts = losses(ear, data)
         optimizer.step(loss, optim.schedule(run.progress))
         run.record(parts)
         if run.due():

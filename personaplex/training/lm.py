@@ -11,7 +11,6 @@ by which ids that are never used are ruled out in the exported model.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import torch
@@ -159,13 +158,6 @@ class Talker(nn.Module):
 
 def training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bfloat16 for the products on CUDA; float32 elsewhere, where bfloat16 may be many times slower."""
-    if device.type == "cuda":
-        return torch.autocast("cuda", torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 def delayed(codes: Tensor) -> Tensor:

@@ -105,7 +105,12 @@ def quality(mouth: Mouth, fitted: Fitted, loss: spectra.Loss, rows: list[Frames]
 
 def said(mouth: Mouth, fitted: Fitted, codes: Tensor) -> Tensor:
     """codes [N, T, 8] -> waves [N, T * 1920]."""
-    made: Tensor = (mouth(codes) * fitted.size**COMPRESS) @ fitted.basis
+    return waves(fitted, mouth(codes))
+
+
+def waves(fitted: Fitted, coefficients: Tensor) -> Tensor:
+    """coefficients [N, 2 T, C] -> waves [N, T * 1920]."""
+    made: Tensor = (coefficients * fitted.size**COMPRESS) @ fitted.basis
     return made.flatten(1)
 
 
@@ -130,7 +135,9 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Mouth:
     while run.progress < 1:
         made = [sequence(trained, draw) for _ in range(_BATCH)]
         wanted = torch.stack([row.wave for row in made]).flatten(1)
-        apart, level = loss(said(mouth, fitted, torch.stack([row.codes for row in made])), wanted)
+        with optim.precision(wanted.device):
+            coefficients = mouth(torch.stack([row.codes for row in made]))
+        apart, level = loss(waves(fitted, coefficients.float()), wanted)
         optimizer.step(apart + spectra.LEVEL_WEIGHT * level, optim.schedule(run.progress, decay_from=0.3))
         run.record({"spectra": float(apart.detach()), "level": float(level.detach())})
         if run.due():

@@ -23,15 +23,15 @@ from personaplex.training.bank import Word, Words
 from personaplex.training.documents import Batch, Codes, Document, asked, heard, prompt, silence
 from personaplex.training.ear import LABELS, QUIET, SPEAKING
 from personaplex.training.export import CONFIG
-from personaplex.training.lm import Talker, precision, training_device
+from personaplex.training.lm import Talker, training_device
 from personaplex.training.reading import LEAD, Reader
 from personaplex.training.run import Run
 from personaplex.training.run import load as load_state
 from personaplex.training.vocabulary import Pieces, cached
 
-_BATCH = 4
+_BATCH = 6
 _TURNS = 3
-_READ = 8  # documents of reading a step
+_READ = 12  # documents of reading a step
 _KINDS = (*copying.KINDS, "talk", "reading")
 _MIX = (0.04, 0.11, 0.45, 0.4)
 _INTERRUPTED = 0.15  # share of answers
@@ -47,9 +47,9 @@ _QUIET_AUDIBLE = 0.15  # share of the agent's silent frames that the depth trans
 
 def talk(draw: random.Random, words: Words, turns: int = _TURNS, unseen: bool = False) -> Document:
     """A session: voice, role text, then questions and answers in time; some answers are interrupted."""
-    known, voice = grammar.facts(draw, unseen), draw.choice(NAMES)
+    (known, role_text), voice = grammar.world(draw, unseen), draw.choice(NAMES)
     document = Document()
-    prompt(document, draw, words.pieces, known, sound=True, voice=draw.choice(words.samples(voice)))
+    prompt(document, words.pieces, role_text, sound=True, voice=draw.choice(words.samples(voice)))
     _listen(document, heard(draw.randint(2, 12), QUIET))
     for turn in range(turns):
         intent = draw.choice(LABELS)
@@ -180,17 +180,17 @@ def train(folder: Path, minutes: float, seed: int = 0) -> Talker:
         kind = draw.choices(_KINDS, _MIX)[0]
         if kind in copying.KINDS:
             batch = Batch.of(copying.documents(copying.KINDS.index(kind), draw, words.pieces)).to(device)
-            with precision(device):
+            with optim.precision(device):
                 total, _ = copying.text_loss(talker, batch)
             parts = {kind: float(total.detach())}
         elif kind == "reading":
             batch = Batch.of([reader.document(draw) for _ in range(_READ)]).to(device)
-            with precision(device):
+            with optim.precision(device):
                 total, read = loss(talker, batch)
             parts = {kind: read["phones"]}
         else:
             batch = Batch.of([talk(draw, words) for _ in range(_BATCH)]).to(device)
-            with precision(device):
+            with optim.precision(device):
                 total, parts = loss(talker, batch)
         optimizer.step(total, optim.schedule(run.progress, warm=0.02, decay_from=0.3))
         talker.keep_constant()

@@ -272,7 +272,8 @@ def test_the_queue(page: Views, service: WebService) -> None:
 
 def test_models_that_make_no_sense_are_named(page: Views, service: WebService) -> None:
     assert not page.shown("#notice-toy")
-    for model, words in (("tiny", "a model without training"), ("echo", "you hear yourself")):
+    toys = {"tiny": "a model without training", "talk": "a few sentences", "echo": "you hear yourself"}
+    for model, words in toys.items():
         service.info = {**INFO, "model": model}
         page.load()
         assert words in page.text("#notice-toy")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from personaplex.config import (
     CODEBOOKS,
     FRAME_SIZE,
     SAMPLE_RATE,
+    SILENCE_FRAMES,
     TEXT_PAD,
     LMConfig,
     MimiConfig,
@@ -62,11 +64,20 @@ SMALL_LM = LMConfig(
     depth=TransformerConfig(dim=32, layers=1, heads=2, hidden=48, context=16),
     text_card=320,
 )
+DICTIONARY = grammar.dictionary  # which the tests here do without
 KNOWN = grammar.Facts("Ada Novak", "Pearl Bakery", "bakery", "gift box", 45, "Monday", "Friday")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_words() -> Iterator[None]:
+    """A dictionary without the natural voice, which only the `train` extra brings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammar, "dictionary", lambda: (("Aachen", "Dallas", "Juneau"), ("aster", "lath")))
+        yield
+
+
 @pytest.fixture(scope="module")
-def pieces() -> Pieces:
+def pieces(few_words: None) -> Pieces:
     return Pieces(train())
 
 
@@ -101,6 +112,19 @@ def test_answers_take_their_values_from_the_role_text() -> None:
         *("zero", "thirteen", "forty", "ninety nine", "three hundred"),
         "four hundred twelve",
     ]
+
+
+def test_a_role_text_that_tells_little_is_answered_by_what_it_tells() -> None:
+    named = grammar.Facts("Ada Novak")
+    assert grammar.answer("hello", named) == "Hello, this is Ada Novak speaking."
+    assert grammar.answer("name", named) == "My name is Ada Novak."
+    assert grammar.answer("name", grammar.Facts()) == grammar.answer("price", named) == grammar.UNTOLD
+    assert grammar.answer("hello", grammar.Facts()) == "Hello, nice to talk to you."
+    for seed in range(400):
+        known, text = grammar.world(random.Random(seed))
+        values = dataclasses.asdict(known) | {"price": grammar.spoken_number(known.price), "kind": ""}
+        assert all(str(value) in text for field, value in values.items() if getattr(known, field)), text
+    assert all(grammar.world(random.Random(seed), unseen=True)[0].price for seed in range(50))
 
 
 def said_locked(voice: Voice) -> tuple[np.ndarray, np.ndarray]:
@@ -186,7 +210,7 @@ def test_what_is_faint_weighs_as_much_as_what_is_loud() -> None:
 def test_the_dictionary_to_read_from_holds_nothing_that_is_held_back() -> None:
     """Needs the `train` extra, whose voice brings it."""
     pytest.importorskip("hibari")
-    names, words = grammar.dictionary()
+    names, words = DICTIONARY()
     assert len(names) > 5_000
     assert len(words) > 40_000
     assert not any(grammar.held_back(word) for word in (*names, *words))
@@ -311,14 +335,14 @@ def test_phones_that_nobody_knows_count_for_nothing() -> None:
 
 
 def test_a_document_is_laid_out_as_the_engine_lays_out_a_session(pieces: Pieces) -> None:
-    draw = random.Random(1)
+    role_text = grammar.role_text(random.Random(1), KNOWN)
     voice = np.random.default_rng(0).integers(0, CODES, (9, CODEBOOKS))
     document = documents.Document()
-    documents.prompt(document, draw, pieces, KNOWN, sound=True, voice=voice)
+    documents.prompt(document, pieces, role_text, sound=True, voice=voice)
     batch = Batch.of([document])
     trained = batch.audio[0]
 
-    role = pieces.prompt(grammar.role_text(random.Random(1), KNOWN))
+    role = pieces.prompt(role_text)
     codes = export.to_ids(torch.from_numpy(voice)).t()
     lost = torch.zeros(CODEBOOKS, 1, dtype=torch.int64)  # the engine never reads a voice's first frame
     script = compose(EngineVoice.from_codes(torch.cat([lost, codes], 1)), role, export.CONFIG.lm)
@@ -363,35 +387,53 @@ def test_answers_in_sound_say_their_text_ahead_of_it(pieces: Pieces) -> None:
         start += len(word.sound)
 
 
-def read_aloud(voice: int, starts: tuple[int, ...], text: str) -> corpus.Utterance:
-    """An utterance of the agent's whose phones are its frames' numbers."""
-    codes = np.repeat(np.arange(starts[-1] + 1, dtype=np.uint8)[:, None], 8, 1)
-    codes[:, articulation.VOICE] = voice
-    wave = np.zeros(len(codes) * FRAME_SIZE, np.int16)
-    return corpus.Utterance(wave, codes.ravel(), text, corpus.OTHER, starts=np.array(starts, np.int16))
+class Evenly:
+    """A speaker without a network: 0.45 s a word, all of it one phone, the word's number."""
+
+    names = ("", *articulation.ALPHABET)
+
+    def say(self, text: str) -> Spoken:
+        count = len(text.split())
+        times = tuple((word, 0.45 * i, 0.45 * i + 0.45) for i, word in enumerate(text.split()))
+        phones = np.repeat(np.arange(1, count + 1, dtype=np.uint8), 18)
+        return dataclasses.replace(vowel(0.45 * count), text=text, words=times, phones=phones)
 
 
-def test_what_is_read_aloud_is_written_ahead_of_its_sound(pieces: Pieces, tmp_path: Path) -> None:
-    text = "Ada Novak sings."
-    read = read_aloud(3, (1, 7, 14, 20), text)
-    hurried = read_aloud(3, (1, 2, 3, 4), "Ada Gonzalez sings.")
-    (tmp_path / "agent").mkdir()
-    corpus.save(tmp_path / "agent" / "agent-0000.npz", [read, hurried])
-    reader = reading.Reader(tmp_path, Spelled(pieces))
-    assert [len(made) for made in reader.sentences.values()] == [1]  # none whose pieces outrun the sound
+def test_what_is_read_aloud_is_written_ahead_of_its_sound(
+    pieces: Pieces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spelled(folder: Path, pieces: Pieces) -> Spelled:
+        words = Spelled(pieces)
+        words.speaker = Evenly()  # type: ignore[assignment]
+        return words
+
+    monkeypatch.setattr(reading, "Words", spelled)
+    monkeypatch.setattr(reading, "words_in_a_row", lambda draw: "Ada Gonzalezqwertz sings.")
+    monkeypatch.setattr(reading, "_ANY_WORDS", 1.0)
+    reading.make(tmp_path, 2)
+    reader = reading.Reader(tmp_path, spelled(tmp_path, pieces))
+    (one, other) = reader.sentences
+    assert one.text == other.text
+    ids = [pieces.encode(word) for word in ("Ada", "Gonzalezqwertz", "sings.")]
+    lengths = [max(6, len(word)) for word in ids]
+    assert lengths[1] > 6  # a word has room for its pieces
+    assert len(one.said) == sum(lengths)
+    begins = np.cumsum([0, *lengths])
+    for number, (word, begin) in enumerate(zip(ids, begins, strict=False)):
+        assert one.text[begin : begin + len(word)] == word
+        assert (one.said.phones[begin + 1 : begin + lengths[number] - 1] == number + 1).all()
+
     batch = Batch.of([reader.document(random.Random(0))])
     agent, written = batch.agent[0], batch.text[0].tolist()
     assert (batch.weight == 0).all()
-    begins = (agent[:, 0] == 1).nonzero().flatten().tolist()
-    begins = [i for i in begins if i > 19]  # behind the voice prompt
-    assert len(begins) >= 4
-    for begin in begins:
-        assert agent[begin : begin + 19, 0].tolist() == list(range(1, 20))
-        assert (agent[begin - reading.LEAD : begin] == SILENCE).all()
-        for word, start in zip(text.split(), (0, 6, 13), strict=True):
-            ids, place = pieces.encode(word), begin - reading.LEAD + start
-            assert written[place : place + len(ids)] == ids
-        assert (batch.audible[0, begin : begin + 20] == 1).all()
+    loud = (agent != SILENCE).all(-1).tolist()
+    first = 1 + len(reader.words.samples("NATF2")[0]) + SILENCE_FRAMES  # behind start and voice prompt
+    starts = [i for i in range(first, len(loud)) if loud[i] and not loud[i - 1]]
+    assert len(starts) >= 3
+    for start in starts:
+        assert written[start - reading.LEAD : start - reading.LEAD + len(one.text)] == one.text
+        assert len(set(agent[start : start + len(one.said), articulation.VOICE].tolist())) == 1
+        assert (batch.audible[0, start : start + len(one.said)] == 1).all()
     loss, parts = talking.loss(Talker(SMALL_LM), batch)
     assert torch.isfinite(loss)
     assert parts["text"] == 0

@@ -14,9 +14,9 @@ export async function load(path) {
   return response.json();
 }
 
-/** Models whose weights nobody trained: they make sounds, no sense. */
-export function isToy(model) {
-  return model === "tiny" || model === "echo";
+/** The words about a model that is none to use in earnest, or null for the others. */
+export function toyNotice(model) {
+  return { tiny: "notice.toy", echo: "notice.echo", talk: "notice.talk" }[model] ?? null;
 }
 
 /** The address of a conversation with a persona: {voice, role: {text}, sampling, record, key}. */

@@ -3,7 +3,7 @@
 import * as settings from "../settings.js";
 import { opusKind } from "../audio/codec.js";
 import { t } from "../i18n.js";
-import { isToy } from "../service.js";
+import { toyNotice } from "../service.js";
 import { $, paint, roughly } from "./dom.js";
 import { notice } from "./notices.js";
 import { OwnVoice } from "./ownvoice.js";
@@ -85,7 +85,8 @@ export class Start {
 
   #tell() {
     const { model, slots, used, wait_s: wait } = this.#info;
-    notice("toy", isToy(model) && t(model === "echo" ? "notice.echo" : "notice.toy", { model }), { fixed: true });
+    const toy = toyNotice(model);
+    notice("toy", toy && t(toy, { model }), { fixed: true });
     const full = slots > 0 && used >= slots;
     notice("full", full && (wait ? t("notice.wait", { time: roughly(wait) }) : t("notice.full")), { fixed: true });
   }

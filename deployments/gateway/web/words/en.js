@@ -124,6 +124,7 @@ export default {
   "sampling.hint": "Temperature 0 always takes the likeliest token; top-k 0 chooses among all of them.",
 
   "notice.toy": "This service runs “{model}”, a model without training: it shows how everything works, and what it says makes no sense.",
+  "notice.talk": "This service runs “{model}”, a toy that knows a few sentences: greet it, ask for its name, the price or the opening days. The real model is PersonaPlex 7B.",
   "notice.echo": "This service runs an echo instead of a model: you hear yourself.",
   "notice.memory": "This window keeps no history: it is private, or storage is blocked. Talks can be exported until it closes.",
   "notice.full": "All slots are taken. You can start all the same and wait in the queue.",
