@@ -1,11 +1,12 @@
 """What this version costs while nothing fails, beside another checkout of this repository.
 
     git worktree add --detach ../base e769636
-    python -m benchmarks.against ../base [--rounds 5] [--sessions 8] [--seconds 30] [--models echo tiny]
+    python -m benchmarks.against ../base [--rounds 5] [--sessions 8] [--seconds 30] [--models echo engine]
 
 Each run starts the service of one checkout, lets `--sessions` clients talk to it and reads the CPU time of
 its gateway and its replica. The checkouts alternate, run by run, and take turns in going first; both run on
 this interpreter and its packages. `echo` does no maths, so what the serving path costs is seen best there.
+`engine` is no service but `benchmarks.engine` of either checkout: milliseconds of CPU of its own parts.
 
 - cpu: milliseconds of CPU per session and second, of all threads, while all sessions talk
 - idle: the same process before anybody called, as a share of a core
@@ -19,13 +20,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import json
+import os
 import random
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,7 @@ PARTS = ("gateway", "replica")
 SETTLE_S = 5.0  # a service that has just started is still busy with itself
 IDLE_S = 5.0
 WARM_UP_S = 3.0
+ENGINE_ROUNDS = 5
 SETTINGS = {"replica_num_cpus": 0.1, "gateway_num_cpus": 0.1, "session_limit_s": 3_600}
 
 
@@ -103,8 +108,26 @@ def run(checkout: Path, model: str, count: int, stream: Stream) -> dict[str, flo
     return figures | {f"{part}_idle": used / IDLE_S for part, used in idle.items()}
 
 
-def compare(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    """Medians and spreads of `base` and `this`, by figure, and how the CPU of this one stands."""
+def engine(checkout: Path) -> dict[str, float]:
+    """`benchmarks.engine` as that checkout has it: the median of every part but the baseline's."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "engine.json"
+        command = ["-m", "benchmarks.engine", "--rounds", str(ENGINE_ROUNDS), "--output", str(path)]
+        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        subprocess.run([sys.executable, *command], cwd=checkout, env=environment, check=True)
+        result = json.loads(path.read_text())
+    figures = {
+        f"{part}_{kind}_ms": row["median_ms"]
+        for part, kinds in result.items()
+        if isinstance(kinds, dict)
+        for kind, row in kinds.items()
+        if isinstance(row, dict) and "median_ms" in row and kind != "naive"
+    }
+    return figures | {"tiny_real_time_factor": result["tiny"]["real_time_factor"]}
+
+
+def compare(runs: Mapping[str, Sequence[Mapping[str, float]]], costs: Iterable[str]) -> dict[str, Any]:
+    """Medians and spreads of `base` and `this`, by figure, and how the `costs` of this one stand."""
     rows: dict[str, Any] = {}
     for name in runs["this"][0]:
         rows[name] = {
@@ -112,8 +135,8 @@ def compare(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]
             for which in runs
             for values in ([one[name] for one in runs[which]],)
         }
-    for part in PARTS:
-        row = rows[f"{part}_cpu"]
+    for name in costs:
+        row = rows[name]
         row["this_over_base"] = row["this"]["median"] / row["base"]["median"]
         row["within_spread"] = row["this"]["median"] <= row["base"]["most"]
     return rows
@@ -141,7 +164,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sessions", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--models", nargs="+", default=["echo", "tiny"])
+    parser.add_argument("--models", nargs="+", default=["echo", "tiny", "engine"])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the service goes with us
@@ -152,9 +175,13 @@ def main() -> None:
         runs: dict[str, list[dict[str, float]]] = {which: [] for which in checkouts}
         for number in range(options.rounds):
             for which in sorted(checkouts, reverse=number % 2 == 1):
-                runs[which].append(run(checkouts[which], model, options.sessions, stream))
+                if model == "engine":
+                    runs[which].append(engine(checkouts[which]))
+                else:
+                    runs[which].append(run(checkouts[which], model, options.sessions, stream))
                 print(model, which, rounded(runs[which][-1]), flush=True)
-        models[model] = rounded({"compared": compare(runs), "runs": runs})
+        costs = list(runs["this"][0]) if model == "engine" else [f"{part}_cpu" for part in PARTS]
+        models[model] = rounded({"compared": compare(runs, costs), "runs": runs})
     result = {
         "benchmark": "against",
         "machine": machine("ray", "uvloop", "numpy"),
