@@ -240,8 +240,10 @@ class Accounts:
                 due = self._clock() + TICK_S
                 self.tick()
                 busy = bool(self._held or waiting)
-                # A call to the fleet costs as much as 30 frames: who holds nothing makes fewer.
-                if busy or self._was_busy or self._clock() - self._heard >= QUIET_REPORT_S:
+                # A call to the fleet costs as much as 30 frames: who holds nothing makes fewer, and where
+                # there are no keys nobody holds anything.
+                quiet = self._clock() - self._heard
+                if busy or self._was_busy or (self._table() and quiet >= QUIET_REPORT_S):
                     await self._report(waiting)
                 self._was_busy = busy
             await asyncio.sleep(QUEUE_TICK_S)

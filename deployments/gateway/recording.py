@@ -36,6 +36,7 @@ START_S = 60.0  # for the libraries
 TIMEOUT_S = 25.0  # a little more than a child gives itself
 RETRY_S = 5.0
 _READY = b"ready"
+_AWAY = "recordings cannot be read now"
 _TOO_MUCH = "the recording is damaged, or too much work to read"
 
 
@@ -83,6 +84,14 @@ class Reader:
 
     def read(self, data: bytes) -> Recording:
         """What a child makes of a recording. Raises BadAudio, NoCapacity when no child can be had."""
+        for _ in range(2):
+            result = self._ask(data)
+            if result is not None:
+                return _unpack(result)
+        raise NoCapacity(_AWAY, RETRY_S)
+
+    def _ask(self, data: bytes) -> bytes | None:
+        """A child's result; None where no child began, because the process was ended by somebody."""
         with _memory() as source, _memory() as sink:
             source.write(data)
             source.flush()
@@ -93,12 +102,17 @@ class Reader:
                     self._send([source.fileno(), sink.fileno(), alive])
                 finally:
                     os.close(alive)
-                if not select.select([ended], [], [], TIMEOUT_S)[0]:  # readable at the child's end
+                begun, until = False, time.monotonic() + TIMEOUT_S
+                while select.select([ended], [], [], max(0.0, until - time.monotonic()))[0]:
+                    if not os.read(ended, 1):  # the child's end
+                        break
+                    begun = True
+                else:
                     raise BadAudio(_TOO_MUCH)
             finally:
                 os.close(ended)
             sink.seek(0)
-            return _unpack(sink.read())
+            return sink.read() if begun else None
 
     def close(self) -> None:
         """Ends the process. Idempotent; children end by their own limits."""
@@ -122,7 +136,7 @@ class Reader:
                     return
                 except OSError:  # it was ended by somebody
                     self._forget()
-            raise NoCapacity("recordings cannot be read now", RETRY_S)
+            raise NoCapacity(_AWAY, RETRY_S)
 
     def _start(self) -> None:
         here, there = socket.socketpair()

@@ -20,6 +20,7 @@ import hashlib
 import hmac
 import secrets
 import struct
+from collections.abc import Callable
 from typing import Protocol
 
 from personaplex.errors import ProtocolError
@@ -40,8 +41,10 @@ class Keyring:
     """The application's secret as one process knows it: the newest, and the one before it while other
     processes may not have heard of the change yet."""
 
-    def __init__(self, *known: bytes) -> None:
+    def __init__(self, *known: bytes, missed: Callable[[], None] = lambda: None) -> None:
+        """`missed` is called when the other end of a link has a secret that is not here."""
         self._secrets: list[bytes] = []
+        self.missed = missed
         for secret in reversed(known):
             self.adopt(secret)
 
@@ -109,6 +112,8 @@ class ReplicaHandshake:
             return b""
         magic, name, nonce, proof = message
         secret = self._keyring.called(name)
+        if secret is None:
+            self._keyring.missed()
         identity = (self._replica, self._binding)
         expected = _proof(secret or bytes(SECRET_BYTES), _GATEWAY, self._nonce, nonce, *identity)
         if not hmac.compare_digest(expected, proof) or secret is None or magic != MAGIC:
@@ -140,6 +145,8 @@ class GatewayHandshake:
         magic, *names, nonce = message
         found = ((name, self._keyring.called(name)) for name in names)
         name, secret = next(((name, one) for name, one in found if one is not None), (b"", None))
+        if secret is None:
+            self._keyring.missed()
         if magic != MAGIC or secret is None:
             raise ProtocolError(_REFUSED)
         identity = (self._replica, self._binding)

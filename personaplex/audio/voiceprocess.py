@@ -4,9 +4,9 @@
 
 This process loads the libraries, says READY on the Unix socket that is its standard input, and decodes
 nothing itself. For every message on the socket, which carries three descriptors (recording, result, alive),
-it forks a child. The child limits its own memory, processor time, time by the clock, files and descriptors
-before it reads the first byte, writes the result and ends; `alive` is closed by its end, however it ends. The
-process ends when the socket does.
+it forks a child. The child writes a byte to `alive`, limits its own memory, processor time, time by the
+clock, files and descriptors before it reads the first byte, writes the result and ends; `alive` is closed by
+its end, however it ends. The process ends when the socket does.
 
 The result is one line of JSON with `loudness`, `problems` and `samples`, then so many float32 little-endian
 at 24 kHz, normalised: what `voicewav.read_voice` gives. A recording that cannot be used makes a line with
@@ -85,8 +85,9 @@ def serve(asked: socket.socket, longest_s: float, sample_limit: int) -> None:
         if len(descriptors) == 3 and os.fork() == 0:
             asked.close()
             try:
+                source, sink, alive = descriptors
+                os.write(alive, b"!")
                 limit()
-                source, sink, _ = descriptors
                 with open(sink, "wb", closefd=False) as file:
                     file.write(read(source, longest_s, sample_limit))
             finally:
@@ -99,6 +100,9 @@ def main() -> None:
     import pyloudnorm  # noqa: F401  before the first child: importing it is no work of a recording
 
     with socket.socket(fileno=os.dup(0)) as asked:
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)  # a child that closes `asked` holds the socket no longer
+        os.close(nothing)
         serve(asked, float(sys.argv[1]), int(sys.argv[2]))
 
 

@@ -10,6 +10,7 @@ import os
 import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,6 +205,19 @@ def test_a_child_that_is_killed_is_a_typed_refusal(reader: Reader, monkeypatch: 
     assert len(reader.read(VOICE.read_bytes()).pcm), "another process takes its place"
     assert reader._process is not None
     assert b"s3cret" not in Path(f"/proc/{reader._process.pid}/environ").read_bytes(), "no key goes with it"
+
+
+def test_a_recording_that_nobody_began_to_read_is_read_by_the_next_process(reader: Reader) -> None:
+    """The process is killed while the recording lies in its socket."""
+    reader.read(VOICE.read_bytes())
+    assert reader._process is not None
+    process = psutil.Process(reader._process.pid)
+    process.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(reader.read, VOICE.read_bytes())
+        assert not wait([reading], 0.5).done
+        process.kill()
+        assert len(reading.result(30).pcm)
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3", "AIFF"])

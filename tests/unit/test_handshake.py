@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from mutation import mutants
 
+from deployments import keysync
 from deployments.fleet import Fleet
 from deployments.wire import messages
 from deployments.wire.handshake import SECRET_BYTES, GatewayHandshake, Handshake, Keyring, ReplicaHandshake
@@ -159,6 +160,48 @@ def test_a_new_fleet_takes_over_the_secret_that_is_in_use() -> None:
         assert await successor.link_secret(made) == made
         assert await successor.link_secret(b"") == made
         assert await Fleet().link_secret(b"") != made
+
+    asyncio.run(run())
+
+
+class Answering:
+    """A fleet's handle."""
+
+    def __init__(self) -> None:
+        self.link_secret, self.secret, self.asked = self, OLD, asyncio.Event()
+
+    async def _answer(self) -> bytes:
+        self.asked.set()
+        return self.secret
+
+    def remote(self, known: bytes) -> Any:
+        return self._answer()
+
+    async def asked_again(self) -> None:
+        """Until it has been asked once more, and its answer taken."""
+        self.asked.clear()
+        await asyncio.wait_for(self.asked.wait(), 10.0)
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+
+def test_who_meets_an_unknown_secret_asks_for_the_newest_at_once() -> None:
+    async def run() -> None:
+        fleet = Answering()
+        keys = keysync.KeySync(fleet)  # type: ignore[arg-type]
+        ours, strange = await keys.known(), Keyring(OTHER)
+        fleet.secret = NEW
+        with pytest.raises(ProtocolError):
+            shake(ReplicaHandshake(Keyring(NEW), "r"), GatewayHandshake(ours, "r"))
+        await fleet.asked_again()
+        assert ours.newest == NEW
+        challenged = ReplicaHandshake(ours, "r")
+        challenged.begin(b"")
+        (_, answer, *_) = shake(ReplicaHandshake(strange, "r"), GatewayHandshake(strange, "r"))
+        with pytest.raises(ProtocolError):
+            challenged.receive(bytearray(answer))
+        await fleet.asked_again()
+        keys.close()
 
     asyncio.run(run())
 
