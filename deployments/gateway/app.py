@@ -37,7 +37,7 @@ from starlette.routing import BaseRoute, Mount, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from deployments import ingress, logs, metrics
+from deployments import garbage, ingress, logs, metrics
 from deployments.gateway import tracing, watchers
 from deployments.gateway.access import AccessRoutes
 from deployments.gateway.accounts import Accounts
@@ -337,3 +337,4 @@ class ServedGateway(Gateway):
         logs.configure(settings.log_level, settings.log_format)  # for `make_way`, which may say why it ends
         await make_way(handles[1])
         super().__init__(settings, *handles)
+        garbage.settle()

@@ -17,7 +17,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deployments import logs, metrics
+from deployments import garbage, logs, metrics
 from deployments.keysync import KeySync
 from deployments.parts import ReplicaSettings
 from deployments.replica.models import load
@@ -74,6 +74,7 @@ class Replica:
         loaded = time.monotonic() - began
         self._metrics.set(metrics.LOAD_SECONDS, loaded)
         self._keeping = asyncio.ensure_future(self._metrics.keep())
+        garbage.settle()
         logger.info("replica ready: %d slots, %.1f s to load", self._slots, loaded)
 
     async def lease(self, request: LeaseRequest) -> AsyncIterator[Grant | Refusal]:

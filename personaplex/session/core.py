@@ -266,8 +266,10 @@ class SessionCore:
             except PersonaplexError as error:
                 commands = self._end(error)
         assert self.state in allowed, (type(event).__name__, self.state)  # an event may be what was said
-        if any(isinstance(command, Send) for command in commands):
-            self._last_sent = now
+        for command in commands:
+            if isinstance(command, Send):
+                self._last_sent = now
+                break
         return commands
 
     def deadline(self) -> float | None:
@@ -283,11 +285,19 @@ class SessionCore:
         return min(times if page is None else [page, *times])
 
     def _handle(self, event: Event, now: float) -> list[Command]:
-        match event:
+        match event:  # what comes with every frame first
             case PeerAudio(data, size):
                 self._spend(size, now)
                 self._handshake_at = min(self._handshake_at, now)
                 return [*self._go_live_when_due(now), FeedAudio(data)]
+            case AgentAudio(page, quiet):
+                self.pacer.push(page, now, quiet)
+                return self._release(now)
+            case AgentText(text):
+                self.pacer.add_text(text)
+                return []
+            case Tick():
+                return self._tick(now)
             case PeerMessage(size, known):
                 self._spend(size, now)
                 self.ignored += not known
@@ -310,12 +320,6 @@ class SessionCore:
                     return [SendDetails(details), *self._go_live_when_due(now)]
                 self._details.insert(0, SendDetails(details))
                 return self._go_live_when_due(now)
-            case AgentAudio(page, quiet):
-                self.pacer.push(page, now, quiet)
-                return self._release(now)
-            case AgentText(text):
-                self.pacer.add_text(text)
-                return []
             case UserText() | UserTextLost():
                 return self._tell_user_text(SendUserText(event)) if self._user_text else []
             case AudioHeard():
@@ -330,7 +334,7 @@ class SessionCore:
             case EngineLost():
                 raise SessionLost("the server running this session failed; please connect again")
             case _:
-                return self._tick(now)
+                raise AssertionError(f"{type(event).__name__} is in no state's row of TABLE")
 
     def _tell_user_text(self, command: SendUserText) -> list[Command]:
         if self.state is LIVE:
