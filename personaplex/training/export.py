@@ -45,6 +45,7 @@ _CODES = 64  # of a level, as trained
 _EAR = 64  # of a codebook's vector, what the ear reads; the rest is the mouth's
 _SMALL = 1e-3  # of the mouth's parts, too little to sway the ear's choice of a code
 _FAR = 100.0  # where the ear finds nothing: vectors of ids that are no codes
+SHARPNESS = 2.5  # of the logits of codes: how a word sounds is not to be drawn anew each time
 _RULED_OUT = -60.0  # logit of ids that are no codes
 _TINY_SAMPLE, _TINY_COEFFICIENT = 2.0**-12, 2.0**-16  # ELU is the identity for what is tiny, to -70 dB
 _EXACT = ("_codebook.embedding_sum",)  # rows of large and of small values
@@ -101,7 +102,7 @@ def lm_tensors(trained: dict[str, Tensor], constant: float) -> dict[str, Tensor]
         elif head == "linears":
             ruled_out = torch.zeros(dim)
             ruled_out[0] = _RULED_OUT / constant
-            out[name] = rows(tensor, int(index), SILENCE_CODES[int(index)], ruled_out)
+            out[name] = rows(SHARPNESS * tensor, int(index), SILENCE_CODES[int(index)], ruled_out)
         else:
             out[name] = tensor
     out["depformer_emb.7.weight"] = still.repeat(CONFIG.lm.card + 1, 1)  # only steps nobody reads have it

@@ -167,7 +167,7 @@ def copying_gate(folder: Path, batches: int = 20) -> dict[str, float]:
     return {slot: right for slot, (right, _) in shares.items()}
 
 
-def talk(folder: Path, per_intent: int = 4) -> None:
+def talk(folder: Path, per_intent: int = 8) -> None:
     """Sessions of the assembled model: greedy, sampled, and sampled through a noisy line."""
     model_folder = folder / "model"
     assemble(folder, model_folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import random
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +58,8 @@ SMALL = MimiConfig(
     codebook_dim=192,
     codebooks=8,
 )
+pytestmark = pytest.mark.usefixtures("few_words")
+
 SMALL_LM = LMConfig(
     temporal=TransformerConfig(dim=64, layers=2, heads=2, hidden=96, context=500),
     depth=TransformerConfig(dim=32, layers=1, heads=2, hidden=48, context=16),
@@ -66,14 +67,6 @@ SMALL_LM = LMConfig(
 )
 DICTIONARY = grammar.dictionary  # which the tests here do without
 KNOWN = grammar.Facts("Ada Novak", "Pearl Bakery", "bakery", "gift box", 45, "Monday", "Friday")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_words() -> Iterator[None]:
-    """A dictionary without the natural voice, which only the `train` extra brings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grammar, "dictionary", lambda: (("Aachen", "Dallas", "Juneau"), ("aster", "lath")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,10 @@ from talk.record import read
 from personaplex.config import EngineConfig, Sampling
 from personaplex.engine.engine import Engine
 from personaplex.loading import ModelSpec, load_parts, resolve
-from personaplex.persona import Persona
+from personaplex.persona import PROMPTS, TALK_PROMPTS, Persona
 from personaplex.training import behaviour
 from personaplex.training.behaviour import Talk, World
+from personaplex.training.grammar import UNTOLD, Facts
 from personaplex.training.score import transcript
 from personaplex.training.unseen import Caller, paused
 
@@ -86,6 +87,44 @@ def test_names_are_heard(talks: list[Talk]) -> None:
     heard = [transcript(talk.pcm[talk.end :].flatten()) for talk in told]
     pairs = zip(told, heard, strict=True)
     assert share([behaviour.sounds_like(talk.known.name, text) for talk, text in pairs]) >= 0.6
+
+
+OFFERED = {
+    "talk-hotel": Facts("Anna", "Green Hotel", "hotel", "single room", 80, "Monday", "Sunday"),
+    "talk-waste": Facts("Martin", "City Services", "waste management", "compost bin", 8, "Monday", "Friday"),
+    "talk-pizza": Facts("Maria", "Olive Pizza", "pizza place", "large pizza", 14, "Tuesday", "Sunday"),
+    "talk-drone": Facts(
+        "Thomas", "Sky Rentals", "drone rental company", "drone", 65, "Wednesday", "Saturday"
+    ),
+    "talk-lessons": Facts("Linda", "Bright Books", "book shop", "first lesson", 20, "Monday", "Thursday"),
+}
+
+
+def test_the_roles_that_the_page_offers_are_played(calls: list[tuple[Caller, World]]) -> None:
+    asking = [caller for caller, _ in calls if caller.intent in ("hello", "name", "price", "open")]
+    worlds = [World(known, "NATF2", TALK_PROMPTS[role].text) for role, known in OFFERED.items()]
+    assert OFFERED.keys() == TALK_PROMPTS.keys()
+    pairs = [(caller, world) for world in worlds for caller in asking[::4]]
+    told = right(held(pairs, Sampling().greedy()))
+    assert len(told) >= 0.7 * len(pairs)
+    assert share([talk.wrote(field) for talk in told for field in behaviour.values_of(talk)]) >= 0.95
+
+
+def test_of_the_published_roles_it_tells_the_name_and_what_it_does_not_know(
+    calls: list[tuple[Caller, World]],
+) -> None:
+    (name, *_) = [caller for caller, _ in calls if caller.text == "say your name please"]
+    (price, *_) = [caller for caller, _ in calls if caller.intent == "price" and not caller.held_back]
+    named = {"bank": "Alexis Kim", "service-waste": "Ayelen Lucero", "astronaut": "Alex", "assistant": ""}
+    pairs = [
+        (caller, World(Facts(who), "NATM1", PROMPTS[role].text))
+        for caller in (name, price)
+        for role, who in named.items()
+    ]
+    said = [talk.text.strip() for talk in held(pairs, Sampling().greedy())]
+    expected = [f"My name is {who}" if who else UNTOLD for who in named.values()] + [UNTOLD] * len(named)
+    pairs_of = list(zip(said, expected, strict=True))
+    assert sum(text.startswith(words) for text, words in pairs_of) >= 7, pairs_of
 
 
 def test_a_pause_inside_a_question_is_waited_through(calls: list[tuple[Caller, World]]) -> None:
