@@ -223,14 +223,16 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     async def receive(self) -> Any:
         message = await super().receive()
-        self._read_on()
+        if self._unread or not self._client_reads:  # else uvicorn reads on by itself
+            self._read_on()
         return message
 
     async def send(self, message: Any) -> None:
         await super().send(message)
         if message["type"] == "websocket.http.response.body" and self.close_sent:
             self.handshake_complete = True  # uvicorn logs an error for each refusal otherwise
-        self._read_on()
+        if self._unread or not self._client_reads:
+            self._read_on()
 
     # Reading
 

@@ -285,13 +285,13 @@ class Conversation:
                 case Reply(answer):
                     if self._close is None:
                         self._send(answer)
+                        self._check_unsent()
                 case Begin(persona, ticket):
                     self._on(Begun())
                     if self._core.state is State.OPENING:
                         self._start(self._serve(persona, None, ticket))
                 case _:
                     self._on(meaning)
-        self._check_unsent()
 
     def _send(self, message: Message) -> None:
         self._unsent.put(message)
@@ -314,10 +314,12 @@ class Conversation:
     def _on(self, event: Event) -> None:
         if self._core.state is State.CLOSED:
             return
-        for command in self._core.receive(event, time.monotonic()):
+        commands = self._core.receive(event, time.monotonic())
+        for command in commands:
             self._do(command)
         self._notice_change()
-        self._check_unsent()
+        if commands:
+            self._check_unsent()
 
     def _check_unsent(self) -> None:
         if self._unsent.full and self._close is None:
