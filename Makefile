@@ -60,9 +60,9 @@ test-tools: install
 test-chart: install promtool
 	$(BIN)/python -m pytest tests/chart
 
-# What the embedded talking model does with recorded callers, offline and over a socket; Whisper judges what it says.
+# What the embedded talking model does with recorded callers: offline, over a socket and in the page. Whisper judges.
 test-talk: install
-	$(BIN)/python -m pytest tests/talk
+	$(BIN)/python -m pytest tests/talk tests/service/test_serve_talk.py tests/service/test_web_page_talk.py
 
 # Clients that others wrote, each in an environment of its own, against a service here; writes docs/clients.md.
 CLIENTS = PYTHONPATH=.:tests $(BIN)/python -m clients.matrix

@@ -47,7 +47,7 @@ REAL_TIME = (  # bounds of seconds and less, or replicas that are suspected afte
 )
 TIMED = ("tests/service", *REAL_TIME)
 BESIDE = (
-    *("tests/tools", "tests/chart", "tests/gpu", "tests/unit", "tests/slow"),
+    *("tests/tools", "tests/chart", "tests/gpu", "tests/unit", "tests/slow", "tests/talk"),
     *(f"--ignore={file}" for file in REAL_TIME),
 )
 NICENESS = 19  # the least: bounds of the tests beside it are a frame or two

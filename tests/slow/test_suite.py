@@ -80,7 +80,7 @@ def test_every_folder_of_tests_has_its_part() -> None:
     folders = {f"tests/{path.parent.name}" for path in (suite.ROOT / "tests").glob("*/test_*.py")}
     ignored = {f"--ignore={file}" for file in suite.REAL_TIME}
     parts = {*suite.TIMED, *suite.BESIDE} - {*suite.REAL_TIME, *ignored}
-    assert folders == {*parts, "tests/browser", "tests/talk"}  # those two have commands of their own
+    assert folders == {*parts, "tests/browser"}  # which has a command of its own
     assert all((suite.ROOT / file).is_file() for file in suite.REAL_TIME)
     assert ignored < {*suite.BESIDE}, "or they would run twice"
     assert not list((suite.ROOT / "tests").glob("test_*.py"))
