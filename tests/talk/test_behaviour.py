@@ -20,7 +20,7 @@ from personaplex.config import EngineConfig, Sampling
 from personaplex.engine.engine import Engine
 from personaplex.loading import ModelSpec, load_parts, resolve
 from personaplex.persona import PROMPTS, TALK_PROMPTS, Persona
-from personaplex.training import behaviour
+from personaplex.training import behaviour, grammar
 from personaplex.training.behaviour import Talk, World
 from personaplex.training.grammar import UNTOLD, Facts
 from personaplex.training.score import transcript
@@ -100,31 +100,34 @@ OFFERED = {
 }
 
 
-def test_the_roles_that_the_page_offers_are_played(calls: list[tuple[Caller, World]]) -> None:
-    asking = [caller for caller, _ in calls if caller.intent in ("hello", "name", "price", "open")]
-    worlds = [World(known, "NATF2", TALK_PROMPTS[role].text) for role, known in OFFERED.items()]
+@pytest.fixture(scope="module")
+def understood(calls: list[tuple[Caller, World]]) -> dict[str, Caller]:
+    """Of every intent a caller that is understood."""
+    return {talk.caller.intent: talk.caller for talk in right(held(calls, Sampling().greedy()))}
+
+
+def test_the_roles_that_the_page_offers_are_played(understood: dict[str, Caller]) -> None:
     assert OFFERED.keys() == TALK_PROMPTS.keys()
-    pairs = [(caller, world) for world in worlds for caller in asking[::4]]
-    told = right(held(pairs, Sampling().greedy()))
-    assert len(told) >= 0.7 * len(pairs)
-    assert share([talk.wrote(field) for talk in told for field in behaviour.values_of(talk)]) >= 0.95
+    worlds = [World(known, "NATF2", TALK_PROMPTS[role].text) for role, known in OFFERED.items()]
+    asking = [understood[intent] for intent in ("hello", "name", "price", "open")]
+    talks = held([(caller, world) for world in worlds for caller in asking], Sampling().greedy())
+    said = [talk.text.strip() for talk in talks]
+    assert said == [grammar.answer(caller.intent, world.known) for world in worlds for caller in asking]
 
 
 def test_of_the_published_roles_it_tells_the_name_and_what_it_does_not_know(
-    calls: list[tuple[Caller, World]],
+    understood: dict[str, Caller],
 ) -> None:
-    (name, *_) = [caller for caller, _ in calls if caller.text == "say your name please"]
-    (price, *_) = [caller for caller, _ in calls if caller.intent == "price" and not caller.held_back]
     named = {"bank": "Alexis Kim", "service-waste": "Ayelen Lucero", "astronaut": "Alex", "assistant": ""}
     pairs = [
-        (caller, World(Facts(who), "NATM1", PROMPTS[role].text))
-        for caller in (name, price)
+        (understood[intent], World(Facts(who), "NATM1", PROMPTS[role].text))
+        for intent in ("name", "price")
         for role, who in named.items()
     ]
     said = [talk.text.strip() for talk in held(pairs, Sampling().greedy())]
     expected = [f"My name is {who}" if who else UNTOLD for who in named.values()] + [UNTOLD] * len(named)
-    pairs_of = list(zip(said, expected, strict=True))
-    assert sum(text.startswith(words) for text, words in pairs_of) >= 7, pairs_of
+    right_words = [text.startswith(words) for text, words in zip(said, expected, strict=True)]
+    assert share(right_words) >= 0.8, list(zip(said, expected, strict=True))
 
 
 def test_a_pause_inside_a_question_is_waited_through(calls: list[tuple[Caller, World]]) -> None:
