@@ -21,7 +21,7 @@ from deployments.wire.handshake import Keyring
 
 logger = logging.getLogger(__name__)
 
-SYNC_EVERY_S = 15.0  # a call to the fleet costs as much as several frames of a session
+SYNC_EVERY_S = 5.0  # a call to the fleet costs as much as several frames of a session
 AGAIN_S = 0.5  # between two calls, whatever others present
 RETRY_S = 0.2  # while there is no secret yet
 
