@@ -223,18 +223,21 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     async def receive(self) -> Any:
         message = await super().receive()
-        if self._unread or not self._client_reads:  # else uvicorn reads on by itself
-            self._read_on()
+        self._look_again()
         return message
 
     async def send(self, message: Any) -> None:
         await super().send(message)
         if message["type"] == "websocket.http.response.body" and self.close_sent:
             self.handshake_complete = True  # uvicorn logs an error for each refusal otherwise
-        if self._unread or not self._client_reads:
-            self._read_on()
+        self._look_again()
 
     # Reading
+
+    def _look_again(self) -> None:
+        """After a message of the application's; where nothing is left uvicorn reads on by itself."""
+        if self._unread or not self._client_reads:
+            self._read_on()
 
     def _read_on(self) -> None:
         """Parses the next piece if it may, and lets the transport read exactly while nothing is left."""

@@ -8,7 +8,6 @@ personaplex.training.corpus callers|robots|agent FOLDER SHARDS [FIRST]`.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 import sys
@@ -39,17 +38,13 @@ _CAPITALS = 0.6  # share of words spelled with a capital, as names are, whose pi
 
 @dataclass(frozen=True)
 class Utterance:
-    """One wave with what it says; `labels` are phones at LABEL_RATE (callers) or 8 codes a frame (agent).
-
-    `starts` are the frames in which the agent's words begin, and the last one's end; callers have none.
-    """
+    """One wave with what it says; `labels` are phones at LABEL_RATE (callers) or 8 codes a frame (agent)."""
 
     wave: NDArray[np.int16]
     labels: NDArray[np.uint8]
     text: str
     intent: str
     source: str = ""  # the kind of shard it lay in, where that matters
-    starts: NDArray[np.int16] = dataclasses.field(default_factory=lambda: np.zeros(0, np.int16))
 
 
 def save(path: Path, utterances: list[Utterance]) -> None:
@@ -62,8 +57,6 @@ def save(path: Path, utterances: list[Utterance]) -> None:
         "label_lengths": np.array([len(u.labels) for u in utterances]),
         "texts": np.array([u.text for u in utterances]),
         "intents": np.array([u.intent for u in utterances]),
-        "starts": np.concatenate([u.starts for u in utterances]),
-        "start_lengths": np.array([len(u.starts) for u in utterances]),
     }
     np.savez(part, **arrays)
     os.replace(part, path)
@@ -73,9 +66,8 @@ def load(path: Path) -> list[Utterance]:
     with np.load(path) as file:
         waves = np.split(file["wave"], np.cumsum(file["lengths"])[:-1])
         labels = np.split(file["labels"], np.cumsum(file["label_lengths"])[:-1])
-        starts = np.split(file["starts"], np.cumsum(file["start_lengths"])[:-1])
-        rows = zip(waves, labels, file["texts"].tolist(), file["intents"].tolist(), starts, strict=True)
-        return [Utterance(*row[:-1], starts=row[-1]) for row in rows]
+        rows = zip(waves, labels, file["texts"].tolist(), file["intents"].tolist(), strict=True)
+        return [Utterance(*row) for row in rows]
 
 
 def caller_sentence(draw: random.Random) -> tuple[str, str]:
@@ -130,11 +122,11 @@ def agent(speaker: Speaker, seed: int) -> Iterator[Utterance]:
         if spoken is None:
             continue
         laid = plan(spoken)
-        words, starts = said(spoken, laid, speaker.names), np.asarray(laid.starts, np.int16)
+        words = said(spoken, laid, speaker.names)
         for voice in draw.sample(NAMES, _AGENT_VOICINGS):
             made = codes(words, voice)
             wave = as_int16(locked(spoken, VOICES[voice], laid.place, made[:, PERIODS]))
-            yield Utterance(wave, made.astype(np.uint8).ravel(), text, OTHER, starts=starts)
+            yield Utterance(wave, made.astype(np.uint8).ravel(), text, OTHER)
 
 
 def words_in_a_row(draw: random.Random) -> str:

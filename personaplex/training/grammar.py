@@ -270,15 +270,19 @@ def facts(draw: random.Random, unseen: bool) -> Facts:
     return Facts(person, company, kind, draw.choice(ITEMS), price, first_day, last_day)
 
 
+def _employed(known: Facts) -> tuple[str, str]:
+    """Two ways to say who the agent is and whom it works for, the published one first."""
+    return (
+        f"You work for {known.firm} which is a {known.kind} and your name is {known.name}.",
+        f"You are {known.name} and you work at {known.firm}, a {known.kind}.",
+    )
+
+
 def role_text(draw: random.Random, known: Facts) -> str:
     """A role text that states all facts, in one of several forms."""
+    usual, at_work = _employed(known)
     opening = draw.choice(
-        (
-            f"You work for {known.firm} which is a {known.kind} and your name is {known.name}.",
-            f"You work for {known.firm} which is a {known.kind} and your name is {known.name}.",
-            f"Your name is {known.name}. You answer the phone for {known.firm}.",
-            f"You are {known.name} and you work at {known.firm}, a {known.kind}.",
-        )
+        (usual, usual, f"Your name is {known.name}. You answer the phone for {known.firm}.", at_work)
     )
     amount = spoken_number(known.price)
     price = draw.choice((f"The {known.item} costs {amount} dollars.", f"A {known.item} is {amount} dollars."))
@@ -321,8 +325,7 @@ def _aside(draw: random.Random, known: Facts) -> tuple[Facts, str]:
     named, employed = Facts(known.name), Facts(known.name, known.firm)
     told, opening = draw.choice(
         (
-            (employed, f"You work for {known.firm} which is a {known.kind} and your name is {known.name}."),
-            (employed, f"You are {known.name} and you work at {known.firm}, a {known.kind}."),
+            *((employed, opening) for opening in _employed(known)),
             (named, f"{pleasant} Your name is {known.name}."),
             (named, f"{pleasant} You are {known.name}."),
             (Facts(), pleasant),

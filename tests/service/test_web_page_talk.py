@@ -37,10 +37,9 @@ def service(cluster: str) -> Iterator[Service]:
 
 def test_a_caller_asks_for_the_name_and_the_page_answers(service: Service, tmp_path: Path) -> None:
     caller, world = next(one for one in read() if one[0].intent == "name" and not one[0].held_back)
-    silent = (np.zeros(round(seconds * SAMPLE_RATE), np.float32) for seconds in (BEFORE_S, AFTER_S))
-    before, after = silent
+    silent = (round(BEFORE_S * SAMPLE_RATE), round(AFTER_S * SAMPLE_RATE))
     microphone = tmp_path / "caller.wav"
-    soundfile.write(microphone, np.concatenate([before, caller.wave, after]), SAMPLE_RATE)
+    soundfile.write(microphone, np.pad(caller.wave, silent), SAMPLE_RATE)
     with Chromium(flags=("--lang=en", f"--use-file-for-fake-audio-capture={microphone}")) as browser:
         page = Views(browser, f"http://{service.base}/")
         page.fresh()

@@ -588,7 +588,6 @@ def test_a_shard_comes_back_as_it_was_written(tmp_path: Path) -> None:
             rng.integers(-9, 9, n).astype(np.int16),
             rng.integers(0, 9, n // 5).astype(np.uint8),
             *(t, i),
-            starts=np.arange(len(t), dtype=np.int16),
         )
         for n, t, i in ((50, "hello there", "hello"), (35, "", corpus.OTHER))
     ]
@@ -597,7 +596,6 @@ def test_a_shard_comes_back_as_it_was_written(tmp_path: Path) -> None:
         assert (read.text, read.intent) == (wrote.text, wrote.intent)
         assert np.array_equal(read.wave, wrote.wave)
         assert np.array_equal(read.labels, wrote.labels)
-        assert np.array_equal(read.starts, wrote.starts)
     assert [p.name for p in tmp_path.iterdir()] == ["callers-0000.npz"]
 
 
