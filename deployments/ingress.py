@@ -181,6 +181,7 @@ class WebSocket(WebSocketsSansIOProtocol):
         super().__init__(config, *args, **kwargs)
         self._unread = bytearray()
         self._client_reads = True
+        self._transport_reads = True
         self._again: asyncio.Handle | None = None
         self._frames = Allowance(2 * MESSAGES_PER_S, _SLACK * MESSAGE_BURST)
         self._bytes = Allowance(2 * BYTES_PER_S, _SLACK * BYTE_BURST)
@@ -189,8 +190,11 @@ class WebSocket(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self.handshake_initiated:
-            self._unread += data
-            self._read_on()
+            if len(data) <= PIECE and not self._unread and self._may_parse() and not self._wait():
+                self._parse(data)
+            else:
+                self._unread += data
+                self._read_on()
             return
         super().data_received(data)  # the whole head
         if not self.handshake_initiated and not self.transport.is_closing():
@@ -222,8 +226,10 @@ class WebSocket(WebSocketsSansIOProtocol):
     # The application's side
 
     async def receive(self) -> Any:
-        message = await super().receive()
-        self._look_again()
+        message = await self.queue.get()
+        if self.queue.empty():
+            self.read_paused = False
+            self._look_again()
         return message
 
     async def send(self, message: Any) -> None:
@@ -235,8 +241,8 @@ class WebSocket(WebSocketsSansIOProtocol):
     # Reading
 
     def _look_again(self) -> None:
-        """After a message of the application's; where nothing is left uvicorn reads on by itself."""
-        if self._unread or not self._client_reads:
+        """After a message of the application's."""
+        if self._unread or not self._transport_reads:
             self._read_on()
 
     def _read_on(self) -> None:
@@ -244,23 +250,29 @@ class WebSocket(WebSocketsSansIOProtocol):
         if self.transport.is_closing():
             return
         if self._again is None and self._unread and self._may_parse():
-            now = self.loop.time()
-            wait = max(self._frames.wait(now), self._bytes.wait(now))
-            if wait:
+            if wait := self._wait():
                 self._again = self.loop.call_later(wait, self._continue)
             else:
-                self._parse()
-        if self._unread or not self._client_reads:
-            self.transport.pause_reading()
-        elif not self.read_paused and not self.transport.is_closing():
-            self.transport.resume_reading()
+                piece = bytes(self._unread[:PIECE])
+                del self._unread[:PIECE]
+                self._parse(piece)
+        reads = not self._unread and self._client_reads
+        if reads is not self._transport_reads and not self.transport.is_closing():
+            self._transport_reads = reads
+            if reads:
+                self.transport.resume_reading()
+            else:
+                self.transport.pause_reading()
 
     def _may_parse(self) -> bool:
         return bool(self.handshake_complete and self._client_reads and not self.read_paused)
 
-    def _parse(self) -> None:
-        piece = bytes(self._unread[:PIECE])
-        del self._unread[:PIECE]
+    def _wait(self) -> float:
+        """Seconds until the allowances last for another piece."""
+        now = self.loop.time()
+        return max(self._frames.wait(now), self._bytes.wait(now))
+
+    def _parse(self, piece: bytes) -> None:
         self._bytes.spend(len(piece))
         super().data_received(piece)
         if len(self.frames) > FRAGMENT_LIMIT:
@@ -278,6 +290,9 @@ class WebSocket(WebSocketsSansIOProtocol):
             self.conn.fail(1007, "text that is not UTF-8")  # uvicorn writes a traceback for each
             self.handle_parser_exception()
         else:
+            # Nothing more is parsed until the application has it; the transport reads on as long as nothing
+            # is left unread, which uvicorn would have it stop and start for each message.
+            self.read_paused = self.read_paused or not self.close_sent
             super().send_receive_event_to_app()
 
     def handle_events(self) -> None:

@@ -13,17 +13,21 @@ class Allowance:
         self._rate, self._burst = rate, burst
         self._left, self._at = burst if start is None else start, now
 
-    def refill(self, now: float) -> None:
-        """Adds what has been earned by `now`."""
-        self._left = min(self._burst, self._left + max(0.0, now - self._at) * self._rate)
-        self._at = now
-
-    def spend(self, amount: float) -> bool:
-        """Takes `amount`, whether there is as much or not; False when that overdraws the account."""
+    def spend(self, amount: float, now: float | None = None) -> bool:
+        """Takes `amount`, whether there is as much or not, from what has been earned by `now`, if given, or
+        by the last call that said when; False when that overdraws the account."""
+        if now is not None:
+            self._earn(now)
         self._left -= amount
         return self._left >= 0
 
     def wait(self, now: float) -> float:
-        """Refills; the seconds until the account is no longer overdrawn, 0 when it is not."""
-        self.refill(now)
-        return max(0.0, -self._left) / self._rate
+        """The seconds from `now` until the account is no longer overdrawn, 0 when it is not."""
+        self._earn(now)
+        return -self._left / self._rate if self._left < 0 else 0.0
+
+    def _earn(self, now: float) -> None:
+        if now > self._at:
+            left = self._left + (now - self._at) * self._rate
+            self._left = left if left < self._burst else self._burst
+        self._at = now

@@ -144,19 +144,14 @@ class Handover:
         candidate = self._failover is not None and slot is self._failover.candidate
         assert self.current is not None
         if candidate and (self.current.ended or not owes):
-            self._take_over(slot)
+            self.take_over(slot)
         self._watch.restart()
 
     def late(self, slot: Slot, frame: int) -> None:
         """A slot has answered a frame that another one answered before."""
         moving = self._failover is not None and self._failover.cause == MOVED
         if moving and slot is not self.current and frame == self._progress.frames - 1:
-            self._take_over(slot)
-
-    def first(self, slot: Slot) -> None:
-        """A slot has answered a frame that none has answered yet."""
-        if slot is not self.current:
-            self._take_over(slot)
+            self.take_over(slot)
 
     def heard(self) -> None:
         """The answer was in order."""
@@ -206,7 +201,7 @@ class Handover:
         elif self._failover is None:
             self._begin(LOST)
         elif self._failover.candidate is not None and self._failover.candidate.ready:
-            self._take_over(self._failover.candidate)
+            self.take_over(self._failover.candidate)
 
     def _begin(self, cause: str) -> Failover:
         assert self._progress.recorder is not None
@@ -250,7 +245,7 @@ class Handover:
         else:
             self._watch.restart()
 
-    def _take_over(self, slot: Slot) -> None:
+    def take_over(self, slot: Slot) -> None:
         """`slot`, the candidate, is the session's from now on."""
         assert self._failover is not None
         assert self.current is not None

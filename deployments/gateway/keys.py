@@ -196,8 +196,9 @@ class Keys:
         self.table = table
 
     async def watch(self, loaded: Callable[[bool], None]) -> None:
-        """Reads the file again whenever it changes, for ever; `loaded(ok)` after each time."""
-        while True:
+        """Reads the file again whenever it changes, for ever where there is one; `loaded(ok)` after each
+        time."""
+        while self._path is not None:
             await asyncio.sleep(LOOK_EVERY_S)
             if not await asyncio.to_thread(self.changed):
                 continue

@@ -126,7 +126,8 @@ class Leases:
 
     def waiting(self) -> list[QueuedRequest]:
         """Those in the queue, in the order in which they will get their slots."""
-        return self._turns.order(waiter.request for waiter in self._waiting if waiter.queued)
+        queued = [waiter.request for waiter in self._waiting if waiter.queued]
+        return self._turns.order(queued) if queued else []
 
     def held(self) -> list[HeldSlot]:
         """The slots that this gateway's sessions hold."""

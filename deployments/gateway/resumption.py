@@ -55,9 +55,10 @@ class Resumption:
 
     def shown(self) -> None:
         """The client is heard, so it has got the token that its connection began with."""
-        if self._resumes is not None and self.held.back >= 0:
-            self._resumes.use(self._session, self.held.generation)
-        self.held = self.held.heard()
+        if self.held.back >= 0:
+            if self._resumes is not None:
+                self._resumes.use(self._session, self.held.generation)
+            self.held = self.held.heard()
 
     def said(self, frame: int, text: str) -> None:
         """A piece of text was sent with this frame."""

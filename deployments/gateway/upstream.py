@@ -269,7 +269,8 @@ class Upstream:
         if reply.frame < number:  # another slot was first
             self.handover.late(slot, reply.frame)
             return
-        self.handover.first(slot)
+        if slot is not self.handover.current:
+            self.handover.take_over(slot)
         if reply.frame != number or not slot.ready:
             raise ProtocolError("a reply out of order")
         assert self.progress.recorder is not None
@@ -277,7 +278,9 @@ class Upstream:
         self.progress.recorder.answered(None if frame is None else frame.pcm, reply.tokens)
         self.handover.heard()
         latency_s = seconds_since(reply.timestamp)
-        self._record(reply, latency_s)
+        if self._recording is not None:
+            row = Row(reply.frame, time.monotonic(), latency_s, reply.tokens, forced=reply.frame == 0)
+            self._recording.frame(row, reply.text)
         if reply.text:
             self._resumption.said(reply.frame, reply.text)
             self._emit(AgentText(reply.text))
@@ -290,8 +293,3 @@ class Upstream:
             self._window = 0
             self._emit(SessionNotice(WINDOW, {"frame": reply.frame}))
         self.handover.progressed(reply.frame, frame)
-
-    def _record(self, reply: messages.Reply, latency_s: float) -> None:
-        if self._recording is not None:
-            row = Row(reply.frame, time.monotonic(), latency_s, reply.tokens, forced=reply.frame == 0)
-            self._recording.frame(row, reply.text)

@@ -31,6 +31,7 @@ SOCKET_BYTES = 65_536  # the kernel's send buffer: 8 frames
 MESSAGE_LIMIT = 65_536  # bytes; no message of this protocol comes near
 
 _LENGTH = struct.Struct("<I")
+_KINDS = {int(kind): kind for kind in MessageKind}
 
 OnMessage = Callable[["Link", MessageKind, bytes], None]
 OnLost = Callable[["Link"], None]
@@ -115,12 +116,15 @@ class Link(asyncio.Protocol):
         self._transport.write(self._handshake.begin(self._certificate or digest_of_peer(transport)))
 
     def data_received(self, data: bytes) -> None:
-        self._received += data
         try:
+            if self._handshake.done and not self._received:  # most often one whole message
+                self._received += data[self._parse(data) :]
+                return
+            self._received += data
             if not self._handshake.done:
                 self._shake_hands()
             if self._handshake.done:
-                self._parse()
+                del self._received[: self._parse(self._received)]
         except ProtocolError as error:
             self._received.clear()
             self.close(error)
@@ -146,22 +150,22 @@ class Link(asyncio.Protocol):
         if self._handshake.done:
             self.settled.set()
 
-    def _parse(self) -> None:
+    def _parse(self, data: bytes | bytearray) -> int:
+        """Hands on the messages that `data` begins with; how many bytes they are."""
         start = 0
-        while not self._closing and len(self._received) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._received, start)
+        while not self._closing and len(data) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(data, start)
             if not 1 <= length <= MESSAGE_LIMIT:
                 raise ProtocolError("a message of an impossible length")
             end = start + _LENGTH.size + length
-            if len(self._received) < end:
+            if len(data) < end:
                 break
-            try:
-                kind = MessageKind(self._received[start + _LENGTH.size])
-            except ValueError as error:
-                raise ProtocolError("a message of an unknown kind") from error
-            self._on_message(self, kind, bytes(self._received[start + _LENGTH.size + 1 : end]))
+            kind = _KINDS.get(data[start + _LENGTH.size])
+            if kind is None:
+                raise ProtocolError("a message of an unknown kind")
+            self._on_message(self, kind, bytes(data[start + _LENGTH.size + 1 : end]))
             start = end
-        del self._received[:start]
+        return start
 
     def _flush(self) -> None:
         while self._outbox and self._transport is not None:

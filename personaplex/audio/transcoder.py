@@ -53,8 +53,7 @@ class RealTime:
         """Raises ProtocolError when `seconds` of audio come too early."""
         if self._clock is None:
             return
-        self._seconds.refill(self._clock())
-        if not self._seconds.spend(seconds):
+        if not self._seconds.spend(seconds, self._clock()):
             raise ProtocolError(f"audio came faster than real time by more than {self._lead_s:g} s")
 
 

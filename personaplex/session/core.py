@@ -343,11 +343,9 @@ class SessionCore:
         return []
 
     def _spend(self, size: int, now: float) -> None:
-        self._messages.refill(now)
-        self._bytes.refill(now)
-        if not self._messages.spend(1):
+        if not self._messages.spend(1, now):
             raise ProtocolError(f"more than {MESSAGES_PER_S:g} messages per second")
-        if not self._bytes.spend(size):
+        if not self._bytes.spend(size, now):
             raise ProtocolError(f"more than {self._limits.bytes_per_s / 1_024:g} KiB per second")
 
     def _go_live_when_due(self, now: float) -> list[Command]:

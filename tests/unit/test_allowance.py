@@ -22,9 +22,7 @@ def test_an_allowance_is_a_burst_and_then_a_rate() -> None:
 
 def test_an_account_opened_with_less_than_the_burst_saves_up_to_it() -> None:
     allowance = Allowance(rate=2.0, burst=30.0, now=100.0, start=10.0)
-    allowance.refill(100.0)
-    assert allowance.spend(10.0)
-    assert not allowance.spend(1.0)
-    allowance.refill(1_000.0)
-    assert allowance.spend(30.0)
+    assert allowance.spend(10.0, 100.0)
+    assert not allowance.spend(1.0, 100.0)
+    assert allowance.spend(30.0, 1_000.0)
     assert not allowance.spend(1.0)
