@@ -18,7 +18,6 @@ from __future__ import annotations
 import itertools
 import json
 import struct
-from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +41,7 @@ _SAMPLING = {"text_temperature": float, "text_topk": int, "audio_temperature": f
 _HEAD = {"voice": str, "voice_digest": str, "text_prompt": str, "sampling": dict, "frames": int,
          "kept": int, "token_bytes": int, "voice_bytes": int}  # fmt: skip
 _SIZES = ("frames", "kept", "voice_bytes")
+_BLOCK = 64  # frames of sound, 0.5 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +149,7 @@ class SessionRecorder:
         self.voice_digest = voice_digest
         self.persona = persona
         self._voice = voice or persona.own
-        self._sound: deque[NDArray[np.float32]] = deque(maxlen=max(1, frames_in(audio_s)))
+        self._sound = _Sound(max(1, frames_in(audio_s)))
 
     @classmethod
     def of(cls, log: SessionLog, audio_s: float = REBUILD_AUDIO_S) -> SessionRecorder:
@@ -158,13 +158,14 @@ class SessionRecorder:
         recorder = cls(persona, audio_s, log.voice, log.voice_digest)
         for row, forced in zip(log.tokens, log.forced, strict=True):
             recorder.tokens.append(row, bool(forced))
-        recorder._sound.extend(log.sound)
+        for frame in log.sound:
+            recorder._sound.append(frame)
         return recorder
 
     def answered(self, pcm: NDArray[np.float32] | None, tokens: NDArray[np.integer]) -> None:
         """The engine answered the user's frame `pcm` float32 [1920] with an output of `tokens` [17].
 
-        `pcm` is kept, not copied. None for a frame whose sound is not known: the sound kept begins behind it.
+        None for a frame whose sound is not known: the sound kept begins behind it.
         """
         self.tokens.append(tokens, forced=len(self.tokens) == 0)
         if pcm is None:
@@ -180,7 +181,7 @@ class SessionRecorder:
         count = len(self.tokens) - frame
         if not 0 <= count <= len(self._sound):
             raise LogRefused(f"the sound of {count} frames is not kept")
-        return list(itertools.islice(self._sound, len(self._sound) - count, None))
+        return list(self._sound.last(count))
 
     def log(self) -> SessionLog:
         """The session as it stands, in memory of its own. Raises LogRefused while the sound of the last frame
@@ -189,10 +190,43 @@ class SessionRecorder:
             persona=self.persona,
             tokens=self.tokens.tokens.copy(),
             forced=self.tokens.forced.copy(),
-            sound=np.stack(self._sound) if self._sound else np.empty((0, FRAME_SIZE), np.float32),
+            sound=self._sound.last(len(self._sound)),
             voice=self._voice,
             voice_digest=self.voice_digest,
         )
+
+
+class _Sound:
+    """The last `limit` frames of a session's user, copied into blocks: frames that were kept one by one would
+    take new memory from the system for each, in the process that handles it in real time."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._blocks: list[NDArray[np.float32]] = []  # frame n lies at place n modulo `limit`
+        self._appended = self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, pcm: NDArray[np.float32]) -> None:
+        place = self._appended % self._limit
+        if place >= len(self._blocks) * _BLOCK:
+            frames = min(_BLOCK, self._limit - place)
+            self._blocks.append(np.empty((frames, FRAME_SIZE), np.float32))
+        self._blocks[place // _BLOCK][place % _BLOCK] = pcm
+        self._appended += 1
+        self._length = min(self._length + 1, self._limit)
+
+    def clear(self) -> None:
+        self._length = 0
+
+    def last(self, count: int) -> NDArray[np.float32]:
+        """float32 [count, 1920], the newest at the end, in memory of its own."""
+        out = np.empty((count, FRAME_SIZE), np.float32)
+        for row, number in enumerate(range(self._appended - count, self._appended)):
+            place = number % self._limit
+            out[row] = self._blocks[place // _BLOCK][place % _BLOCK]
+        return out
 
 
 def _head(data: bytes | memoryview) -> tuple[dict[str, Any], memoryview]:

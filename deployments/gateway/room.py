@@ -14,8 +14,10 @@ from deployments.gateway.waits import Expected, Waits
 from deployments.wire.messages import ReplicaStatus
 from personaplex.errors import NoCapacity
 
-LOOK_EVERY_S = 5.0  # between two looks at who holds the slots
+# Between two looks at who holds the slots: a call to the fleet costs as much as 30 frames.
+LOOK_EVERY_S = 30.0
 QUEUE_LOOK_EVERY_S = 2.0  # while callers wait
+_TICK_S = 0.5  # until it is noticed that one does
 PLAYED_S = 0.25  # for which a forecast of an unchanged queue holds
 
 
@@ -90,8 +92,10 @@ class Room:
     async def watch(self) -> None:
         """Keeps what is known of the sessions that callers in the queue wait for, for ever."""
         while True:
-            self.see(await self._fleet.describe())
-            await asyncio.sleep(QUEUE_LOOK_EVERY_S if self._leases.queued else LOOK_EVERY_S)
+            every_s = QUEUE_LOOK_EVERY_S if self._leases.queued else LOOK_EVERY_S
+            if self._clock() - self._seen_at >= every_s:
+                self.see(await self._fleet.describe())
+            await asyncio.sleep(_TICK_S)
 
     def see(self, replicas: Sequence[ReplicaStatus]) -> None:
         """All replicas as of now."""

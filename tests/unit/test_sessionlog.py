@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import struct
+from collections import deque
 
 import numpy as np
 import pytest
 import torch
 from golden import CONFIG
 
-from personaplex.config import FRAME_SIZE, STREAMS, Sampling
+from personaplex.config import FRAME_SECONDS, FRAME_SIZE, STREAMS, Sampling
 from personaplex.engine.script import embed_voice
 from personaplex.errors import CheckpointError, LogRefused, UnknownVersion
 from personaplex.persona import Persona
@@ -140,6 +142,28 @@ def test_the_recorder_keeps_what_was_heard_last() -> None:
         one.answered(np.full(FRAME_SIZE, 6, np.float32), np.full(STREAMS, 6))
     assert again.log().pack() == recorder.log().pack()
     assert kept.frames == 6  # a log does not grow
+
+
+@pytest.mark.parametrize("limit", [1, 63, 64, 65, 130])
+def test_the_sound_kept_is_the_newest_whatever_was_appended_and_cleared(limit: int) -> None:
+    recorder, draw = SessionRecorder(Persona(), audio_s=limit * FRAME_SECONDS), random.Random(limit)
+    expected: deque[int] = deque(maxlen=limit)
+    for number in range(3 * limit + 5):
+        known = draw.random() > 0.02
+        pcm = np.full(FRAME_SIZE, number, np.float32)
+        recorder.answered(pcm if known else None, np.full(STREAMS, number))
+        pcm.fill(-1)  # the caller's to use again
+        if known:
+            expected.append(number)
+        else:
+            expected.clear()
+        count = draw.randint(0, len(expected))
+        frames = recorder.sound_since(number + 1 - count)
+        assert [int(frame[0]) for frame in frames] == list(expected)[len(expected) - count :]
+        with pytest.raises(LogRefused):
+            recorder.sound_since(number - len(expected))
+    if expected:
+        assert recorder.log().sound[:, -1].tolist() == list(expected)
 
 
 CODES = torch.randint(0, CONFIG.lm.card, (8, 6), generator=torch.Generator().manual_seed(1))
