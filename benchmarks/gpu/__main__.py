@@ -6,8 +6,7 @@ paced minute, memory; last what helps to tune. Runs on a machine with torch, tri
 sentencepiece and nothing else: the 7B weights are random and made on the device. Keeps to `--budget` seconds:
 parts that no longer fit are under `skipped`. Each group of parts runs in a process of its own (`report.py`).
 
-No result of it is here yet: the kernels have run in Triton's interpreter and compile for an H100/H200
-(`tests/gpu/test_kernels.py`), but nothing has been timed on a GPU.
+docs/gpu.md tells what it found on an H100.
 
 `--dry-run` goes through the same parts with `tiny` on whatever device there is, in seconds; its figures mean
 nothing and say so.

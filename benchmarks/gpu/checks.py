@@ -22,7 +22,6 @@ from benchmarks.machine import machine, publish
 from personaplex.config import PRESET_TINY, LMConfig, ModelConfig, TransformerConfig
 from personaplex.engine.engine import Engine
 from personaplex.model import Model
-from personaplex.model.offload import move
 
 CPU = torch.device("cpu")
 
@@ -38,7 +37,7 @@ def against_cpu(device: torch.device, count: int = 40) -> dict[str, Any]:
     """A greedy float32 session on both: how many frames are the same before the first that is not."""
     heard = []
     for where in (CPU, device):
-        model = moved(random_model(mid_config(), CPU, torch.float32), where)
+        model = random_model(mid_config(), where, torch.float32, drawn_on=CPU)
         engine = make_engine(model, 2, voice_frames=20)
         heard.append(talk(engine, [engine.open(persona(0, greedy=True))], count)[:, 0])
     return {"frames": count, "frames_equal": equal_frames(heard[0], heard[1])}
@@ -48,13 +47,6 @@ def equal_frames(ours: np.ndarray, theirs: np.ndarray) -> int:
     """Frames of tokens [frames, 17] before the first difference."""
     same = (ours == theirs).all(-1)
     return len(same) if same.all() else int(same.argmin())
-
-
-def moved(model: Model, device: torch.device) -> Model:
-    """The same weights on another device."""
-    for part in (model.lm, model.mimi):
-        move(part, device)
-    return model
 
 
 def captured_against_eager(model: Model, slots: int, count: int = 8) -> dict[str, Any]:

@@ -73,10 +73,17 @@ class Voices:
 
 
 def random_model(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, weights: str = "auto", seed: int = 1
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    weights: str = "auto",
+    drawn_on: torch.device | None = None,
 ) -> Model:
-    """A prepared model whose activations stay of order one."""
-    random = torch.Generator(device).manual_seed(seed)
+    """A prepared model whose activations stay of order one.
+
+    Weights are drawn where they stay; `drawn_on` one device they are the same on any other.
+    """
+    random = torch.Generator(drawn_on or device).manual_seed(1)
     with torch.device("meta"):
         lm, mimi = LM(config.lm), Mimi(config.mimi)
     deep = (2.0 * config.lm.temporal.layers) ** -0.5
@@ -87,7 +94,7 @@ def random_model(
             scale = _scale(name, tuple(like.shape))
             if scale is not None and _ends_block(name):
                 scale *= deep
-            filled[name] = _tensor(like, scale, random, kind)
+            filled[name] = _tensor(like, scale, random, kind).to(device)
         part.load_state_dict(filled, strict=True, assign=True)
     lm.prepare()
     mimi.prepare()
