@@ -21,6 +21,7 @@ from personaplex.training.documents import slot_of, value_of
 from personaplex.training.synth import Speaker
 from personaplex.training.vocabulary import Pieces, cached
 
+WORLDS = 30_000  # agents in the talks that are trained on
 SAMPLE_FRAMES = 12  # of a voice prompt
 _SAMPLE_TEXTS = (
     "I am happy to talk to you.",
@@ -49,7 +50,8 @@ class Words:
         self._held: dict[str, Said] = {}
         if self._path.exists():
             with np.load(self._path) as file:
-                self._held = {key: Said.of_rows(file[key]) for key in file.files}
+                rows = np.split(file["rows"], np.cumsum(file["lengths"])[:-1])
+                self._held = dict(zip(file["keys"].tolist(), map(Said.of_rows, rows), strict=True))
 
     @cached_property
     def speaker(self) -> Speaker:
@@ -86,8 +88,12 @@ class Words:
         return [codes(one, voice)[:SAMPLE_FRAMES] for one in made]
 
     def save(self) -> None:
-        rows = {key: word.rows() for key, word in self._held.items()}
-        np.savez_compressed(self._path, **rows)  # type: ignore[arg-type]
+        np.savez_compressed(
+            self._path,
+            keys=np.array(list(self._held)),
+            rows=np.concatenate([word.rows() for word in self._held.values()]),
+            lengths=np.array([len(word) for word in self._held.values()]),
+        )
 
     def _sound(self, text: str, index: int, least: int) -> Said:
         key = f"{text}|{index}|{least}"
@@ -105,11 +111,16 @@ class Words:
         return said(spoken, laid, self.speaker.names).part(laid.starts[index], laid.starts[index + 1])
 
 
-def fill(folder: Path, worlds: int = 8_000, seed: int = 0) -> None:
-    """Speaks every name trained on and the words of so many worlds."""
-    words, draw = Words(folder, Pieces(cached(folder))), random.Random(seed)
-    for _ in range(worlds):
-        known, _role = grammar.world(draw)
+def known_world(number: int) -> tuple[grammar.Facts, str]:
+    """World `number` of those that are trained on, 0 .. WORLDS - 1."""
+    return grammar.world(random.Random(number))
+
+
+def fill(folder: Path) -> None:
+    """Speaks all words of the agents that are trained on."""
+    words = Words(folder, Pieces(cached(folder)))
+    for number in range(WORLDS):
+        known, _role = known_world(number)
         for intent in grammar.ANSWERS:
             words.answer(intent, known)
     words.samples(NAMES[0])

@@ -17,7 +17,7 @@ from torch import Tensor
 from personaplex.training import optim
 from personaplex.training.documents import SLOTS, Batch, Document, dense, repetition
 from personaplex.training.export import CONFIG
-from personaplex.training.lm import Talker, training_device
+from personaplex.training.lm import Talker
 from personaplex.training.run import Part, Run
 from personaplex.training.vocabulary import Pieces, cached
 
@@ -75,12 +75,12 @@ def _count(hits: list[bool], slots: list[int], right: dict[str, list[bool]]) -> 
 def train(folder: Path, minutes: float, seed: int = 0) -> Talker:
     """Trains for so many minutes of a core in all, counting those of earlier runs."""
     torch.manual_seed(seed)
-    pieces, device = Pieces(cached(folder)), training_device()
+    pieces, device = Pieces(cached(folder)), optim.training_device()
     talker = Talker(CONFIG.lm).to(device)
-    talker.frugal = device.type == "cuda"
+    talker.frugal = optim.short_of_memory(device)
     optimizer = optim.Optimizer(talker, muon=MUON, adam=ADAM, plain=talker.plain())
     parts: dict[str, Part] = {"talker": talker, "optimizer": optimizer}
-    run = Run(folder / "copying.pt", minutes, parts, stage=0, reached=6.0)
+    run = Run(folder / "copying.pt", minutes, parts, device, stage=0, reached=6.0)
     draw, held = random.Random(seed + run.step), random.Random(999)
     tests = [Batch.of(documents(1, held, pieces, unseen=True)).to(device) for _ in range(6)]
     while run.progress < 1:

@@ -32,7 +32,7 @@ INTENTS = (*grammar.INTENTS, grammar.UNKNOWN)
 OTHER = "other"  # speech for the phones' sake, in no dialogue
 _VOICINGS, _AGENT_VOICINGS = 3, 2  # voices a sentence is said in
 _ANY_WORDS = 0.75  # share of the agent's sentences that are names and words without an order
-_ANY = (0.25, 0.25, 0.5)  # of those: people's and made-up names, the dictionary's proper names, its words
+_ANY = (0.25, 0.2, 0.4, 0.15)  # of those: people's and made-up names, the dictionary's, its words, two in one
 _CAPITALS = 0.6  # share of words spelled with a capital, as names are, whose pieces are others
 
 
@@ -132,13 +132,29 @@ def agent(speaker: Speaker, seed: int) -> Iterator[Utterance]:
 def words_in_a_row(draw: random.Random) -> str:
     """Names and words without an order: more kinds of sounds next to one another than answers have, and
     spellings of them that answers about new names will have."""
-    return " ".join(_any_word(draw) for _ in range(draw.randint(3, 6))) + "."
+    return " ".join(any_word(draw) for _ in range(draw.randint(3, 6))) + "."
 
 
-def _any_word(draw: random.Random) -> str:
-    kind = draw.choices(range(len(_ANY)), _ANY)[0]
-    word = draw.choice(grammar.dictionary()[kind - 1]) if kind else grammar.name(draw, unseen=False)
+def any_word(draw: random.Random) -> str:
+    """A name or a word, often with a capital."""
+    names, others = grammar.dictionary()
+    kinds = (
+        lambda: grammar.name(draw, unseen=False),
+        lambda: draw.choice(names),
+        lambda: draw.choice(others),
+        lambda: _spliced(draw, names, others),
+    )
+    word = draw.choices(kinds, _ANY)[0]()
     return word.capitalize() if draw.random() < _CAPITALS else word
+
+
+def _spliced(draw: random.Random, *lists: tuple[str, ...]) -> str:
+    """The head of one word and the tail of another: spelled like a word, in no dictionary."""
+    while True:
+        head, tail = (draw.choice(draw.choice(lists)).lower() for _ in range(2))
+        word = head[: draw.randint(2, len(head))] + tail[draw.randrange(len(tail) - 1) :]
+        if 3 < len(word) < 11 and not grammar.held_back(word):
+            return word
 
 
 def agent_says(speaker: Speaker, text: str, voice: str) -> tuple[Array, NDArray[np.int64]] | None:

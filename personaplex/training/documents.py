@@ -8,6 +8,7 @@ laid out in talking.py.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -20,6 +21,7 @@ from personaplex.training.ear import ASKED, LABELS
 from personaplex.training.lm import SILENCE, START, streams
 from personaplex.training.vocabulary import Pieces
 
+LEAD, AHEAD = 1, 6  # frames by which the first word's text leads its sound, and the most for later ones
 NOTHING = -1  # an audio token that embeds as zeros
 SLOTS = ("name", "firm", "item", "price", "first_day", "last_day")
 _FIRST_OF_SLOT = 3.0  # weight of a copied value's first piece
@@ -58,6 +60,19 @@ class Document:
 
     def __len__(self) -> int:
         return len(self.text)
+
+
+def written(words: Sequence[Sequence[int]], sounds: Sequence[int]) -> list[int]:
+    """The frame in which each word's text begins, of words whose sounds begin LEAD frames behind `sounds`.
+
+    A word is spelled from its letters, so its text is there before its sound: AHEAD frames where the words
+    before it leave room.
+    """
+    begins, free = [], 0
+    for ids, sound in zip(words, sounds, strict=True):
+        begins.append(max(free, sound + LEAD - AHEAD))
+        free = begins[-1] + len(ids)
+    return begins
 
 
 def nothing(count: int) -> Codes:

@@ -8,6 +8,7 @@ prompts hold.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -29,18 +30,21 @@ from personaplex.training.ear import STATES
 
 CONFIG = ModelConfig(
     lm=LMConfig(
-        temporal=TransformerConfig(dim=192, layers=4, heads=4, hidden=528, context=3_000),
+        temporal=TransformerConfig(dim=256, layers=6, heads=4, hidden=704, context=3_000),
         depth=TransformerConfig(dim=96, layers=2, heads=4, hidden=264, context=16),
         text_card=320,
     ),
     mimi=MimiConfig(
         filters=16,
         dim=256,
-        transformer=TransformerConfig(dim=256, layers=3, heads=4, hidden=768, context=250),
+        transformer=TransformerConfig(dim=256, layers=6, heads=4, hidden=768, context=250),
         codebook_dim=192,
         codebooks=8,
     ),
 )
+EAR = dataclasses.replace(
+    CONFIG.mimi, transformer=dataclasses.replace(CONFIG.mimi.transformer, layers=3)
+)  # as the ear is trained: Mimi has as many layers on both sides, and the ear does with half of the mouth's
 _CODES = 64  # of a level, as trained
 _EAR = 64  # of a codebook's vector, what the ear reads; the rest is the mouth's
 _SMALL = 1e-3  # of the mouth's parts, too little to sway the ear's choice of a code
@@ -48,6 +52,7 @@ _FAR = 100.0  # where the ear finds nothing: vectors of ids that are no codes
 SHARPNESS = 2.5  # of the logits of codes: how a word sounds is not to be drawn anew each time
 _RULED_OUT = -60.0  # logit of ids that are no codes
 _TINY_SAMPLE, _TINY_COEFFICIENT = 2.0**-12, 2.0**-16  # ELU is the identity for what is tiny, to -70 dB
+_LAYERS = "transformer.transformer.layers."
 _EXACT = ("_codebook.embedding_sum",)  # rows of large and of small values
 
 
@@ -120,10 +125,23 @@ def mimi_tensors(
     out = {**_encoder(ear), **_decoder(mouth, basis, size), **_quantizer(ear, mouth)}
     for side, trained in (("encoder", ear), ("decoder", mouth)):
         for name, tensor in trained.items():
-            if name.startswith("transformer."):
+            if name.startswith(_LAYERS):
                 out[f"{side}_{name}"] = tensor
+    out |= _idle(ear)
     out["downsample.conv.conv.conv.weight"] = ear["down.weight"]
     out["upsample.convtr.convtr.convtr.weight"] = mouth["taps"][:, None]
+    return out
+
+
+def _idle(ear: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's layers behind the ear's last: they add nothing."""
+    out = {}
+    for index in range(EAR.transformer.layers, CONFIG.mimi.transformer.layers):
+        for name, like in ear.items():
+            if name.startswith(f"{_LAYERS}0."):
+                part = name.removeprefix(f"{_LAYERS}0.")
+                ones = part.startswith("norm") and part.endswith("weight")
+                out[f"encoder_{_LAYERS}{index}.{part}"] = torch.full_like(like, float(ones))
     return out
 
 

@@ -23,7 +23,7 @@ from personaplex.config import FRAME_SECONDS, FRAME_SIZE, SAMPLE_RATE
 from personaplex.training import grammar, optim
 from personaplex.training.corpus import OTHER, Utterance, as_float, load
 from personaplex.training.ear import ASKED, LABELS, QUIET, SPEAKING, Ear, frames_of, phones_at
-from personaplex.training.export import CONFIG
+from personaplex.training.export import EAR
 from personaplex.training.grammar import UNKNOWN
 from personaplex.training.run import Run
 from personaplex.training.run import load as load_state
@@ -261,7 +261,7 @@ class Shelf:
 def train(folder: Path, minutes: float, seed: int = 0) -> Ear:
     """Trains for so many minutes of a core in all, counting those of earlier runs."""
     torch.manual_seed(seed)
-    ear = Ear(CONFIG.mimi, PHONES)
+    ear = Ear(EAR, PHONES)
     heads = [p for n, p in ear.named_parameters() if "head" in n or "first_in" in n]
     optimizer = optim.Optimizer(ear, muon=0.002, adam=1.5e-3, plain=[*heads, *ear.bank.parameters()])
     run = Run(folder / "ear.pt", minutes, {"ear": ear, "optimizer": optimizer})
@@ -287,7 +287,7 @@ def load_ear(folder: Path) -> Ear:
     state = load_state(folder / "ear.pt")
     if state is None:
         raise FileNotFoundError("no ear.pt: train the ear first")
-    ear = Ear(CONFIG.mimi, PHONES)
+    ear = Ear(EAR, PHONES)
     ear.load_state_dict(state["ear"])
     return ear.eval()
 

@@ -156,10 +156,6 @@ class Talker(nn.Module):
         return x + torch.bmm(F.silu(a) * b, narrow.transpose(1, 2))
 
 
-def training_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def delayed(codes: Tensor) -> Tensor:
     """codes [N, T, 8] by frames -> by positions: all but the first level one position later, START before."""
     late = torch.full_like(codes[:, :1, 1:], START)

@@ -17,6 +17,7 @@ from personaplex.training.nets import CausalConv, Transformer
 
 HALF = FRAME_SIZE // 2
 LATENT = 128
+LATE = 1  # frames by which a frame's sound follows its codes: how a phone sounds depends on the next ones
 
 
 def basis(frames: Tensor, count: int) -> Tensor:

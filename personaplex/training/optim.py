@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
 from typing import Any
@@ -11,7 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_ROOMY = 30e9  # bytes of a GPU's memory
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of Muon's published iteration
+
+
+def training_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def short_of_memory(device: torch.device) -> bool:
+    """Whether activations are better computed again than kept."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory < _ROOMY
 
 
 @cache
@@ -40,7 +51,8 @@ def precision(device: torch.device) -> contextlib.AbstractContextManager[object]
 class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal, for matrices and convolutions (flattened to matrices).
 
-    `stacked` matrices of one parameter along its first axis are made orthogonal one by one.
+    `stacked` matrices of one parameter along its first axis are made orthogonal one by one. Matrices of one
+    shape, whichever parameters they belong to, are made so together.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], rate: float, momentum: float = 0.95) -> None:
@@ -49,6 +61,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            alike: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
             for param in group["params"]:
                 if param.grad is None:
                     continue
@@ -59,9 +72,16 @@ class Muon(torch.optim.Optimizer):
                 stacked = getattr(param, "stacked", 1)
                 update = param.grad + group["momentum"] * held
                 flat = update.reshape(stacked, param.shape[0] // stacked, -1)
-                scale = 0.2 * max(flat.shape[1:]) ** 0.5
-                step = orthogonal(flat).reshape(param.shape)
-                param.mul_(1 - 0.02 * group["lr"]).add_(step, alpha=-group["lr"] * scale)
+                alike[flat.shape[1:]].append((param, flat))
+            for shape, pairs in alike.items():
+                steps = orthogonal(torch.cat([flat for _, flat in pairs]))
+                scale = 0.2 * max(shape) ** 0.5
+                for (param, _), step in zip(
+                    pairs, steps.split([len(flat) for _, flat in pairs]), strict=True
+                ):
+                    param.mul_(1 - 0.02 * group["lr"]).add_(
+                        step.reshape(param.shape), alpha=-group["lr"] * scale
+                    )
 
 
 def orthogonal(matrices: Tensor, iterations: int = 4) -> Tensor:

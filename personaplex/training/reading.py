@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import random
+import string
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,53 +21,85 @@ from personaplex.config import CODEBOOKS, SILENCE_FRAMES, TEXT_PAD
 from personaplex.training import grammar
 from personaplex.training.articulation import NAMES, Said, codes, plan, said
 from personaplex.training.bank import Words
-from personaplex.training.corpus import words_in_a_row
-from personaplex.training.documents import Document, heard, silence
+from personaplex.training.corpus import any_word, words_in_a_row
+from personaplex.training.documents import LEAD, Document, heard, silence, written
 from personaplex.training.ear import QUIET
 from personaplex.training.lm import SILENCE, START
 from personaplex.training.vocabulary import Pieces, cached
 
-LEAD = 2  # frames by which a word's text leads its sound
+SHARD = 3_000  # sentences
 _LENGTH = 160  # frames, about, of a document
 _SILENT_AUDIBLE = 0.05
-_ANY_WORDS = 0.85  # share of sentences that are names and words without an order
+_ANY_WORDS = 0.7  # share of sentences that are names and words without an order
+_REPLACED = 0.4  # share of the words of other sentences, of answers, in whose place any word stands
+_CUT_ANEW, _CUT = 0.3, 0.5  # share of words not in their usual pieces, and of those pieces that are cut
 
 
 @dataclass(frozen=True)
 class Sentence:
-    """`text` [F + LEAD] leads `said`, F frames, by LEAD frames."""
+    """Words from the first to the last; word i begins `starts[i]` frames into `said`, which ends with it."""
 
-    text: list[int]
+    words: tuple[str, ...]
+    starts: tuple[int, ...]
     said: Said
+
+    def text(self, pieces: Pieces, draw: random.Random) -> list[int]:
+        """[F + LEAD] ids, LEAD frames or more ahead of `said`; some words with room for it are cut anew."""
+        stream = [TEXT_PAD] * (len(self.said) + LEAD)
+        every = [pieces.encode(word) for word in self.words]
+        rooms = np.diff([*self.starts, len(self.said)]).tolist()
+        for index, (word, room) in enumerate(zip(self.words, rooms, strict=True)):
+            if draw.random() < _CUT_ANEW and len(cut := pieces.cut(word, draw, _CUT)) <= room:
+                every[index] = cut
+        for ids, begin in zip(every, written(every, self.starts), strict=True):
+            stream[begin : begin + len(ids)] = ids
+        return stream
 
 
 def sentence(words: Words, text: str) -> Sentence | None:
-    """`text` from its first word to its last; None where its words cannot be told apart."""
+    """`text` as the agent reads it; None where its words cannot be told apart."""
     spoken = words.speaker.say(text)
     if spoken is None:
         return None
-    ids = [words.pieces.encode(word) for word in text.split()]
-    laid = plan(spoken, [len(word) for word in ids])
+    every = tuple(text.split())
+    laid = plan(spoken, [len(words.pieces.encode(word)) for word in every])
     first, end = laid.starts[0], laid.starts[-1]
-    stream = [TEXT_PAD] * (end - first + LEAD)
-    for word, start in zip(ids, laid.starts, strict=False):
-        stream[start - first : start - first + len(word)] = word
-    return Sentence(stream, said(spoken, laid, words.speaker.names).part(first, end))
+    heard = said(spoken, laid, words.speaker.names).part(first, end)
+    return Sentence(every, tuple(start - first for start in laid.starts[:-1]), heard)
 
 
-def make(folder: Path, count: int, seed: int = 0) -> None:
-    """Writes `FOLDER/reading.npz`, so many sentences, if it is not there."""
-    path = folder / "reading.npz"
-    if path.exists():
-        return
-    words, draw = Words(folder, Pieces(cached(folder))), random.Random(seed)
-    answers = grammar.sentences(draw, count, unseen=False)
-    drawn = (words_in_a_row(draw) if draw.random() < _ANY_WORDS else answer for answer in answers)
-    made = [one for text in drawn if (one := sentence(words, text)) is not None]
+def make(folder: Path, shards: int, first: int = 0) -> None:
+    """Writes the shards that `FOLDER/reading` lacks."""
+    (folder / "reading").mkdir(exist_ok=True)
+    words = Words(folder, Pieces(cached(folder)))
+    for seed in range(first, first + shards):
+        path = folder / "reading" / f"reading-{seed:04}.npz"
+        if not path.exists():
+            _save(path, list(_drawn(words, random.Random(seed))))
+            print(path.name, flush=True)
+
+
+def _drawn(words: Words, draw: random.Random) -> Iterator[Sentence]:
+    for answer in grammar.sentences(draw, SHARD, unseen=False):
+        made = sentence(words, words_in_a_row(draw) if draw.random() < _ANY_WORDS else _mixed(answer, draw))
+        if made is not None:
+            yield made
+
+
+def _mixed(answer: str, draw: random.Random) -> str:
+    """An answer that says what no answer says, lest words be said by what is usually said there."""
+    return " ".join(
+        any_word(draw) + word[len(word.rstrip(string.punctuation)) :] if draw.random() < _REPLACED else word
+        for word in answer.split()
+    )
+
+
+def _save(path: Path, made: list[Sentence]) -> None:
     part = path.with_suffix(".part.npz")
-    np.savez(
+    np.savez_compressed(
         part,
-        texts=np.concatenate([np.asarray(one.text, np.int16) for one in made]),
+        texts=np.array([" ".join(one.words) for one in made]),
+        starts=np.concatenate([np.asarray(one.starts, np.int16) for one in made]),
         rows=np.concatenate([one.said.rows() for one in made]),
         lengths=np.array([len(one.said) for one in made]),
     )
@@ -73,11 +107,17 @@ def make(folder: Path, count: int, seed: int = 0) -> None:
 
 
 def load(folder: Path) -> list[Sentence]:
-    with np.load(folder / "reading.npz") as file:
-        lengths = file["lengths"]
-        rows = np.split(file["rows"], np.cumsum(lengths)[:-1])
-        texts = np.split(file["texts"], np.cumsum(lengths + LEAD)[:-1])
-    return [Sentence(text.tolist(), Said.of_rows(part)) for text, part in zip(texts, rows, strict=True)]
+    """The sentences of all shards."""
+    return [one for path in sorted((folder / "reading").glob("reading-????.npz")) for one in _load(path)]
+
+
+def _load(path: Path) -> Iterator[Sentence]:
+    with np.load(path) as file:
+        texts = [tuple(text.split()) for text in file["texts"].tolist()]
+        starts = np.split(file["starts"], np.cumsum([len(words) for words in texts])[:-1])
+        rows = np.split(file["rows"], np.cumsum(file["lengths"])[:-1])
+    for words, begins, part in zip(texts, starts, rows, strict=True):
+        yield Sentence(words, tuple(begins.tolist()), Said.of_rows(part))
 
 
 class Reader:
@@ -97,18 +137,19 @@ class Reader:
         quiet = silence(SILENCE_FRAMES)
         document.add([TEXT_PAD] * len(quiet), 0.0, agent=quiet, user=heard(len(quiet), SILENCE))
         while len(document) < _LENGTH:
-            _read(document, draw.choice(self.sentences), voice, draw.randint(1, 3))
+            read = draw.choice(self.sentences)
+            _read(document, read.text(self.words.pieces, draw), read.said, voice, draw.randint(1, 3))
         return document
 
 
-def _read(document: Document, read: Sentence, voice: str, behind: int) -> None:
+def _read(document: Document, text: list[int], sound: Said, voice: str, behind: int) -> None:
     """One sentence and `behind` silent frames."""
-    count = len(read.text) + behind
+    count = len(text) + behind
     agent = silence(count)
-    agent[LEAD : LEAD + len(read.said)] = codes(read.said, voice)
-    audible = [_SILENT_AUDIBLE] * LEAD + [1.0] * (len(read.said) + 1) + [_SILENT_AUDIBLE] * (behind - 1)
-    document.add(read.text + [TEXT_PAD] * behind, 0.0, agent=agent, user=heard(count, QUIET), audible=audible)
+    agent[LEAD : LEAD + len(sound)] = codes(sound, voice)
+    audible = [_SILENT_AUDIBLE] * LEAD + [1.0] * (len(sound) + 1) + [_SILENT_AUDIBLE] * (behind - 1)
+    document.add(text + [TEXT_PAD] * behind, 0.0, agent=agent, user=heard(count, QUIET), audible=audible)
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), int(sys.argv[2]))
+    make(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0)

@@ -1,7 +1,8 @@
-"""One training run: its budget in minutes of a core, its checkpoint, what it prints, and its loss curves.
+"""One training run: its budget in minutes, its checkpoint, what it prints, and its loss curves.
 
-The budget counts the process's own time, so that a run on a loaded machine learns as much as on a quiet one.
-A run that was broken off goes on from its last checkpoint and counts what was spent before.
+On a CPU the budget counts the process's own time, so that a run on a loaded machine learns as much as on a
+quiet one; on a GPU, which works beside the process, it is the clock's. A run that was broken off goes on from
+its last checkpoint and counts what was spent before.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 _EVERY = 60.0  # seconds between two reports
+_CPU = torch.device("cpu")
 
 
 class Part(Protocol):
@@ -29,8 +32,16 @@ class Part(Protocol):
 class Run:
     """`parts` are restored from `path` if it exists; `extra` holds plain values that belong to the run."""
 
-    def __init__(self, path: Path, minutes: float, parts: dict[str, Part], **extra: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        minutes: float,
+        parts: dict[str, Part],
+        device: torch.device = _CPU,
+        **extra: Any,
+    ) -> None:
         self.path, self.minutes, self.parts, self.extra = path, minutes, parts, extra
+        self._clock = time.process_time if device.type == "cpu" else time.monotonic
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._spent = 0.0
@@ -40,31 +51,31 @@ class Run:
             self.step, self._spent = state["step"], state["minutes"]
             self.history = state.get("history", [])
             self.extra |= {name: state[name] for name in extra}
-        self._begun, self._reported = time.process_time(), time.monotonic()
-        self._values: dict[str, list[float]] = defaultdict(list)
+        self._begun, self._reported = self._clock(), time.monotonic()
+        self._values: dict[str, list[float | Tensor]] = defaultdict(list)
 
     @property
     def now(self) -> float:
-        """Minutes of a core spent so far, by earlier runs too."""
-        return self._spent + (time.process_time() - self._begun) / 60
+        """Minutes spent so far, by earlier runs too."""
+        return self._spent + (self._clock() - self._begun) / 60
 
     @property
     def progress(self) -> float:
         """0 .. 1."""
         return self.now / self.minutes
 
-    def record(self, values: dict[str, float]) -> None:
-        """One step's losses; the next report gives their means."""
+    def record(self, values: dict[str, float] | dict[str, Tensor]) -> None:
+        """One step's losses, which a GPU may not have reckoned yet; the next report gives their means."""
         self.step += 1
         for name, value in values.items():
-            self._values[name].append(value)
+            self._values[name].append(value.detach() if isinstance(value, Tensor) else value)
 
     def due(self) -> bool:
         return time.monotonic() - self._reported > _EVERY
 
     def report(self, measured: dict[str, float] | None = None) -> None:
         """Prints the means since the last report and what was measured, and writes the checkpoint."""
-        means = {name: float(np.mean(values)) for name, values in self._values.items()}
+        means = {name: float(np.mean([float(v) for v in values])) for name, values in self._values.items()}
         row = {"minutes": self.now, "step": self.step, **means, **(measured or {})}
         row = {name: float(value) for name, value in row.items()}  # a NumPy float cannot be loaded again
         self.history.append(row)
@@ -116,7 +127,7 @@ def curves(paths: list[Path], out: Path) -> None:
             points = [(row["minutes"], row[key]) for row in history if key in row]
             panel.plot(*zip(*points, strict=True), label=key)
         panel.set_title(name)
-        panel.set_xlabel("minutes of a core")
+        panel.set_xlabel("minutes")
         panel.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(out)

@@ -7,8 +7,12 @@ checkpoint is `FOLDER/mouth.pt`.
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +25,14 @@ from personaplex.training import optim, spectra
 from personaplex.training.articulation import SILENCE
 from personaplex.training.corpus import load
 from personaplex.training.export import CONFIG
-from personaplex.training.mouth import HALF, Mouth, basis
+from personaplex.training.mouth import HALF, LATE, Mouth, basis
 from personaplex.training.run import Run, save
 
 _HELD_BACK = 40  # utterances of the first shard, never trained on
-_BATCH, _LENGTH = 20, 56  # rows a step, frames of each
-_FITTED = 1_500  # utterances that the basis is fitted to
+_BATCH = {"cpu": 20, "cuda": 160}  # rows a step
+_LENGTH = 56  # frames of a row
+_FITTED = 3  # shards that the basis is fitted to
+_QUIET = (0, 1, 2, 5)  # frames of silence before an utterance
 _FULL_SCALE = 32_767.0
 COMPRESS = 0.6  # power of a coefficient's size its error is divided by
 
@@ -46,51 +52,105 @@ class Fitted:
     def save(self, path: Path) -> None:
         save(path, {"basis": self.basis, "size": self.size})
 
+    def to(self, device: torch.device) -> Fitted:
+        return Fitted(self.basis.to(device), self.size.to(device))
+
 
 @dataclass(frozen=True)
 class Frames:
-    """One utterance: codes [F, 8] and the wave [F, 1920], int16, that they stand for."""
+    """Codes [..., F, 8] and the wave [..., F, 1920], int16, that they stand for."""
 
     codes: Tensor
     pcm: Tensor
 
     @property
     def wave(self) -> Tensor:
-        """[F, 1920] float32."""
+        """[..., F, 1920] float32."""
         return self.pcm.float() / _FULL_SCALE
 
+    def to(self, device: torch.device) -> Frames:
+        return Frames(self.codes.to(device), self.pcm.to(device))
 
-def read(folder: Path) -> tuple[list[Frames], list[Frames]]:
-    """(trained on, held back)."""
-    rows = [
+
+def read(path: Path) -> list[Frames]:
+    """The utterances of one shard."""
+    return [
         Frames(
             torch.from_numpy(u.labels.reshape(-1, CODEBOOKS).astype(np.int64)),
             torch.from_numpy(u.wave.reshape(-1, FRAME_SIZE)),
         )
-        for path in sorted(folder.glob("agent-????.npz"))
         for u in load(path)
     ]
-    return rows[_HELD_BACK:], rows[:_HELD_BACK]
+
+
+class Speech:
+    """Utterances one behind the other, in any order, with some silence between them."""
+
+    def __init__(self, lengths: Sequence[int], draw: random.Random) -> None:
+        """Silence with room for utterances of so many frames each, which `put` lays where they belong."""
+        order = draw.sample(range(len(lengths)), len(lengths))
+        self._starts = [0] * len(lengths)
+        end = 0
+        for index in order:
+            self._starts[index] = end + draw.choice(_QUIET)
+            end = self._starts[index] + lengths[index]
+        end += _LENGTH  # of silence, so that even one utterance fills a row
+        self.all = Frames(
+            torch.full((end, CODEBOOKS), SILENCE, dtype=torch.uint8),
+            torch.zeros(end, FRAME_SIZE, dtype=torch.int16),
+        )
+
+    @classmethod
+    def of(cls, rows: Sequence[Frames], draw: random.Random) -> Speech:
+        made = cls([len(row.codes) for row in rows], draw)
+        for index, row in enumerate(rows):
+            made.put(index, row)
+        return made
+
+    @classmethod
+    def read(cls, folder: Path, draw: random.Random) -> Speech:
+        """All shards but what is held back."""
+        paths = sorted(folder.glob("agent-????.npz"))
+        lengths = [frames_of(path) for path in paths]
+        lengths[0] = lengths[0][_HELD_BACK:]
+        firsts = [0, *itertools.accumulate(len(part) for part in lengths)]
+        made = cls([length for part in lengths for length in part], draw)
+
+        def lay(number: int) -> None:
+            for index, row in enumerate(read(paths[number])[_HELD_BACK if number == 0 else 0 :]):
+                made.put(firsts[number] + index, row)
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(lay, range(len(paths))))
+        return made
+
+    def put(self, index: int, row: Frames) -> None:
+        part = slice(self._starts[index], self._starts[index] + len(row.codes))
+        self.all.codes[part], self.all.pcm[part] = row.codes.to(torch.uint8), row.pcm
+
+    def to(self, device: torch.device) -> Speech:
+        self.all = self.all.to(device)
+        return self
+
+    def rows(self, count: int, draw: random.Random) -> Frames:
+        """[count, _LENGTH] frames, each row from anywhere; the sound LATE frames behind its codes."""
+        starts = [draw.randrange(LATE, len(self.all.codes) - _LENGTH + 1) for _ in range(count)]
+        index = torch.tensor(starts)[:, None] + torch.arange(_LENGTH)
+        index = index.to(self.all.codes.device)
+        return Frames(self.all.codes[index].long(), self.all.pcm[index - LATE])
+
+
+def frames_of(path: Path) -> list[int]:
+    """Frames of each utterance of a shard."""
+    with np.load(path) as file:
+        return (file["lengths"] // FRAME_SIZE).tolist()
 
 
 def fit(rows: list[Frames]) -> Fitted:
-    waves = torch.cat([r.wave for r in rows[:: max(1, len(rows) // _FITTED)]])
+    waves = torch.cat([row.wave for row in rows])
     vectors = basis(waves, 16 * CONFIG.mimi.filters)
     size = (waves.reshape(-1, HALF) @ vectors.t()).square().mean(0).sqrt() + 1e-4
     return Fitted(vectors, size)
-
-
-def sequence(rows: list[Frames], draw: random.Random) -> Frames:
-    """_LENGTH frames: utterances one after the other with some silence between them."""
-    codes, wave, length = [], [], 0
-    while length < _LENGTH:
-        row, quiet = draw.choice(rows), draw.choice((0, 1, 2, 5))
-        codes += [torch.full((quiet, CODEBOOKS), SILENCE), row.codes]
-        wave += [torch.zeros(quiet, FRAME_SIZE, dtype=torch.int16), row.pcm]
-        length += quiet + len(row.codes)
-    start = draw.randrange(length - _LENGTH + 1)
-    part = slice(start, start + _LENGTH)
-    return Frames(torch.cat(codes)[part], torch.cat(wave)[part])
 
 
 @torch.no_grad()
@@ -98,13 +158,14 @@ def quality(mouth: Mouth, fitted: Fitted, loss: spectra.Loss, rows: list[Frames]
     """Mean errors of decoded utterances: of their spectra, relative, and of their levels in dB."""
     apart = level = 0.0
     for row in rows:
-        errors = loss(said(mouth, fitted, row.codes[None]), row.wave.reshape(1, -1))
+        row = row.to(fitted.basis.device)
+        errors = loss(render(mouth, fitted, row.codes)[None], row.wave.reshape(1, -1))
         apart, level = apart + float(errors[0]), level + float(errors[1])
     return apart / len(rows), 10 / np.log(10) * level / len(rows)
 
 
 def said(mouth: Mouth, fitted: Fitted, codes: Tensor) -> Tensor:
-    """codes [N, T, 8] -> waves [N, T * 1920]."""
+    """codes [N, T, 8] -> waves [N, T * 1920], LATE frames behind them."""
     return waves(fitted, mouth(codes))
 
 
@@ -116,35 +177,39 @@ def waves(fitted: Fitted, coefficients: Tensor) -> Tensor:
 
 @torch.no_grad()
 def render(mouth: Mouth, fitted: Fitted, codes: Tensor) -> Tensor:
-    """codes [T, 8] -> wave [T * 1920]."""
-    return said(mouth, fitted, codes[None])[0]
+    """codes [T, 8] -> their wave [T * 1920], when all has been said."""
+    behind = codes.new_full((LATE, CODEBOOKS), SILENCE)
+    return said(mouth, fitted, torch.cat([codes, behind])[None])[0, LATE * FRAME_SIZE :]
 
 
 def train(folder: Path, minutes: float, seed: int = 0) -> Mouth:
-    """Trains for so many minutes of a core in all, counting those of earlier runs."""
+    """Trains for so many minutes in all, counting those of earlier runs."""
     torch.manual_seed(seed)
-    trained, held = read(folder / "agent")
+    device = optim.training_device()
+    paths = sorted((folder / "agent").glob("agent-????.npz"))
+    some = read(paths[0])
+    held, known = some[:_HELD_BACK], some[_HELD_BACK : 2 * _HELD_BACK]
     if not (folder / "basis.pt").exists():
-        fit(trained).save(folder / "basis.pt")
-    fitted = Fitted.load(folder / "basis.pt")
-    loss = spectra.Loss.of(torch.cat([row.wave.flatten() for row in held]))
-    mouth = Mouth(CONFIG.mimi)
+        fit([row for path in paths[:_FITTED] for row in read(path)]).save(folder / "basis.pt")
+    fitted = Fitted.load(folder / "basis.pt").to(device)
+    loss = spectra.Loss.of(torch.cat([row.wave.flatten() for row in held]).to(device))
+    mouth = Mouth(CONFIG.mimi).to(device)
     optimizer = optim.Optimizer(mouth, muon=0.003, adam=1.5e-3, plain=[mouth.books, mouth.taps])
-    run = Run(folder / "mouth.pt", minutes, {"mouth": mouth, "optimizer": optimizer})
+    speech = Speech.read(folder / "agent", random.Random(seed)).to(device)
+    run = Run(folder / "mouth.pt", minutes, {"mouth": mouth, "optimizer": optimizer}, device)
     draw = random.Random(seed + run.step)
     while run.progress < 1:
-        made = [sequence(trained, draw) for _ in range(_BATCH)]
-        wanted = torch.stack([row.wave for row in made]).flatten(1)
-        with optim.precision(wanted.device):
-            coefficients = mouth(torch.stack([row.codes for row in made]))
-        apart, level = loss(waves(fitted, coefficients.float()), wanted)
+        made = speech.rows(_BATCH[device.type], draw)
+        with optim.precision(device):
+            coefficients = mouth(made.codes)
+        apart, level = loss(waves(fitted, coefficients.float()), made.wave.flatten(1))
         optimizer.step(apart + spectra.LEVEL_WEIGHT * level, optim.schedule(run.progress, decay_from=0.3))
-        run.record({"spectra": float(apart.detach()), "level": float(level.detach())})
+        run.record({"spectra": apart, "level": level})
         if run.due():
             run.report(_measured("unseen", quality(mouth, fitted, loss, held)))
     run.report(
         _measured("unseen", quality(mouth, fitted, loss, held))
-        | _measured("trained on", quality(mouth, fitted, loss, trained[: len(held)]))
+        | _measured("trained on", quality(mouth, fitted, loss, known))
     )
     return mouth
 

@@ -30,13 +30,13 @@ class Loss:
     """`floor` [bands] is the power that counts as silence; see `floor_of`."""
 
     def __init__(self, floor: Tensor) -> None:
-        self._bands, self._floor = bands(), floor[:, None]
-        self._window = torch.hann_window(_WINDOW)
+        self._bands, self._floor = bands().to(floor.device), floor[:, None]
+        self._window = torch.hann_window(_WINDOW, device=floor.device)
 
     @classmethod
     def of(cls, wave: Tensor) -> Loss:
         """The loss for speech like `wave` [samples]."""
-        made = cls(torch.zeros(len(bands())))
+        made = cls(torch.zeros(len(bands()), device=wave.device))
         return cls(_FLOOR * made._power(made._spectra(wave[None])).mean((0, 2)))
 
     def __call__(self, made: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

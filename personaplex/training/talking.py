@@ -7,24 +7,38 @@ without sound stay in the mix, or copying fades, and so does reading, or names t
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from personaplex.config import CODEBOOKS, TEXT_PAD
 from personaplex.training import copying, grammar, optim
 from personaplex.training.articulation import CODES, NAMES, codes, joined
-from personaplex.training.bank import Word, Words
-from personaplex.training.documents import Batch, Codes, Document, asked, heard, prompt, silence
+from personaplex.training.bank import WORLDS, Word, Words, known_world
+from personaplex.training.documents import (
+    LEAD,
+    Batch,
+    Codes,
+    Document,
+    asked,
+    heard,
+    prompt,
+    silence,
+    written,
+)
 from personaplex.training.ear import LABELS, QUIET, SPEAKING
 from personaplex.training.export import CONFIG
-from personaplex.training.lm import Talker, training_device
-from personaplex.training.reading import LEAD, Reader
+from personaplex.training.lm import Talker
+from personaplex.training.reading import Reader
 from personaplex.training.run import Run
 from personaplex.training.run import load as load_state
 from personaplex.training.vocabulary import Pieces, cached
@@ -32,13 +46,15 @@ from personaplex.training.vocabulary import Pieces, cached
 _BATCH = 6
 _TURNS = 3
 _READ = 12  # documents of reading a step
+_TIMES = {"cpu": 1, "cuda": 8}  # as many documents of each kind a step
+_WORKERS = {"cpu": 0, "cuda": max(1, (os.cpu_count() or 2) - 3)}  # processes that lay documents out
 _KINDS = (*copying.KINDS, "talk", "reading")
-_MIX = (0.04, 0.11, 0.45, 0.4)
+_MIX = (0.04, 0.08, 0.33, 0.55)
 _INTERRUPTED = 0.15  # share of answers
-_STOPS = 4  # frames from an interruption's begin to silence
-_SURE = 3  # frames for which the ear tells the question before the agent answers
+_STOPS = 3  # frames from an interruption's begin to silence
+_SURE = 2  # frames for which the ear tells the question before the agent answers
 _KEPT = (8, 18)  # fewest and most frames for which it goes on telling
-_DOUBTS = (0.2, 0.08)  # share of questions whose first frame, and whose second too, tells another one
+_DOUBTS = 0.15  # share of questions whose first frame tells another one
 _WAVERS = 0.35  # share of answers during which the ear tells something else for a while, too late
 _TOO_SOON = 0.2  # share of questions inside which a frame or two look like a question's end
 _WAITING, _FIRST_PIECE, _FIRST_OF_SLOT = 0.3, 2.0, 3.0
@@ -47,7 +63,8 @@ _QUIET_AUDIBLE = 0.15  # share of the agent's silent frames that the depth trans
 
 def talk(draw: random.Random, words: Words, turns: int = _TURNS, unseen: bool = False) -> Document:
     """A session: voice, role text, then questions and answers in time; some answers are interrupted."""
-    (known, role_text), voice = grammar.world(draw, unseen), draw.choice(NAMES)
+    known, role_text = grammar.world(draw, unseen) if unseen else known_world(draw.randrange(WORLDS))
+    voice = draw.choice(NAMES)
     document = Document()
     prompt(document, words.pieces, role_text, sound=True, voice=draw.choice(words.samples(voice)))
     _listen(document, heard(draw.randint(2, 12), QUIET))
@@ -70,8 +87,8 @@ def _ask(document: Document, draw: random.Random, intent: str) -> None:
         start = draw.choice((0, draw.randint(0, count - 3)))
         states[start : start + draw.randint(1, 2)] = asked(1, draw.choice(LABELS))
     sure = asked(_SURE, intent)
-    dice = draw.random()
-    sure[: sum(dice < doubt for doubt in _DOUBTS)] = asked(1, draw.choice(LABELS))
+    if draw.random() < _DOUBTS:
+        sure[:1] = asked(1, draw.choice(LABELS))
     _listen(document, np.concatenate([states, sure]))
 
 
@@ -113,14 +130,14 @@ def _understood(draw: random.Random, intent: str, kept: int) -> Codes:
 
 
 def _text(said: list[Word], length: int) -> tuple[list[int], list[float], list[int]]:
-    """The text stream of an answer: each word's pieces from LEAD frames before its sound."""
+    """The text stream of an answer: each word's pieces ahead of its sound."""
     text, weight, slot = [TEXT_PAD] * length, [_WAITING] * length, [0] * length
-    start = 0
-    for index, word in enumerate(said):
+    sounds = [0, *itertools.accumulate(len(word.sound) for word in said)][:-1]
+    begins = written([word.pieces for word in said], sounds)
+    for index, (word, begin) in enumerate(zip(said, begins, strict=True)):
         for offset, piece in enumerate(word.pieces):
-            text[start + offset], weight[start + offset], slot[start + offset] = piece, 1.0, word.slot
-        weight[start] = _FIRST_OF_SLOT if word.slot else 1.0 if index else _FIRST_PIECE
-        start += len(word.sound)
+            text[begin + offset], weight[begin + offset], slot[begin + offset] = piece, 1.0, word.slot
+        weight[begin] = _FIRST_OF_SLOT if word.slot else 1.0 if index else _FIRST_PIECE
     return text, weight, slot
 
 
@@ -130,7 +147,7 @@ def _listen(document: Document, user: Codes) -> None:
     document.add([TEXT_PAD] * count, _WAITING, agent=silence(count), user=user, audible=0.05)
 
 
-def loss(talker: Talker, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+def loss(talker: Talker, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, its parts) of documents with sound."""
     audio = batch.audio
     hidden = talker.temporal(batch.text[:, :-1], audio[:, :-1])
@@ -150,7 +167,7 @@ def loss(talker: Talker, batch: Batch) -> tuple[Tensor, dict[str, float]]:
     parts = {"text": text, "slots": slots, "phones": levels[:4].mean(), "next": levels[4],
              "periods": levels[5], "loudness": levels[6], "voice": levels[7]}  # fmt: skip
     total = text + 0.5 * levels.mean()
-    return total, {name: float(value.detach()) for name, value in parts.items()}
+    return total, {name: value.detach() for name, value in parts.items()}
 
 
 def start_from(talker: Talker, folder: Path) -> None:
@@ -162,42 +179,57 @@ def start_from(talker: Talker, folder: Path) -> None:
     talker.keep_constant()
 
 
+class Course(IterableDataset[tuple[str, Batch]]):
+    """Batches without end, kinds of documents by their shares; each worker of a loader has its own."""
+
+    def __init__(self, words: Words, reader: Reader, times: int, seed: int) -> None:
+        self.words, self.reader, self.times, self.seed = words, reader, times, seed
+
+    def __iter__(self) -> Iterator[tuple[str, Batch]]:
+        worker = get_worker_info()
+        draw = random.Random(self.seed * 1_000 + (worker.id if worker else 0))
+        while True:
+            kind = draw.choices(_KINDS, _MIX)[0]
+            yield kind, Batch.of(self._documents(kind, draw))
+
+    def _documents(self, kind: str, draw: random.Random) -> list[Document]:
+        if kind in copying.KINDS:
+            number = copying.KINDS.index(kind)
+            return [d for _ in range(self.times) for d in copying.documents(number, draw, self.words.pieces)]
+        if kind == "reading":
+            return [self.reader.document(draw) for _ in range(self.times * _READ)]
+        return [talk(draw, self.words) for _ in range(self.times * _BATCH)]
+
+
 def train(folder: Path, minutes: float, seed: int = 0) -> Talker:
-    """Trains for so many minutes of a core in all, counting those of earlier runs."""
+    """Trains for so many minutes in all, counting those of earlier runs."""
     torch.manual_seed(seed)
-    words, device = Words(folder, Pieces(cached(folder))), training_device()
+    words, device = Words(folder, Pieces(cached(folder))), optim.training_device()
     talker = Talker(CONFIG.lm).to(device)
-    talker.frugal = device.type == "cuda"
+    talker.frugal = optim.short_of_memory(device)
     optimizer = optim.Optimizer(talker, muon=0.6 * copying.MUON, adam=copying.ADAM, plain=talker.plain())
-    run = Run(folder / "talk.pt", minutes, {"talker": talker, "optimizer": optimizer})
+    held, reader = random.Random(999), Reader(folder, words)
+    tests = [Batch.of([talk(held, words, unseen=True) for _ in range(_BATCH)]).to(device) for _ in range(5)]
+    run = Run(folder / "talk.pt", minutes, {"talker": talker, "optimizer": optimizer}, device)
     if not run.step:
         start_from(talker, folder)
-    draw, held = random.Random(seed + run.step), random.Random(999)
-    tests = [Batch.of([talk(held, words, unseen=True) for _ in range(_BATCH)]).to(device) for _ in range(5)]
-    words.save()
-    reader = Reader(folder, words)
+    course = Course(words, reader, _TIMES[device.type], seed + run.step)
+    batches = iter(DataLoader(course, batch_size=None, num_workers=_WORKERS[device.type]))
     while run.progress < 1:
-        kind = draw.choices(_KINDS, _MIX)[0]
-        if kind in copying.KINDS:
-            batch = Batch.of(copying.documents(copying.KINDS.index(kind), draw, words.pieces)).to(device)
-            with optim.precision(device):
+        kind, batch = next(batches)
+        batch = batch.to(device)
+        with optim.precision(device):
+            if kind in copying.KINDS:
                 total, _ = copying.text_loss(talker, batch)
-            parts = {kind: float(total.detach())}
-        elif kind == "reading":
-            batch = Batch.of([reader.document(draw) for _ in range(_READ)]).to(device)
-            with optim.precision(device):
-                total, read = loss(talker, batch)
-            parts = {kind: read["phones"]}
-        else:
-            batch = Batch.of([talk(draw, words) for _ in range(_BATCH)]).to(device)
-            with optim.precision(device):
+                parts = {kind: total}
+            else:
                 total, parts = loss(talker, batch)
         optimizer.step(total, optim.schedule(run.progress, warm=0.02, decay_from=0.3))
         talker.keep_constant()
-        run.record(parts)
+        run.record({"reading": parts["phones"]} if kind == "reading" else parts)
         if run.due():
             run.report(measured(talker, tests))
-    run.save()
+    run.report(measured(talker, tests))
     return talker
 
 
@@ -207,7 +239,7 @@ def measured(talker: Talker, tests: list[Batch]) -> dict[str, float]:
     slots = {slot: right for slot, (right, _) in copying.exact_slots(talker, tests).items()}
     losses = [loss(talker, batch)[1] for batch in tests]
     return slots | {
-        f"{name} unseen": float(np.mean([row[name] for row in losses])) for name in ("text", "phones")
+        f"{name} unseen": float(np.mean([float(row[name]) for row in losses])) for name in ("text", "phones")
     }
 
 

@@ -54,10 +54,28 @@ class Pieces:
     def __init__(self, model: bytes) -> None:
         self.model = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.size: int = self.model.get_piece_size()
+        self._ids = {self.model.id_to_piece(i): i for i in range(TEXT_PAD + 1, self.size)}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.model.encode(text)
         return ids
+
+    def cut(self, text: str, draw: random.Random, share: float) -> list[int]:
+        """`text` in smaller pieces than `encode` makes: a share of them is cut in two, and of the parts."""
+        made: list[int] = []
+        waiting = self.encode(text)[::-1]
+        while waiting:
+            piece = self.model.id_to_piece(waiting[-1])
+            ways = [
+                (self._ids[piece[:k]], self._ids[piece[k:]])
+                for k in range(1 + piece.startswith("▁"), len(piece))
+                if piece[:k] in self._ids and piece[k:] in self._ids
+            ]
+            if ways and draw.random() < share:
+                waiting[-1:] = draw.choice(ways)[::-1]
+            else:
+                made.append(waiting.pop())
+        return made
 
     def prompt(self, role_text: str) -> list[int]:
         """A role text as the engine encodes it."""

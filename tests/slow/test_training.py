@@ -42,10 +42,10 @@ from personaplex.training import (
     unseen,
 )
 from personaplex.training.articulation import SILENCE, Said
-from personaplex.training.documents import Batch
+from personaplex.training.documents import AHEAD, LEAD, Batch
 from personaplex.training.ear import ASKED, LABELS, QUIET, SPEAKING, Ear, k_means, nearest
 from personaplex.training.lm import CODES, CONSTANT, Talker
-from personaplex.training.mouth import Mouth
+from personaplex.training.mouth import LATE, Mouth
 from personaplex.training.synth import BINS, Speaker, Spoken, Voice, free, locked, periods_of
 from personaplex.training.vocabulary import Pieces, train
 from personaplex.voices import Voice as EngineVoice
@@ -167,10 +167,10 @@ def test_the_mouth_learns_sounds_from_codes(monkeypatch: pytest.MonkeyPatch) -> 
     loss = spectra.Loss.of(torch.cat([row.wave.flatten() for row in rows]))
     optimizer = optim.Optimizer(mouth, muon=0.01, adam=5e-3, plain=[mouth.books, mouth.taps])
     before = speaking.quality(mouth, fitted, loss, rows[:3])
+    speech = speaking.Speech.of(rows, draw)
     for _ in range(30):
-        made = [speaking.sequence(rows, draw) for _ in range(2)]
-        wanted = torch.stack([row.wave for row in made]).flatten(1)
-        apart, level = loss(speaking.said(mouth, fitted, torch.stack([row.codes for row in made])), wanted)
+        made = speech.rows(2, draw)
+        apart, level = loss(speaking.said(mouth, fitted, made.codes), made.wave.flatten(1))
         optimizer.step(apart + spectra.LEVEL_WEIGHT * level, 1.0)
     after = speaking.quality(mouth, fitted, loss, rows[:3])
     assert after[0] < 0.9 * before[0]
@@ -369,15 +369,28 @@ def test_answers_in_sound_say_their_text_ahead_of_it(pieces: Pieces) -> None:
     talking._answer(document, random.Random(0), said, "NATF2", "price", stop=False)
     batch = Batch.of([document])
     sound = torch.from_numpy(articulation.codes(articulation.joined([w.sound for w in said]), "NATF2"))
-    assert torch.equal(batch.agent[0, 2 : 2 + len(sound)], sound)
-    assert (batch.agent[0, :2] == SILENCE).all()
-    assert (batch.agent[0, 2 + len(sound) :] == SILENCE).all()
+    assert torch.equal(batch.agent[0, LEAD : LEAD + len(sound)], sound)
+    assert (batch.agent[0, :LEAD] == SILENCE).all()
+    assert (batch.agent[0, LEAD + len(sound) :] == SILENCE).all()
     text = batch.text[0].tolist()
     assert pieces.decode([t for t in text if t != TEXT_PAD]) == "The gift box costs forty five dollars."
-    start = 0
+    start = free = 0
     for word in said:
-        assert text[start : start + len(word.pieces)] == word.pieces
+        begin = max(free, start + LEAD - AHEAD)
+        free = begin + len(word.pieces)
+        assert text[begin:free] == word.pieces
         start += len(word.sound)
+
+
+def test_a_bank_keeps_what_its_words_sound_like(pieces: Pieces, tmp_path: Path) -> None:
+    words = Spelled(pieces)
+    words._path = tmp_path / "words.npz"
+    said = words.answer("name", KNOWN)
+    words.save()
+    again = bank.Words(tmp_path, pieces)  # speaks nothing: it has no synthesiser here
+    for one, other in zip(said, again.answer("name", KNOWN), strict=True):
+        assert one.pieces == other.pieces
+        assert np.array_equal(one.sound.rows(), other.sound.rows())
 
 
 class Evenly:
@@ -403,17 +416,25 @@ def test_what_is_read_aloud_is_written_ahead_of_its_sound(
     monkeypatch.setattr(reading, "Words", spelled)
     monkeypatch.setattr(reading, "words_in_a_row", lambda draw: "Ada Gonzalezqwertz sings.")
     monkeypatch.setattr(reading, "_ANY_WORDS", 1.0)
-    reading.make(tmp_path, 2)
+    monkeypatch.setattr(reading, "_CUT_ANEW", 0.0)
+    monkeypatch.setattr(reading, "SHARD", 2)
+    reading.make(tmp_path, 1)
     reader = reading.Reader(tmp_path, spelled(tmp_path, pieces))
     (one, other) = reader.sentences
-    assert one.text == other.text
+    usual = one.text(pieces, random.Random(0))
+    assert usual == other.text(pieces, random.Random(1))
     ids = [pieces.encode(word) for word in ("Ada", "Gonzalezqwertz", "sings.")]
     lengths = [max(6, len(word)) for word in ids]
     assert lengths[1] > 6  # a word has room for its pieces
     assert len(one.said) == sum(lengths)
     begins = np.cumsum([0, *lengths])
-    for number, (word, begin) in enumerate(zip(ids, begins, strict=False)):
-        assert one.text[begin : begin + len(word)] == word
+    assert one.starts == tuple(begins[:3])
+    texts = documents.written(ids, one.starts)
+    assert texts[0] == 0
+    assert texts[1] < begins[1]
+    for number, (word, text, begin) in enumerate(zip(ids, texts, begins, strict=False)):
+        assert usual[text : text + len(word)] == word
+        assert begin + LEAD - AHEAD <= text <= begin
         assert (one.said.phones[begin + 1 : begin + lengths[number] - 1] == number + 1).all()
 
     batch = Batch.of([reader.document(random.Random(0))])
@@ -424,12 +445,52 @@ def test_what_is_read_aloud_is_written_ahead_of_its_sound(
     starts = [i for i in range(first, len(loud)) if loud[i] and not loud[i - 1]]
     assert len(starts) >= 3
     for start in starts:
-        assert written[start - reading.LEAD : start - reading.LEAD + len(one.text)] == one.text
+        assert written[start - LEAD : start - LEAD + len(usual)] == usual
         assert len(set(agent[start : start + len(one.said), articulation.VOICE].tolist())) == 1
         assert (batch.audible[0, start : start + len(one.said)] == 1).all()
     loss, parts = talking.loss(Talker(SMALL_LM), batch)
     assert torch.isfinite(loss)
     assert parts["text"] == 0
+
+
+def test_answers_read_aloud_say_what_no_answer_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, answer = random.Random(0), "The gift box costs ten dollars."
+    mixed = [reading._mixed(answer, draw) for _ in range(50)]
+    assert len(set(mixed)) > 40
+    assert all(len(text.split()) == 6 and text.endswith(".") for text in mixed)
+    monkeypatch.setattr(reading, "_REPLACED", 0.0)
+    assert reading._mixed(answer, draw) == answer
+
+
+def test_words_cut_anew_are_the_same_words_in_pieces_they_have_room_for(pieces: Pieces) -> None:
+    draw = random.Random(0)
+    for word in ("Stefanie", "Gonzalez", "Adaption."):
+        cuts = {tuple(pieces.cut(word, draw, 0.7)) for _ in range(40)}
+        assert len(cuts) > 1
+        assert {pieces.decode(list(cut)) for cut in cuts} == {word}
+        assert pieces.cut(word, draw, 0.0) == pieces.encode(word)
+    words, starts = ("Gonzalez", "sings."), (0, 4)
+    sound = Said(np.ones((9, 4), np.int64), np.ones(9, np.int64), np.full(9, 190, np.float32))
+    sentence = reading.Sentence(words, starts, sound)
+    texts = {tuple(sentence.text(pieces, draw)) for _ in range(60)}
+    assert len(texts) > 1
+    for text in texts:
+        assert pieces.decode([t for t in text if t != TEXT_PAD]) == "Gonzalez sings."
+
+
+def test_the_sound_follows_its_codes_by_a_frame_and_is_handed_out_beside_them() -> None:
+    """A frame late, so that the mouth knows what comes."""
+    draw, rows = random.Random(0), []
+    for number in range(1, 6):
+        codes = torch.full((4 + number, CODEBOOKS), number)
+        rows.append(speaking.Frames(codes, torch.full((4 + number, FRAME_SIZE), number, dtype=torch.int16)))
+    speech = speaking.Speech.of(rows, draw)
+    assert torch.equal((speech.all.codes[:, 0] != SILENCE), (speech.all.pcm[:, 0] != 0))
+    assert int((speech.all.pcm[:, 0] != 0).sum()) == sum(len(row.codes) for row in rows)
+    made = speech.rows(20, draw)
+    said = torch.where(made.codes[..., 0] == SILENCE, 0, made.codes[..., 0])
+    assert torch.equal(said[:, :-LATE], made.pcm[:, LATE:, 0].long())
+    assert said.any()
 
 
 def test_an_answer_waits_for_a_question_and_ends_when_interrupted(
@@ -550,6 +611,30 @@ def test_the_talker_learns_one_dialogue_by_heart(pieces: Pieces) -> None:
         history.append(parts)
     assert history[-1]["text"] < 0.2 * history[0]["text"]
     assert history[-1]["phones"] < 0.7 * history[0]["phones"]
+
+
+def test_matrices_of_one_shape_are_stepped_as_if_each_were_alone() -> None:
+    torch.manual_seed(0)
+    shapes = [(6, 4), (6, 4), (12, 4), (4, 6), (6, 2, 2)]
+    start = [torch.randn(shape) for shape in shapes]
+    gradients = [torch.randn(shape) for shape in shapes]
+
+    def stepped(chosen: list[int]) -> list[torch.Tensor]:
+        params = [torch.nn.Parameter(start[i].clone()) for i in chosen]
+        params[chosen.index(2)].stacked = 2  # type: ignore[attr-defined]
+        optimizer = optim.Muon(params, 0.1)
+        for param, i in zip(params, chosen, strict=True):
+            param.grad = gradients[i]
+        optimizer.step()
+        return [param.detach() for param in params]
+
+    together = stepped([0, 1, 2, 3, 4])
+    for i in (0, 1, 3, 4):
+        alone, other = stepped([i, 2])
+        assert torch.allclose(alone, together[i], atol=1e-6)
+        assert torch.allclose(other, together[2], atol=1e-6)
+    halves = optim.orthogonal(gradients[2].view(2, 6, 4))  # each of both parts is orthogonal
+    assert torch.allclose(halves[1:], optim.orthogonal(gradients[2].view(2, 6, 4)[1:]), atol=1e-6)
 
 
 def test_an_optimiser_goes_on_from_its_checkpoint_as_if_never_stopped(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ FRAMES = 6
 def parts() -> tuple[Ear, Mouth, Talker]:
     """Every part with random weights, the codebooks on the scale of what they quantise."""
     torch.manual_seed(0)
-    ear = Ear(export.CONFIG.mimi, 8).eval()
+    ear = Ear(export.EAR, 8).eval()
     mouth, talker = Mouth(export.CONFIG.mimi), Talker(export.CONFIG.lm)
     with torch.no_grad():
         ear.books.copy_(torch.randn_like(ear.books) * ear(speech()).rest.std())
@@ -59,7 +59,7 @@ def test_checkpoints_become_a_model_that_takes_calls(
     """Every file of a training folder, assembled, loaded and spoken to; the same seed says the same."""
     ear, mouth, _ = parts
     Fitted(basis(torch.randn(600, FRAME_SIZE), 256), torch.full((256,), 0.1)).save(tmp_path / "basis.pt")
-    heard, talker = Ear(export.CONFIG.mimi, PHONES), Talker(export.CONFIG.lm)
+    heard, talker = Ear(export.EAR, PHONES), Talker(export.CONFIG.lm)
     heard.books.copy_(ear.books)
     for name, part, module in (("ear", "ear", heard), ("mouth", "mouth", mouth), ("talk", "talker", talker)):
         save(tmp_path / f"{name}.pt", {part: module.state_dict()})

@@ -81,7 +81,6 @@ def test_names_and_firms_of_the_role_text_are_written(talks: list[Talk]) -> None
         assert share([talk.wrote(field) for talk in asking(talks, field)]) >= 0.8, field
 
 
-@pytest.mark.xfail(reason="the floor of names by ear is not reached: auto keeps tiny", strict=True)
 def test_names_are_heard(talks: list[Talk]) -> None:
     told = asking(talks, "name")
     heard = [transcript(talk.pcm[talk.end :].flatten()) for talk in told]

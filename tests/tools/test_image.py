@@ -323,11 +323,11 @@ def _compose() -> Any:
 
 def test_compose_serves_the_page_on_8998_and_the_gpu_by_profile() -> None:
     services = _compose()["services"]
-    assert {name for name, service in services.items() if "profiles" not in service} == {"tiny"}
+    assert {name for name, service in services.items() if "profiles" not in service} == {"talk"}
     assert services["gpu"]["profiles"] == ["gpu"]
     assert services["gpu"]["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
     assert services["gpu"]["build"]["target"] == "gpu"
-    assert services["tiny"]["build"]["target"] == "cpu"  # no gigabytes of CUDA for a toy on the CPU
+    assert services["talk"]["build"]["target"] == "cpu"  # no gigabytes of CUDA for a toy on the CPU
     for service in services.values():
         assert service["build"]["context"] == "."
         (port,) = service["ports"]
