@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import zlib
 from pathlib import Path
@@ -596,6 +597,22 @@ def test_curves_show_the_runs_that_have_reported(tmp_path: Path) -> None:
     reported.report({"share": 0.5})
     run.curves(paths, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_course_has_every_kind_of_document_and_is_the_same_again(pieces: Pieces) -> None:
+    class Aloud:
+        def document(self, draw: random.Random) -> documents.Document:
+            return documents.repetition(draw, pieces)
+
+    drawn = []
+    for _ in range(2):
+        course = talking.Course(Spelled(pieces), Aloud(), times=2, seed=3)  # type: ignore[arg-type]
+        drawn.append(list(itertools.islice(course, 24)))
+    assert {kind for kind, _ in drawn[0]} >= {"talk", "reading", "dense"}
+    for (kind, one), (other_kind, other) in zip(*drawn, strict=True):
+        assert kind == other_kind
+        assert torch.equal(one.text, other.text)
+        assert len(one.text) == 2 * (talking._READ if kind == "reading" else 6)
 
 
 def test_the_talker_learns_one_dialogue_by_heart(pieces: Pieces) -> None:
