@@ -73,7 +73,7 @@ def _count(hits: list[bool], slots: list[int], right: dict[str, list[bool]]) -> 
 
 
 def train(folder: Path, minutes: float, seed: int = 0) -> Talker:
-    """Trains for so many minutes of a core in all, counting those of earlier runs."""
+    """Trains for so many minutes in all, counting those of earlier runs."""
     torch.manual_seed(seed)
     pieces, device = Pieces(cached(folder)), optim.training_device()
     talker = Talker(CONFIG.lm).to(device)

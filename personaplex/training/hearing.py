@@ -259,7 +259,7 @@ class Shelf:
 
 
 def train(folder: Path, minutes: float, seed: int = 0) -> Ear:
-    """Trains for so many minutes of a core in all, counting those of earlier runs."""
+    """Trains for so many minutes in all, counting those of earlier runs."""
     torch.manual_seed(seed)
     ear = Ear(EAR, PHONES)
     heads = [p for n, p in ear.named_parameters() if "head" in n or "first_in" in n]

@@ -74,14 +74,12 @@ class Muon(torch.optim.Optimizer):
                 flat = update.reshape(stacked, param.shape[0] // stacked, -1)
                 alike[flat.shape[1:]].append((param, flat))
             for shape, pairs in alike.items():
-                steps = orthogonal(torch.cat([flat for _, flat in pairs]))
+                params, updates = zip(*pairs, strict=True)
+                steps = orthogonal(torch.cat(updates)).split([len(update) for update in updates])
                 scale = 0.2 * max(shape) ** 0.5
-                for (param, _), step in zip(
-                    pairs, steps.split([len(flat) for _, flat in pairs]), strict=True
-                ):
-                    param.mul_(1 - 0.02 * group["lr"]).add_(
-                        step.reshape(param.shape), alpha=-group["lr"] * scale
-                    )
+                for param, step in zip(params, steps, strict=True):
+                    param.mul_(1 - 0.02 * group["lr"])
+                    param.add_(step.reshape(param.shape), alpha=-group["lr"] * scale)
 
 
 def orthogonal(matrices: Tensor, iterations: int = 4) -> Tensor:

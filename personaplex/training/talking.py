@@ -63,7 +63,7 @@ _QUIET_AUDIBLE = 0.15  # share of the agent's silent frames that the depth trans
 
 def talk(draw: random.Random, words: Words, turns: int = _TURNS, unseen: bool = False) -> Document:
     """A session: voice, role text, then questions and answers in time; some answers are interrupted."""
-    known, role_text = grammar.world(draw, unseen) if unseen else known_world(draw.randrange(WORLDS))
+    known, role_text = grammar.world(draw, unseen=True) if unseen else known_world(draw.randrange(WORLDS))
     voice = draw.choice(NAMES)
     document = Document()
     prompt(document, words.pieces, role_text, sound=True, voice=draw.choice(words.samples(voice)))
